@@ -1,0 +1,279 @@
+"""Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
+
+All functions are differentiable by autograd and compute in float64 when given float64, in float32 otherwise.
+The two functions that would need a [T, V] tensor work through blocks of rows and recompute each block's logits in
+the backward pass, so that memory stays bounded by `BLOCK_ELEMENTS` logits whatever T is.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+BLOCK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB of float32, large enough that a GEMM is not starved
+
+
+def compute_dtype(*tensors):
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class RTOAdvantages(NamedTuple):
+    token_rewards: torch.Tensor
+    kl: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    stats: dict[str, torch.Tensor]
+
+
+def _block_logps(logits, labels, temperature, ignore_index, return_entropy):
+    logits = logits.to(compute_dtype(logits)) / temperature
+    valid = labels != ignore_index
+    log_probs = logits.log_softmax(-1)
+    logps = log_probs.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
+    if not return_entropy:
+        return logps, None
+    # p·log p is 0 where p = 0: a logit of -inf must not turn into NaN.
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs.where(probs > 0, 0.0)).sum(-1).where(valid, 0.0)
+    return logps, entropy
+
+
+def _block_linear_logps(hidden, weight, bias, labels, temperature, softcap, ignore_index, return_entropy):
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
+    return _block_logps(logits, labels, temperature, ignore_index, return_entropy)
+
+
+def _in_blocks(function, rows, vocab_size, *tensors):
+    """Calls `function` on row blocks of `tensors`, checkpointed where a gradient will be needed and memory matters."""
+    block = max(1, BLOCK_ELEMENTS // max(vocab_size, 1))
+    if rows <= block:
+        return function(*tensors)
+    recompute = torch.is_grad_enabled()
+    parts = [
+        checkpoint(function, *blocks, use_reentrant=False) if recompute else function(*blocks)
+        for blocks in zip(*(t.split(block) for t in tensors))
+    ]
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
+
+
+def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+    """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
+    vocab_size = logits.shape[-1]
+    flat_logits, flat_labels = logits.reshape(-1, vocab_size), labels.reshape(-1)
+    logps, entropy = _in_blocks(
+        lambda x, y: _block_logps(x, y, temperature, ignore_index, return_entropy),
+        len(flat_labels), vocab_size, flat_logits, flat_labels,
+    )  # fmt: skip
+    logps = logps.view(labels.shape)
+    return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def linear_token_logps(
+    hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    return_entropy=False,
+):  # fmt: skip
+    """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
+    flat_labels = labels.reshape(-1)
+    rows = (flat_labels != ignore_index).nonzero().squeeze(-1)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, rows)
+    logps, entropy = _in_blocks(
+        lambda x, y: _block_linear_logps(
+            x, lm_head_weight, bias, y, temperature, softcap, ignore_index, return_entropy
+        ),
+        len(rows), len(lm_head_weight), hidden, flat_labels[rows],
+    )  # fmt: skip
+
+    def scatter(values):
+        return values.new_zeros(flat_labels.shape).index_put((rows,), values).view(labels.shape)
+
+    return (scatter(logps), scatter(entropy)) if return_entropy else scatter(logps)
+
+
+def _normaliser(loss_mask, weights, num_items, dtype):
+    """(per-token weight, 1/denominator); an empty mask gives a loss of 0, not NaN."""
+    weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.to(dtype), 0.0)
+    total = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=dtype, device=weight.device)
+    return weight, torch.where(total == 0, 0.0, 1.0 / total.where(total != 0, 1.0))
+
+
+def ppo_policy_loss(
+    logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
+    dual_clip=None,
+):  # fmt: skip
+    """See `rto_fast.ops.ppo_policy_loss`."""
+    dtype = compute_dtype(logps)
+    weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    # Masked entries may hold anything, NaN included: select before arithmetic, so that 0·NaN cannot occur.
+    log_ratio = torch.where(loss_mask, logps.to(dtype) - old_logps.to(dtype), 0.0).clamp(-20.0, 20.0)
+    advantages = torch.where(loss_mask, advantages.to(dtype), 0.0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_eps, 1.0 + high)
+    loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
+    if dual_clip is not None:
+        bound = -dual_clip * advantages
+        is_clipped = is_clipped | ((advantages < 0) & (loss > bound))
+        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    total = (loss * weight).sum() * scale
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": total.detach(),
+            "approx_kl": ((ratio - 1.0 - log_ratio) * weight).sum() * scale,
+            "clip_fraction": (is_clipped * weight).sum() * scale,
+        }
+    return total, metrics
+
+
+def ppo_value_loss(
+    values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2
+):  # fmt: skip
+    """See `rto_fast.ops.ppo_value_loss`."""
+    dtype = compute_dtype(values)
+    weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
+    values, old_values, returns = (
+        torch.where(loss_mask, t.to(dtype), 0.0) for t in (values, old_values, returns)
+    )
+    error = (values - returns).square()
+    is_clipped = torch.zeros_like(loss_mask)
+    if value_clip_eps is not None:
+        clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
+        clipped_error = (clipped_values - returns).square()
+        is_clipped = clipped_error > error
+        error = torch.maximum(error, clipped_error)
+    total = 0.5 * (error * weight).sum() * scale
+    with torch.no_grad():
+        metrics = {"value_loss": total.detach(), "value_clip_fraction": (is_clipped * weight).sum() * scale}
+    return total, metrics
+
+
+def linear_ppo_loss(
+    hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, *, weights=None, num_items=None,
+    clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
+):  # fmt: skip
+    """See `rto_fast.ops.linear_ppo_loss`. Tokens outside the mask are dropped before the GEMM."""
+    logps, entropy = linear_token_logps(
+        hidden_states, lm_head_weight, labels.masked_fill(~loss_mask, -100), temperature=temperature,
+        softcap=softcap, return_entropy=True,
+    )  # fmt: skip
+    loss, metrics = ppo_policy_loss(
+        logps, old_logps, advantages, loss_mask, weights=weights, num_items=num_items, clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high, dual_clip=dual_clip,
+    )  # fmt: skip
+    weight, scale = _normaliser(loss_mask, weights, num_items, logps.dtype)
+    mean_entropy = (entropy * weight).sum() * scale
+    if entropy_coef:
+        loss = loss - entropy_coef * mean_entropy
+    return loss, metrics | {"entropy": mean_entropy.detach()}
+
+
+def _segments(cu_seqlens, total):
+    """Index of the sequence each of `total` packed positions belongs to, [total] int64."""
+    lengths = cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=total)
+
+
+def _padded(cu_seqlens, mask):
+    """Places of the masked-in tokens in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
+    tokens = mask.nonzero().squeeze(-1)
+    rows = _segments(cu_seqlens, len(mask))[tokens]
+    counts = torch.bincount(rows, minlength=len(cu_seqlens) - 1)
+    starts = counts.cumsum(0) - counts
+    columns = torch.arange(len(tokens), device=mask.device) - starts[rows]
+    return rows, columns, tokens, int(counts.max()) if len(counts) else 0
+
+
+def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+    """See `rto_fast.ops.gae`. Steps backwards through time over all sequences at once."""
+    dtype = compute_dtype(rewards, values)
+    sequences = len(cu_seqlens) - 1
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    rows, columns, tokens, length = _padded(cu_seqlens, mask)
+    grid_rewards, grid_values = rewards.new_zeros(2, sequences, length, dtype=dtype)
+    valid = torch.zeros(sequences, length, dtype=torch.bool, device=rewards.device)
+    grid_rewards[rows, columns] = rewards[tokens].to(dtype)
+    grid_values[rows, columns] = values[tokens].to(dtype)
+    valid[rows, columns] = True
+    bootstrap = rewards.new_zeros(sequences, dtype=dtype) if bootstrap_values is None else bootstrap_values.to(dtype)
+    grid_advantages = torch.zeros_like(grid_rewards)
+    next_value, carry = bootstrap, torch.zeros_like(bootstrap)
+    for t in reversed(range(length)):
+        delta = grid_rewards[:, t] + gamma * next_value - grid_values[:, t]
+        # Past a sequence's end nothing has happened yet: carry and bootstrap stay as they were.
+        carry = torch.where(valid[:, t], delta + gamma * gae_lambda * carry, carry)
+        next_value = torch.where(valid[:, t], grid_values[:, t], next_value)
+        grid_advantages[:, t] = carry
+    advantages = torch.zeros_like(rewards, dtype=dtype)
+    advantages[tokens] = grid_advantages[rows, columns]
+    returns = torch.where(mask, advantages + values.to(dtype), 0.0)
+    return advantages, returns
+
+
+def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, delimiter_mask):
+    """Sums each unit's token rewards onto the unit's last response token (`token`: as they are)."""
+    if granularity == "token":
+        return token_rewards
+    rows, _, tokens, _ = _padded(cu_seqlens, response_mask)
+    if not len(tokens):
+        return token_rewards
+    ends = torch.ones_like(rows, dtype=torch.bool)
+    ends[:-1] = rows[1:] != rows[:-1]
+    if granularity == "sentence":
+        ends |= delimiter_mask[tokens]
+    unit = ends.long().cumsum(0) - ends.long()
+    sums = token_rewards.new_zeros(int(unit[-1]) + 1).index_add(0, unit, token_rewards[tokens])
+    moved = torch.zeros_like(token_rewards)
+    moved[tokens[ends]] = sums
+    return moved
+
+
+def rto_advantages(
+    old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, *, dpo_ref_logps=None,
+    dpo_reward_scale=0.05, dpo_reward_clip=0.05, kl_coef=0.01, score_scale=1.0, score_clip=10.0, gamma=1.0,
+    gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
+):  # fmt: skip
+    """See `rto_fast.ops.rto_advantages`."""
+    dtype = compute_dtype(old_logps)
+    dpo_ref_logps = ref_logps if dpo_ref_logps is None else dpo_ref_logps
+    log_ratio = torch.where(response_mask, dpo_logps.to(dtype) - dpo_ref_logps.to(dtype), 0.0)
+    kl = torch.where(response_mask, old_logps.to(dtype) - ref_logps.to(dtype), 0.0)
+    dense = dpo_reward_scale * log_ratio
+    clipped = dense.clamp(-dpo_reward_clip, dpo_reward_clip) if dpo_reward_clip else dense
+    dpo_rewards = _move_to_delimiters(clipped, cu_seqlens, response_mask, granularity, delimiter_mask)
+
+    segments = _segments(cu_seqlens, len(response_mask))
+    sequences = len(cu_seqlens) - 1
+    # The last response token of each sequence: the largest masked-in index, -1 where there is none.
+    positions = torch.arange(len(response_mask), device=response_mask.device).where(response_mask, -1)
+    last = positions.new_full((sequences,), -1).scatter_reduce(0, segments, positions, "amax")
+    has_response = last >= 0
+    final = score_scale * (scores.clamp(-score_clip, score_clip) if score_clip else scores).to(dtype)
+    if shaping:
+        final = final - clipped.new_zeros(sequences).index_add(0, segments, clipped)
+    token_rewards = dpo_rewards - kl_coef * kl
+    token_rewards = token_rewards.index_add(0, last[has_response], final[has_response])
+
+    advantages, returns = gae(
+        token_rewards, values, cu_seqlens, gamma=gamma, gae_lambda=gae_lambda, mask=response_mask,
+        bootstrap_values=bootstrap_values,
+    )  # fmt: skip
+    count = response_mask.sum().to(dtype)
+    mean = advantages.sum() / count.clamp(min=1)
+    variance = torch.where(response_mask, advantages - mean, 0.0).square().sum() / count.clamp(min=1)
+    if whiten:
+        advantages = torch.where(response_mask, (advantages - mean) * variance.clamp(min=1e-8).rsqrt(), 0.0)
+    stats = {
+        "count": count,
+        "advantage_mean": mean,
+        "advantage_var": variance,
+        "dpo_reward_sum": clipped.sum(),
+        "kl_sum": kl.sum(),
+        "score_reward_sum": final[has_response].sum(),
+        "dpo_clip_count": (dense.abs() > dpo_reward_clip).sum().to(dtype) if dpo_reward_clip else count * 0,
+    }
+    return RTOAdvantages(token_rewards, kl, advantages, returns, stats)
