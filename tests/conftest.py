@@ -1,0 +1,18 @@
+"""Without a GPU the Triton kernels run through Triton's interpreter, and only they do.
+
+Triton decides at decoration: its own library functions when it is first imported, ours when a kernel module is. So the
+switch must be thrown before any test module is imported, and stay thrown inside Triton; but not in the environment,
+where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses would see it.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]

@@ -1,0 +1,19 @@
+"""Fixtures of the kernel tests. They import kernel modules directly: `from rto_fast.kernels import advantages`."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """torch.empty is full of NaN (integers: their maximum), so that an output a kernel forgot to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
