@@ -1,0 +1,91 @@
+"""Packed batches, and the one place that defines alignment.
+
+A sequence of L raw tokens (prompt then response) becomes L − 1 positions: `input_ids = raw[:-1]`, `labels = raw[1:]`.
+Index t is the state s_t and the action `labels[t]`, so log-probs, values, rewards, advantages and returns at t all speak of
+the same action. Sequences lie back to back without padding; `cu_seqlens` marks their bounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    input_ids: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64, IGNORE_INDEX where there is no loss
+    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: torch.Tensor  # [N + 1] int32
+    max_seqlen: int
+
+    @property
+    def response_mask(self):
+        return self.labels != IGNORE_INDEX
+
+    @property
+    def num_tokens(self):
+        return len(self.input_ids)
+
+    @property
+    def num_sequences(self):
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def last(self):
+        """Index of each sequence's last position, [N] int64."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+def _pack(inputs, labels, device):
+    lengths = torch.tensor([len(ids) for ids in inputs], dtype=torch.int32)
+    if not len(lengths) or int(lengths.min()) < 1:
+        raise ValueError("pack: every sequence needs at least one position, and there must be one sequence")
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+    starts = cu_seqlens[:-1].repeat_interleave(lengths)
+    total = int(cu_seqlens[-1])
+    return PackedBatch(
+        input_ids=torch.tensor([t for ids in inputs for t in ids]).to(device),
+        labels=torch.tensor([t for ids in labels for t in ids]).to(device),
+        position_ids=(torch.arange(total) - starts).to(device),
+        cu_seqlens=cu_seqlens.to(device),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def pack(prompt_ids, response_ids, device="cpu", *, loss_on_prompt=False):
+    """Packs prompts and responses (lists of lists of token ids) as states and actions: L − 1 positions each."""
+    inputs, labels = [], []
+    for prompt, response in zip(prompt_ids, response_ids, strict=True):
+        raw = list(prompt) + list(response)
+        inputs.append(raw[:-1])
+        first = 1 if loss_on_prompt else max(len(prompt), 1)
+        labels.append([IGNORE_INDEX] * (first - 1) + raw[first:])
+    return _pack(inputs, labels, device)
+
+
+def pack_whole(sequences, device="cpu"):
+    """Packs sequences with all L tokens as inputs (no labels): what a model needs that scores the whole sequence."""
+    return _pack(sequences, [[IGNORE_INDEX] * len(ids) for ids in sequences], device)
+
+
+def segment_sum(values, cu_seqlens):
+    """Sum of each sequence's values, [T] → [N]; differentiable, in a fixed order."""
+    return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
+
+
+def micro_batches(lengths, max_tokens):
+    """Splits items of these token counts, in order, into runs of at most `max_tokens` (a longer item stands alone).
+
+    Returns:
+        list of lists of indices.
+    """
+    runs, total = [[]], 0
+    for index, length in enumerate(lengths):
+        if runs[-1] and total + length > max_tokens:
+            runs.append([])
+            total = 0
+        runs[-1].append(index)
+        total += length
+    return runs if runs[-1] else []

@@ -1,0 +1,409 @@
+"""The configuration of a run: dataclasses, a YAML file, command-line overrides.
+
+`load_config(["--config", "run.yaml", "--rto.kl_coef", "0.02"])` gives a validated `Config`; every field below is both a
+YAML key and a command-line option. Defaults of the stages are the paper's for Llama-3-8B on UltraFeedback
+(arXiv 2404.18922, section 5 and appendix). Without `--config` the embedded default `configs/default.yaml` is used.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration; the message names the key and what was expected."""
+
+
+@dataclass
+class ModelConfig:
+    """The language model that is aligned."""
+
+    path: str = "embedded"
+    """Directory or hub id of any HF causal language model; `embedded` is a tiny one, trained from scratch."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; default: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto is bfloat16 on a GPU (with float32 master weights), float32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Allow a model directory to run its own Python code. Leave off for models you did not write."""
+
+
+@dataclass
+class DataConfig:
+    """Preference data, prompts and how they become tokens."""
+
+    preferences: str = "embedded:preferences"
+    """Pairs for the reward model and DPO: file, directory, HF dataset name (`name:config`), or `embedded:preferences`."""
+    sft: str | None = None
+    """Demonstrations for the SFT stage; default: the chosen responses of `preferences`."""
+    prompts: str | None = None
+    """Prompts of the RTO stage; default: those of `preferences`."""
+    eval_prompts: str | None = None
+    """Prompts on which policies are compared; default: those of the pairs held out of `preferences`."""
+    split: str = "train"
+    """Split of HF datasets."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
+    limit: int | None = None
+    """Read at most this many examples of each source."""
+    prompt_format: Literal["auto", "chat", "text"] = "auto"
+    """chat: a prompt given as text becomes one user message; text: it is used as it is; auto: chat if the tokenizer
+    has a chat template."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are handled as `overlong_prompt` says."""
+    max_response_tokens: int = 1024
+    """Longer responses of the data are cut (and get no end-of-sequence token)."""
+    overlong_prompt: Literal["drop", "truncate_left"] = "drop"
+    """Drop examples with too long prompts, or keep the prompt's last tokens."""
+    held_out: int = 256
+    """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
+
+
+@dataclass
+class StageConfig:
+    """What every training stage has."""
+
+    lr: float = 1e-6
+    """Peak learning rate (AdamW)."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = 0.1
+    """The learning rate follows a cosine down to this share of its peak."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (norms and biases have none)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    epochs: int = 1
+    """Passes over the stage's data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps (the schedule ends there too)."""
+    batch_size: int = 128
+    """Examples in one optimizer step."""
+    micro_batch_tokens: int = 16384
+    """Tokens in one forward and backward pass: sequences are packed, never padded, up to this many."""
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    """Stage 1: supervised fine-tuning. Skipped when a model is supplied."""
+
+    model: str | None = None
+    """A model that needs no SFT: its directory or hub id skips the stage."""
+    lr: float = 2e-5
+    """Peak learning rate (AdamW)."""
+    loss_on_prompt: bool = False
+    """Train on the tokens of the prompt too, not only on the response."""
+
+
+@dataclass
+class RewardModelConfig(StageConfig):
+    """Stage 2: Bradley-Terry reward model on the SFT model. Skipped when supplied or when `rto.score_scale` is 0."""
+
+    model: str | None = None
+    """HF sequence classification model with one label, of any tokenizer; skips the stage."""
+    function: str | None = None
+    """`module:function`, called with (prompts, responses), lists of text, returning one score each; skips the stage."""
+    lr: float = 1e-6
+    """Peak learning rate (AdamW)."""
+
+
+@dataclass
+class DPOConfig(StageConfig):
+    """Stage 3: direct preference optimisation of the SFT model. Skipped when supplied or when
+    `rto.dpo_reward_scale` is 0."""
+
+    model: str | None = None
+    """A model trained with DPO; skips the stage."""
+    ref_model: str | None = None
+    """The reference that model was trained against; default: the SFT model."""
+    lr: float = 5e-7
+    """Peak learning rate (AdamW)."""
+    batch_size: int = 256
+    """Pairs in one optimizer step."""
+    beta: float = 0.1
+    """β of the DPO loss (not of the RTO reward: see rto.dpo_reward_scale)."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO (arXiv 2305.18290); ipo: identity preference optimisation (arXiv 2310.12036)."""
+    label_smoothing: float = 0.0
+    """Assumed share of wrong labels, in [0, .5) (conservative DPO)."""
+
+
+@dataclass
+class RTOConfig(StageConfig):
+    """Stage 4: Reinforced Token Optimization."""
+
+    enabled: bool = True
+    """Run the stage; off: stop after DPO."""
+    init_from: Literal["sft", "dpo"] = "sft"
+    """The policy's first weights."""
+    ref_model: str | None = None
+    """The reference of the KL penalty; default: the SFT model."""
+    critic: str | None = None
+    """HF sequence classification model to start the critic from; default: the reward model, else the SFT model."""
+    lr: float = 5e-7
+    """Peak learning rate of the policy (AdamW)."""
+    critic_lr: float = 9e-6
+    """Peak learning rate of the critic (AdamW)."""
+    iterations: int | None = None
+    """Rollouts; default: one pass (`epochs` passes) over the prompts."""
+    prompts_per_rollout: int = 1024
+    """Prompts in one rollout."""
+    samples_per_prompt: int = 1
+    """Responses sampled for each prompt."""
+    ppo_epochs: int = 1
+    """Passes over each rollout."""
+    batch_size: int = 128
+    """Responses in one optimizer step."""
+    dpo_reward_scale: float = 0.05
+    """β1: scale of the dense reward log(π_dpo/π_ref); 0 gives plain PPO."""
+    dpo_reward_clip: float = 0.05
+    """The scaled dense reward is clipped to ± this; 0: not clipped."""
+    kl_coef: float = 0.01
+    """β2: scale of the penalty log(π/π_ref)."""
+    kl_target: float | None = None
+    """Adapt kl_coef to hold the KL of a response (nats) near this (arXiv 1909.08593); default: kl_coef is fixed."""
+    kl_horizon: int = 10000
+    """Responses over which the adaptive kl_coef reacts."""
+    score_scale: float = 1.0
+    """β3: scale of the sentence score; 0: no reward model."""
+    score_clip: float = 10.0
+    """The normalised sentence score is clipped to ± this; 0: not clipped."""
+    normalize_scores: bool = True
+    """Score → (score − mean)/std with the reward model's statistics (for a function: of the held-out responses)."""
+    granularity: Literal["token", "sentence", "sequence"] = "token"
+    """Where the dense reward is paid: at each token (RTO), at sentence ends (Semi-RTO), at the end (DDPO)."""
+    delimiters: str = ".!?\n"
+    """Characters that end a sentence (granularity: sentence)."""
+    shaping: bool = False
+    """Subtract the dense reward's sum at the end, which leaves PPO's optimum unchanged (RS-PPO)."""
+    advantage: Literal["gae", "reinforce_pp"] = "gae"
+    """gae: with a critic; reinforce_pp: without, whitened discounted return-to-go (RTO(RPP))."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation."""
+    whiten: bool = True
+    """Scale the advantages of a rollout to mean 0 and variance 1."""
+    clip_eps: float = 0.2
+    """The probability ratio is clipped at 1 − this …"""
+    clip_eps_high: float | None = None
+    """… and at 1 + this; default: clip_eps."""
+    dual_clip: float | None = None
+    """Bound the loss of negative advantages at this many times |advantage|; above 1, or none."""
+    value_clip_eps: float | None = 0.2
+    """The value may move by this from its old one (the loss is clipped), or none."""
+    value_coef: float = 1.0
+    """Scale of the value loss."""
+    entropy_coef: float = 0.0
+    """Scale of the entropy bonus."""
+    loss_normalization: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of a batch, or mean over responses of their token means (the paper's code)."""
+    truncation: Literal["penalty", "bootstrap", "score"] = "penalty"
+    """A response cut at max_new_tokens gets −truncation_penalty as its score, or the critic's value of what would have
+    followed, or the score of the cut text."""
+    truncation_penalty: float = 1.0
+    """In standard deviations of the score."""
+    compat: Literal["none", "paper_code"] = "none"
+    """paper_code repeats what the authors' code does differently: per-sequence loss, truncated responses get an EOS and
+    are scored as finished, dpo.ref_model is ignored, dpo_reward_scale ≤ 0 leaves the reward unscaled."""
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled, in training and evaluation."""
+
+    engine: Literal["hf"] = "hf"
+    """hf: `generate` of transformers."""
+    max_new_tokens: int = 1024
+    """Longest response."""
+    min_new_tokens: int = 1
+    """Shortest response."""
+    temperature: float = 1.0
+    """Of sampling, and of the policy that PPO optimises."""
+    top_p: float = 1.0
+    """Nucleus sampling; the paper samples from the whole distribution (1)."""
+    batch_size: int = 256
+    """Responses decoded at once."""
+
+
+@dataclass
+class EvalConfig:
+    """Comparison of the SFT, DPO and RTO policies on held-out prompts."""
+
+    function: str | None = None
+    """`module:function` that judges (prompts, responses); default: the reward model's normalised score."""
+    prompts: int = 256
+    """Prompts judged."""
+    every: int = 0
+    """Also evaluate the RTO policy every this many iterations; 0: only at the end."""
+    show: int = 2
+    """Completions printed per evaluation."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    output_dir: str = "runs/default"
+    """Folder of everything the run writes; must be new or empty."""
+    seed: int = 0
+    """Seed of initial weights, data order and sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    rto: RTOConfig = field(default_factory=RTOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        _validate(self)
+
+    @property
+    def needs_reward_model(self):
+        return self.rto.enabled and self.rto.score_scale != 0
+
+    @property
+    def needs_dpo_model(self):
+        return self.rto.dpo_reward_scale != 0 or self.rto.compat == "paper_code" or not self.rto.enabled
+
+
+def _validate(config):
+    def require(condition, key, expected):
+        if not condition:
+            value = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+
+    for stage_name in ("sft", "reward_model", "dpo", "rto"):
+        stage = getattr(config, stage_name)
+        for name in ("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens"):
+            require(getattr(stage, name) > 0, f"{stage_name}.{name}", "a number above 0")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            require(0 <= getattr(stage, name) <= 1, f"{stage_name}.{name}", "a number from 0 to 1")
+        require(stage.max_steps is None or stage.max_steps > 0, f"{stage_name}.max_steps", "a number above 0")
+    rto, rollout = config.rto, config.rollout
+    for key in ("prompts_per_rollout", "samples_per_prompt", "ppo_epochs", "critic_lr", "kl_horizon"):
+        require(getattr(rto, key) > 0, f"rto.{key}", "a number above 0")
+    for key in ("dpo_reward_clip", "score_clip", "truncation_penalty", "value_coef", "entropy_coef"):
+        require(getattr(rto, key) >= 0, f"rto.{key}", "a number of at least 0")
+    require(0 <= rto.gamma <= 1, "rto.gamma", "a number from 0 to 1")
+    require(0 <= rto.gae_lambda <= 1, "rto.gae_lambda", "a number from 0 to 1")
+    require(0 <= rto.clip_eps < 1, "rto.clip_eps", "a number in [0, 1)")
+    require(rto.clip_eps_high is None or rto.clip_eps_high >= 0, "rto.clip_eps_high", "a number of at least 0")
+    require(rto.dual_clip is None or rto.dual_clip > 1, "rto.dual_clip", "a number above 1, or null")
+    require(rto.value_clip_eps is None or rto.value_clip_eps > 0, "rto.value_clip_eps", "a number above 0, or null")
+    require(rto.iterations is None or rto.iterations > 0, "rto.iterations", "a number above 0, or null")
+    require(
+        not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"),
+        "rto.truncation", "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)",
+    )  # fmt: skip
+    require(0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
+    require(config.dpo.beta > 0, "dpo.beta", "a number above 0")
+    require(rollout.temperature > 0, "rollout.temperature", "a number above 0")
+    require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")
+    require(1 <= rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
+            "a number from 1 to rollout.max_new_tokens")  # fmt: skip
+    require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
+            "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
+
+
+def _keys(cls, prefix=""):
+    """Every key of the configuration: {"rto": RTOConfig, "rto.kl_coef": float, …}."""
+    keys = {}
+    for f in dataclasses.fields(cls):
+        keys[prefix + f.name] = f.type
+        if dataclasses.is_dataclass(f.type):
+            keys |= _keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _check_known(names, where, keys):
+    for name in names:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{where}: unknown key {name}{hint}")
+
+
+def _yaml_names(tree, keys, prefix=""):
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict) and dataclasses.is_dataclass(keys.get(f"{prefix}{name}")):
+            yield from _yaml_names(value, keys, f"{prefix}{name}.")
+
+
+def _check_yaml(path, keys):
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values such as `seed: 0`, got {type(tree).__name__}")
+    _check_known(_yaml_names(tree, keys), path, keys)
+
+
+def load_config(arguments):
+    """Parses command-line `arguments` (a list of strings) into a `Config`.
+
+    Raises:
+        ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
+            unreadable file. `--help` prints every key and exits.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m rto_fast.train", exit_on_error=False,
+        description="SFT → reward model → DPO → RTO, from preference data to an aligned Hugging Face checkpoint. "
+        f"Without --config: the embedded default ({DEFAULT_CONFIG.name}).",
+    )  # fmt: skip
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(Config, None)
+
+    keys = _keys(Config)
+    options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
+    known = {f"--{key}" for key in keys} | {"--config", "--print_config", "--help"}
+    _check_known(options, "command line", sorted(known))
+    if "--config" not in options:
+        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    for option, value in zip(arguments, arguments[1:] + [""]):
+        if option == "--config" or option.startswith("--config="):
+            _check_yaml(option.partition("=")[2] or value, keys)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
+        return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    except ConfigError:
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def dump_config(config):
+    """The resolved configuration as YAML text that `--config` reads back."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)

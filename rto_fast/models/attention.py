@@ -1,0 +1,107 @@
+"""Attention over packed sequences: one registered function for every Hugging Face decoder.
+
+The mask is ours: sequences never see each other because the kernels are told `cu_seqlens`, not because a mask is guessed
+from position ids (transformers does that only when no attention mask is given and no cache is used, and leaks silently
+otherwise). Order of preference: flash-attn's varlen kernel, torch's `varlen_attn`, scaled_dot_product_attention sequence by
+sequence. The last is exact everywhere; on a 2-core CPU, 64 sequences of 40–90 tokens take it 5 ms where one SDPA call with a
+block mask takes 239 ms (4 heads of 16), since the block mask also computes every pair of tokens that it then hides.
+"""
+
+import inspect
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+PACKED = "rto_packed"
+
+
+@cache
+def _flash_attn():
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:  # not on the registry as a wheel: optional
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def _torch_varlen():
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, set(inspect.signature(varlen_attn).parameters)
+
+
+def _flash_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
+    return _flash_attn()(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling, causal=True,
+        window_size=(window - 1 if window else -1, 0), softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
+    varlen_attn, parameters = _torch_varlen()
+    options = {}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    elif query.shape[1] != key.shape[1]:  # torch 2.11 wants equal head counts
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
+        window_size=(window - 1 if window else -1, 0), **options,
+    )  # fmt: skip
+
+
+def _sdpa_one(query, key, value, scaling, window, softcap):
+    """Causal attention of one sequence, [Hq, L, D] and [Hkv, L, D]."""
+    length = query.shape[1]
+    gqa = query.shape[0] != key.shape[0]
+    mask = None
+    if window and window < length:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask = (distance >= 0) & (distance < window)
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )[0]
+    groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(1, 2) * scale / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
+    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
+    pieces = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, value)))
+    return torch.cat([_sdpa_one(*piece, scaling, window, softcap) for piece in pieces], 1).transpose(0, 1)
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    cu_seq_lens_q=None, max_length_q=None, s_aux=None, **_,
+):  # fmt: skip
+    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
+    if cu_seq_lens_q is None:
+        raise ValueError("packed attention needs cu_seq_lens_q: call the model through rto_fast.models.forward_hidden")
+    if attention_mask is not None or s_aux is not None or (dropout and module.training):
+        raise ValueError("packed attention takes no attention_mask, attention sinks or attention dropout; "
+                         "set the model's attention_dropout to 0")  # fmt: skip
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if half and _flash_attn():
+        out = _flash_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap)
+    elif half and not softcap and query.shape[-1] <= 256:
+        out = _varlen_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        out = _sdpa_packed(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
+    return out[None], None
+
+
+# Only the attention is registered, not a mask: transformers then builds none and does not look for packing (a sync).
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,199 @@
+"""Models and tokenizers from disk or hub, and the two forward passes every stage is made of."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from rto_fast.batch import pack
+from rto_fast.models.attention import PACKED
+from rto_fast.ops import linear_token_logps
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: softcap·tanh((h @ weight.T + bias) / (divisor·softcap))."""
+
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None
+    divisor: float  # Granite divides its logits, Cohere multiplies them
+    softcap: float | None  # Gemma-2
+
+
+def resolve_dtype(name, device):
+    if name == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def _from_pretrained(auto_class, path, **options):
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        kind = "directory" if os.path.isdir(path) else "directory or reachable hub id"
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: not a usable model {kind}: {reason}") from error
+
+
+def load_tokenizer(path, *, trust_remote_code=False, chat_template=None):
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _prepare(model, path, device, trainable, gradient_checkpointing):
+    model.set_attn_implementation(PACKED)
+    if model.config._attn_implementation != PACKED:
+        raise ModelError(f"{path}: {type(model).__name__} does not use transformers' attention interface, "
+                         "so its sequences cannot be packed")  # fmt: skip
+    model.to(device).requires_grad_(trainable).train(trainable)
+    if trainable and gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def load_causal_lm(path, *, device, dtype, trainable, gradient_checkpointing=False, trust_remote_code=False):
+    """A causal language model ready for packed sequences, its logits checked against `causal_logps`.
+
+    Args:
+        path: directory or hub id. dtype: torch dtype of the weights. trainable: train mode and gradients, or neither.
+    Raises:
+        ModelError: nothing usable at `path`, or an architecture that cannot be packed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _from_pretrained(
+        AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    model = _prepare(model, path, device, trainable, gradient_checkpointing)
+    check_causal_lm(model, path)
+    return model
+
+
+def load_scorer(path, *, device, dtype, trainable, gradient_checkpointing=False, trust_remote_code=False):
+    """A sequence classification model with one label: a reward model (its score of the last token) or a critic (its
+    score of every token). From a causal language model directory the backbone is taken and the head starts at 0."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _quiet():  # transformers warns of the new head, which is what is wanted here
+        model, info = _from_pretrained(
+            AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code,
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    missing = set(info["missing_keys"])
+    head = score_head(model)
+    head_keys = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
+    if missing - head_keys:
+        raise ModelError(f"{path}: weights are missing: {', '.join(sorted(missing - head_keys))}")
+    if missing:
+        with torch.no_grad():
+            for p in head.parameters():
+                p.zero_()
+    return _prepare(model, path, device, trainable, gradient_checkpointing)
+
+
+@contextlib.contextmanager
+def _quiet():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def score_head(model):
+    head = getattr(model, "score", None)
+    if head is None:
+        raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
+                         "Hugging Face's ...ForSequenceClassification head")  # fmt: skip
+    return head
+
+
+def output_head(model):
+    """The language model's `Head`, from its modules and configuration."""
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0)
+    return Head(linear.weight, getattr(linear, "bias", None), divisor, getattr(config, "final_logit_softcapping", None))
+
+
+def forward_hidden(model, batch):
+    """Last hidden states of a packed batch, [T, D]: the backbone only, no logits."""
+    return model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        use_cache=False,
+    ).last_hidden_state[0]
+
+
+def causal_logps(model, batch, *, temperature=1.0):
+    """Log-prob of each label, [T] float32 (0 where the label is ignored), never holding [T, V] logits."""
+    head = output_head(model)
+    # softcap·tanh(z / (divisor·softcap)): with no softcap the divisor joins the temperature; with one, the hidden states.
+    hidden = forward_hidden(model, batch)
+    if head.softcap and head.divisor != 1.0:
+        raise ModelError(f"{type(model).__name__}: both a logit scale and a softcap; not supported")
+    return linear_token_logps(
+        hidden, head.weight, batch.labels, bias=head.bias, temperature=temperature * head.divisor, softcap=head.softcap
+    )
+
+
+def token_scores(model, batch):
+    """The score head at every position, [T] float32."""
+    return score_head(model)(forward_hidden(model, batch)).squeeze(-1).float()
+
+
+@torch.no_grad()
+def check_causal_lm(model, name):
+    """Compares `causal_logps` of two packed sequences with the model's own logits of each alone.
+
+    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak.
+    """
+    device = next(model.parameters()).device
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    training = model.training
+    model.eval()
+    ids = [[(7 * i + j) % vocab_size for i in range(8)] for j in (1, 2)]
+    packed = causal_logps(model, pack([s[:1] for s in ids], [s[1:] for s in ids], device))
+    with attention_implementation(model, "eager"):
+        alone = []
+        for sequence in ids:
+            logits = model(input_ids=torch.tensor([sequence], device=device), use_cache=False).logits[0, :-1].float()
+            alone.append(logits.log_softmax(-1).gather(-1, torch.tensor(sequence[1:], device=device)[:, None])[:, 0])
+    model.train(training)
+    error = (packed - torch.cat(alone)).abs().max().item()
+    tolerance = 1e-2 if _full_precision(model) else 0.25
+    if not error < tolerance:
+        raise ModelError(f"{name}: packed log-probs differ from the model's own by {error:.3g} nats: "
+                         f"{type(model).__name__} does something between hidden states and logits that is not known "
+                         "here, or does not respect packing")  # fmt: skip
+
+
+def _full_precision(model):
+    return next(model.parameters()).dtype == torch.float32
+
+
+@contextlib.contextmanager
+def attention_implementation(model, name):
+    """The model with another attention implementation, restored whatever happens."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
