@@ -1,0 +1,1 @@
+"""Data: sources and their layouts, chat templates and tokenising. Import from the modules."""

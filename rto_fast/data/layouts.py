@@ -1,0 +1,233 @@
+r"""Rows of any common layout to `Example`s. The first row's columns decide the layout; plain and conversational mix.
+
+| layout            | columns                                    | prompt                     | responses                   |
+|-------------------|--------------------------------------------|----------------------------|-----------------------------|
+| explicit prompt   | prompt, chosen, rejected: text or messages | prompt                     | text, or one assistant      |
+| UltraFeedback     | prompt: text; chosen, rejected: whole      | chosen without its last    | message (a whole            |
+|                   | conversations; messages, score_*           | message                    | conversation loses its      |
+| implicit prompt   | chosen, rejected: whole conversations      | their common prefix        | prompt)                     |
+|                   | chosen, rejected: plain text               | common prefix, whole words | the rest                    |
+| HH transcript     | chosen, rejected: "\n\nHuman: ...          | all but the last turn, as  | the last turn, stripped     |
+|                   | \n\nAssistant: ...", prompt likewise or no | messages                   |                             |
+| messages          | messages                                   | all but the last message   | last message, if assistant  |
+| prompt/response   | prompt, response (or completion)           | prompt                     | text or one message         |
+| prompt only       | prompt                                     | prompt                     | none                        |
+
+Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
+`Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+
+ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class DataError(ValueError):
+    """Bad input data: one line that names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of any layout. `prompt` is plain text, or chat messages of which the last is from the user."""
+
+    prompt: str | tuple[dict, ...]
+    response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    origin: str = ""  # "file:line" or "name[index]", for messages
+    extra: dict = field(default_factory=dict)  # other columns, for reward functions
+
+
+def check_columns(columns):
+    """Refuse a mapping whose keys are not ours."""
+    unknown = [key for key in columns or {} if key not in ROLES]
+    if unknown:
+        raise DataError(f"columns: {unknown[0]!r} is not one of {', '.join(ROLES)}; write {{ours: theirs}}")
+
+
+def detect_layout(row, columns=None, origin="data"):
+    """Name of the layout (first column of the module's table) of a row (dict), after mapping its columns."""
+    present = _mapped(row, columns or {}, origin)
+    if "chosen" in present and "rejected" in present:
+        if is_transcript(present["chosen"]) and is_transcript(present["rejected"]):
+            return "HH transcript"
+        if "prompt" not in present:
+            return "implicit prompt"
+        whole = isinstance(present["prompt"], str) and isinstance(present["chosen"], list)
+        return "UltraFeedback" if whole and len(present["chosen"]) > 1 else "explicit prompt"
+    if "chosen" not in present and "rejected" not in present:
+        if "messages" in present:
+            return "messages"
+        if "prompt" in present:
+            return "prompt/response" if "response" in present or "completion" in present else "prompt only"
+    raise DataError(
+        f"{origin}: no known layout in columns {_listing(row)}; map them with columns, such as "
+        'columns={"prompt": "question", "chosen": "better", "rejected": "worse"}'
+    )
+
+
+def to_example(row, layout, origin, columns=None):
+    """One row (dict) of a detected layout as an `Example`; `DataError` names `origin` and what was found."""
+    present = _mapped(row, columns or {}, origin)
+    used = {*ROLES, *(columns or {}).values()}
+    extra = {key: value for key, value in row.items() if key not in used}
+    response = chosen = rejected = None
+    if layout in ("explicit prompt", "UltraFeedback", "implicit prompt", "HH transcript"):
+        _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
+        prompt, chosen, rejected = _preference(present, layout, origin)
+    elif layout == "messages":
+        _need(present, ("messages",), row, origin)
+        messages = _messages(present["messages"], "messages", origin)
+        if messages[-1]["role"] == "assistant":
+            prompt, response = messages[:-1], _text(messages[-1:], "messages", origin)
+        else:
+            prompt = messages
+    else:
+        _need(present, ("prompt",), row, origin)
+        prompt = _prompt(present["prompt"], origin)
+        if layout == "prompt/response":
+            name = "response" if "response" in present else "completion"
+            _need(present, (name,), row, origin)
+            response = _text(_after(prompt, present[name], name, origin), name, origin)
+    _check_prompt(prompt, origin)
+    return Example(prompt, response, chosen, rejected, origin, extra)
+
+
+def is_transcript(value):
+    """Whether a value is an Anthropic HH transcript: text that opens with a Human turn."""
+    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None and "\n\nAssistant:" in value
+
+
+def transcript_messages(text):
+    """Messages of an HH transcript; an open last turn has empty content. Repeated speakers are joined."""
+    pieces = _TURN.split("\n\n" + text.lstrip())[1:]
+    messages = []
+    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            content = messages.pop()["content"] + "\n\n" + content
+        messages.append({"role": role, "content": content.strip()})
+    return tuple(messages)
+
+
+def _preference(present, layout, origin):
+    """(prompt, chosen, rejected) of the pair layouts."""
+    chosen, rejected = present["chosen"], present["rejected"]
+    if layout == "HH transcript":
+        chosen, rejected = transcript_messages(chosen), transcript_messages(rejected)
+    elif type(chosen) is not type(rejected):
+        raise DataError(f"{origin}: chosen is {_kind(chosen)} but rejected is {_kind(rejected)}; make them alike")
+    elif isinstance(chosen, list):
+        chosen, rejected = _messages(chosen, "chosen", origin), _messages(rejected, "rejected", origin)
+
+    if layout == "explicit prompt":
+        prompt = _prompt(present["prompt"], origin)
+        chosen, rejected = _after(prompt, chosen, "chosen", origin), _after(prompt, rejected, "rejected", origin)
+        if is_transcript(present["prompt"]) and isinstance(chosen, str):
+            chosen, rejected = chosen.strip(), rejected.strip()
+    elif isinstance(chosen, str):
+        prompt, chosen, rejected = _split_text(chosen, rejected, origin)
+    else:
+        prompt = chosen[:-1]
+        if rejected[:-1] != prompt:
+            raise DataError(f"{origin}: chosen and rejected differ before their last message; only it may differ")
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    return prompt, _text(chosen, "chosen", origin), _text(rejected, "rejected", origin)
+
+
+def _split_text(chosen, rejected, origin):
+    """Common prefix of two plain texts, cut before a space so that it ends with a whole word."""
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        _text(text, name, origin)
+    size = len(os.path.commonprefix([chosen, rejected]))
+    inside = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", chosen[: size + 1])]
+    if not inside:
+        raise DataError(f"{origin}: chosen and rejected share no prompt; add a prompt column, or map it with columns")
+    cut = inside[-1]
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _mapped(row, columns, origin):
+    """The row's values under our names, without nulls."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {_listing(row)}")
+    taken = set(columns.values())
+    natural = {name: row[name] for name in ROLES if name in row and name not in taken}
+    named = natural | {ours: row[theirs] for ours, theirs in columns.items()}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _need(present, names, row, origin):
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise DataError(f"{origin}: {missing[0]} is missing or null; found {_listing(row)}")
+
+
+def _prompt(value, origin):
+    if is_transcript(value):
+        messages = transcript_messages(value)
+        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
+    return value if isinstance(value, str) else _messages(value, "prompt", origin)
+
+
+def _after(prompt, value, name, origin):
+    """A response without the prompt that whole conversations repeat."""
+    if isinstance(value, str):
+        return value
+    messages = _messages(value, name, origin)
+    before = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return messages[len(before) :] if messages[: len(before)] == tuple(before) else messages
+
+
+def _messages(value, name, origin):
+    """Validated messages, reduced to role and content."""
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {_kind(value)}")
+    if not value:
+        raise DataError(f"{origin}: {name} is an empty list of messages; remove the row")
+    for message in value:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                f"{origin}: {name}: a message needs text under 'role' and 'content', found {_kind(message)}"
+            )
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _text(value, name, origin):
+    """The text of a response: itself, or the content of its single assistant message."""
+    if isinstance(value, tuple):
+        if len(value) != 1 or value[0]["role"] != "assistant":
+            found = ", ".join(message["role"] for message in value) or "none"
+            raise DataError(f"{origin}: {name} must add one assistant message to the prompt, found {found}")
+        value = value[0]["content"]
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {_kind(value)}")
+    if not value.strip():
+        raise DataError(f"{origin}: empty response: {name} is {value!r}; remove the row")
+    return value
+
+
+def _check_prompt(prompt, origin):
+    if isinstance(prompt, tuple) and (not prompt or prompt[-1]["role"] != "user"):
+        last = prompt[-1]["role"] if prompt else "missing"
+        raise DataError(f"{origin}: the last message of the prompt must be from the user, found {last}")
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    if not text.strip():
+        raise DataError(f"{origin}: empty prompt: {text!r}; remove the row")
+
+
+def _listing(row):
+    return ", ".join(map(str, row)) or "none"
+
+
+def _kind(value):
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
