@@ -1,0 +1,170 @@
+"""Facts about the machine code of every Triton kernel, read on a machine that needs no GPU.
+
+    python -m benchmarks.static [--json] [substring of a kernel's name]
+
+A case is a call of a kernel module. The call runs on CPU tensors with Triton's launcher replaced by a recorder, so what
+is compiled here is exactly what that call launches on a GPU: dtypes, alignments, constexprs, warps. Each launch is then
+compiled for each architecture and read back with the cuobjdump that Triton ships. Exits with 1 if a fact fails.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks.static_cases import CASES, EXPECTED
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS_PER_SM = 65536
+# Shared memory in bytes a block may have, and an SM has (a block costs 1 KB more than it asks for); warps an SM holds.
+LIMITS = {80: (163 << 10, 164 << 10, 64), 90: (227 << 10, 228 << 10, 64), 100: (227 << 10, 228 << 10, 64)}
+TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+
+
+@dataclass
+class Facts:
+    """What one kernel of one case is on one architecture."""
+
+    kernel: str
+    case: str
+    sm: int
+    warps: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]  # width in bits -> number of instructions
+    stores: dict[int, int]
+    tensor_core: int
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def occupancy(self):
+        """Share of an SM's warps that fit, by registers (given in units of 256 to a warp) and by shared memory."""
+        _, shared_per_sm, warps_per_sm = LIMITS[self.sm]
+        by_registers = REGISTERS_PER_SM // (-(-self.registers * 32 // 256) * 256 * self.warps)
+        by_shared = shared_per_sm // (self.shared_bytes + 1024)
+        return min(by_registers, by_shared, 32, warps_per_sm // self.warps) * self.warps / warps_per_sm
+
+    def check(self):
+        expected = EXPECTED.get(self.kernel, {})
+        if self.local_bytes:
+            self.failures.append(f"{self.local_bytes} bytes of local memory or stack, expected 0")
+        if self.shared_bytes > LIMITS[self.sm][0]:
+            self.failures.append(f"{self.shared_bytes} bytes of shared memory, at most {LIMITS[self.sm][0]} fit")
+        for name, widths in (("wide_loads", self.loads), ("wide_stores", self.stores)):
+            wide = sum(number for width, number in widths.items() if width >= 128)
+            if wide < expected.get(name, 0):
+                self.failures.append(f"{wide} {name} (128 bits), expected at least {expected[name]}")
+        if expected.get("tensor_core") and not self.tensor_core:
+            self.failures.append("no tensor-core instruction")
+
+
+def record_launches(call, *call_args):
+    """The (kernel, arguments, options) `call` launches; nothing runs, so the tensors it returns hold garbage."""
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        launches.append((kernel, args, kwargs))
+
+    with patch.object(JITFunction, "run", record):
+        call(*call_args)
+    return launches
+
+
+def compile_launch(kernel, args, kwargs, sm):
+    """What `JITFunction.run` does up to the launch, for a GPU that is not there. Returns (compiled, its cache key)."""
+    target = GPUTarget("cuda", sm, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _widths(sass, instruction):
+    """{bits: count} of the global-memory instruction `instruction` (LDG also counts its asynchronous form)."""
+    widths = Counter()
+    for modifiers in re.findall(rf"\b{instruction}(?:STS)?\.(E[\w.]*)", sass):
+        width = re.search(r"\b[US]?(8|16|64|128|256)\b", modifiers.replace(".", " "))
+        widths[int(width[1]) if width else 32] += 1
+    return dict(sorted(widths.items(), reverse=True))
+
+
+def read_facts(compiled, case, sm):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+    metadata = compiled.metadata
+    facts = Facts(
+        metadata.name, case, sm, metadata.num_warps, usage["REG"], usage["STACK"] + usage["LOCAL"], metadata.shared,
+        _widths(dump, "LDG"), _widths(dump, "STG"), len(re.findall(TENSOR_CORE[sm], dump)),
+    )  # fmt: skip
+    facts.check()
+    return facts
+
+
+def collect(only=""):
+    """The Facts of every kernel whose name contains `only`, each compiled variant once."""
+    collected, seen = [], set()
+    for case, (module, call) in CASES.items():
+        torch.manual_seed(0)
+        launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))
+        for kernel, args, kwargs in launches:
+            for sm in LIMITS if only in kernel.__name__ else ():
+                compiled = compile_launch(kernel, args, kwargs, sm)
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    collected.append(read_facts(compiled, case, sm))
+    return collected
+
+
+def print_table(collected):
+    def widths(counts):
+        return " ".join(f"{number}×{width}" for width, number in counts.items()) or "-"
+
+    rows = [("kernel", "case", "sm", "warps", "registers", "local", "shared", "occupancy", "mma", "loads", "stores")]
+    rows += [
+        (f.kernel, f.case, f.sm, f.warps, f.registers, f.local_bytes, f.shared_bytes, f"{f.occupancy:.0%}",
+         f.tensor_core, widths(f.loads), widths(f.stores))
+        for f in collected
+    ]  # fmt: skip
+    columns = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, columns)).rstrip())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("only", nargs="?", default="", help="part of a kernel's name")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    options = parser.parse_args()
+    collected = collect(options.only)
+    if options.json:
+        print(json.dumps([asdict(facts) for facts in collected]))
+    else:
+        print_table(collected)
+    failed = [facts for facts in collected if facts.failures]
+    for facts in failed:
+        print(f"{facts.kernel} ({facts.case}, sm_{facts.sm}): {'; '.join(facts.failures)}", file=sys.stderr)
+    return bool(failed) or not collected
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""PPO's clipped policy and value losses from per-token log-probs and values.
+
+Both have one shape: a per-token loss whose derivative is known as soon as the token is read, over a denominator known
+only when all of them are. So the forward launch writes each token's derivative of the *unnormalised* loss and one
+column of partial sums a block; a second launch of one program adds the columns in a fixed order (no atomics: bitwise
+repeatable) and divides; the backward pass multiplies by a scalar that never leaves the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_T = 1024
+NUM_WARPS = 4  # 8 tokens a thread: a 128-bit load of bfloat16, two of float32
+BLOCK_P = 1024
+
+
+@triton.jit
+def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
+    """(is the token in the loss, its weight), both 0 outside."""
+    valid = tl.load(loss_mask_ptr + offs_t, mask=mask_t, other=0) != 0
+    weight = valid.to(tl.float32)
+    if weights_ptr is not None:
+        weight = tl.where(valid, tl.load(weights_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32), 0.0)
+    return valid, weight
+
+
+@triton.jit
+def _load_valid(ptr, offs_t, mask_t, valid):
+    """Selects after the load, not in its mask: a mask read from memory would split it into 32-bit loads."""
+    return tl.where(valid, tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def _store_partials(partials_ptr, pid_t, num_blocks, loss, metric_0, metric_1, weight):
+    partials_ptr += pid_t
+    tl.store(partials_ptr, tl.sum(loss * weight))
+    tl.store(partials_ptr + num_blocks, tl.sum(metric_0 * weight))
+    tl.store(partials_ptr + 2 * num_blocks, tl.sum(metric_1 * weight))
+    tl.store(partials_ptr + 3 * num_blocks, tl.sum(weight))
+
+
+@triton.jit
+def _policy_block(
+    logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
+    ratio_low, ratio_high, dual_clip, pid_t, offs_t, mask_t,
+):  # fmt: skip
+    valid, weight = _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t)
+    logp = _load_valid(logps_ptr, offs_t, mask_t, valid)
+    old_logp = _load_valid(old_logps_ptr, offs_t, mask_t, valid)
+    advantage = _load_valid(advantages_ptr, offs_t, mask_t, valid)
+
+    # Comparisons and selects instead of min, max and clamp: those drop NaN, these hand it on.
+    log_ratio = logp - old_logp
+    is_clamped = (log_ratio > 20.0) | (log_ratio < -20.0)
+    log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0.0, 20.0, -20.0), log_ratio)
+    ratio = tl.exp(log_ratio)
+    clipped_ratio = tl.where(ratio > ratio_high, ratio_high, tl.where(ratio < ratio_low, ratio_low, ratio))
+    loss = -advantage * ratio
+    is_clipped = -advantage * clipped_ratio > loss
+    loss = tl.where(is_clipped, -advantage * clipped_ratio, loss)
+    if dual_clip is not None:
+        is_bounded = (advantage < 0.0) & (loss > -dual_clip * advantage)
+        loss = tl.where(is_bounded, -dual_clip * advantage, loss)
+        is_clipped = is_clipped | is_bounded
+    # d(-A·e^x)/dx is the unclipped loss itself.
+    tl.store(dlogps_ptr + offs_t, tl.where(is_clipped | is_clamped, 0.0, loss) * weight, mask=mask_t)
+
+    # e^x - 1 - x cancels where policies are close, which is where it is watched: Taylor there, exact to 1e-7.
+    series = log_ratio * log_ratio * (0.5 + log_ratio * (1 / 6 + log_ratio * (1 / 24 + log_ratio * (1 / 120))))
+    kl = tl.where(tl.abs(log_ratio) < 0.05, series, ratio - 1.0 - log_ratio)
+    _store_partials(partials_ptr, pid_t, num_blocks, loss, kl, is_clipped.to(tl.float32), weight)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+def ppo_policy_fwd_kernel(
+    logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_tokens,
+    num_blocks, ratio_low, ratio_high, dual_clip, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    pid_t = tl.program_id(0).to(tl.int64)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+    if (pid_t + 1) * BLOCK_T <= num_tokens:
+        _policy_block(
+            logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
+            ratio_low, ratio_high, dual_clip, pid_t, offs_t, tl.full((BLOCK_T,), True, tl.int1),
+        )  # fmt: skip
+    else:
+        _policy_block(
+            logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
+            ratio_low, ratio_high, dual_clip, pid_t, offs_t, offs_t < num_tokens,
+        )  # fmt: skip
+
+
+@triton.jit
+def _value_block(
+    values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
+    value_clip_eps, pid_t, offs_t, mask_t,
+):  # fmt: skip
+    valid, weight = _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t)
+    value = _load_valid(values_ptr, offs_t, mask_t, valid)
+    target = _load_valid(returns_ptr, offs_t, mask_t, valid)
+    error = value - target
+    loss = 0.5 * error * error
+    is_clipped = tl.zeros_like(valid)
+    if value_clip_eps is not None:
+        old_value = _load_valid(old_values_ptr, offs_t, mask_t, valid)
+        change = value - old_value
+        clipped_change = tl.where(change > 0.0, value_clip_eps, -value_clip_eps)
+        clipped_error = old_value + clipped_change - target
+        clipped_loss = 0.5 * clipped_error * clipped_error
+        is_clipped = (tl.abs(change) > value_clip_eps) & (clipped_loss > loss)
+        loss = tl.where(is_clipped, clipped_loss, loss)
+    tl.store(dvalues_ptr + offs_t, tl.where(is_clipped, 0.0, error) * weight, mask=mask_t)
+    clipped = is_clipped.to(tl.float32)
+    _store_partials(partials_ptr, pid_t, num_blocks, loss, clipped, clipped, weight)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+def ppo_value_fwd_kernel(
+    values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_tokens,
+    num_blocks, value_clip_eps, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    pid_t = tl.program_id(0).to(tl.int64)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    if (pid_t + 1) * BLOCK_T <= num_tokens:  # as in ppo_policy_fwd_kernel
+        _value_block(
+            values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
+            value_clip_eps, pid_t, offs_t, tl.full((BLOCK_T,), True, tl.int1),
+        )  # fmt: skip
+    else:
+        _value_block(
+            values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
+            value_clip_eps, pid_t, offs_t, offs_t < num_tokens,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_row(partials_ptr, row, num_blocks, BLOCK_P: tl.constexpr):
+    offs_p = tl.arange(0, BLOCK_P)
+    sums = tl.zeros((BLOCK_P,), tl.float32)
+    for start in range(0, num_blocks, BLOCK_P):
+        sums += tl.load(partials_ptr + row * num_blocks + start + offs_p, mask=start + offs_p < num_blocks, other=0.0)
+    return tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def ppo_reduce_kernel(partials_ptr, num_items_ptr, loss_ptr, stats_ptr, num_blocks, BLOCK_P: tl.constexpr):
+    if num_items_ptr is None:
+        total = _sum_row(partials_ptr, 3, num_blocks, BLOCK_P)
+    else:
+        total = tl.load(num_items_ptr)
+    scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    tl.store(loss_ptr, _sum_row(partials_ptr, 0, num_blocks, BLOCK_P) * scale)
+    tl.store(stats_ptr + 0, _sum_row(partials_ptr, 1, num_blocks, BLOCK_P) * scale)
+    tl.store(stats_ptr + 1, _sum_row(partials_ptr, 2, num_blocks, BLOCK_P) * scale)
+    tl.store(stats_ptr + 2, scale)
+
+
+def _forward(kernel, tensors, loss_mask, weights, num_items, *constants):
+    """(loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
+    first = tensors[0]
+    num_tokens = first.numel()
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    partials = torch.empty(4, num_blocks, dtype=torch.float32, device=first.device)
+    loss = torch.empty((), dtype=torch.float32, device=first.device)
+    stats = torch.empty(3, dtype=torch.float32, device=first.device)
+    derivative = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+    inputs = [None if t is None else t.contiguous() for t in (*tensors, loss_mask, weights)]
+    with torch.cuda.device_of(first):
+        if num_blocks:
+            kernel[(num_blocks,)](
+                *inputs, derivative, partials, num_tokens, num_blocks, *constants, BLOCK_T=BLOCK_T, num_warps=NUM_WARPS
+            )
+        ppo_reduce_kernel[(1,)](partials, num_items, loss, stats, num_blocks, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS)
+    return loss, stats, derivative
+
+
+@torch.library.custom_op("rto_fast::ppo_policy_loss", mutates_args=())
+def _ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None,
+    num_items: Tensor | None, ratio_low: float, ratio_high: float, dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward(
+        ppo_policy_fwd_kernel, (logps, old_logps, advantages), loss_mask, weights, num_items,
+        ratio_low, ratio_high, dual_clip,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rto_fast::ppo_value_loss", mutates_args=())
+def _ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, weights: Tensor | None,
+    num_items: Tensor | None, value_clip_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward(
+        ppo_value_fwd_kernel, (values, old_values, returns), loss_mask, weights, num_items, value_clip_eps
+    )  # fmt: skip
+
+
+def _fake(first, *_):
+    new = torch.empty((), dtype=torch.float32, device=first.device)
+    return new, new.new_empty(3), new.new_empty(first.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    stats, derivative = ctx.saved_tensors
+    return (derivative * (grad_loss * stats[2])).to(ctx.dtype), *(None,) * (ctx.num_inputs - 1)
+
+
+for _op in (_ppo_policy_loss, _ppo_value_loss):
+    _op.register_fake(_fake)
+    _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _num_items(num_items, device):
+    """A 0-d float32 tensor on the device; a Python number travels as a kernel argument, not as a copy."""
+    if num_items is None or isinstance(num_items, Tensor):
+        return None if num_items is None else num_items.to(device, torch.float32)
+    return torch.full((), num_items, dtype=torch.float32, device=device)
+
+
+def ppo_policy_loss(
+    logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
+    dual_clip=None,
+):  # fmt: skip
+    """See `rto_fast.ops.ppo_policy_loss`. Differentiable in `logps`."""
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    loss, stats, _ = _ppo_policy_loss(
+        logps, old_logps, advantages, loss_mask, weights, _num_items(num_items, logps.device), 1.0 - clip_eps,
+        1.0 + high, dual_clip,
+    )  # fmt: skip
+    approx_kl, clip_fraction, _ = stats.detach().unbind()
+    return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clip_fraction": clip_fraction}
+
+
+def ppo_value_loss(
+    values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2
+):  # fmt: skip
+    """See `rto_fast.ops.ppo_value_loss`. Differentiable in `values`."""
+    loss, stats, _ = _ppo_value_loss(
+        values, old_values, returns, loss_mask, weights, _num_items(num_items, values.device), value_clip_eps
+    )
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": stats[0].detach()}

@@ -1,0 +1,35 @@
+"""Every kernel, compiled for every architecture, keeps the facts of `benchmarks.static` (no GPU needed)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = [
+    kernel
+    for path in sorted((ROOT / "kernels").glob("*.py"))
+    for kernel in re.findall(r"def (\w+_kernel)\(", path.read_text())
+]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    """In a process of its own: under the interpreter, which may be on in this one, nothing can be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.static", "--json"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_machine_code(facts, kernel):
+    found = [fact for fact in facts if fact["kernel"] == kernel]
+    assert {fact["sm"] for fact in found} == {80, 90, 100}, "the kernel needs a case in benchmarks/static_cases.py"
+    assert [(fact["case"], fact["sm"], fact["failures"]) for fact in found if fact["failures"]] == []
+    assert all(16 <= fact["registers"] <= 255 and fact["loads"] and fact["stores"] for fact in found)
