@@ -106,10 +106,10 @@ def transcript_messages(text):
     pieces = _TURN.split("\n\n" + text.lstrip())[1:]
     messages = []
     for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
+        role, content = "user" if speaker == "Human" else "assistant", content.strip()
         if messages and messages[-1]["role"] == role:
             content = messages.pop()["content"] + "\n\n" + content
-        messages.append({"role": role, "content": content.strip()})
+        messages.append({"role": role, "content": content})
     return tuple(messages)
 
 
@@ -118,16 +118,17 @@ def _preference(present, layout, origin):
     chosen, rejected = present["chosen"], present["rejected"]
     if layout == "HH transcript":
         chosen, rejected = transcript_messages(chosen), transcript_messages(rejected)
-    elif type(chosen) is not type(rejected):
-        raise DataError(f"{origin}: chosen is {_kind(chosen)} but rejected is {_kind(rejected)}; make them alike")
-    elif isinstance(chosen, list):
-        chosen, rejected = _messages(chosen, "chosen", origin), _messages(rejected, "rejected", origin)
-
+    else:
+        chosen = chosen if isinstance(chosen, str) else _messages(chosen, "chosen", origin)
+        rejected = rejected if isinstance(rejected, str) else _messages(rejected, "rejected", origin)
     if layout == "explicit prompt":
         prompt = _prompt(present["prompt"], origin)
         chosen, rejected = _after(prompt, chosen, "chosen", origin), _after(prompt, rejected, "rejected", origin)
-        if is_transcript(present["prompt"]) and isinstance(chosen, str):
-            chosen, rejected = chosen.strip(), rejected.strip()
+        if is_transcript(present["prompt"]):
+            chosen, rejected = (side.strip() if isinstance(side, str) else side for side in (chosen, rejected))
+    elif isinstance(chosen, str) != isinstance(rejected, str):
+        kinds = ["text" if isinstance(side, str) else "messages" for side in (chosen, rejected)]
+        raise DataError(f"{origin}: chosen is {kinds[0]} but rejected is {kinds[1]}; make them alike")
     elif isinstance(chosen, str):
         prompt, chosen, rejected = _split_text(chosen, rejected, origin)
     else:

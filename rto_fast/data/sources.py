@@ -165,7 +165,7 @@ def _json_lines(lines, path):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 where = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
                 raise DataError(f"{path}:{number}: malformed JSON: {where}") from None
@@ -200,7 +200,7 @@ def _csv_rows(file, path):
                 raise DataError(f"{origin}: the row does not have the {len(reader.fieldnames)} fields of the header")
             rows.append((origin, row))
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: malformed csv: {error}") from None
+        raise DataError(f"{path}:{start}: malformed csv: {error}") from None
     return rows
 
 

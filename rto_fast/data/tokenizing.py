@@ -242,15 +242,21 @@ def _encode_responses(tokenizer, prompts_, responses, prompt_format, stop_ids):
     chat = [_is_chat(tokenizer, prompt, prompt_format) for prompt in prompts_]
     turns = {is_chat: _turn(tokenizer, is_chat) for is_chat in set(chat)}
     endings = tuple(tokenizer.convert_ids_to_tokens(i) for i in stop_ids)
-    texts = []
+    # SentencePiece style sets a space before text on its own: there, tokenise after an anchor that merges with nothing
+    prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")
+    anchor_sizes = {anchor: len(_encode(tokenizer, [anchor])[0]) for anchor in ("", "a", "\n")}
+    texts, skips = [], []
     for response, is_chat in zip(responses, chat, strict=True):
         for ending in endings:  # spelled out already, as in data made for other trainers
             response = response.removesuffix(ending)
         turn = turns[is_chat]
-        texts.append(turn.lead + response.lstrip(turn.strip_left).rstrip(turn.strip_right))
+        text = turn.separator + response.lstrip(turn.strip_left).rstrip(turn.strip_right)
+        anchor = ("a" if text.startswith("\n") else "\n") if prefixes_space else ""
+        texts.append(anchor + text)
+        skips.append(anchor_sizes[anchor])
     encoded = _encode(tokenizer, texts, split_special_tokens=True)
     stops = {is_chat: turn.stop if turn.stop in stop_ids else stop_ids[0] for is_chat, turn in turns.items()}
-    return [[*ids[turns[c].skip :], stops[c]] for ids, c in zip(encoded, chat, strict=True)]
+    return [[*ids[skip:], stops[is_chat]] for ids, skip, is_chat in zip(encoded, skips, chat, strict=True)]
 
 
 def _encode(tokenizer, texts, **options):
@@ -268,9 +274,9 @@ def _render(tokenizer, messages, **options):
     )
 
 
-# How responses are set: text put before tokenising and number of tokens it makes; characters to strip on either side
-# (None: all whitespace, as in str.strip); the id that ends a turn.
-_Turn = namedtuple("_Turn", "lead skip strip_left strip_right stop")
+# How a template sets a response: text before it; characters stripped off either side (None: all whitespace, as in
+# str.strip); the id that ends the turn.
+_Turn = namedtuple("_Turn", "separator strip_left strip_right stop")
 
 
 def _turn(tokenizer, is_chat):
@@ -281,18 +287,11 @@ def _turn(tokenizer, is_chat):
         opening = _render(tokenizer, [user], add_generation_prompt=True)
         whole = _render(tokenizer, [user, {"role": "assistant", "content": "\n\tprobe\t\n"}])
         before, _, after = whole.rpartition("probe")
-        if before.startswith(opening):
+        if before.startswith(opening):  # not so if the generation prompt opens a thought, which answers do not have
             between = before[len(opening) :]
             left = "" if between.endswith("\n\t") else "\n" if between.endswith("\t") else None
             right = "" if after.startswith("\t\n") else "\n" if after.startswith("\t") else None
             separator = between.removesuffix({"": "\n\t", "\n": "\t", None: ""}[left])
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ends = _encode(tokenizer, [after])[0]
-        stop = next((i for i in ends if i in special or i == stop), stop)
-    lead, skip = separator, 0
-    if (tokenizer.tokenize("a") or [""])[0].startswith("▁"):
-        # SentencePiece style: tokenised on its own, text gets a leading space. Right where the template sets one,
-        # otherwise avoided by tokenising after a newline, with which nothing merges.
-        lead = "" if separator == " " else "\n" + separator
-        skip = len(_encode(tokenizer, ["\n"])[0]) if lead else 0
-    return _Turn(lead, skip, left, right, stop)
+        stop = next((i for i in _encode(tokenizer, [after])[0] if i in special or i == stop), stop)
+    return _Turn(separator, left, right, stop)
