@@ -1,0 +1,199 @@
+"""What the log-prob kernels share: the softmax state of a row of logits, its gradient, and float32-accumulating GEMMs.
+
+A row's state is (m, s, u) with m = max z, t = (z - m)·log2(e)/temperature, s = Σ 2^t, u = Σ 2^t·t: base 2 because
+ex2 and lg2 are what the hardware has, and u because entropy = ln s - u/s (base e) then needs no second pass and does
+not cancel as lse - E[z] does. `scale` is log2(e)/temperature, `cap` the softcap or None.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+# 2^t is 0 in float32 below this, while 0·t must not become 0·(-inf): t is clamped where it is a factor, not an exponent.
+MIN_LOG2 = tl.constexpr(-200.0)
+
+# Elements of a tile of gradients: 16 a thread, half of what a reduction takes, because it is all live at once.
+GRADIENT_BLOCK = 4096
+
+
+def row_block(num_cols, largest=8192):
+    """(BLOCK_V, num_warps) for a row: at most 8 warps, and `largest` / 256 elements a thread."""
+    block_v = min(max(triton.next_power_of_2(num_cols), 128), largest)
+    return block_v, max(1, block_v * 8 // largest)
+
+
+@triton.jit
+def load_logits(x_ptr, bias_ptr, offs_v, num_cols, cap, MASKED: tl.constexpr):
+    """(logits, their derivative in what was loaded) of one tile in float32, -inf past the end."""
+    mask_v = offs_v < num_cols
+    if MASKED:
+        z = tl.load(x_ptr + offs_v, mask=mask_v, other=float("-inf")).to(tl.float32)
+    else:
+        z = tl.load(x_ptr + offs_v).to(tl.float32)
+    if bias_ptr is not None:
+        if MASKED:
+            z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        else:
+            z += tl.load(bias_ptr + offs_v).to(tl.float32)
+    derivative = 1.0
+    if cap is not None:
+        # tanh from ex2: absolute error 1e-7, where tanh.approx has 5e-4. e^2x overflows to inf and gives 1.
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(z * (2.0 * LOG2E / cap)))
+        derivative = 1.0 - tanh * tanh
+        z = cap * tanh
+        if MASKED:
+            z = tl.where(mask_v, z, float("-inf"))
+    return z, derivative
+
+
+@triton.jit
+def fold_tile(z, m, s, u, scale, WITH_ENTROPY: tl.constexpr):
+    new_m = tl.maximum(m, tl.max(z, 0))
+    # While all is -inf, measure from 0: -inf - -inf would be NaN. A NaN logit reaches s through t: max drops it.
+    origin = tl.where(new_m == float("-inf"), 0.0, new_m)
+    t = (z - origin) * scale
+    exp = tl.exp2(t)
+    shift = (m - origin) * scale
+    rescale = tl.exp2(shift)
+    if WITH_ENTROPY:
+        u = rescale * (u + tl.maximum(shift, MIN_LOG2) * s) + tl.sum(exp * tl.maximum(t, MIN_LOG2), 0)
+    s = rescale * s + tl.sum(exp, 0)
+    return new_m, s, u
+
+
+@triton.jit
+def fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The state of columns [begin, end); whole tiles run without a mask, whose selects cost an instruction a word."""
+    m = float("-inf")
+    s = 0.0
+    u = 0.0
+    offs_v = tl.arange(0, BLOCK_V)
+    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
+    for start in range(begin, tail, BLOCK_V):
+        z, _ = load_logits(x_ptr, bias_ptr, start + offs_v, end, cap, False)
+        m, s, u = fold_tile(z, m, s, u, scale, WITH_ENTROPY)
+    if tail < end:
+        z, _ = load_logits(x_ptr, bias_ptr, tail + offs_v, end, cap, True)
+        m, s, u = fold_tile(z, m, s, u, scale, WITH_ENTROPY)
+    return m, s, u
+
+
+@triton.jit
+def finish_row(z_label, m, s, u, scale):
+    """(logp, entropy, log2 s). z - m comes first: near p = 1 the difference with lse would cancel."""
+    log2_s = tl.log2(s)
+    return ((z_label - m) * scale - log2_s) * LN2, (log2_s - u / s) * LN2, log2_s
+
+
+@triton.jit
+def logits_gradient(
+    z, derivative, offs_v, label, m, log2_s, entropy, dlogp, dentropy, scale, WITH_ENTROPY: tl.constexpr
+):
+    """Gradient of dlogp·logp[label] + dentropy·entropy in one tile of logits; 1 - p is taken in float32."""
+    log2_p = (z - m) * scale - log2_s
+    p = tl.exp2(log2_p)
+    gradient = dlogp * (tl.where(offs_v == label, 1.0, 0.0) - p)
+    if WITH_ENTROPY:
+        gradient -= dentropy * p * (tl.maximum(log2_p, MIN_LOG2) * LN2 + entropy)
+    return gradient * (scale * LN2) * derivative
+
+
+@triton.jit
+def _write_gradient_tile(
+    x_ptr, dx_ptr, bias_ptr, offs_v, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
+    WITH_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    z, derivative = load_logits(x_ptr, bias_ptr, offs_v, end, cap, MASKED)
+    dz = logits_gradient(z, derivative, offs_v, label, m, log2_s, entropy, dlogp, dentropy, scale, WITH_ENTROPY)
+    if x_ptr.dtype != dx_ptr.dtype:
+        tl.debug_barrier()  # this tile's gradients may land on its own logits (see gradient_view): all threads read first
+    if MASKED:
+        tl.store(dx_ptr + offs_v, dz.to(dx_ptr.dtype.element_ty), mask=offs_v < end)
+    else:
+        tl.store(dx_ptr + offs_v, dz.to(dx_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_gradient(
+    x_ptr, dx_ptr, bias_ptr, begin, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
+    WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Gradient of columns [begin, end) of a row, last tile first: what was read last is still in L2."""
+    offs_v = tl.arange(0, BLOCK_V)
+    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
+    if (dlogp == 0.0) & (dentropy == 0.0):
+        zeros = tl.zeros((BLOCK_V,), dx_ptr.dtype.element_ty)
+        for start in range(begin, tail, BLOCK_V):
+            tl.store(dx_ptr + start + offs_v, zeros)
+        tl.store(dx_ptr + tail + offs_v, zeros, mask=tail + offs_v < end)
+    else:
+        if tail < end:
+            _write_gradient_tile(
+                x_ptr, dx_ptr, bias_ptr, tail + offs_v, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
+                WITH_ENTROPY, True,
+            )  # fmt: skip
+        for done in range(0, tail - begin, BLOCK_V):
+            _write_gradient_tile(
+                x_ptr, dx_ptr, bias_ptr, tail - BLOCK_V - done + offs_v, end, label, m, log2_s, entropy, dlogp,
+                dentropy, scale, cap, WITH_ENTROPY, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
+    """(loss, dloss/dlogp, k3 estimate of KL, is clipped) of tokens. Selects instead of min and max: those drop NaN."""
+    log_ratio = logp - old_logp
+    is_clamped = (log_ratio > 20.0) | (log_ratio < -20.0)
+    log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0.0, 20.0, -20.0), log_ratio)
+    ratio = tl.exp(log_ratio)
+    loss = -advantage * ratio
+    clipped_loss = -advantage * tl.where(ratio > ratio_high, ratio_high, tl.where(ratio < ratio_low, ratio_low, ratio))
+    is_clipped = clipped_loss > loss
+    dlogp = tl.where(is_clipped | is_clamped, 0.0, loss)  # d(-A·e^x)/dx is the unclipped loss itself
+    loss = tl.where(is_clipped, clipped_loss, loss)
+    if dual_clip is not None:
+        is_bounded = (advantage < 0.0) & (loss > -dual_clip * advantage)
+        loss = tl.where(is_bounded, -dual_clip * advantage, loss)
+        dlogp = tl.where(is_bounded, 0.0, dlogp)
+        is_clipped = is_clipped | is_bounded
+    # e^x - 1 - x cancels where policies are close, which is where it is watched: Taylor there, exact to 1e-7.
+    series = log_ratio * log_ratio * (0.5 + log_ratio * (1 / 6 + log_ratio * (1 / 24 + log_ratio * (1 / 120))))
+    kl = tl.where(tl.abs(log_ratio) < 0.05, series, ratio - 1.0 - log_ratio)
+    return loss, dlogp, kl, is_clipped.to(tl.float32)
+
+
+def logits_buffer(num_rows, num_cols, like):
+    """Uninitialised float32 logits [rows, columns], columns padded so that every row is aligned for 128-bit access."""
+    return torch.empty(num_rows, triton.cdiv(num_cols, 128) * 128, dtype=torch.float32, device=like.device)
+
+
+def gradient_view(buffer, dtype):
+    """Where `write_gradient` puts the gradients of a logits_buffer: in the buffer itself.
+
+    16-bit gradients take the upper half of their own row. Going from the last tile to the first, the gradients of
+    columns [i, j) land on the logits of columns [(W + i)/2, (W + j)/2) of W, which lie at or above i: already read.
+    """
+    return buffer if dtype == torch.float32 else buffer.view(dtype)[:, buffer.shape[1] :]
+
+
+def gemm(a, b, out, accumulate=False):
+    """out (+)= a @ b with one rounding, to out's dtype: float32 accumulation whatever the inputs are."""
+    if not a.is_cuda and a.dtype != torch.float32:
+        # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
+        product = torch.mm(a.float(), b.float())
+        return out.add_(product) if accumulate else out.copy_(product)
+    # Always with `out`: unlike the functional forms, those do not take part in autocast.
+    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
+    return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
+
+
+def autocast_operands(*tensors):
+    """The operands of a linear layer in the dtype autocast gives them, where it is on."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
+    return tensors

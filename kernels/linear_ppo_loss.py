@@ -1,0 +1,181 @@
+"""Clipped PPO loss and all its gradients from hidden states, in one sweep over the tokens.
+
+dL/dlogp of a token is a scalar known as soon as its own logp is: forward and backward need the same logits, so they
+are computed once. A chunk of tokens: logits = mm; one program a row reduces its logits to (logp, entropy), forms the
+loss terms and overwrites the logits with their gradient; dhidden = mm; dweight += mm. 6TVD FLOPs instead of 8TVD.
+Gradients are those of the unnormalised sum (no fp16 underflow by 1/num_items); the backward pass multiplies by
+upstream/num_items, a scalar that never leaves the device. Tokens outside the mask are dropped before the GEMMs, for
+one host sync (`nonzero`): they are half of a batch or more where prompts are in it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rto_fast.kernels.common import (
+    LOG2E, autocast_operands, finish_row, fold_row, gemm, gradient_view, load_logits, logits_buffer,
+    ppo_terms, row_block, write_gradient,
+)  # fmt: skip
+
+# float32 logits of a chunk. dweight's float32 accumulator costs 735/C of a chunk's dweight GEMM to read and write
+# (C tokens, H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V = 262k. It is also
+# what that accumulator takes for an 8B model, which is why a single chunk, needing none, may be larger by its size.
+WORKSPACE_BYTES = 2 << 30
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_ppo_kernel(
+    x_ptr, dx_ptr, rows_ptr, labels_ptr, old_logps_ptr, advantages_ptr, weights_ptr, terms_ptr, stride_x_t, stride_dx_t,
+    num_rows, num_cols, scale, cap, ratio_low, ratio_high, dual_clip, entropy_coef, BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Row of logits -> its gradient in the same memory (see gradient_view) and its weighted terms of the metrics."""
+    pid_t = tl.program_id(0).to(tl.int64)
+    token = tl.load(rows_ptr + pid_t)
+    label = tl.load(labels_ptr + token)
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + token).to(tl.float32)
+    x_ptr += pid_t * stride_x_t
+    z_label, _ = load_logits(x_ptr, None, label + tl.arange(0, 1), num_cols, cap, False)
+    m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
+    logp, entropy, log2_s = finish_row(tl.sum(z_label, 0), m, s, u, scale)
+    loss, dlogp, kl, is_clipped = ppo_terms(
+        logp, tl.load(old_logps_ptr + token).to(tl.float32), tl.load(advantages_ptr + token).to(tl.float32), ratio_low,
+        ratio_high, dual_clip,
+    )  # fmt: skip
+    tl.store(terms_ptr + pid_t, loss * weight)
+    tl.store(terms_ptr + num_rows + pid_t, kl * weight)
+    tl.store(terms_ptr + 2 * num_rows + pid_t, is_clipped * weight)
+    tl.store(terms_ptr + 3 * num_rows + pid_t, entropy * weight)
+    if dx_ptr is not None:
+        dentropy = 0.0
+        if entropy_coef is not None:
+            dentropy = -entropy_coef * weight
+        write_gradient(
+            x_ptr, dx_ptr + pid_t * stride_dx_t, None, 0, num_cols, label.to(tl.int32), m, log2_s, entropy,
+            dlogp * weight, dentropy, scale, cap, entropy_coef is not None, BLOCK_G,
+        )  # fmt: skip
+
+
+def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
+    """Rows of a chunk: all of them, or equal shares that fit the workspace."""
+    largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
+    if num_rows <= largest + (hidden_size if need_dweight else 0):
+        return num_rows
+    return min(largest, triton.cdiv(triton.cdiv(num_rows, triton.cdiv(num_rows, largest)), 128) * 128)
+
+
+def _gradient_dtype(dtype):
+    """Unnormalised sums over tokens leave float16's range; bfloat16 has float32's."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@torch.library.custom_op("rto_fast::linear_ppo_sweep", mutates_args=())
+def linear_ppo_sweep(
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor,
+    weights: Tensor | None, num_items: Tensor | None, clip_eps: float, clip_eps_high: float, dual_clip: float | None,
+    entropy_coef: float, temperature: float, softcap: float | None, need_dhidden: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden_states [T, D], weight [V, D], the rest [T] -> (loss, metrics [4], 1 / num_items, and the gradients of
+    loss·num_items in hidden_states and weight, empty where not needed)."""
+    rows = loss_mask.nonzero().squeeze(-1)
+    num_rows, vocab_size, dtype = len(rows), len(weight), _gradient_dtype(hidden_states.dtype)
+    hidden = hidden_states if num_rows == len(hidden_states) else hidden_states.index_select(0, rows)
+    labels, old_logps, advantages = labels.contiguous(), old_logps.contiguous(), advantages.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    need_gradient = need_dhidden or need_dweight
+
+    terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
+    dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=dtype)
+    chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
+    # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
+    dweight = torch.zeros if not num_rows else torch.empty
+    dweight = dweight(
+        weight.shape if need_dweight else 0,
+        dtype=dtype if chunk_rows == num_rows else torch.float32,
+        device=weight.device,
+    )
+    block_v, num_warps = row_block(vocab_size)
+    buffer = logits_buffer(chunk_rows, vocab_size, hidden)
+    with torch.cuda.device_of(hidden):
+        for first in range(0, num_rows, chunk_rows or 1):
+            here = slice(first, first + chunk_rows)
+            chunk = hidden[here]
+            logits = buffer[: len(chunk), :vocab_size]
+            dlogits = gradient_view(buffer, hidden.dtype)[: len(chunk), :vocab_size]
+            gemm(chunk, weight.t(), logits)
+            linear_ppo_kernel[(len(chunk),)](
+                logits, dlogits if need_gradient else None, rows[here], labels, old_logps, advantages, weights,
+                terms[:, here], logits.stride(0), dlogits.stride(0), num_rows, vocab_size, LOG2E.value / temperature,
+                softcap, 1.0 - clip_eps, 1.0 + clip_eps_high, dual_clip, entropy_coef or None, BLOCK_V=block_v,
+                BLOCK_G=block_v // 2, num_warps=num_warps,
+            )  # fmt: skip
+            if need_dhidden:
+                gemm(dlogits, weight, dhidden[here])
+            if need_dweight:
+                gemm(dlogits.t(), chunk, dweight, accumulate=first > 0)
+    if need_dhidden and num_rows < len(hidden_states):
+        dhidden = dhidden.new_zeros(hidden_states.shape).index_copy_(0, rows, dhidden)
+
+    if num_items is None:
+        num_items = loss_mask.sum() if weights is None else weights.float().where(loss_mask, 0.0).sum()
+    num_items = num_items.float()
+    inverse = torch.where(num_items == 0, 0.0, 1.0 / num_items)
+    metrics = terms.sum(1) * inverse
+    loss = metrics[0] - entropy_coef * metrics[3]
+    return loss, metrics, inverse, dhidden, dweight.to(dtype)
+
+
+@linear_ppo_sweep.register_fake
+def _(
+    hidden_states, weight, labels, old_logps, advantages, loss_mask, weights, num_items, clip_eps, clip_eps_high,
+    dual_clip, entropy_coef, temperature, softcap, need_dhidden, need_dweight,
+):  # fmt: skip
+    loss, dtype = hidden_states.new_empty((), dtype=torch.float32), _gradient_dtype(hidden_states.dtype)
+    dhidden = hidden_states.new_empty((len(hidden_states) if need_dhidden else 0, hidden_states.shape[1]), dtype=dtype)
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=dtype)
+    return loss, loss.new_empty(4), loss.new_empty(()), dhidden, dweight
+
+
+def _setup_context(ctx, inputs, output):
+    _, metrics, inverse, dhidden, dweight = output
+    ctx.save_for_backward(inverse, dhidden, dweight)
+    ctx.mark_non_differentiable(metrics, inverse, dhidden, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.needed = inputs[-2:]
+
+
+def _backward(ctx, dloss, *_):
+    inverse, *gradients = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 16
+    gradients = [
+        (gradient * (dloss * inverse)).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needed)
+    ]
+    return *gradients, *(None,) * 14
+
+
+linear_ppo_sweep.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_ppo_loss(
+    hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, *, weights=None, num_items=None,
+    clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
+):  # fmt: skip
+    """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
+    hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
+    if num_items is not None and not isinstance(num_items, torch.Tensor):
+        num_items = hidden.new_full((), num_items, dtype=torch.float32)  # a fill, not a copy that waits
+    needs_grad = torch.is_grad_enabled()
+    loss, metrics, *_ = linear_ppo_sweep(
+        hidden, weight, labels.reshape(-1), old_logps.reshape(-1), advantages.reshape(-1), loss_mask.reshape(-1),
+        None if weights is None else weights.reshape(-1), num_items, clip_eps,
+        clip_eps if clip_eps_high is None else clip_eps_high, dual_clip, entropy_coef, temperature, softcap,
+        needs_grad and hidden.requires_grad, needs_grad and weight.requires_grad,
+    )  # fmt: skip
+    names = "policy_loss", "approx_kl", "clip_fraction", "entropy"
+    return loss, dict(zip(names, metrics.detach().unbind()))

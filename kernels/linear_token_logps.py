@@ -1,0 +1,194 @@
+"""Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
+
+Forward: cuBLAS writes float32 logits a tile at a time, small enough to be read back from L2, and a row kernel folds
+each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
+written once with all its tokens in one accumulation and only dX, the small one, is accumulated over chunks in float32.
+float32 logits matter: bfloat16 ones cost .03 nats of log-prob at |z| ~ 19, more than PPO's clipping range resolves.
+Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a share of the FLOPs that is 50 % and more
+where prompts are in the batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rto_fast.kernels.common import (
+    GRADIENT_BLOCK, LOG2E, autocast_operands, gemm, gradient_view, logits_buffer, row_block, write_gradient,
+)  # fmt: skip
+from rto_fast.kernels.token_logps import combine_partials, fold_partials
+
+# 1024 x 8192 float32 logits are 33.5 MB: they fit the L2 of an A100 (40 MB) and an H100/H200 (50 MB), are 256 output
+# tiles of 128x256, which is two waves on 132 SMs less 3 %, and one register tile of the row kernel a row.
+TILE_ROWS, TILE_COLS = 1024, 8192
+# Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
+# 735/C of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k rows, and is
+# half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
+WORKSPACE_BYTES = 1 << 30
+MAX_CHUNK_COLS = 16384
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_col"])
+def logits_gradient_kernel(
+    x_ptr, dx_ptr, bias_ptr, labels_ptr, state_ptr, entropy_ptr, dlogps_ptr, dentropy_ptr, rows_ptr, stride_x_t,
+    stride_dx_t, num_tokens, num_cols, first_col, scale, cap, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Turns row i of a chunk of logits into its gradient in the same memory; see `gradient_view`."""
+    pid_t = tl.program_id(0).to(tl.int64)
+    token = tl.load(rows_ptr + pid_t)
+    label = tl.load(labels_ptr + token) - first_col
+    dlogp = tl.load(dlogps_ptr + token)
+    m = tl.load(state_ptr + token)
+    log2_s = tl.load(state_ptr + num_tokens + token)
+    entropy = 0.0
+    dentropy = 0.0
+    if dentropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + token)
+        dentropy = tl.load(dentropy_ptr + token)
+    write_gradient(
+        x_ptr + pid_t * stride_x_t, dx_ptr + pid_t * stride_dx_t, bias_ptr, 0, num_cols, label.to(tl.int32), m, log2_s,
+        entropy, dlogp, dentropy, scale, cap, dentropy_ptr is not None, BLOCK_V,
+    )  # fmt: skip
+
+
+def _kept_rows(labels, ignore_index, hidden_states):
+    """(indices, hidden states) of the rows that count."""
+    rows = (labels != ignore_index).nonzero().squeeze(-1)
+    return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
+
+
+def _chunk_cols(num_rows, vocab_size):
+    """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
+    largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows)))
+    return triton.cdiv(triton.cdiv(vocab_size, triton.cdiv(vocab_size, largest)), 128) * 128
+
+
+@torch.library.custom_op("rto_fast::linear_token_logps_fwd", mutates_args=())
+def linear_token_logps_fwd(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
+    softcap: float | None, ignore_index: int, with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden_states [T, D], weight [V, D], labels [T] -> logps [T], entropy [T or 0], state [2, T]."""
+    logps = hidden_states.new_zeros(len(labels), dtype=torch.float32)
+    entropy = logps.new_zeros(len(labels) if with_entropy else 0)
+    state = logps.new_zeros(2, len(labels))
+    rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
+    if not len(rows):
+        return logps, entropy, state
+    labels, vocab_size, scale = labels[rows], len(weight), LOG2E.value / temperature
+    buffer = logits_buffer(min(TILE_ROWS, len(rows)), min(TILE_COLS, vocab_size), hidden)
+    partials = logps.new_empty(triton.cdiv(vocab_size, TILE_COLS), 4, len(rows))
+    with torch.cuda.device_of(hidden):
+        for tile, first_col in enumerate(range(0, vocab_size, TILE_COLS)):
+            tile_weight = weight[first_col : first_col + TILE_COLS]
+            tile_bias = None if bias is None else bias[first_col : first_col + TILE_COLS]
+            for first_row in range(0, len(rows), TILE_ROWS):
+                here = slice(first_row, first_row + TILE_ROWS)
+                logits = buffer[: len(rows) - first_row, : len(tile_weight)]
+                gemm(hidden[here], tile_weight.t(), logits)
+                fold_partials(
+                    logits[None], tile_bias, labels[here], partials[tile : tile + 1, :, here], first_col, TILE_COLS,
+                    scale, softcap, ignore_index, with_entropy,
+                )  # fmt: skip
+        combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy)
+    return logps, entropy, state
+
+
+@linear_token_logps_fwd.register_fake
+def _(hidden_states, weight, bias, labels, temperature, softcap, ignore_index, with_entropy):
+    logps = hidden_states.new_empty(len(labels), dtype=torch.float32)
+    return logps, logps.new_empty(len(labels) if with_entropy else 0), logps.new_empty(2, len(labels))
+
+
+@torch.library.custom_op("rto_fast::linear_token_logps_bwd", mutates_args=())
+def linear_token_logps_bwd(
+    dlogps: Tensor, dentropy: Tensor | None, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+    state: Tensor, entropy: Tensor, temperature: float, softcap: float | None, ignore_index: int, need_dhidden: bool,
+    need_dweight: bool, need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden_states, weight and bias; empty where not needed."""
+    rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
+    vocab_size = len(weight)
+    new = torch.empty_like if len(rows) else torch.zeros_like
+    dweight = new(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0)
+    dbias = new(bias) if need_dbias else weight.new_empty(0)
+    if not len(rows):
+        return torch.zeros_like(hidden_states) if need_dhidden else hidden.new_empty(0), dweight, dbias
+    dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
+    chunk_cols = _chunk_cols(len(rows), vocab_size)
+    buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
+    block_v, num_warps = row_block(min(chunk_cols, vocab_size), GRADIENT_BLOCK)
+    dlogps, dentropy = dlogps.contiguous(), None if dentropy is None else dentropy.contiguous()
+    labels = labels.contiguous()
+    with torch.cuda.device_of(hidden):
+        for first_col in range(0, vocab_size, chunk_cols):
+            here = slice(first_col, first_col + chunk_cols)
+            num_cols = len(weight[here])
+            logits, dlogits = buffer[:, :num_cols], gradient_view(buffer, hidden.dtype)[:, :num_cols]
+            gemm(hidden, weight[here].t(), logits)
+            logits_gradient_kernel[(len(rows),)](
+                logits, dlogits, None if bias is None else bias[here], labels, state, entropy, dlogps, dentropy, rows,
+                logits.stride(0), dlogits.stride(0), len(dlogps), num_cols, first_col, LOG2E.value / temperature,
+                softcap, BLOCK_V=block_v, num_warps=num_warps,
+            )  # fmt: skip
+            if need_dhidden:
+                gemm(dlogits, weight[here], dhidden, accumulate=first_col > 0)
+            if need_dweight:
+                gemm(dlogits.t(), hidden, dweight[here])
+            if need_dbias:
+                dbias[here] = dlogits.sum(0, dtype=torch.float32)
+    if not need_dhidden:
+        dhidden = hidden.new_empty(0)
+    elif len(rows) < len(hidden_states):
+        dhidden = torch.zeros_like(hidden_states).index_copy_(0, rows, dhidden.to(hidden.dtype))
+    return dhidden.to(hidden.dtype), dweight, dbias
+
+
+@linear_token_logps_bwd.register_fake
+def _(
+    dlogps, dentropy, hidden_states, weight, bias, labels, state, entropy, temperature, softcap, ignore_index,
+    need_dhidden, need_dweight, need_dbias,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        if need_dhidden
+        else hidden_states.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0),
+        torch.empty_like(bias) if need_dbias else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden_states, weight, bias, labels, *ctx.settings = inputs
+    _, entropy, state = output
+    ctx.save_for_backward(hidden_states, weight, bias, labels, state, entropy)
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogps, dentropy, _):
+    hidden_states, weight, bias, labels, state, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index, with_entropy = ctx.settings
+    dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
+    needed = ctx.needs_input_grad[:3]
+    gradients = linear_token_logps_bwd(
+        dlogps, dentropy if with_entropy else None, hidden_states, weight, bias, labels, state, entropy, temperature,
+        softcap, ignore_index, *needed,
+    )  # fmt: skip
+    return *(g if need else None for g, need in zip(gradients, needed)), None, None, None, None, None
+
+
+linear_token_logps_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_token_logps(
+    hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    return_entropy=False,
+):  # fmt: skip
+    """See `rto_fast.ops.linear_token_logps`. Waits for the device once, to count the rows that are not ignored."""
+    hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
+    logps, entropy, _ = linear_token_logps_fwd(
+        hidden, weight, bias, labels.reshape(-1), temperature, softcap, ignore_index, return_entropy
+    )
+    logps = logps.view(labels.shape)
+    return (logps, entropy.view(labels.shape)) if return_entropy else logps

@@ -1,0 +1,270 @@
+"""Log-probabilities and entropies of labels from logits, in one read of the logits.
+
+Bytes are all there is: the forward pass reads 2TV bytes (bf16), the backward pass reads and writes them. One program
+owns a row, so that its state stays in registers; when rows are fewer than the GPU needs to be busy, a row is split
+over several programs and a second launch adds up their states in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rto_fast.kernels.common import (
+    GRADIENT_BLOCK,
+    LOG2E,
+    MIN_LOG2,
+    finish_row,
+    fold_row,
+    load_logits,
+    row_block,
+    write_gradient,
+)
+
+# Programs that keep an H100-class GPU's memory busy: 132 SMs with 8 programs of 8 warps each.
+MIN_PROGRAMS = 1024
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
+def token_logps_fwd_kernel(
+    x_ptr, labels_ptr, logps_ptr, entropy_ptr, state_ptr, stride_x_b, stride_x_t, rows_per_batch, num_rows, num_cols,
+    scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pid_t = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + pid_t)
+    logp = 0.0
+    entropy = 0.0
+    m = 0.0
+    log2_s = 0.0
+    if label != ignore_index:
+        x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
+        z_label = tl.load(x_ptr + label).to(tl.float32)
+        m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, None, WITH_ENTROPY, BLOCK_V)
+        logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
+    tl.store(logps_ptr + pid_t, logp)
+    tl.store(state_ptr + pid_t, m)
+    tl.store(state_ptr + num_rows + pid_t, log2_s)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + pid_t, entropy)
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "stride_p"])
+def partial_state_kernel(
+    x_ptr, bias_ptr, labels_ptr, partials_ptr, stride_x_b, stride_x_t, rows_per_batch, stride_p, num_cols, split_cols,
+    first_col, scale, cap, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """State (m, s, u, z[label]) of one row's columns of one split; column 0 of x is column `first_col` of the row."""
+    pid_t = tl.program_id(0).to(tl.int64)
+    pid_s = tl.program_id(1)
+    label = tl.load(labels_ptr + pid_t)
+    if label != ignore_index:
+        x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
+        begin = pid_s * split_cols
+        end = tl.minimum(begin + split_cols, num_cols)
+        m, s, u = fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY, BLOCK_V)
+        col = label - first_col
+        is_here = (col >= begin) & (col < end)
+        offs_label = tl.where(is_here, col, begin) + tl.arange(0, 1)
+        z_label, _ = load_logits(x_ptr, bias_ptr, offs_label, end, cap, False)
+        partials_ptr += pid_s.to(tl.int64) * 4 * stride_p + pid_t
+        tl.store(partials_ptr, m)
+        tl.store(partials_ptr + stride_p, s)
+        tl.store(partials_ptr + 2 * stride_p, u)
+        tl.store(partials_ptr + 3 * stride_p, tl.where(is_here, tl.sum(z_label, 0), 0.0))
+
+
+@triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits"])
+def combine_states_kernel(
+    partials_ptr, labels_ptr, rows_ptr, logps_ptr, entropy_ptr, state_ptr, num_partial_rows, num_rows, num_splits, scale,
+    ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Adds the splits' states in order and writes the results of partial row i to row `rows[i]` (i without rows)."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_partial_rows
+    valid = mask_t & (tl.load(labels_ptr + offs_t, mask=mask_t, other=ignore_index) != ignore_index)
+    m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    s = tl.zeros((BLOCK_T,), tl.float32)
+    u = tl.zeros((BLOCK_T,), tl.float32)
+    z_label = tl.zeros((BLOCK_T,), tl.float32)
+    partials_ptr += offs_t
+    for _ in range(num_splits):
+        m_i = tl.load(partials_ptr, mask=valid, other=0.0)
+        s_i = tl.load(partials_ptr + num_partial_rows, mask=valid, other=1.0)
+        new_m = tl.maximum(m, m_i)
+        origin = tl.where(new_m == float("-inf"), 0.0, new_m)
+        shift, shift_i = (m - origin) * scale, (m_i - origin) * scale
+        rescale, rescale_i = tl.exp2(shift), tl.exp2(shift_i)
+        if WITH_ENTROPY:
+            u_i = tl.load(partials_ptr + 2 * num_partial_rows, mask=valid, other=0.0)
+            u = rescale * (u + tl.maximum(shift, MIN_LOG2) * s) + rescale_i * (
+                u_i + tl.maximum(shift_i, MIN_LOG2) * s_i
+            )
+        s = rescale * s + rescale_i * s_i
+        m = new_m
+        z_label += tl.load(partials_ptr + 3 * num_partial_rows, mask=valid, other=0.0)
+        partials_ptr += 4 * num_partial_rows
+    logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
+    if rows_ptr is not None:
+        offs_t = tl.load(rows_ptr + offs_t, mask=mask_t, other=0)
+    tl.store(logps_ptr + offs_t, tl.where(valid, logp, 0.0), mask=mask_t)
+    tl.store(state_ptr + offs_t, tl.where(valid, m, 0.0), mask=mask_t)
+    tl.store(state_ptr + num_rows + offs_t, tl.where(valid, log2_s, 0.0), mask=mask_t)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + offs_t, tl.where(valid, entropy, 0.0), mask=mask_t)
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
+def token_logps_bwd_kernel(
+    x_ptr, dx_ptr, labels_ptr, state_ptr, entropy_ptr, dlogps_ptr, dentropy_ptr, stride_x_b, stride_x_t, stride_dx_b,
+    stride_dx_t, rows_per_batch, num_rows, num_cols, split_cols, scale, ignore_index, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dx may be x: every element is written by the thread that read it."""
+    pid_t = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + pid_t)
+    dlogp = tl.where(label == ignore_index, 0.0, tl.load(dlogps_ptr + pid_t))
+    m = tl.load(state_ptr + pid_t)
+    log2_s = tl.load(state_ptr + num_rows + pid_t)
+    entropy = 0.0
+    dentropy = 0.0
+    if dentropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + pid_t)
+        dentropy = tl.where(label == ignore_index, 0.0, tl.load(dentropy_ptr + pid_t))
+    x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
+    dx_ptr += pid_t // rows_per_batch * stride_dx_b + pid_t % rows_per_batch * stride_dx_t
+    begin = tl.program_id(1) * split_cols
+    write_gradient(
+        x_ptr, dx_ptr, None, begin, tl.minimum(begin + split_cols, num_cols), label.to(tl.int32), m, log2_s, entropy,
+        dlogp, dentropy, scale, None, dentropy_ptr is not None, BLOCK_V,
+    )  # fmt: skip
+
+
+def _splits(num_rows, num_cols, block_v):
+    """(number of splits of a row, columns of each), whole tiles each."""
+    wanted = max(1, MIN_PROGRAMS // num_rows)
+    split_cols = triton.cdiv(triton.cdiv(num_cols, wanted), block_v) * block_v
+    return triton.cdiv(num_cols, split_cols), split_cols
+
+
+def fold_partials(x, bias, labels, partials, first_col, split_cols, scale, cap, ignore_index, with_entropy):
+    """States of the rows of x [B, T, columns] into partials [splits, 4, >= B·T]."""
+    batches, rows_per_batch, num_cols = x.shape
+    block_v, num_warps = row_block(min(num_cols, split_cols))
+    partial_state_kernel[(batches * rows_per_batch, len(partials))](
+        x, bias, labels, partials, x.stride(0), x.stride(1), rows_per_batch, partials.stride(1), num_cols, split_cols,
+        first_col, scale, cap, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy):
+    """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
+    num_splits, _, num_partial_rows = partials.shape
+    combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
+        partials, labels, rows, logps, entropy, state, num_partial_rows, len(logps), num_splits, scale, ignore_index,
+        WITH_ENTROPY=with_entropy, BLOCK_T=128, num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rto_fast::token_logps_fwd", mutates_args=())
+def token_logps_fwd(
+    logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [B, T, V], labels [B·T] -> logps [B·T], entropy [B·T or 0], state [2, B·T] = (max, log2 of the sum)."""
+    batches, rows_per_batch, num_cols = logits.shape
+    num_rows = batches * rows_per_batch
+    labels = labels.contiguous()
+    logps, state = logits.new_empty(num_rows, dtype=torch.float32), logits.new_empty(2, num_rows, dtype=torch.float32)
+    entropy = torch.empty_like(logps) if with_entropy else logps.new_empty(0)
+    if not num_rows:
+        return logps, entropy, state
+    block_v, num_warps = row_block(num_cols)
+    splits, split_cols = _splits(num_rows, num_cols, block_v)
+    scale = LOG2E.value / temperature
+    with torch.cuda.device_of(logits):
+        if splits > 1:
+            partials = logps.new_empty(splits, 4, num_rows)
+            fold_partials(logits, None, labels, partials, 0, split_cols, scale, None, ignore_index, with_entropy)
+            combine_partials(partials, labels, None, logps, entropy, state, scale, ignore_index, with_entropy)
+        else:
+            token_logps_fwd_kernel[(num_rows,)](
+                logits, labels, logps, entropy, state, logits.stride(0), logits.stride(1), rows_per_batch, num_rows,
+                num_cols, scale, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v, num_warps=num_warps,
+            )  # fmt: skip
+    return logps, entropy, state
+
+
+@token_logps_fwd.register_fake
+def _(logits, labels, temperature, ignore_index, with_entropy, inplace_backward):
+    num_rows = logits.shape[0] * logits.shape[1]
+    logps = logits.new_empty(num_rows, dtype=torch.float32)
+    return logps, logps.new_empty(num_rows if with_entropy else 0), logps.new_empty(2, num_rows)
+
+
+def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, temperature, ignore_index):
+    batches, rows_per_batch, num_cols = logits.shape
+    num_rows = batches * rows_per_batch
+    if not num_rows:
+        return
+    block_v, num_warps = row_block(num_cols, GRADIENT_BLOCK)
+    splits, split_cols = _splits(num_rows, num_cols, block_v)
+    with torch.cuda.device_of(logits):
+        token_logps_bwd_kernel[(num_rows, splits)](
+            logits, dlogits, labels.contiguous(), state, entropy, dlogps.contiguous(),
+            None if dentropy is None else dentropy.contiguous(), logits.stride(0), logits.stride(1), dlogits.stride(0),
+            dlogits.stride(1), rows_per_batch, num_rows, num_cols, split_cols, LOG2E.value / temperature, ignore_index,
+            BLOCK_V=block_v, num_warps=num_warps,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("rto_fast::token_logps_bwd", mutates_args=())
+def token_logps_bwd(
+    dlogps: Tensor, dentropy: Tensor | None, logits: Tensor, labels: Tensor, state: Tensor, entropy: Tensor,
+    temperature: float, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, temperature, ignore_index)
+    return dlogits
+
+
+@token_logps_bwd.register_fake
+def _(dlogps, dentropy, logits, labels, state, entropy, temperature, ignore_index):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("rto_fast::token_logps_bwd_", mutates_args=("logits",))
+def token_logps_bwd_(
+    dlogps: Tensor, dentropy: Tensor | None, logits: Tensor, labels: Tensor, state: Tensor, entropy: Tensor,
+    temperature: float, ignore_index: int,
+) -> None:  # fmt: skip
+    _launch_bwd(dlogps, dentropy, logits, logits, labels, state, entropy, temperature, ignore_index)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, *ctx.settings = inputs
+    logps, entropy, state = output
+    ctx.save_for_backward(logits, labels, state, entropy)
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogps, dentropy, _):
+    logits, labels, state, entropy = ctx.saved_tensors
+    temperature, ignore_index, with_entropy, inplace_backward = ctx.settings
+    dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
+    dentropy = dentropy if with_entropy else None
+    op = token_logps_bwd_ if inplace_backward else token_logps_bwd
+    dlogits = op(dlogps, dentropy, logits, labels, state, entropy, temperature, ignore_index)
+    return logits if inplace_backward else dlogits, None, None, None, None, None
+
+
+token_logps_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+    """See `rto_fast.ops.token_logps`. Rows may have any stride, so `logits[:, :-1]` of [B, T, V] is not copied."""
+    x = logits if logits.stride(-1) == 1 else logits.contiguous()
+    x = x if x.dim() == 3 else x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])
+    logps, entropy, _ = token_logps_fwd(
+        x, labels.reshape(-1), temperature, ignore_index, return_entropy, inplace_backward
+    )
+    logps = logps.view(labels.shape)
+    return (logps, entropy.view(labels.shape)) if return_entropy else logps
