@@ -54,6 +54,12 @@ def _prepare(model, path, device, trainable, gradient_checkpointing):
     if model.config._attn_implementation != PACKED:
         raise ModelError(f"{path}: {type(model).__name__} does not use transformers' attention interface, "
                          "so its sequences cannot be packed")  # fmt: skip
+    # Dropout would make log-probs random: the probability ratio of an unchanged policy must be exactly 1.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     model.to(device).requires_grad_(trainable).train(trainable)
     if trainable and gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,204 @@
+"""The embedded default world: "transcribe the list", a task where a gold reward exists and mistakes are local.
+
+A prompt lists 5 to 8 items, `3 red cup , 1 blue box`; the right response spells them out, `three red cups , one blue box .
+thanks`. The gold reward checks each item's number, colour, noun and plural, so several small, local mistakes fit in one
+response: where one number at the end says little and a reward per token says much.
+
+Demonstrations come from a careless writer (wrong words, fillers, skipped, repeated and invented items). Preference pairs are
+two such responses, labelled by Bradley-Terry sampling from the gold reward. Everything is drawn from Python's `random` with
+fixed seeds; `python -m rto_fast.data.world` writes the packaged files again, byte for byte.
+"""
+
+import gzip
+import io
+import json
+import math
+import random
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+COLOURS = ("red", "blue", "green", "white", "black", "gold")
+SINGULARS = ("cup", "plate", "lamp", "chair", "book", "box", "hat", "bell")
+PLURALS = tuple(noun + ("es" if noun == "box" else "s") for noun in SINGULARS)
+FILLERS = ("um", "like", "whatever")
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>", "<unk>")
+DIGITS = tuple(str(n) for n in range(1, 9))
+VOCABULARY = SPECIAL + (",", ".", "thanks") + DIGITS + NUMBERS + COLOURS + SINGULARS + PLURALS + FILLERS
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}{{ '<eos>' if m['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+ERROR_RATE = 0.25  # chance that the writer gets a word wrong
+RAMBLE_RATE = 0.35  # chance of one more invented item; a fifth of it, of a skipped or repeated one
+LABEL_TEMPERATURE = 0.05  # of the Bradley-Terry labels, in units of gold reward
+
+
+def draw_items(rng):
+    """A list of (number 1..8, colour, noun)."""
+    return [(rng.randint(1, 8), rng.choice(COLOURS), rng.choice(SINGULARS)) for _ in range(rng.randint(5, 8))]
+
+
+def prompt_text(items):
+    return " , ".join(f"{number} {colour} {noun}" for number, colour, noun in items)
+
+
+def _write_item(item, rng):
+    number, colour, noun = item
+
+    def word(right, choices):
+        return right if rng.random() > ERROR_RATE else rng.choice(choices)
+
+    filler = [rng.choice(FILLERS)] if rng.random() < 0.7 * ERROR_RATE else []
+    spelled, colour, noun = word(NUMBERS[number - 1], NUMBERS), word(colour, COLOURS), word(noun, SINGULARS)
+    plural = (number > 1) == (rng.random() > ERROR_RATE)
+    return filler + [spelled, colour, PLURALS[SINGULARS.index(noun)] if plural else noun]
+
+
+def write_response(items, rng):
+    """The careless writer's transcription of `items`."""
+    written = []
+    for item in items:
+        if rng.random() < RAMBLE_RATE / 5:
+            continue
+        written.append(_write_item(item, rng))
+        if rng.random() < RAMBLE_RATE / 5:
+            written.append(_write_item(item, rng))
+    while rng.random() < RAMBLE_RATE or not written:
+        written.append(_write_item(draw_items(rng)[0], rng))
+    thanks = []
+    while rng.random() < 0.45:
+        thanks.append("thanks")
+    return " ".join([" , ".join(" ".join(item) for item in written), ".", *thanks])
+
+
+def _item_score(written, item):
+    """Share of the four checks that a written item passes: number, colour, noun, plural."""
+    if len(written) != 3:
+        return 0.0
+    number, colour, noun = written
+    plural = noun in PLURALS
+    singular = SINGULARS[PLURALS.index(noun)] if plural else noun
+    checks = (
+        number == NUMBERS[item[0] - 1],
+        colour == item[1],
+        singular == item[2],
+        noun in PLURALS + SINGULARS and plural == (item[0] > 1),
+    )
+    return sum(checks) / 4
+
+
+def score_response(items, response, finished=True):
+    """Gold reward in [0, 1]: mean item score, less fillers and a wrong item count, a bonus for exactly one closing word,
+    halved if the response never ended."""
+    words = response.split()
+    thanks = 0
+    while words and words[-1] == "thanks":
+        words.pop()
+        thanks += 1
+    fillers = sum(word in FILLERS for word in words)
+    written = [[]]
+    for word in words:
+        if word in (",", "."):
+            written.append([])
+        elif word not in FILLERS:
+            written[-1].append(word)
+    if not written[-1]:
+        written.pop()
+    score = sum(_item_score(w, item) for w, item in zip(written, items)) / len(items)
+    score -= 0.25 * fillers / len(items) + 0.15 * abs(len(written) - len(items))
+    return max(score, 0.0) * 0.9 * (1.0 if finished else 0.5) + 0.1 * (thanks == 1)
+
+
+def gold_reward(prompts, responses, finished=None):
+    """Reward function of the embedded world, as `reward_model.function` or `eval.function` take it: lists of texts."""
+    finished = [True] * len(prompts) if finished is None else finished
+    scores = []
+    for prompt, response, ended in zip(prompts, responses, finished, strict=True):
+        items = [(int(number), colour, noun) for number, colour, noun in (i.split() for i in prompt.split(" , "))]
+        scores.append(score_response(items, response, ended))
+    return scores
+
+
+def preference_rows(count, seed):
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        items = draw_items(rng)
+        chosen, rejected = write_response(items, rng), write_response(items, rng)
+        gap = score_response(items, chosen) - score_response(items, rejected)
+        if gap == 0:
+            continue
+        if rng.random() > 1 / (1 + math.exp(-gap / LABEL_TEMPERATURE)):
+            chosen, rejected = rejected, chosen
+        rows.append({"prompt": prompt_text(items), "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def demonstration_rows(count, seed):
+    rng = random.Random(seed)
+    drawn = (draw_items(rng) for _ in range(count))
+    return [{"prompt": prompt_text(items), "response": write_response(items, rng)} for items in drawn]
+
+
+def prompt_rows(count, seed):
+    rng = random.Random(seed)
+    return [{"prompt": prompt_text(draw_items(rng))} for _ in range(count)]
+
+
+def _jsonl_gz(rows):
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as file:  # no time stamp: the same bytes every time
+        for row in rows:
+            file.write((json.dumps(row) + "\n").encode())
+    return buffer.getvalue()
+
+
+def data_files():
+    """{file name: bytes} of the packaged data."""
+    return {
+        "sft.jsonl.gz": _jsonl_gz(demonstration_rows(8192, seed=1)),
+        "preferences.jsonl.gz": _jsonl_gz(preference_rows(3072, seed=2)),
+        "eval_prompts.jsonl.gz": _jsonl_gz(prompt_rows(512, seed=3)),
+    }
+
+
+def build_tokenizer():
+    """A word-level Hugging Face tokenizer over VOCABULARY."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=256,
+    )  # fmt: skip
+
+
+def build_model(seed):
+    """A two-layer Llama of 10^5 parameters with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, rope_theta=1000.0, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def main():
+    EMBEDDED.mkdir(exist_ok=True)
+    for name, content in data_files().items():
+        (EMBEDDED / name).write_bytes(content)
+        print(f"{EMBEDDED / name}: {len(content):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

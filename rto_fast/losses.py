@@ -1,0 +1,28 @@
+"""Losses of the stages before RTO. RTO's own are kernels (`rto_fast.ops`)."""
+
+import torch.nn.functional as F
+
+
+def bradley_terry(chosen_scores, rejected_scores):
+    """−log σ(s_chosen − s_rejected), [N] each → [N]."""
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+def dpo(chosen_log_ratios, rejected_log_ratios, *, beta, loss="sigmoid", label_smoothing=0.0):
+    """Direct preference optimisation from log(π/π_ref) of whole responses (summed over tokens, EOS included).
+
+    Args:
+        chosen_log_ratios, rejected_log_ratios: [N] float32, nats.
+        loss: "sigmoid" (arXiv 2305.18290, eq. 7; with label smoothing the conservative form) or "ipo"
+            (arXiv 2310.12036, eq. 17).
+    Returns:
+        [N] losses.
+    """
+    margin = chosen_log_ratios - rejected_log_ratios
+    if loss == "ipo":
+        return (margin - 1.0 / (2.0 * beta)).square()
+    if loss != "sigmoid":
+        raise ValueError(f"loss: expected 'sigmoid' or 'ipo', got {loss!r}")
+    return (
+        -F.logsigmoid(beta * margin) * (1.0 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
+    )  # fmt: skip

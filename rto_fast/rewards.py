@@ -1,0 +1,131 @@
+"""Sentence scores: a reward model, a Python function, or none. (Token rewards are `rto_fast.ops.rto_advantages`.)"""
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+from rto_fast.batch import micro_batches, pack_whole
+from rto_fast.config import ConfigError
+from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, stop_token_ids
+from rto_fast.models.loading import token_scores
+
+
+class RewardError(RuntimeError):
+    """A reward source that did not return one finite score for each response."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and one response to it."""
+
+    prompt: Prompt
+    response_ids: list[int]
+    text: str  # without special tokens
+    finished: bool  # ended by a stop token
+
+
+def completions_of(prompts, response_ids, finished, tokenizer):
+    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
+
+
+class RewardModel:
+    """Scores whole conversations with a sequence classification model of one label.
+
+    Args:
+        model: from `load_scorer`. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
+            text if the two differ in vocabulary or chat template. max_tokens: packed into one forward pass.
+    """
+
+    def __init__(self, model, tokenizer, policy_tokenizer, *, prompt_format, max_tokens):
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.prompt_format = prompt_format
+        self.same_tokens = (
+            tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+            and tokenizer.chat_template == policy_tokenizer.chat_template
+        )
+        self.stop_ids = None if self.same_tokens else stop_token_ids(tokenizer)
+
+    def _ids(self, completion):
+        prompt = completion.prompt
+        if self.same_tokens:
+            return prompt.prompt_ids + completion.response_ids
+        response = encode_response(self.tokenizer, prompt.prompt, completion.text, self.prompt_format, self.stop_ids)
+        if not completion.finished:
+            response = response[:-1]  # the stop token that encode_response adds was never sampled
+        return encode_prompt(self.tokenizer, prompt.prompt, self.prompt_format) + response
+
+    def __call__(self, completions):
+        """[N] float32 scores on the model's device."""
+        return score_sequences(self.model, [self._ids(c) for c in completions], self.max_tokens)
+
+
+@torch.no_grad()
+def score_sequences(model, sequences, max_tokens):
+    """Score of each sequence's last token, [N] float32, packed `max_tokens` at a time."""
+    device, scores = next(model.parameters()).device, []
+    for run in micro_batches([len(ids) for ids in sequences], max_tokens):
+        batch = pack_whole([sequences[i] for i in run], device)
+        scores.append(token_scores(model, batch)[batch.last])
+    return torch.cat(scores)
+
+
+def import_function(path, key):
+    """The function that `module:function` names; `key` is the configuration key for messages."""
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{key}: {path!r} is not a function")
+    return function
+
+
+class RewardFunction:
+    """Scores by a Python function (prompts, responses) → one number each.
+
+    Prompts come as in the data (text or messages), responses as text. A function that also takes `finished`, or the name of
+    another column of the data (such as `answer`), is given those lists by keyword.
+    """
+
+    def __init__(self, path, key, device="cpu"):
+        self.path, self.device = path, device
+        self.function = import_function(path, key)
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self.names = {p.name for p in parameters}
+
+    def __call__(self, completions):
+        extra = {"finished": [c.finished for c in completions]}
+        for name in {name for c in completions for name in c.prompt.extra}:
+            extra[name] = [c.prompt.extra.get(name) for c in completions]
+        extra = {k: v for k, v in extra.items() if self.takes_all or k in self.names}
+        scores = self.function([c.prompt.prompt for c in completions], [c.text for c in completions], **extra)
+        scores = torch.as_tensor(scores, dtype=torch.float32).to(self.device)
+        if scores.shape != (len(completions),):
+            raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
+        if not scores.isfinite().all():
+            index = int((~scores.isfinite()).nonzero()[0])
+            raise RewardError(f"{self.path}: score {scores[index].item()} for the response {completions[index].text!r}")
+        return scores
+
+
+@dataclass(frozen=True)
+class NormalizedScores:
+    """(score − mean) / std of a reward source, the statistics over held-out chosen and rejected responses."""
+
+    source: RewardModel | RewardFunction
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, completions):
+        return (self.source(completions) - self.mean) / self.std
+
+
+def score_statistics(scores):
+    """(mean, std) of [N] scores; a constant score is only centred."""
+    std = scores.std(correction=0).item()
+    return scores.mean().item(), std if std > 1e-6 else 1.0

@@ -1,0 +1,308 @@
+"""Stage 4: Reinforced Token Optimization (arXiv 2404.18922).
+
+PPO on the token reward
+    r_h = β1·log π_dpo/π_ref − β2·log π/π_ref + 1[h = H]·β3·score
+where every token is paid at once for how much the DPO policy prefers it. Where this departs from the authors' code:
+a truncated response is not passed off as finished, β1 = 0 means 0, the DPO model's own reference is honoured, log-probs
+are float32, and the loss is a mean over tokens; `rto.compat: paper_code` takes these back.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from rto_fast.batch import PackedBatch, micro_batches, pack, pack_whole, segment_sum
+from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
+from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
+from rto_fast.rewards import completions_of
+from rto_fast.rollout.base import Sampling, build_engine
+from rto_fast.stages.common import response_logps, save_model
+from rto_fast.training.optimizer import Optimizer
+from rto_fast.training.order import ShuffledIndices
+
+
+@dataclass
+class Models:
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    dpo: torch.nn.Module | None
+    dpo_reference: torch.nn.Module | None  # None: the same as `reference`
+    critic: torch.nn.Module | None
+    scorer: object | None  # completions → [N] normalised scores
+
+
+@dataclass
+class Experience:
+    """A rollout, ready for PPO: packed in the alignment of `batch`, [T] each."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    batch: PackedBatch
+    old_logps: torch.Tensor
+    old_values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    @property
+    def lengths(self):
+        return self.batch.cu_seqlens.diff().tolist()
+
+
+def load_models(config, sft, dpo, reward_model, scorer, **placement):
+    """Loads every model of the stage; `sft`, `dpo` and `reward_model` are directories, the last two may be None."""
+    rto = config.rto
+    training = placement | {"trainable": True, "gradient_checkpointing": config.model.gradient_checkpointing}
+    frozen = placement | {"trainable": False}
+    reference = rto.ref_model or sft
+    own_reference = config.dpo.ref_model if rto.compat == "none" and config.needs_dpo_model else None
+    return Models(
+        policy=load_causal_lm(dpo if rto.init_from == "dpo" else sft, **training),
+        reference=load_causal_lm(reference, **frozen),
+        dpo=load_causal_lm(dpo, **frozen) if config.needs_dpo_model else None,
+        dpo_reference=load_causal_lm(own_reference, **frozen) if own_reference else None,
+        critic=load_scorer(rto.critic or reward_model or sft, **training) if rto.advantage == "gae" else None,
+        scorer=scorer,
+    )
+
+
+def critic_values(critic, batch):
+    """Values of a packed batch's states, [T]: the head's output in the units of normalised scores."""
+    mean, std = getattr(critic.config, "score_mean", 0.0), getattr(critic.config, "score_std", 1.0)
+    return (token_scores(critic, batch) - mean) / std
+
+
+@torch.no_grad()
+def rollout_values(critic, prompt_ids, response_ids, max_tokens, device):
+    """(values [T] in the alignment of `pack`, value after the last token of each sequence [N])."""
+    sequences = [p + r for p, r in zip(prompt_ids, response_ids)]
+    values, after = [], []
+    for run in micro_batches([len(s) for s in sequences], max_tokens):
+        batch = pack_whole([sequences[i] for i in run], device)
+        whole = critic_values(critic, batch)
+        is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, batch.last, False)
+        values.append(whole[is_state])
+        after.append(whole[batch.last])
+    return torch.cat(values), torch.cat(after)
+
+
+def delimiter_table(tokenizer, vocab_size, characters, device):
+    """[V] bool: tokens whose text ends, but for spaces, with one of `characters`."""
+    texts = tokenizer.batch_decode([[i] for i in range(vocab_size)])
+    ends = [any(text.rstrip(" ").endswith(c) for c in characters) for text in texts]
+    return torch.tensor(ends, device=device)
+
+
+def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, device):
+    """Scores a rollout and turns it into an `Experience`.
+
+    Returns:
+        (Experience, metrics of the rollout).
+    """
+    rto, temperature, max_tokens = config.rto, config.rollout.temperature, config.rto.micro_batch_tokens
+    paper_code = rto.compat == "paper_code"
+    finished = list(rollout.finished)
+    response_ids = rollout.response_ids
+    if paper_code:
+        eos = tokenizer.eos_token_id
+        response_ids = [r if done else r[:-1] + [eos] for r, done in zip(response_ids, finished)]
+        finished = [True] * len(finished)
+    prompt_ids = rollout.prompt_ids
+    batch = pack(prompt_ids, response_ids, device)
+
+    def logps(model):
+        return response_logps(model, prompt_ids, response_ids, max_tokens, temperature)
+
+    old_logps, ref_logps = logps(models.policy), logps(models.reference)
+    dpo_logps = logps(models.dpo) if models.dpo is not None else ref_logps
+    dpo_ref_logps = logps(models.dpo_reference) if models.dpo_reference is not None else None
+    if models.critic is not None:
+        values, after = rollout_values(models.critic, prompt_ids, response_ids, max_tokens, device)
+    else:
+        values, after = torch.zeros_like(old_logps), old_logps.new_zeros(batch.num_sequences)
+
+    truncated = torch.tensor([not done for done in finished], device=device)
+    scores, bootstrap = old_logps.new_zeros(batch.num_sequences), None
+    if models.scorer is not None:
+        completions = completions_of(prompts, response_ids, finished, tokenizer)
+        scores = models.scorer(completions).to(device)
+    paid_scores = scores
+    if rto.truncation == "penalty":
+        paid_scores = torch.where(truncated, -rto.truncation_penalty, scores)
+    elif rto.truncation == "bootstrap":
+        paid_scores, bootstrap = torch.where(truncated, 0.0, scores), torch.where(truncated, after, 0.0)
+
+    scale = 1.0 if paper_code and rto.dpo_reward_scale <= 0 else rto.dpo_reward_scale
+    result = rto_advantages(
+        old_logps, ref_logps, dpo_logps, values, paid_scores, batch.cu_seqlens, batch.response_mask,
+        dpo_ref_logps=dpo_ref_logps, dpo_reward_scale=scale, dpo_reward_clip=rto.dpo_reward_clip, kl_coef=kl_coef,
+        score_scale=rto.score_scale, score_clip=rto.score_clip, gamma=rto.gamma,
+        # Without a critic the advantage is the discounted sum of all rewards to come: λ = 1 over zero values.
+        gae_lambda=rto.gae_lambda if rto.advantage == "gae" else 1.0, granularity=rto.granularity,
+        delimiter_mask=delimiters[batch.labels.clamp(min=0)] if delimiters is not None else None,
+        shaping=rto.shaping, bootstrap_values=bootstrap, whiten=rto.whiten,
+    )  # fmt: skip
+    experience = Experience(prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns)
+
+    per_response = {k: v / batch.num_sequences for k, v in result.stats.items() if k.endswith("_sum")}
+    mask, stats = batch.response_mask, result.stats
+    dense = torch.where(mask, dpo_logps - (ref_logps if dpo_ref_logps is None else dpo_ref_logps), 0.0)
+    metrics = {
+        "score": scores.mean(),
+        "reward": segment_sum(result.token_rewards, batch.cu_seqlens).mean(),
+        "dpo_reward": per_response["dpo_reward_sum"],
+        "kl": per_response["kl_sum"],
+        "kl_penalty": kl_coef * per_response["kl_sum"],
+        "score_reward": per_response["score_reward_sum"],
+        "kl_coef": kl_coef,
+        "dpo_clip_fraction": stats["dpo_clip_count"] / stats["count"].clamp(min=1),
+        "dpo_score_correlation": _correlation(segment_sum(dense, batch.cu_seqlens), scores),
+        "length": stats["count"] / batch.num_sequences,
+        "truncated": truncated.float().mean(),
+        "advantage_std": stats["advantage_var"].sqrt(),
+        "explained_variance": _explained_variance(values[mask], result.returns[mask]),
+    }
+    return experience, metrics
+
+
+def _correlation(x, y):
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=1e-8)
+
+
+def _explained_variance(values, returns):
+    return 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+
+
+def policy_loss(model, batch, old_logps, advantages, *, temperature, entropy_coef, **options):
+    """The PPO loss of a packed batch and its metrics; see `rto_fast.ops.linear_ppo_loss`."""
+    hidden, head, mask = forward_hidden(model, batch), output_head(model), batch.response_mask
+    temperature = temperature * head.divisor
+    if head.bias is None:
+        return linear_ppo_loss(
+            hidden, head.weight, batch.labels, old_logps, advantages, mask, entropy_coef=entropy_coef,
+            temperature=temperature, softcap=head.softcap, **options,
+        )  # fmt: skip
+    logps, entropy = linear_token_logps(
+        hidden, head.weight, batch.labels, bias=head.bias, temperature=temperature, softcap=head.softcap,
+        return_entropy=True,
+    )  # fmt: skip
+    loss, metrics = ppo_policy_loss(logps, old_logps, advantages, mask, **options)
+    weights = mask if options["weights"] is None else options["weights"] * mask
+    mean_entropy = (entropy * weights).sum() / options["num_items"]
+    return loss - entropy_coef * mean_entropy, metrics | {"entropy": mean_entropy.detach()}
+
+
+def update(config, models, optimizers, experience, seed):
+    """PPO epochs over an `Experience`.
+
+    Returns:
+        metrics averaged over the optimizer steps.
+    """
+    rto, device = config.rto, experience.old_logps.device
+    lengths = experience.lengths
+    parts = {
+        name: getattr(experience, name).split(lengths) for name in ("old_logps", "old_values", "advantages", "returns")
+    }  # fmt: skip
+    policy_options = {name: getattr(rto, name) for name in ("clip_eps", "clip_eps_high", "dual_clip", "entropy_coef")}
+    per_sequence = rto.loss_normalization == "sequence" or rto.compat == "paper_code"
+    totals, steps = {}, 0
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rto.ppo_epochs):
+        for chosen in torch.randperm(len(lengths), generator=generator).split(rto.batch_size):
+            chosen = chosen.tolist()
+            # What the means are over is known before the first micro-batch: their gradients add up exactly.
+            num_items = float(len(chosen) if per_sequence else sum(len(experience.response_ids[i]) for i in chosen))
+            for run in micro_batches([lengths[i] for i in chosen], rto.micro_batch_tokens):
+                rows = [chosen[i] for i in run]
+                batch = pack(
+                    [experience.prompt_ids[i] for i in rows], [experience.response_ids[i] for i in rows], device
+                )  # fmt: skip
+                old_logps, old_values, advantages, returns = (torch.cat([part[i] for i in rows]) for part in parts.values())
+                weights = None
+                if per_sequence:
+                    counts = torch.tensor([len(experience.response_ids[i]) for i in rows], device=device)
+                    weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff())
+                loss, metrics = policy_loss(
+                    models.policy, batch, old_logps, advantages, temperature=config.rollout.temperature, weights=weights,
+                    num_items=num_items, **policy_options,
+                )  # fmt: skip
+                loss.backward()
+                if models.critic is not None:
+                    value_loss, value_metrics = ppo_value_loss(
+                        critic_values(models.critic, batch), old_values, returns, batch.response_mask, weights=weights,
+                        num_items=num_items, value_clip_eps=rto.value_clip_eps,
+                    )  # fmt: skip
+                    (rto.value_coef * value_loss).backward()
+                    metrics |= value_metrics
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            for name, optimizer in optimizers.items():
+                for key, value in optimizer.step().items():
+                    key = key if name == "policy" else f"{name}_{key}"
+                    totals[key] = totals.get(key, 0.0) + value
+            steps += 1
+    return {name: value / steps for name, value in totals.items()}
+
+
+def adapt_kl_coef(kl_coef, kl, responses, target, horizon):
+    """Proportional controller in log space (arXiv 1909.08593, section 2.2)."""
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * responses / horizon)
+
+
+def main(config, models, tokenizer, stop_ids, prompts, *, output, log, device, evaluate=None):
+    """Trains `models.policy` and saves it to `output`; returns that directory.
+
+    Args:
+        prompts: list of `Prompt`. evaluate: called with the policy's engine every `eval.every` iterations.
+    """
+    rto = config.rto
+    engine = build_engine(models.policy, tokenizer, config.rollout)
+    rollouts_per_pass = max(1, len(prompts) // rto.prompts_per_rollout)
+    iterations = rto.iterations or rto.epochs * rollouts_per_pass
+    responses = rto.prompts_per_rollout * rto.samples_per_prompt
+    steps = iterations * rto.ppo_epochs * -(-responses // rto.batch_size)
+    optimizers = {"policy": Optimizer(models.policy, rto, steps)}
+    if models.critic is not None:
+        optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
+    order = ShuffledIndices(len(prompts), config.seed)
+    sampling = Sampling(
+        max_new_tokens=config.rollout.max_new_tokens, min_new_tokens=config.rollout.min_new_tokens,
+        temperature=config.rollout.temperature, top_p=config.rollout.top_p, stop_ids=tuple(stop_ids),
+    )  # fmt: skip
+    delimiters = None
+    if rto.granularity == "sentence":
+        vocab_size = len(models.policy.get_output_embeddings().weight)
+        delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
+    kl_coef = rto.kl_coef
+    with log.stage("rto", iterations) as progress:
+        for iteration in range(iterations):
+            seed = config.seed * 1_000_003 + iteration  # all randomness: a run resumes from the iteration's number
+            times = [time.perf_counter()]
+            chosen = [prompts[i] for i in order.take(rto.prompts_per_rollout)]
+            rollout = engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, sampling, seed)
+            times.append(time.perf_counter())
+            repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
+            experience, metrics = collect(
+                config, models, rollout, repeated, tokenizer, kl_coef, delimiters, device
+            )  # fmt: skip
+            times.append(time.perf_counter())
+            metrics |= update(config, models, optimizers, experience, seed)
+            times.append(time.perf_counter())
+            if rto.kl_target is not None:
+                kl_coef = adapt_kl_coef(kl_coef, float(metrics["kl"]), responses, rto.kl_target, rto.kl_horizon)
+            metrics |= {
+                f"seconds_{name}": b - a for name, a, b in zip(("rollout", "score", "update"), times, times[1:])
+            }  # fmt: skip
+            metrics |= {
+                "tokens": rollout.num_tokens,
+                "tokens_per_second": rollout.num_tokens / (times[3] - times[0]),
+                "rollout_tokens_per_second": rollout.num_tokens / (times[1] - times[0]),
+            }
+            progress.step(metrics, show=("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second"))
+            if evaluate and config.eval.every and (iteration + 1) % config.eval.every == 0:
+                evaluate(engine, iteration + 1)
+    if models.critic is not None:
+        save_model(models.critic, tokenizer, f"{output}_critic")
+    return save_model(models.policy, tokenizer, output)
