@@ -1,0 +1,357 @@
+"""RTO's token rewards, their generalised advantage estimation, and whitening, over packed sequences.
+
+One program a sequence walks its tiles from the end. A tile is loaded in reversed order, so the recursion runs forward
+in the tile and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not needed. Each token hands the one
+before it
+
+    h_t = γ·V_t + γλ·A_t,    so that    A_t = r_t − V_t + h_{t+1},
+
+and a token that is no action hands on what it was handed: holes need no look-up of the next value. Every program also
+leaves its sums and (count, mean, M2); a second launch merges them in a fixed order (no atomics: bitwise repeatable) and
+whitens. Nothing is padded and the host never waits.
+
+A program walks its tiles one after the other, each at the latency of its loads and one scan, about 2 µs. So a tile is as
+long as the mean sequence, up to 1024 tokens: 128 sequences of 1k are one tile on every SM at once, 1M tokens in many
+sequences some 7 rounds of tiles, and 8 sequences of 32k, the worst use of a GPU, 32 tiles: still nothing next to the
+minutes that sampling them takes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rto_fast.kernels.reference import RTOAdvantages
+
+BLOCK_WHITEN, BLOCK_N = 2048, 1024
+STATS = ("count", "advantage_mean", "advantage_var", "dpo_reward_sum", "kl_sum", "score_reward_sum", "dpo_clip_count")
+
+
+@triton.jit
+def _compose(a_1, b_1, p_1, q_1, a_2, b_2, p_2, q_2):
+    """Joins two runs of tokens, the first the later in time. A run that is handed h hands on a·h + b, and the earliest
+    of its tokens was itself handed p·h + q."""
+    return a_2 * a_1, a_2 * b_1 + b_2, p_2 * a_1, p_2 * b_1 + q_2
+
+
+@triton.jit
+def _join_sentences(starts_1, sum_1, starts_2, sum_2):
+    """Sums since the last start of a sentence."""
+    return starts_1 | starts_2, tl.where(starts_2 != 0, sum_2, sum_1 + sum_2)
+
+
+@triton.jit
+def _last(block, BLOCK_T: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BLOCK_T) == BLOCK_T - 1, block, 0.0))
+
+
+@triton.jit
+def _load(ptr, offs_t, mask_t):
+    return tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _clip(x, limit):
+    """x within ±limit; None is no limit. Selects, since min and max would drop NaN."""
+    if limit is not None:
+        x = tl.where(tl.abs(x) > limit, tl.where(x > 0.0, limit, -limit), x)
+    return x
+
+
+@triton.jit
+def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T: tl.constexpr):
+    """(advantages of a tile in reversed order, what its earliest token hands on)."""
+    a = tl.where(valid, gamma_lambda, 1.0)
+    b = tl.where(valid, gamma * value + gamma_lambda * (reward - value), 0.0)
+    a, b, p, q = tl.associative_scan((a, b, tl.full((BLOCK_T,), 1.0, tl.float32), tl.zeros_like(b)), 0, _compose)
+    advantage = tl.where(valid, reward - value + (p * handed + q), 0.0)
+    return advantage, _last(a * handed + b, BLOCK_T)
+
+
+@triton.jit
+def gae_kernel(
+    rewards_ptr, values_ptr, cu_seqlens_ptr, mask_ptr, bootstrap_values_ptr, advantages_ptr, returns_ptr, gamma,
+    gamma_lambda, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    pid_n = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + pid_n)
+    end = tl.load(cu_seqlens_ptr + pid_n + 1)
+    bootstrap = 0.0
+    if bootstrap_values_ptr is not None:
+        bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
+    handed = gamma * bootstrap
+    for done in range(0, end - start, BLOCK_T):
+        offs_t = end - 1 - done - tl.arange(0, BLOCK_T)
+        mask_t = offs_t >= start
+        valid = mask_t
+        if mask_ptr is not None:
+            valid = tl.load(mask_ptr + offs_t, mask=mask_t, other=0) != 0
+        value = _load(values_ptr, offs_t, valid)
+        reward = _load(rewards_ptr, offs_t, valid)
+        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T)
+        tl.store(advantages_ptr + offs_t, advantage, mask=mask_t)
+        tl.store(returns_ptr + offs_t, advantage + value, mask=mask_t)
+
+
+@triton.jit
+def _move_to_delimiters(
+    dpo_logps_ptr, dpo_ref_logps_ptr, response_mask_ptr, delimiter_mask_ptr, token_rewards_ptr, start, end,
+    dpo_reward_scale, dpo_reward_clip, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Walks a sequence forward: (sum of its DPO rewards, the part after its last delimiter). With delimiters, leaves
+    each sentence's sum on its delimiter in `token_rewards`."""
+    totals = tl.zeros((BLOCK_T,), tl.float32)
+    rest = 0.0
+    # One position past the end: if the last token is a delimiter, the sentence that starts there has the sum 0.
+    for done in range(0, end - start + 1, BLOCK_T):
+        offs_t = start + done + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < end
+        valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
+        log_ratio = _load(dpo_logps_ptr, offs_t, valid) - _load(dpo_ref_logps_ptr, offs_t, valid)
+        clipped = _clip(dpo_reward_scale * log_ratio, dpo_reward_clip)
+        totals += clipped
+        if delimiter_mask_ptr is not None:
+            before = (offs_t > start) & (offs_t <= end)
+            starts = tl.load(response_mask_ptr + offs_t - 1, mask=before, other=0) != 0
+            starts = starts & (tl.load(delimiter_mask_ptr + offs_t - 1, mask=before, other=0) != 0)
+            starts, sums = tl.associative_scan((starts.to(tl.int32), clipped), 0, _join_sentences)
+            sums = tl.where(starts != 0, sums, sums + rest)
+            rest = _last(sums, BLOCK_T)
+            is_delimiter = valid & (tl.load(delimiter_mask_ptr + offs_t, mask=mask_t, other=0) != 0)
+            tl.store(token_rewards_ptr + offs_t, tl.where(is_delimiter, sums, 0.0), mask=mask_t)
+    return tl.sum(totals), rest
+
+
+@triton.jit
+def _merge(count, mean, m2):
+    """(count, mean, sum of squared deviations) of the union of a block of samples, by Chan's formula."""
+    total = tl.sum(count)
+    centre = tl.sum(count * mean) / tl.maximum(total, 1.0)
+    return total, centre, tl.sum(m2 + count * (mean - centre) * (mean - centre))
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def rto_advantages_kernel(
+    old_logps_ptr, ref_logps_ptr, dpo_logps_ptr, dpo_ref_logps_ptr, values_ptr, scores_ptr, cu_seqlens_ptr,
+    response_mask_ptr, delimiter_mask_ptr, bootstrap_values_ptr, token_rewards_ptr, kl_ptr, advantages_ptr, returns_ptr,
+    partials_ptr, num_sequences, dpo_reward_scale, dpo_reward_clip, kl_coef, score_scale, score_clip, gamma,
+    gamma_lambda, GRANULARITY: tl.constexpr, SHAPING: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    pid_n = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + pid_n)
+    end = tl.load(cu_seqlens_ptr + pid_n + 1)
+    bootstrap = 0.0
+    if bootstrap_values_ptr is not None:
+        bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
+    handed = gamma * bootstrap
+
+    # What the last response token gets on top: the score, and what `sentence`, `sequence` and shaping move there.
+    score = _clip(tl.load(scores_ptr + pid_n).to(tl.float32), score_clip)
+    score = score_scale * score
+    moved = 0.0
+    if SHAPING or GRANULARITY != "token":
+        total, rest = _move_to_delimiters(
+            dpo_logps_ptr, dpo_ref_logps_ptr, response_mask_ptr, delimiter_mask_ptr, token_rewards_ptr, start, end,
+            dpo_reward_scale, dpo_reward_clip, BLOCK_T,
+        )  # fmt: skip
+        if SHAPING:
+            score -= total
+        if GRANULARITY == "sequence":
+            moved = total
+        if GRANULARITY == "sentence":
+            moved = rest
+            tl.debug_barrier()  # the sums on delimiters are read back below by other threads of this program
+
+    last = start - 1  # index of the last response token, which is the first one met
+    count = tl.zeros((BLOCK_T,), tl.float32)  # every lane's own statistics: one reduction at the end, none a tile
+    mean = tl.zeros((BLOCK_T,), tl.float32)
+    m2 = tl.zeros((BLOCK_T,), tl.float32)
+    dpo_sum = tl.zeros((BLOCK_T,), tl.float32)
+    kl_sum = tl.zeros((BLOCK_T,), tl.float32)
+    clip_count = tl.zeros((BLOCK_T,), tl.float32)
+    for done in range(0, end - start, BLOCK_T):
+        offs_t = end - 1 - done - tl.arange(0, BLOCK_T)
+        mask_t = offs_t >= start
+        # Nothing is read outside the response: a prompt costs one byte a token, and NaN there cannot leak.
+        valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
+        kl = _load(old_logps_ptr, offs_t, valid) - _load(ref_logps_ptr, offs_t, valid)
+        log_ratio = _load(dpo_logps_ptr, offs_t, valid) - _load(dpo_ref_logps_ptr, offs_t, valid)
+        dense = dpo_reward_scale * log_ratio
+        value = _load(values_ptr, offs_t, valid)
+        clipped = _clip(dense, dpo_reward_clip)
+        if GRANULARITY == "token":
+            reward = clipped - kl_coef * kl
+        elif GRANULARITY == "sentence":
+            reward = _load(token_rewards_ptr, offs_t, valid) - kl_coef * kl
+        else:
+            reward = -kl_coef * kl
+        last = tl.maximum(last, tl.max(tl.where(valid, offs_t, start - 1)))
+        reward = tl.where(valid & (offs_t == last), reward + (moved + score), reward)
+        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T)
+        tl.store(kl_ptr + offs_t, kl, mask=mask_t)
+        tl.store(token_rewards_ptr + offs_t, reward, mask=mask_t)
+        tl.store(advantages_ptr + offs_t, advantage, mask=mask_t)
+        tl.store(returns_ptr + offs_t, advantage + value, mask=mask_t)
+
+        dpo_sum += clipped
+        kl_sum += kl
+        clip_count += (clipped != dense).to(tl.float32)
+        count += valid.to(tl.float32)
+        deviation = advantage - mean
+        mean += tl.where(valid, deviation / tl.maximum(count, 1.0), 0.0)
+        m2 += tl.where(valid, deviation * (advantage - mean), 0.0)
+
+    count, mean, m2 = _merge(count, mean, m2)
+    partials_ptr += pid_n
+    tl.store(partials_ptr, count)
+    tl.store(partials_ptr + num_sequences, mean)
+    tl.store(partials_ptr + 2 * num_sequences, m2)
+    tl.store(partials_ptr + 3 * num_sequences, tl.sum(dpo_sum))
+    tl.store(partials_ptr + 4 * num_sequences, tl.sum(kl_sum))
+    tl.store(partials_ptr + 5 * num_sequences, tl.where(last >= start, score, 0.0))
+    tl.store(partials_ptr + 6 * num_sequences, tl.sum(clip_count))
+
+
+@triton.jit
+def _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, mask_t):
+    valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
+    advantage = tl.load(advantages_ptr + offs_t, mask=mask_t, other=0.0)
+    tl.store(advantages_ptr + offs_t, tl.where(valid, (advantage - mean) * scale, 0.0), mask=mask_t)
+
+
+@triton.jit
+def _sum_row(partials_ptr, row, num_sequences, BLOCK_N: tl.constexpr):
+    offs_n = tl.arange(0, BLOCK_N)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for done in range(0, num_sequences, BLOCK_N):
+        mask_n = done + offs_n < num_sequences
+        sums += tl.load(partials_ptr + row * num_sequences + done + offs_n, mask=mask_n, other=0.0)
+    return tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
+def rto_whiten_kernel(
+    advantages_ptr, response_mask_ptr, partials_ptr, stats_ptr, num_tokens, num_sequences, WHITEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Every program merges all partials, in the same order; that is cheaper than a launch of its own. The first one
+    writes the statistics."""
+    pid_t = tl.program_id(0)
+    count = tl.zeros((BLOCK_N,), tl.float32)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    m2 = tl.zeros((BLOCK_N,), tl.float32)
+    for done in range(0, num_sequences, BLOCK_N):
+        offs_n = done + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_sequences
+        count_n = tl.load(partials_ptr + offs_n, mask=mask_n, other=0.0)
+        mean_n = tl.load(partials_ptr + num_sequences + offs_n, mask=mask_n, other=0.0)
+        m2_n = tl.load(partials_ptr + 2 * num_sequences + offs_n, mask=mask_n, other=0.0)
+        share = count_n / tl.maximum(count + count_n, 1.0)
+        deviation = mean_n - mean
+        m2 += m2_n + deviation * deviation * count * share
+        mean += deviation * share
+        count += count_n
+    count, mean, m2 = _merge(count, mean, m2)
+    variance = m2 / tl.maximum(count, 1.0)
+    if pid_t == 0:
+        tl.store(stats_ptr, count)
+        tl.store(stats_ptr + 1, mean)
+        tl.store(stats_ptr + 2, variance)
+        for row in tl.static_range(3, 7):
+            tl.store(stats_ptr + row, _sum_row(partials_ptr, row, num_sequences, BLOCK_N))
+    if WHITEN:
+        scale = 1.0 / tl.sqrt(tl.maximum(variance, 1e-8))
+        offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+        # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+        if (pid_t + 1) * BLOCK_T <= num_tokens:
+            whole = tl.full((BLOCK_T,), True, tl.int1)
+            _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, whole)
+        else:
+            _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, offs_t < num_tokens)
+
+
+def _tile(num_tokens, num_sequences):
+    """The mean sequence in one tile, within bounds. Two tokens a thread: with four, 512 threads run out of registers."""
+    block = min(max(triton.next_power_of_2(triton.cdiv(num_tokens, max(num_sequences, 1))), 128), 1024)
+    return {"BLOCK_T": block, "num_warps": block // 64}
+
+
+def _contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@torch.library.custom_op("rto_fast::gae", mutates_args=())
+def _gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap_values: Tensor | None,
+    gamma: float, gae_lambda: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    num_tokens, num_sequences = len(rewards), len(cu_seqlens) - 1
+    advantages = torch.empty(num_tokens, dtype=torch.float32, device=rewards.device)
+    returns = torch.empty_like(advantages)
+    if num_tokens:
+        with torch.cuda.device_of(rewards):
+            gae_kernel[(num_sequences,)](
+                *_contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns, gamma,
+                gamma * gae_lambda, **_tile(num_tokens, num_sequences),
+            )  # fmt: skip
+    return advantages, returns
+
+
+@_gae.register_fake
+def _(rewards, *_):
+    return rewards.new_empty(rewards.shape, dtype=torch.float32), rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("rto_fast::rto_advantages", mutates_args=())
+def _rto_advantages(
+    old_logps: Tensor, ref_logps: Tensor, dpo_logps: Tensor, dpo_ref_logps: Tensor, values: Tensor, scores: Tensor,
+    cu_seqlens: Tensor, response_mask: Tensor, delimiter_mask: Tensor | None, bootstrap_values: Tensor | None,
+    dpo_reward_scale: float, dpo_reward_clip: float, kl_coef: float, score_scale: float, score_clip: float,
+    gamma: float, gae_lambda: float, granularity: str, shaping: bool, whiten: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(token_rewards, kl, advantages, returns, the statistics named by STATS)."""
+    num_tokens, num_sequences = len(old_logps), len(cu_seqlens) - 1
+    outputs = [torch.empty(num_tokens, dtype=torch.float32, device=old_logps.device) for _ in range(4)]
+    stats = torch.empty(len(STATS), dtype=torch.float32, device=old_logps.device)
+    partials = torch.empty(len(STATS), num_sequences, dtype=torch.float32, device=old_logps.device)
+    response_mask = response_mask.contiguous()
+    with torch.cuda.device_of(old_logps):
+        if num_sequences:
+            rto_advantages_kernel[(num_sequences,)](
+                *_contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens), response_mask,
+                *_contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
+                partials, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
+                score_clip or None, gamma, gamma * gae_lambda, GRANULARITY=granularity, SHAPING=shaping,
+                **_tile(num_tokens, num_sequences),
+            )  # fmt: skip
+        programs = triton.cdiv(num_tokens, BLOCK_WHITEN) if whiten else 1
+        rto_whiten_kernel[(max(programs, 1),)](
+            outputs[2], response_mask, partials, stats, num_tokens, num_sequences, WHITEN=whiten, BLOCK_T=BLOCK_WHITEN,
+            BLOCK_N=BLOCK_N, num_warps=8,
+        )  # fmt: skip
+    return *outputs, stats
+
+
+@_rto_advantages.register_fake
+def _(old_logps, *_):
+    new = [old_logps.new_empty(old_logps.shape, dtype=torch.float32) for _ in range(4)]
+    return *new, old_logps.new_empty(len(STATS), dtype=torch.float32)
+
+
+def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+    """See `rto_fast.ops.gae`. Not differentiable: advantages and returns are constants of the losses."""
+    return _gae(rewards, values, cu_seqlens, mask, bootstrap_values, gamma, gae_lambda)
+
+
+def rto_advantages(
+    old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, *, dpo_ref_logps=None,
+    dpo_reward_scale=0.05, dpo_reward_clip=0.05, kl_coef=0.01, score_scale=1.0, score_clip=10.0, gamma=1.0,
+    gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
+):  # fmt: skip
+    """See `rto_fast.ops.rto_advantages`. Not differentiable, like `gae`."""
+    *outputs, stats = _rto_advantages(
+        old_logps, ref_logps, dpo_logps, ref_logps if dpo_ref_logps is None else dpo_ref_logps, values, scores,
+        cu_seqlens, response_mask, delimiter_mask, bootstrap_values, dpo_reward_scale, dpo_reward_clip, kl_coef,
+        score_scale, score_clip, gamma, gae_lambda, granularity, shaping, whiten,
+    )  # fmt: skip
+    return RTOAdvantages(*outputs, dict(zip(STATS, stats.unbind())))
