@@ -124,7 +124,7 @@ def ppo_policy_loss(
     with torch.no_grad():
         metrics = {
             "policy_loss": total.detach(),
-            "approx_kl": ((ratio - 1.0 - log_ratio) * weight).sum() * scale,
+            "approx_kl": ((log_ratio.expm1() - log_ratio) * weight).sum() * scale,
             "clip_fraction": (is_clipped * weight).sum() * scale,
         }
     return total, metrics
@@ -144,7 +144,8 @@ def ppo_value_loss(
     if value_clip_eps is not None:
         clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
         clipped_error = (clipped_values - returns).square()
-        is_clipped = clipped_error > error
+        # old + (v − old) is not exactly v: only a change beyond the range counts as clipped.
+        is_clipped = (clipped_error > error) & ((values - old_values).abs() > value_clip_eps)
         error = torch.maximum(error, clipped_error)
     total = 0.5 * (error * weight).sum() * scale
     with torch.no_grad():
