@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-ERROR_RATE = 0.25  # chance that the writer gets a word wrong
+ERROR_RATE = 0.15  # chance that the writer gets a word wrong
 RAMBLE_RATE = 0.35  # chance of one more invented item; a fifth of it, of a skipped or repeated one
 LABEL_TEMPERATURE = 0.05  # of the Bradley-Terry labels, in units of gold reward
 
@@ -188,7 +188,7 @@ def build_model(seed):
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=256, rope_theta=1000.0, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.06,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

@@ -50,18 +50,16 @@ class RunLog:
 
 
 class StageLog:
-    """The live line of one stage: `with log.stage("dpo", 100) as stage: stage.step({...}, show=("loss",))`."""
+    """The live line of one stage: `with log.stage("dpo", 100) as stage: stage.step({...}, show=("loss",))`.
+
+    On a terminal one line is redrawn; in a file or a CI log a line is printed for every fifth of the stage.
+    """
 
     def __init__(self, log, name, total):
-        self.log, self.name, self.count = log, name, 0
-        # On a terminal the line is redrawn; in a file or CI log ten lines per stage are enough.
-        live = sys.stdout.isatty()
-        self.bar = tqdm(
-            total=total, desc=f"{name:<12}", file=sys.stdout, disable=log.quiet, dynamic_ncols=live, leave=True,
-            mininterval=0.1 if live else 1e9, miniters=None if live else max(1, total // 10), unit="step",
-            bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% [{elapsed}<{remaining}] {postfix}",
-        )  # fmt: skip
-        self.live = live
+        self.log, self.name, self.total, self.count = log, name, total, 0
+        self.live = sys.stdout.isatty() and not log.quiet
+        self.start = time.perf_counter()
+        self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -70,9 +68,17 @@ class StageLog:
         self.bar.close()
 
     def step(self, values, show):
-        """Records a finished step; the keys in `show` appear on the live line."""
+        """Records a finished step; the keys in `show` appear on the line. Returns the values as numbers."""
         self.count += 1
         values = self.log.metrics(self.name, self.count, values)
-        self.bar.set_postfix_str(" ".join(f"{key}={short(values[key])}" for key in show if key in values), refresh=False)
-        self.bar.update(1)
+        line = self._line({key: values[key] for key in show if key in values})
+        self.bar.set_description_str(line)
+        if not self.live and (self.count * 5 // self.total > (self.count - 1) * 5 // self.total):
+            self.log.say(line)
         return values
+
+    def _line(self, values):
+        elapsed = time.perf_counter() - self.start
+        left = elapsed / self.count * (self.total - self.count)
+        figures = "  ".join(f"{key} {short(value)}" for key, value in values.items())
+        return f"{self.name:<12} {self.count:>5}/{self.total} {elapsed:>5.0f} s, {left:.0f} s left  {figures}"
