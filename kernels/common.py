@@ -182,11 +182,11 @@ def gradient_view(buffer, dtype):
 
 def gemm(a, b, out, accumulate=False):
     """out (+)= a @ b with one rounding, to out's dtype: float32 accumulation whatever the inputs are."""
+    # Always with `out=`: unlike the functional forms, those take no part in autocast.
     if not a.is_cuda and a.dtype != torch.float32:
         # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
-        product = torch.mm(a.float(), b.float())
+        product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
         return out.add_(product) if accumulate else out.copy_(product)
-    # Always with `out`: unlike the functional forms, those do not take part in autocast.
     options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
     return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
 

@@ -14,9 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
-    LOG2E, autocast_operands, finish_row, fold_row, gemm, gradient_view, load_logits, logits_buffer,
-    ppo_terms, row_block, write_gradient,
-)  # fmt: skip
+    LOG2E,
+    autocast_operands,
+    finish_row,
+    fold_row,
+    gemm,
+    gradient_view,
+    load_logits,
+    logits_buffer,
+    ppo_terms,
+    row_block,
+    write_gradient,
+)
 
 # float32 logits of a chunk. dweight's float32 accumulator costs 735/C of a chunk's dweight GEMM to read and write
 # (C tokens, H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V = 262k. It is also

@@ -14,8 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
-    GRADIENT_BLOCK, LOG2E, autocast_operands, gemm, gradient_view, logits_buffer, row_block, write_gradient,
-)  # fmt: skip
+    GRADIENT_BLOCK,
+    LOG2E,
+    autocast_operands,
+    gemm,
+    gradient_view,
+    logits_buffer,
+    row_block,
+    write_gradient,
+)
 from rto_fast.kernels.token_logps import combine_partials, fold_partials
 
 # 1024 x 8192 float32 logits are 33.5 MB: they fit the L2 of an A100 (40 MB) and an H100/H200 (50 MB), are 256 output
@@ -59,7 +66,7 @@ def _kept_rows(labels, ignore_index, hidden_states):
 
 def _chunk_cols(num_rows, vocab_size):
     """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
-    largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows)))
+    largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
     return triton.cdiv(triton.cdiv(vocab_size, triton.cdiv(vocab_size, largest)), 128) * 128
 
 

@@ -240,7 +240,7 @@ def token_logps_bwd_(
 
 def _setup_context(ctx, inputs, output):
     logits, labels, *ctx.settings = inputs
-    logps, entropy, state = output
+    _, entropy, state = output
     ctx.save_for_backward(logits, labels, state, entropy)
     ctx.mark_non_differentiable(state)
     ctx.set_materialize_grads(False)
