@@ -136,9 +136,7 @@ def ppo_value_loss(
     """See `rto_fast.ops.ppo_value_loss`."""
     dtype = compute_dtype(values)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
-    values, old_values, returns = (
-        torch.where(loss_mask, t.to(dtype), 0.0) for t in (values, old_values, returns)
-    )
+    values, old_values, returns = (torch.where(loss_mask, t.to(dtype), 0.0) for t in (values, old_values, returns))
     error = (values - returns).square()
     is_clipped = torch.zeros_like(loss_mask)
     if value_clip_eps is not None:

@@ -31,6 +31,17 @@ def completions_of(prompts, response_ids, finished, tokenizer):
     return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
 
 
+def completions_of_pairs(pairs, stop_ids):
+    """The chosen and the rejected response of each `Pair` as completions."""
+    completions = []
+    for pair in pairs:
+        example = pair.example
+        prompt = Prompt(pair.prompt_ids, example.prompt, example.extra, example.origin)
+        for ids, text in ((pair.chosen_ids, example.chosen), (pair.rejected_ids, example.rejected)):
+            completions.append(Completion(prompt, ids, text, ids[-1] in stop_ids))
+    return completions
+
+
 class RewardModel:
     """Scores whole conversations with a sequence classification model of one label.
 

@@ -28,6 +28,15 @@ def resolve_device(name):
     return "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
 
 
+def quiet_libraries(device):
+    """One progress line is enough: no bars for files of a model, no notice that there is no GPU."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when transformers imports deepspeed to save a model
+
+
 class Run:
     """What the stages share: configuration, device, tokenizer, data, log; and the sequence of the stages."""
 
@@ -45,6 +54,7 @@ class Run:
         (self.folder / "config.yaml").write_text(dump_config(config))
         self.log = RunLog(self.folder)
         device = resolve_device(config.device)
+        quiet_libraries(device)
         torch.manual_seed(config.seed)
         self.placement = {
             "device": device,
@@ -106,7 +116,13 @@ class Run:
     def scorer(self, reward_model):
         """Completions → normalised scores, or None."""
         from rto_fast.models.loading import load_scorer, load_tokenizer
-        from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of, score_statistics
+        from rto_fast.rewards import (
+            NormalizedScores,
+            RewardFunction,
+            RewardModel,
+            completions_of_pairs,
+            score_statistics,
+        )  # fmt: skip
 
         config = self.config
         if not config.needs_reward_model:
@@ -126,12 +142,9 @@ class Run:
         trained = getattr(source, "model", None)
         if getattr(getattr(trained, "config", None), "score_std", None):
             return NormalizedScores(source, trained.config.score_mean, trained.config.score_std)
-        examples, pairs = self.data.held_out_prompts, self.data.held_out_pairs
-        both = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-        done = [ids[-1] in self.stop_ids for ids in both]
-        prompts = [p for p in examples for _ in range(2)]
-        mean, std = score_statistics(source(completions_of(prompts, both, done, self.tokenizer)))
-        self.log.say(f"scores: mean {mean:.3g}, std {std:.3g} over {len(both)} held-out responses")
+        held_out = completions_of_pairs(self.data.held_out_pairs, self.stop_ids)
+        mean, std = score_statistics(source(held_out))
+        self.log.say(f"scores: mean {mean:.3g}, std {std:.3g} over {len(held_out)} held-out responses")
         return NormalizedScores(source, mean, std)
 
     def judge(self, scorer):
@@ -211,7 +224,9 @@ def main(arguments=None):
         (run.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
         run.log.say("\n" + table(results, judge_name))
     seconds = time.perf_counter() - start
-    run.log.say(f"\n{seconds:.0f} s; the aligned model is an ordinary Hugging Face checkpoint in {policies.get('RTO', dpo)}")
+    run.log.say(
+        f"\n{seconds:.0f} s; the aligned model is an ordinary Hugging Face checkpoint in {policies.get('RTO', dpo)}"
+    )
     return results
 
 

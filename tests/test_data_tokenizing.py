@@ -242,7 +242,7 @@ def ids(text):
 
 def test_preference_pairs_and_their_report():
     pairs, report = preference_pairs(PAIRS, WORDS, Limits(4, 2), "auto", STOP)
-    assert pairs == [Pair(ids("<bos> hi"), ids("blue <eos>"), ids("sky <eos>"))]
+    assert pairs == [Pair(ids("<bos> hi"), ids("blue <eos>"), ids("sky <eos>"), pairs[0].example)]
     assert (report.examples, report.kept, report.prompts_dropped, report.identical_dropped) == (3, 1, 1, 1)
     assert (report.responses_cut, report.response_tokens, report.response_tokens_cut) == (2, 12, 4)
     assert str(report) == (

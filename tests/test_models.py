@@ -114,6 +114,8 @@ def test_loads_from_a_directory_and_restores_the_attention(tmp_path):
     assert model.config._attn_implementation == PACKED
     scorer = load_scorer(tmp_path, trainable=False, **options)
     assert not any(p.requires_grad for p in scorer.parameters())
-    assert not scorer.score.weight.any() and torch.equal(scorer.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert not scorer.score.weight.any() and torch.equal(
+        scorer.model.embed_tokens.weight, model.model.embed_tokens.weight
+    )
     with pytest.raises(ModelError, match="nowhere"):
         load_causal_lm(tmp_path / "nowhere", trainable=False, **options)

@@ -53,10 +53,6 @@ class RunData:
         return self._build(preference_pairs, held_out, "held-out preferences", self.stop_ids) if held_out else []
 
     @cached_property
-    def held_out_examples(self):
-        return self._split[1]
-
-    @cached_property
     def prompts(self):
         examples = self._examples(self.config.prompts) if self.config.prompts else self._split[0]
         return self._build(prompts, examples, "prompts")

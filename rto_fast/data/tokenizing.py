@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jinja2
 
-from rto_fast.data.layouts import DataError
+from rto_fast.data.layouts import DataError, Example
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -60,6 +60,7 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    example: Example  # the texts, for reward functions and models of another tokenizer
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def preference_pairs(examples, tokenizer, limits, prompt_format, stop_ids) -> tu
     sides = [[getattr(examples[i], name) for i in kept] for name in ("chosen", "rejected")]
     sides = [_encode_responses(tokenizer, prompts_, side, prompt_format, stop_ids) for side in sides]
     sides = [[_cut(ids, limits, report) for ids in side] for side in sides]
-    pairs = [Pair(*ids) for ids in zip(prompt_ids, *sides, strict=True) if ids[1] != ids[2]]
+    kept_examples = [examples[i] for i in kept]
+    pairs = [Pair(*parts) for parts in zip(prompt_ids, *sides, kept_examples, strict=True) if parts[1] != parts[2]]
     report.identical_dropped = report.kept - len(pairs)
     report.kept = len(pairs)
     if not pairs:
@@ -219,7 +221,9 @@ def _encode_prompts(tokenizer, prompts_, prompt_format, origins):
     chat = [_is_chat(tokenizer, prompt, prompt_format) for prompt in prompts_]
     texts = list(prompts_)
     if any(chat) and tokenizer.chat_template is None:
-        warnings.warn("the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript")
+        warnings.warn(
+            "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=2
+        )
     for index in (index for index, is_chat in enumerate(chat) if is_chat):
         prompt = prompts_[index]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -218,7 +218,9 @@ def update(config, models, optimizers, experience, seed):
                 batch = pack(
                     [experience.prompt_ids[i] for i in rows], [experience.response_ids[i] for i in rows], device
                 )  # fmt: skip
-                old_logps, old_values, advantages, returns = (torch.cat([part[i] for i in rows]) for part in parts.values())
+                old_logps, old_values, advantages, returns = (
+                    torch.cat([part[i] for i in rows]) for part in parts.values()
+                )
                 weights = None
                 if per_sequence:
                     counts = torch.tensor([len(experience.response_ids[i]) for i in rows], device=device)

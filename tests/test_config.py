@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from rto_fast.config import Config, ConfigError, dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_without_arguments_the_embedded_default_is_used():
+    config = load_config([])
+    assert config.model.path == "embedded" and config.sft.batch_size == 32
+
+
+def test_command_line_beats_file_beats_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("rto:\n  kl_coef: 0.5\n  lr: 1e-4\n")
+    config = load_config(["--config", str(file), "--rto.kl_coef", "0.02"])
+    assert (config.rto.kl_coef, config.rto.lr, config.rto.gae_lambda) == (0.02, 1e-4, 0.95)
+    assert config.sft.batch_size == Config().sft.batch_size  # not the embedded default's
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
+    config = load_config(["--config", str(path)])
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+def test_the_baseline_differs_from_the_default_in_the_dense_reward_alone():
+    default, baseline = load_config([]), load_config(["--config", str(CONFIGS[0].with_name("ppo_baseline.yaml"))])
+    assert baseline.rto.dpo_reward_scale == 0 and not baseline.needs_dpo_model
+    for config in (default, baseline):
+        config.output_dir, config.dpo = "", None
+        config.rto.dpo_reward_scale = config.rto.dpo_reward_clip = 0
+    assert default == baseline
+
+
+def test_the_paper_configuration_is_the_papers():
+    config = load_config(["--config", str(CONFIGS[0].with_name("llama3_8b_ultrafeedback.yaml"))])
+    rto = config.rto
+    assert (rto.dpo_reward_scale, rto.dpo_reward_clip, rto.kl_coef, rto.score_scale) == (0.05, 0.05, 0.01, 1.0)
+    assert (rto.lr, rto.critic_lr, rto.prompts_per_rollout, rto.batch_size, rto.ppo_epochs) == (
+        5e-7,
+        9e-6,
+        1024,
+        128,
+        1,
+    )
+    assert (rto.gamma, rto.gae_lambda, rto.clip_eps, rto.value_clip_eps) == (1.0, 0.95, 0.2, 0.2)
+    assert (config.dpo.beta, config.dpo.lr, config.dpo.batch_size, config.reward_model.lr) == (0.1, 5e-7, 256, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rto.kl_coeff", "0.02"], "unknown key --rto.kl_coeff; did you mean --rto.kl_coef"),
+        (["--kl_coef=3"], "did you mean --rto.kl_coef"),
+        (["--rto.kl_coef", "abc"], "rto.kl_coef.*float.*abc"),
+        (["--rto.advantage", "gea"], "rto.advantage.*gea"),
+        (["--rto.gamma", "2"], "rto.gamma: expected a number from 0 to 1, got 2.0"),
+        (["--rto.dual_clip", "0.5"], "rto.dual_clip: expected a number above 1"),
+        (["--rto.truncation", "bootstrap", "--rto.advantage", "reinforce_pp"], "no critic"),
+        (["--rollout.min_new_tokens", "99"], "rollout.min_new_tokens"),
+        (["--reward_model.model", "x", "--reward_model.function", "m:f"], "one of the two"),
+        (["--config", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(arguments)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rto:\n  kl_coeff: 0.1\n", r"c.yaml: unknown key rto.kl_coeff; did you mean rto.kl_coef\?"),
+        ("rtoo:\n  kl_coef: 0.1\n", r"c.yaml: unknown key rtoo; did you mean rto\?"),
+        ("seed: 1.5\n", "seed.*int.*1.5"),
+        ("rto:\n  lr: 1\n kl: 2\n", "c.yaml:3: not valid YAML"),
+        ("- 1\n", "expected keys and values"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_help_documents_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--rto.dpo_reward_scale" in text and "β1: scale of the dense reward" in text and "default: 0.05" in text
