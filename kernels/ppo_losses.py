@@ -102,11 +102,14 @@ def _value_block(
     value = _load_valid(values_ptr, offs_t, mask_t, valid)
     target = _load_valid(returns_ptr, offs_t, mask_t, valid)
     error = value - target
-    loss = 0.5 * error * error
-    is_clipped = tl.zeros_like(valid)
-    if value_clip_eps is not None:
+    if value_clip_eps is None:
+        loss = 0.5 * error * error
+        is_clipped = tl.zeros_like(valid)
+    else:
         old_value = _load_valid(old_values_ptr, offs_t, mask_t, valid)
         change = value - old_value
+        error = tl.where(change == change, error, change)  # a NaN among the old values must show
+        loss = 0.5 * error * error
         clipped_change = tl.where(change > 0.0, value_clip_eps, -value_clip_eps)
         clipped_error = old_value + clipped_change - target
         clipped_loss = 0.5 * clipped_error * clipped_error
