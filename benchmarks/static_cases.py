@@ -7,6 +7,11 @@ EXPECTED = {
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
     "ppo_policy_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "ppo_value_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
+    "token_logps_fwd_kernel": {"wide_loads": 8},
+    "partial_state_kernel": {"wide_loads": 8},
+    "token_logps_bwd_kernel": {"wide_loads": 4, "wide_stores": 4},
+    "logits_gradient_kernel": {"wide_loads": 8, "wide_stores": 4},
+    "linear_ppo_kernel": {"wide_loads": 24, "wide_stores": 4},
 }
 
 
@@ -49,6 +54,35 @@ def ppo_loss(name, dtype, count=8192, **options):
     return "ppo_losses", call
 
 
+def token_logps(rows, vocab_size, dtype, entropy=False, inplace=False):
+    def call(module):
+        logits = torch.zeros(rows, vocab_size, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(rows, dtype=torch.long)
+        result = module.token_logps(logits, labels, return_entropy=entropy, inplace_backward=inplace)
+        (sum(result) if entropy else result).sum().backward()
+
+    return "token_logps", call
+
+
+def linear(name, vocab_size, dtype, **options):
+    """The kernels see rows of logits, whatever the hidden size is: 16 keeps the CPU's GEMMs short."""
+
+    def call(module):
+        hidden, weight = (torch.zeros(n, 16, dtype=dtype, requires_grad=True) for n in (4, vocab_size))
+        labels, mask = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool)
+        bias = {"bias": tokens(vocab_size, dtype)} if options.pop("biased", False) else {}
+        if name == "linear_ppo_loss":
+            result = module.linear_ppo_loss(hidden, weight, labels, tokens(4), tokens(4), mask, **options)[0]
+        else:
+            result = module.linear_token_logps(hidden, weight, labels, **bias, **options)
+        (sum(result) if isinstance(result, tuple) else result).sum().backward()
+
+    return name, call
+
+
+# Vocabulary sizes of the three models that are benchmarked.
+LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
+
 # label -> (module of rto_fast.kernels, a call of it on CPU tensors: the launches are recorded, nothing runs)
 CASES = {
     "gae fp32 short": gae(1000, 10),
@@ -66,4 +100,23 @@ CASES = {
     ),
     "values fp32": ppo_loss("ppo_value_loss", torch.float32),
     "values bf16 weights": ppo_loss("ppo_value_loss", torch.bfloat16, weights=tokens(8192)),
+    "logits llama bf16": token_logps(1024, LLAMA3_8B, torch.bfloat16),
+    "logits llama fp32 entropy": token_logps(1024, LLAMA3_8B, torch.float32, entropy=True),
+    "logits qwen bf16 entropy inplace": token_logps(1024, QWEN3_06B, torch.bfloat16, entropy=True, inplace=True),
+    "logits qwen bf16 entropy few rows": token_logps(4, QWEN3_06B, torch.bfloat16, entropy=True),
+    "logits gemma fp32 few rows": token_logps(4, GEMMA3_270M, torch.float32),
+    "linear llama bf16": linear("linear_token_logps", LLAMA3_8B, torch.bfloat16),
+    "linear qwen bf16 entropy": linear("linear_token_logps", QWEN3_06B, torch.bfloat16, return_entropy=True),
+    "linear gemma bf16 softcap bias entropy": linear(
+        "linear_token_logps", GEMMA3_270M, torch.bfloat16, softcap=30.0, biased=True, return_entropy=True
+    ),
+    "linear llama fp32": linear("linear_token_logps", LLAMA3_8B, torch.float32),
+    "ppo llama bf16": linear("linear_ppo_loss", LLAMA3_8B, torch.bfloat16),
+    "ppo qwen bf16 weights dual_clip entropy": linear(
+        "linear_ppo_loss", QWEN3_06B, torch.bfloat16, weights=tokens(4), dual_clip=3.0, entropy_coef=0.01
+    ),
+    "ppo gemma bf16 softcap entropy": linear(
+        "linear_ppo_loss", GEMMA3_270M, torch.bfloat16, softcap=30.0, entropy_coef=0.01
+    ),
+    "ppo llama fp32": linear("linear_ppo_loss", LLAMA3_8B, torch.float32),
 }

@@ -61,16 +61,15 @@ def partial_state_kernel(
         x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
         begin = pid_s * split_cols
         end = tl.minimum(begin + split_cols, num_cols)
-        m, s, u = fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY, BLOCK_V)
-        col = label - first_col
-        is_here = (col >= begin) & (col < end)
-        offs_label = tl.where(is_here, col, begin) + tl.arange(0, 1)
-        z_label, _ = load_logits(x_ptr, bias_ptr, offs_label, end, cap, False)
         partials_ptr += pid_s.to(tl.int64) * 4 * stride_p + pid_t
+        col = label.to(tl.int32) - first_col
+        is_here = (col >= begin) & (col < end)
+        z_label, _ = load_logits(x_ptr, bias_ptr, tl.where(is_here, col, begin) + tl.arange(0, 1), end, cap, False)
+        tl.store(partials_ptr + 3 * stride_p, tl.where(is_here, tl.sum(z_label, 0), 0.0))
+        m, s, u = fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY, BLOCK_V)
         tl.store(partials_ptr, m)
         tl.store(partials_ptr + stride_p, s)
         tl.store(partials_ptr + 2 * stride_p, u)
-        tl.store(partials_ptr + 3 * stride_p, tl.where(is_here, tl.sum(z_label, 0), 0.0))
 
 
 @triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits"])
