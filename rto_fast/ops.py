@@ -69,8 +69,10 @@ def _check_cu_seqlens(cu_seqlens, device):
 
 
 def _check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap):
-    if hidden_states.dim() < 1 or lm_head_weight.dim() != 2:
-        raise ValueError("hidden_states [..., D] and lm_head_weight [V, D] are expected")
+    if hidden_states.dim() < 1:
+        raise ValueError("hidden_states: expected shape [..., D], got ()")
+    if lm_head_weight.dim() != 2:
+        raise ValueError(f"lm_head_weight: expected shape [V, D], got {tuple(lm_head_weight.shape)}")
     device = hidden_states.device
     _check("hidden_states", hidden_states, hidden_states.shape, _floats(device), device)
     _check("lm_head_weight", lm_head_weight, (len(lm_head_weight), hidden_states.shape[-1]), _floats(device), device)
@@ -83,9 +85,9 @@ def _check_linear(hidden_states, lm_head_weight, labels, bias, temperature, soft
     _check_positive(temperature=temperature, softcap=softcap)
 
 
-def _check_ppo(logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, **tensors):
-    _check_floats(logps, logps.shape, weights=weights, **tensors)
-    _check_mask("loss_mask", loss_mask, logps.shape, logps.device)
+def _check_ppo(like, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, **tensors):
+    _check_floats(like, like.shape, weights=weights, **tensors)
+    _check_mask("loss_mask", loss_mask, like.shape, like.device)
     if not 0 <= clip_eps < 1:
         raise ValueError(f"clip_eps: expected a number in [0, 1), got {clip_eps}")
     if clip_eps_high is not None and clip_eps_high < 0:
@@ -155,8 +157,7 @@ def linear_ppo_loss(
         (loss 0-d, metrics): those of `ppo_policy_loss` and `entropy` (mean, nats), 0-d tensors on the device.
     """
     _check_linear(hidden_states, lm_head_weight, labels, None, temperature, softcap)
-    if labels.shape != old_logps.shape:
-        raise ValueError(f"old_logps: expected shape {tuple(labels.shape)}, got {tuple(old_logps.shape)}")
+    _check("old_logps", old_logps, labels.shape, _floats(hidden_states.device), hidden_states.device)
     _check_ppo(old_logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, advantages=advantages)
     return _implementation("linear_ppo_loss", hidden_states).linear_ppo_loss(
         hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, weights=weights, num_items=num_items,

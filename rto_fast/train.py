@@ -213,8 +213,10 @@ def main(arguments=None):
     scorer = run.scorer(reward_model)
     judge, judge_name = run.judge(scorer)
     policies = {"SFT": sft, "DPO": dpo}
+    last = "DPO"
     if config.rto.enabled:
-        policies["RTO"] = run.train_rto(sft, dpo, reward_model, scorer, judge)
+        last = "RTO" if config.needs_dpo_model else "PPO"
+        policies[last] = run.train_rto(sft, dpo, reward_model, scorer, judge)
     results = {}
     if judge:
         from rto_fast.evaluation import table

@@ -253,58 +253,88 @@ def adapt_kl_coef(kl_coef, kl, responses, target, horizon):
     return kl_coef * (1.0 + error * responses / horizon)
 
 
-def main(config, models, tokenizer, stop_ids, prompts, *, output, log, device, evaluate=None):
-    """Trains `models.policy` and saves it to `output`; returns that directory.
+class RTOTrainer:
+    """The stage's state and one iteration of it. All randomness derives from the seed and the iteration's number, so
+    `state_dict` is everything that a restored run needs to go on exactly as this one would have."""
 
-    Args:
-        prompts: list of `Prompt`. evaluate: called with the policy's engine every `eval.every` iterations.
-    """
-    rto = config.rto
-    engine = build_engine(models.policy, tokenizer, config.rollout)
-    rollouts_per_pass = max(1, len(prompts) // rto.prompts_per_rollout)
-    iterations = rto.iterations or rto.epochs * rollouts_per_pass
-    responses = rto.prompts_per_rollout * rto.samples_per_prompt
-    steps = iterations * rto.ppo_epochs * -(-responses // rto.batch_size)
-    optimizers = {"policy": Optimizer(models.policy, rto, steps)}
-    if models.critic is not None:
-        optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
-    order = ShuffledIndices(len(prompts), config.seed)
-    sampling = Sampling(
-        max_new_tokens=config.rollout.max_new_tokens, min_new_tokens=config.rollout.min_new_tokens,
-        temperature=config.rollout.temperature, top_p=config.rollout.top_p, stop_ids=tuple(stop_ids),
-    )  # fmt: skip
-    delimiters = None
-    if rto.granularity == "sentence":
-        vocab_size = len(models.policy.get_output_embeddings().weight)
-        delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
-    kl_coef = rto.kl_coef
-    with log.stage("rto", iterations) as progress:
-        for iteration in range(iterations):
-            seed = config.seed * 1_000_003 + iteration  # all randomness: a run resumes from the iteration's number
-            times = [time.perf_counter()]
-            chosen = [prompts[i] for i in order.take(rto.prompts_per_rollout)]
-            rollout = engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, sampling, seed)
-            times.append(time.perf_counter())
-            repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
-            experience, metrics = collect(
-                config, models, rollout, repeated, tokenizer, kl_coef, delimiters, device
-            )  # fmt: skip
-            times.append(time.perf_counter())
-            metrics |= update(config, models, optimizers, experience, seed)
-            times.append(time.perf_counter())
-            if rto.kl_target is not None:
-                kl_coef = adapt_kl_coef(kl_coef, float(metrics["kl"]), responses, rto.kl_target, rto.kl_horizon)
-            metrics |= {
-                f"seconds_{name}": b - a for name, a, b in zip(("rollout", "score", "update"), times, times[1:])
-            }  # fmt: skip
-            metrics |= {
+    def __init__(self, config, models, tokenizer, stop_ids, prompts, device):
+        self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
+        rto, rollout = config.rto, config.rollout
+        self.iterations = rto.iterations or rto.epochs * max(1, len(prompts) // rto.prompts_per_rollout)
+        self.iteration, self.kl_coef = 0, rto.kl_coef
+        self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
+        steps = self.iterations * rto.ppo_epochs * -(-self.responses // rto.batch_size)
+        self.optimizers = {"policy": Optimizer(models.policy, rto, steps)}
+        if models.critic is not None:
+            self.optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
+        self.order = ShuffledIndices(len(prompts), config.seed)
+        self.engine = build_engine(models.policy, tokenizer, rollout)
+        self.sampling = Sampling(
+            rollout.max_new_tokens, rollout.min_new_tokens, rollout.temperature, rollout.top_p, tuple(stop_ids)
+        )
+        self.delimiters = None
+        if rto.granularity == "sentence":
+            vocab_size = len(models.policy.get_output_embeddings().weight)
+            self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
+
+    def iterate(self):
+        """Rollout, scores, PPO; returns the iteration's metrics."""
+        rto = self.config.rto
+        seed = self.config.seed * 1_000_003 + self.iteration
+        times = [time.perf_counter()]
+        chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
+        rollout = self.engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, self.sampling, seed)
+        times.append(time.perf_counter())
+        repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
+        experience, metrics = collect(
+            self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
+        )
+        times.append(time.perf_counter())
+        metrics |= update(self.config, self.models, self.optimizers, experience, seed)
+        times.append(time.perf_counter())
+        if rto.kl_target is not None:
+            kl = float(metrics["kl"])
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.responses, rto.kl_target, rto.kl_horizon)
+        self.iteration += 1
+        phases = zip(("rollout", "score", "update"), times, times[1:])
+        return (
+            metrics
+            | {f"seconds_{name}": end - start for name, start, end in phases}
+            | {
                 "tokens": rollout.num_tokens,
-                "tokens_per_second": rollout.num_tokens / (times[3] - times[0]),
+                "tokens_per_second": rollout.num_tokens / (times[-1] - times[0]),
                 "rollout_tokens_per_second": rollout.num_tokens / (times[1] - times[0]),
             }
-            progress.step(metrics, show=("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second"))
-            if evaluate and config.eval.every and (iteration + 1) % config.eval.every == 0:
-                evaluate(engine, iteration + 1)
+        )
+
+    def _parts(self):
+        trained = {"policy": self.models.policy, "critic": self.models.critic}
+        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        return {k: v for k, v in trained.items() if v is not None} | optimizers | {"order": self.order}
+
+    def state_dict(self):
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"iteration": self.iteration, "kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state):
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+
+
+def main(config, models, tokenizer, stop_ids, prompts, *, output, log, device, evaluate=None):
+    """Trains `models.policy` and saves it to `output` (the critic beside it); returns that directory.
+
+    Args:
+        prompts: list of `Prompt`. evaluate: called with the policy's engine and the iteration, every `eval.every`.
+    """
+    trainer = RTOTrainer(config, models, tokenizer, stop_ids, prompts, device)
+    with log.stage("rto", trainer.iterations) as progress:
+        while trainer.iteration < trainer.iterations:
+            shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
+            progress.step(trainer.iterate(), show=shown)
+            if evaluate and config.eval.every and trainer.iteration % config.eval.every == 0:
+                evaluate(trainer.engine, trainer.iteration)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic")
     return save_model(models.policy, tokenizer, output)

@@ -1,0 +1,119 @@
+"""The optimizer engine and the data order."""
+
+import math
+
+import pytest
+import torch
+
+from rto_fast.config import StageConfig
+from rto_fast.training.optimizer import Optimizer, learning_rate_factor
+from rto_fast.training.order import ShuffledIndices, steps_in
+
+
+def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
+    factors = [learning_rate_factor(s, 100, 0.1, 0.2) for s in range(101)]
+    assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11) and factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.6) and factors[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+
+
+def regression(dtype, steps=20, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).to(dtype)
+    stage = StageConfig(**{"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_ratio": 0.0} | options)
+    optimizer = Optimizer(model, stage, steps)
+    data = torch.randn(steps, 4, 8).to(dtype)
+    return model, optimizer, data
+
+
+def test_a_float32_step_is_torchs_adamw_with_clipping():
+    model, optimizer, data = regression(torch.float32)
+    torch.manual_seed(0)
+    other = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    matrices, vectors = [other[0].weight], [other[0].bias, *other[1].parameters()]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for step, x in enumerate(data):
+        model(x).square().mean().backward()
+        values = optimizer.step()
+        other(x).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        for group in adam.param_groups:
+            group["lr"] = 1e-2 * learning_rate_factor(step, 20, 0.0, 0.1)
+        adam.step()
+        adam.zero_grad()
+        assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_weights_keep_updates_smaller_than_their_precision():
+    model, optimizer, data = regression(torch.bfloat16, lr=1e-5, weight_decay=0.0, min_lr_ratio=1.0)
+    before = optimizer.masters[0].clone()
+    for x in data:
+        (model(x).float().sum(-1) * model[0].weight.float().sum()).mean().backward()
+        assert all(p.grad is None for p in model.parameters())  # collected in float32, and freed
+        optimizer.step()
+    moved = (optimizer.masters[0] - before).abs().max().item()
+    assert 1e-5 < moved < 1e-3
+    assert torch.equal(model[0].weight, optimizer.masters[0].bfloat16())
+
+
+def test_bfloat16_gradients_accumulate_in_float32():
+    model, optimizer, _ = regression(torch.bfloat16)
+    for value in (1.0, 2.0**-9):  # 1 + 2⁻⁹ is no bfloat16
+        (model[0].weight.sum() * value).backward()
+    assert (optimizer.masters[0].grad == 1 + 2.0**-9).all()
+
+
+def test_a_non_finite_gradient_skips_the_update_and_is_counted():
+    model, optimizer, data = regression(torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    (model(data[0]).mean() * math.inf).backward()
+    assert not math.isfinite(optimizer.step()["grad_norm"])
+    assert (optimizer.skipped, optimizer.steps) == (1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_bitwise(dtype):
+    model, optimizer, data = regression(dtype)
+
+    def train(model, optimizer, data):
+        for x in data:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+
+    train(model, optimizer, data[:7])
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, optimizer.state_dict())
+    train(model, optimizer, data[7:])
+    other, restored, _ = regression(dtype)
+    other.load_state_dict(weights)
+    restored.load_state_dict(state)
+    train(other, restored, data[7:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_each_epoch_visits_everything_once_in_a_new_order():
+    order = ShuffledIndices(10, seed=1)
+    taken = order.take(4) + order.take(4) + order.take(12)
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
+    assert ShuffledIndices(10, seed=2).take(10) != ShuffledIndices(10, seed=3).take(10)
+
+
+def test_a_restored_order_goes_on():
+    order = ShuffledIndices(7, seed=1)
+    order.take(10)
+    other = ShuffledIndices(7, seed=1)
+    other.load_state_dict(order.state_dict())
+    assert order.take(9) == other.take(9)
+
+
+def test_steps_of_a_stage():
+    assert steps_in(StageConfig(batch_size=4, epochs=3), 10) == 7
+    assert steps_in(StageConfig(batch_size=4, epochs=3, max_steps=5), 10) == 5
+    assert steps_in(StageConfig(batch_size=40), 10) == 1
+    with pytest.raises(ValueError, match="no data"):
+        ShuffledIndices(0, seed=0)
