@@ -45,7 +45,8 @@ REFUSED = {
     ],
     "linear_ppo_loss": [
         ("lm_head_weight", torch.zeros(V)), ("labels", LABELS.int()), ("old_logps", SHORT), ("old_logps", META),
-        ("old_logps", INTEGERS), ("advantages", SHORT), ("loss_mask", FLOAT), ("weights", INTEGERS), ("temperature", 0.0), ("softcap", -1.0), *PPO_BOUNDS,
+        ("old_logps", INTEGERS), ("advantages", SHORT), ("loss_mask", FLOAT),
+        ("weights", INTEGERS), ("temperature", 0.0), ("softcap", -1.0), *PPO_BOUNDS,
     ],
     "ppo_policy_loss": [
         ("logps", INTEGERS), ("old_logps", SHORT), ("old_logps", META), ("advantages", SHORT), ("loss_mask", MASK[:-1]),
