@@ -30,8 +30,10 @@ def completion(text="one red cup .", prompt="1 red cup", finished=True, **extra)
 def scorer():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(
-        LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                    num_labels=1, pad_token_id=0)
+        LlamaConfig(
+            vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_labels=1, pad_token_id=0,
+        )
     ).eval()  # fmt: skip
     model.set_attn_implementation(PACKED)
     return model

@@ -1,7 +1,7 @@
 """The identities RTO rests on (arXiv 2404.18922), on a small tree of responses, to float64 rounding.
 
-Every response of a tiny language (three tokens, the first ends the response, at most four tokens) is one packed sequence
-behind a prompt of two tokens, so sums over sequences are exact expectations. The ops are the public ones.
+Every response of a tiny language (three tokens, the first ends the response, at most four tokens) is one packed
+sequence behind a prompt of two tokens. The ops are the public ones.
 """
 
 import itertools

@@ -1,0 +1,294 @@
+"""The RTO stage against a straightforward implementation: one sequence at a time, one token at a time, float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rto_fast.config import load_config
+from rto_fast.data.tokenizing import Prompt
+from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.models.attention import PACKED
+from rto_fast.models.loading import attention_implementation
+from rto_fast.rollout.base import RolloutBatch
+from rto_fast.stages import rto
+
+TOKENIZER = build_tokenizer()
+PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
+RESPONSES = [[17, 24, 30, 6, 1], [18, 25, 33], [19, 6, 7, 7, 6, 20, 1]]  # the second one is cut
+FINISHED = [True, False, True]
+SCORES = [0.7, -1.3, 12.0]
+
+
+def config(*overrides):
+    arguments = ["--rto.prompts_per_rollout", "3", "--rto.iterations", "4", "--rto.batch_size", "3", "--rto.lr", "1e-3"]
+    return load_config(arguments + list(overrides))
+
+
+def build_models(**changes):
+    """Four different float64 models, so that no two log-probs agree by accident."""
+    models = []
+    for seed in range(4):
+        model = build_model(seed).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+        model.set_attn_implementation(PACKED)
+        models.append(model)
+    torch.manual_seed(9)
+    one_label = copy.deepcopy(models[0].config)
+    one_label.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(one_label).double()
+    critic.set_attn_implementation(PACKED)
+    critic.config.score_mean, critic.config.score_std = 0.3, 1.7
+    scorer = lambda completions: torch.tensor(SCORES[: len(completions)])  # noqa: E731
+    parts = dict(policy=models[0], reference=models[1], dpo=models[2], dpo_reference=None, critic=critic, scorer=scorer)
+    return rto.Models(**parts | changes)
+
+
+def collect(models, settings, delimiters=None):
+    prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
+    rollout = RolloutBatch(PROMPTS, RESPONSES, FINISHED)
+    return rto.collect(settings, models, rollout, prompts, TOKENIZER, settings.rto.kl_coef, delimiters, "cpu")
+
+
+@torch.no_grad()
+def plain_logps(model, prompt, response):
+    with attention_implementation(model, "eager"):
+        logits = model(torch.tensor([prompt + response])).logits[0]
+    rows = logits.log_softmax(-1)
+    return [rows[len(prompt) - 1 + i, token].item() for i, token in enumerate(response)]
+
+
+@torch.no_grad()
+def plain_values(critic, prompt, response):
+    """V of each state of the response, and of the state after it."""
+    with attention_implementation(critic, "eager"):
+        scores = critic.score(critic.model(torch.tensor([prompt + response])).last_hidden_state)[0, :, 0]
+    return [(s.item() - 0.3) / 1.7 for s in scores[len(prompt) - 1 :]]
+
+
+def plain_rto(models, settings):
+    """RTO.md's list in order; returns (advantages, returns), a list for each response."""
+    s = settings.rto
+    all_advantages, all_returns = [], []
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        old, ref, dpo = (
+            plain_logps(m, prompt, response) for m in (models.policy, models.reference, models.dpo)
+        )  # fmt: skip
+        dpo_ref = ref if models.dpo_reference is None else plain_logps(models.dpo_reference, prompt, response)
+        values = plain_values(models.critic, prompt, response) if models.critic is not None else [0.0] * (len(old) + 1)
+        dense = [s.dpo_reward_scale * (d - r) for d, r in zip(dpo, dpo_ref)]
+        dense = [min(max(x, -s.dpo_reward_clip), s.dpo_reward_clip) for x in dense]
+        rewards = [x - s.kl_coef * (o - r) for x, o, r in zip(dense, old, ref)]
+        score, after = SCORES[i], 0.0
+        if not FINISHED[i] and s.truncation == "penalty":
+            score = -s.truncation_penalty
+        elif not FINISHED[i] and s.truncation == "bootstrap":
+            score, after = 0.0, values[-1]
+        rewards[-1] += s.score_scale * min(max(score, -s.score_clip), s.score_clip)
+        if s.shaping:
+            rewards[-1] -= sum(dense)
+        advantages, carry, following = [], 0.0, after
+        lam = s.gae_lambda if s.advantage == "gae" else 1.0
+        for h in reversed(range(len(response))):
+            carry = rewards[h] + s.gamma * following - values[h] + s.gamma * lam * carry
+            following = values[h]
+            advantages.insert(0, carry)
+        all_advantages.append(advantages)
+        all_returns.append([a + v for a, v in zip(advantages, values)])
+    flat = sum(all_advantages, [])
+    mean = sum(flat) / len(flat)
+    variance = sum((a - mean) ** 2 for a in flat) / len(flat)
+    return [[(a - mean) / math.sqrt(max(variance, 1e-8)) for a in row] for row in all_advantages], all_returns
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("--rto.truncation", "bootstrap", "--rto.gae_lambda", "0.7", "--rto.gamma", "0.9"),
+        ("--rto.truncation", "score", "--rto.shaping", "true", "--rto.dpo_reward_clip", "0.3"),
+        ("--rto.advantage", "reinforce_pp", "--rto.gamma", "0.9"),
+        ("--rto.score_scale", "0.5", "--rto.score_clip", "2"),
+    ],
+    ids=["default", "bootstrap", "shaping", "reinforce_pp", "score_scale"],
+)
+def test_experience_is_what_rto_says_token_by_token(overrides):
+    settings = config(*overrides)
+    models = build_models(**{"critic": None} if settings.rto.advantage == "reinforce_pp" else {})
+    experience, _ = collect(models, settings)
+    advantages, returns = plain_rto(models, settings)
+    mask = experience.batch.response_mask
+    # Values pass through float32 in `token_scores`; everything else is float64.
+    torch.testing.assert_close(experience.advantages[mask].double(), torch.tensor(sum(advantages, [])).double(),
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
+    torch.testing.assert_close(experience.returns[mask].double(), torch.tensor(sum(returns, [])).double(),
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
+    assert not experience.advantages[~mask].any()
+
+
+def test_the_dpo_models_own_reference_counts():
+    own = build_model(7).double()
+    own.set_attn_implementation(PACKED)
+    models = build_models(dpo_reference=own)
+    settings = config("--rto.dpo_reward_clip", "0")
+    settings.rto.dpo_reward_clip = 1e9
+    experience, _ = collect(models, settings)
+    advantages, _ = plain_rto(models, settings)
+    flat = torch.tensor(sum(advantages, [])).double()
+    torch.testing.assert_close(
+        experience.advantages[experience.batch.response_mask].double(), flat, atol=1e-5, rtol=1e-5
+    )
+
+
+def gradients(models, settings, experience):
+    """Gradients of the first optimizer step of `update`, which does not take it."""
+    seen = {}
+
+    class Recorder:
+        def __init__(self, name, model):
+            self.name, self.model = name, model
+
+        def step(self):
+            seen[self.name] = [p.grad.clone() for p in self.model.parameters()]
+            self.model.zero_grad()
+            return {}
+
+    recorders = {name: Recorder(name, getattr(models, name)) for name in ("policy", "critic")}
+    metrics = rto.update(settings, models, recorders, experience, seed=0)
+    return seen, metrics
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(normalization):
+    settings = config("--rto.loss_normalization", normalization, "--rto.ppo_epochs", "1")
+    models = build_models()
+    experience, _ = collect(models, settings)
+    with torch.no_grad():  # move away from ratio 1 and from the old values, beyond the clip for some tokens
+        for p in [*models.policy.parameters(), *models.critic.parameters()]:
+            p.add_(torch.randn_like(p) * 0.01)
+
+    advantages, returns = experience.advantages.split(experience.lengths), experience.returns.split(experience.lengths)
+    old_logps = experience.old_logps.split(experience.lengths)
+    old_values = experience.old_values.split(experience.lengths)
+    policy_loss = value_loss = 0.0
+    tokens = sum(map(len, RESPONSES))
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        with attention_implementation(models.policy, "eager"), attention_implementation(models.critic, "eager"):
+            rows = models.policy(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            hidden = models.critic.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        values = (models.critic.score(hidden)[:, 0] - 0.3) / 1.7
+        weight = 1 / tokens if normalization == "token" else 1 / len(response) / len(RESPONSES)
+        for h, token in enumerate(response):
+            t = len(prompt) - 1 + h
+            ratio = (rows[t, token] - old_logps[i][t]).exp()
+            a, v, r, old = advantages[i][t], values[t], returns[i][t], old_values[i][t]
+            policy_loss += weight * torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
+            clipped = old + (v - old).clamp(-0.2, 0.2)
+            value_loss += weight * 0.5 * torch.maximum((v - r) ** 2, (clipped - r) ** 2)
+    expected = {
+        "policy": torch.autograd.grad(policy_loss, list(models.policy.parameters())),
+        "critic": torch.autograd.grad(value_loss, list(models.critic.parameters())),
+    }
+    for budget in (1, 12, 10_000):
+        settings.rto.micro_batch_tokens = budget
+        seen, metrics = gradients(models, settings, experience)
+        for name in expected:
+            for mine, plain in zip(seen[name], expected[name]):
+                # The model's norms compute in float32 even in a float64 model, and `token_scores` returns it.
+                tolerance = 1e-6 if name == "policy" else 1e-5
+                torch.testing.assert_close(mine, plain, atol=tolerance, rtol=1e-5)
+        assert metrics["policy_loss"].item() == pytest.approx(policy_loss.item(), abs=1e-6)
+        assert metrics["value_loss"].item() == pytest.approx(value_loss.item(), abs=1e-5)
+        assert 0 < metrics["clip_fraction"].item() < 1
+
+
+def test_an_untouched_policy_has_ratio_one_and_no_kl_to_itself():
+    settings = config()
+    models = build_models()
+    models.reference = copy.deepcopy(models.policy)
+    experience, collected = collect(models, settings)
+    _, metrics = gradients(models, settings, experience)
+    assert collected["kl"].item() == 0 and metrics["approx_kl"].item() < 1e-20 and metrics["clip_fraction"].item() == 0
+
+
+def test_a_head_with_a_bias_takes_the_same_loss():
+    settings = config("--rto.entropy_coef", "0.1")
+    models = build_models()
+    experience, _ = collect(models, settings)
+    plain, plain_metrics = gradients(models, settings, experience)
+    models.policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).double())
+    biased, biased_metrics = gradients(models, settings, experience)
+    assert plain_metrics["entropy"].item() == pytest.approx(biased_metrics["entropy"].item(), rel=1e-6)
+    without_bias = [g for g in biased["policy"] if g.shape != (len(TOKENIZER),)]
+    for a, b in zip(plain["policy"], without_bias, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_the_metrics_split_the_reward_into_its_shares():
+    settings = config()
+    _, m = collect(build_models(), settings)
+    assert m["reward"].item() == pytest.approx(
+        (m["dpo_reward"] - m["kl_penalty"] + m["score_reward"]).item(), abs=1e-6
+    )  # fmt: skip
+    assert m["score"].item() == pytest.approx(sum(SCORES) / 3, abs=1e-6)
+    assert m["score_reward"].item() == pytest.approx((0.7 - 1.0 + 10.0) / 3, abs=1e-6)  # penalty; clipped at 10
+    assert m["truncated"].item() == pytest.approx(1 / 3) and m["length"].item() == 5
+    assert -1 <= m["dpo_score_correlation"].item() <= 1
+
+
+def test_paper_code_ends_truncated_responses_and_ignores_a_zero_scale():
+    settings = config("--rto.compat", "paper_code", "--rto.dpo_reward_scale", "0")
+    experience, metrics = collect(build_models(), settings)
+    assert experience.response_ids[1] == [18, 25, TOKENIZER.eos_token_id]
+    assert metrics["truncated"].item() == 0 and metrics["dpo_reward"].item() != 0
+    _, ours = collect(build_models(), config("--rto.dpo_reward_scale", "0"))
+    assert ours["dpo_reward"].item() == 0
+
+
+def test_sentence_granularity_pays_at_the_worlds_punctuation():
+    table = rto.delimiter_table(TOKENIZER, len(TOKENIZER), ".,", "cpu")
+    assert table.nonzero()[:, 0].tolist() == [5, 6]
+    settings = config("--rto.granularity", "sentence", "--rto.advantage", "reinforce_pp", "--rto.kl_coef", "0")
+    settings.rto.score_scale = 0.0
+    models = build_models(critic=None)
+    experience, metrics = collect(models, settings, table)
+    # Without a critic and with λ = 1, the return to go changes only behind tokens that are paid.
+    rewards = experience.returns[experience.batch.response_mask][-7:].diff().ne(0).tolist()
+    assert rewards == [False, True, False, False, True, False]
+    assert metrics["dpo_reward"].item() != 0
+
+
+def test_kl_controller_moves_towards_its_target_within_bounds():
+    assert rto.adapt_kl_coef(0.1, 6.0, 64, 6.0, 1000) == 0.1
+    assert rto.adapt_kl_coef(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
+    assert rto.adapt_kl_coef(0.1, 0.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+
+
+def trainer(*overrides):
+    settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
+    models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
+    prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS * 2]
+    return rto.RTOTrainer(settings, models, TOKENIZER, [1], prompts, "cpu")
+
+
+def test_a_restored_trainer_goes_on_bitwise():
+    first = trainer()
+    for _ in range(2):
+        first.iterate()
+    state = copy.deepcopy(first.state_dict())
+    for _ in range(2):
+        first.iterate()
+    second = trainer()
+    second.load_state_dict(state)
+    torch.manual_seed(123)  # the global random state plays no part
+    for _ in range(2):
+        second.iterate()
+    assert first.iteration == second.iteration == 4 and first.kl_coef == second.kl_coef
+    for name in ("policy", "critic"):
+        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))

@@ -1,0 +1,136 @@
+"""The main job through its real command line, shortened, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rto_fast.train import main
+
+# Every stage of the embedded default, for a few steps.
+SHORT = [
+    "--sft.max_steps", "20", "--reward_model.max_steps", "4", "--dpo.max_steps", "4", "--rto.iterations", "2",
+    "--data.limit", "400", "--eval.prompts", "16", "--rollout.max_new_tokens", "20",
+]  # fmt: skip
+
+
+def command(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "rto_fast.train", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    done = command(*SHORT, "--output_dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_command_says_what_happened(run):
+    folder, out = run
+    for stage in ("sft", "reward_model", "dpo", "rto"):
+        assert f"\n{stage} " in out
+    assert "held-out pairs ranked right" in out and "gold_reward" in out and str(folder / "rto") in out
+    rows = [line.split()[0] for line in out.split("\n\npolicy")[1].splitlines()[1:4]]
+    assert rows == ["SFT", "DPO", "RTO"]
+    assert out.isprintable() or "\r" not in out  # no bars in a log
+
+
+def test_every_step_is_recorded(run):
+    records = [json.loads(line) for line in open(run[0] / "metrics.jsonl")]
+    rto = [r for r in records if r["stage"] == "rto"]
+    assert [r["step"] for r in rto] == [1, 2]
+    wanted = {"score", "dpo_reward", "kl", "kl_penalty", "score_reward", "length", "clip_fraction", "entropy", "value_loss",
+              "dpo_score_correlation", "dpo_clip_fraction", "tokens_per_second", "seconds_rollout", "lr", "critic_lr"}  # fmt: skip
+    assert wanted <= set(rto[0])
+    assert abs(rto[0]["kl"]) < 1e-5  # the policy is still its own reference
+    losses = [r["loss"] for r in records if r["stage"] == "sft"]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    samples = [json.loads(line) for line in open(run[0] / "samples.jsonl")]
+    assert {s["stage"] for s in samples} == {"SFT", "DPO", "RTO"} and {"prompt", "response", "score"} <= set(samples[0])
+    assert set(json.loads((run[0] / "results.json").read_text())) == {"SFT", "DPO", "RTO"}
+
+
+def test_the_result_is_an_ordinary_hugging_face_checkpoint(run):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    folder = run[0] / "rto"
+    assert not list(run[0].rglob("*.bin")) and not list(run[0].rglob("*.pt"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generate = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    reply = generate([{"role": "user", "content": "3 red cup , 1 blue box"}], max_new_tokens=8)
+    assert reply[0]["generated_text"][-1]["role"] == "assistant"
+    assert AutoModelForSequenceClassification.from_pretrained(run[0] / "reward_model").config.score_std > 0
+    assert AutoModelForSequenceClassification.from_pretrained(run[0] / "rto_critic").config.num_labels == 1
+
+
+def test_the_resolved_configuration_repeats_the_run_bitwise(run, tmp_path):
+    from safetensors.torch import load_file
+
+    done = command("--config", str(run[0] / "config.yaml"), "--output_dir", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    first, again = (load_file(folder / "rto" / "model.safetensors") for folder in (run[0], tmp_path / "again"))
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+def test_supplied_models_skip_their_stages(run, tmp_path):
+    folder, _ = run
+    supplied = ["--sft.model", folder / "sft", "--dpo.model", folder / "dpo", "--dpo.ref_model", folder / "sft",
+                "--reward_model.model", folder / "reward_model", "--rto.critic", folder / "rto_critic"]  # fmt: skip
+    done = command(*SHORT, *map(str, supplied), "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    stages = {json.loads(line)["stage"] for line in open(tmp_path / "out" / "metrics.jsonl")}
+    assert stages == {"rto", "eval_SFT", "eval_DPO", "eval_RTO"}
+
+
+@pytest.mark.parametrize(
+    "overrides, policies",
+    [
+        (["--rto.dpo_reward_scale", "0"], {"SFT", "PPO"}),
+        (["--rto.score_scale", "0"], {"SFT", "DPO", "RTO"}),
+        (["--rto.enabled", "false"], {"SFT", "DPO"}),
+        (["--reward_model.function", "rto_fast.data.world:gold_reward"], {"SFT", "DPO", "RTO"}),
+        (["--rto.advantage", "reinforce_pp", "--rto.granularity", "sentence", "--rto.delimiters", ".,"],
+         {"SFT", "DPO", "RTO"}),
+        (["--rto.samples_per_prompt", "2", "--rto.kl_target", "2", "--eval.every", "1", "--rto.init_from", "dpo"],
+         {"SFT", "DPO", "RTO"}),
+    ],
+    ids=["ppo", "no reward model", "no rto", "function", "reinforce_pp", "samples"],
+)  # fmt: skip
+def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, policies, capsys):
+    folder = run[0]
+    arguments = [*SHORT, "--sft.model", str(folder / "sft"), "--output_dir", str(tmp_path / "out"), *overrides]
+    assert set(main(arguments)) == policies
+    made = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} - {"base"}
+    needs_model = "--reward_model.function" not in overrides and "--rto.score_scale" not in overrides
+    assert ("reward_model" in made) == (needs_model and "--rto.enabled" not in overrides)
+    assert ("dpo" in made) == ("DPO" in policies)
+    assert ("rto_critic" in made) == (policies != {"SFT", "DPO"} and "reinforce_pp" not in overrides)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rto.kl_coeff", "1"], "did you mean --rto.kl_coef?"),
+        (["--sft.model", "nowhere/at-all"], "nowhere/at-all"),
+        (["--data.sft", "missing.jsonl"], "missing.jsonl"),
+        (["--device", "cuda"], "device: cuda was asked for"),
+        (["--output_dir", "."], "exists and is not empty"),
+        (["--reward_model.function", "os:nothing", *SHORT], "reward_model.function: cannot import"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+    if "--output_dir" not in arguments:
+        arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
