@@ -16,14 +16,11 @@ LN2 = tl.constexpr(math.log(2.0))
 # 2^t is 0 in float32 below this, while 0·t must not become 0·(-inf): t is clamped where it is a factor, not an exponent.
 MIN_LOG2 = tl.constexpr(-200.0)
 
-# Elements of a tile of gradients: 16 a thread, half of what a reduction takes, because it is all live at once.
-GRADIENT_BLOCK = 4096
 
-
-def row_block(num_cols, largest=8192):
-    """(BLOCK_V, num_warps) for a row: at most 8 warps, and `largest` / 256 elements a thread."""
+def row_block(num_cols, itemsize, largest=8192):
+    """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes: 64 bytes, 4 loads of 128 bits, a thread."""
     block_v = min(max(triton.next_power_of_2(num_cols), 128), largest)
-    return block_v, max(1, block_v * 8 // largest)
+    return block_v, max(1, block_v * itemsize // 2048)
 
 
 @triton.jit

@@ -37,7 +37,6 @@ WORKSPACE_BYTES = 2 << 30
 def linear_ppo_kernel(
     x_ptr, dx_ptr, rows_ptr, labels_ptr, old_logps_ptr, advantages_ptr, weights_ptr, terms_ptr, stride_x_t, stride_dx_t,
     num_rows, num_cols, scale, cap, ratio_low, ratio_high, dual_clip, entropy_coef, BLOCK_V: tl.constexpr,
-    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Row of logits -> its gradient in the same memory (see gradient_view) and its weighted terms of the metrics."""
     pid_t = tl.program_id(0).to(tl.int64)
@@ -64,7 +63,7 @@ def linear_ppo_kernel(
             dentropy = -entropy_coef * weight
         write_gradient(
             x_ptr, dx_ptr + pid_t * stride_dx_t, None, 0, num_cols, label.to(tl.int32), m, log2_s, entropy,
-            dlogp * weight, dentropy, scale, cap, entropy_coef is not None, BLOCK_G,
+            dlogp * weight, dentropy, scale, cap, entropy_coef is not None, BLOCK_V,
         )  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def linear_ppo_sweep(
         dtype=dtype if chunk_rows == num_rows else torch.float32,
         device=weight.device,
     )
-    block_v, num_warps = row_block(vocab_size)
+    block_v, num_warps = row_block(vocab_size, 4)
     buffer = logits_buffer(chunk_rows, vocab_size, hidden)
     with torch.cuda.device_of(hidden):
         for first in range(0, num_rows, chunk_rows or 1):
@@ -119,7 +118,7 @@ def linear_ppo_sweep(
                 logits, dlogits if need_gradient else None, rows[here], labels, old_logps, advantages, weights,
                 terms[:, here], logits.stride(0), dlogits.stride(0), num_rows, vocab_size, LOG2E.value / temperature,
                 softcap, 1.0 - clip_eps, 1.0 + clip_eps_high, dual_clip, entropy_coef or None, BLOCK_V=block_v,
-                BLOCK_G=block_v // 2, num_warps=num_warps,
+                num_warps=num_warps,
             )  # fmt: skip
             if need_dhidden:
                 gemm(dlogits, weight, dhidden[here])

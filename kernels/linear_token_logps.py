@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
-    GRADIENT_BLOCK,
     LOG2E,
     autocast_operands,
     gemm,
@@ -23,7 +22,7 @@ from rto_fast.kernels.common import (
     row_block,
     write_gradient,
 )
-from rto_fast.kernels.token_logps import combine_partials, fold_partials
+from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
 # 1024 x 8192 float32 logits are 33.5 MB: they fit the L2 of an A100 (40 MB) and an H100/H200 (50 MB), are 256 output
 # tiles of 128x256, which is two waves on 132 SMs less 3 %, and one register tile of the row kernel a row.
@@ -85,17 +84,21 @@ def linear_token_logps_fwd(
     labels, vocab_size, scale = labels[rows], len(weight), LOG2E.value / temperature
     buffer = logits_buffer(min(TILE_ROWS, len(rows)), min(TILE_COLS, vocab_size), hidden)
     partials = logps.new_empty(triton.cdiv(vocab_size, TILE_COLS), 4, len(rows))
+    block_v, num_warps = row_block(min(TILE_COLS, vocab_size), 4)
+    # A tile of a small model takes the GPU ~20 us, so views are made once a row of tiles, not once a tile.
+    row_tiles = list(zip(hidden.split(TILE_ROWS), labels.split(TILE_ROWS), partials.split(TILE_ROWS, dim=2)))
     with torch.cuda.device_of(hidden):
-        for tile, first_col in enumerate(range(0, vocab_size, TILE_COLS)):
-            tile_weight = weight[first_col : first_col + TILE_COLS]
-            tile_bias = None if bias is None else bias[first_col : first_col + TILE_COLS]
-            for first_row in range(0, len(rows), TILE_ROWS):
-                here = slice(first_row, first_row + TILE_ROWS)
-                logits = buffer[: len(rows) - first_row, : len(tile_weight)]
-                gemm(hidden[here], tile_weight.t(), logits)
-                fold_partials(
-                    logits[None], tile_bias, labels[here], partials[tile : tile + 1, :, here], first_col, TILE_COLS,
-                    scale, softcap, ignore_index, with_entropy,
+        for split, tile_weight in enumerate(weight.split(TILE_COLS)):
+            first_col, num_cols, tile_weight = split * TILE_COLS, len(tile_weight), tile_weight.t()
+            tile_bias = None if bias is None else bias[first_col : first_col + num_cols]
+            for tile_hidden, tile_labels, tile_partials in row_tiles:
+                num_rows = len(tile_labels)
+                logits = buffer[:num_rows, :num_cols]
+                gemm(tile_hidden, tile_weight, logits)
+                partial_state_kernel[(num_rows, 1)](
+                    logits, tile_bias, tile_labels, tile_partials, 0, logits.stride(0), num_rows, len(rows), num_cols,
+                    TILE_COLS, split, first_col, scale, softcap, ignore_index, WITH_ENTROPY=with_entropy,
+                    BLOCK_V=block_v, num_warps=num_warps,
                 )  # fmt: skip
         combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy)
     return logps, entropy, state
@@ -124,7 +127,7 @@ def linear_token_logps_bwd(
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
     chunk_cols = _chunk_cols(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
-    block_v, num_warps = row_block(min(chunk_cols, vocab_size), GRADIENT_BLOCK)
+    block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4, largest=4096)
     dlogps, dentropy = dlogps.contiguous(), None if dentropy is None else dentropy.contiguous()
     labels = labels.contiguous()
     with torch.cuda.device_of(hidden):

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
-    GRADIENT_BLOCK,
     LOG2E,
     MIN_LOG2,
     finish_row,
@@ -21,8 +20,8 @@ from rto_fast.kernels.common import (
     write_gradient,
 )
 
-# Programs that keep an H100-class GPU's memory busy: 132 SMs with 8 programs of 8 warps each.
-MIN_PROGRAMS = 1024
+# 132 SMs hold 4 programs of 8 warps each (64 registers); four times as many keep the last wave's loss small.
+MIN_PROGRAMS = 2048
 
 
 @triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
@@ -48,12 +47,12 @@ def token_logps_fwd_kernel(
         tl.store(entropy_ptr + pid_t, entropy)
 
 
-@triton.jit(do_not_specialize=["rows_per_batch", "stride_p"])
+@triton.jit(do_not_specialize=["rows_per_batch", "stride_p", "first_split"])
 def partial_state_kernel(
     x_ptr, bias_ptr, labels_ptr, partials_ptr, stride_x_b, stride_x_t, rows_per_batch, stride_p, num_cols, split_cols,
-    first_col, scale, cap, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    first_split, first_col, scale, cap, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """State (m, s, u, z[label]) of one row's columns of one split; column 0 of x is column `first_col` of the row."""
+    """State (m, s, u, z[label]) of a row's columns in one split; x begins at split `first_split`, column `first_col`."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1)
     label = tl.load(labels_ptr + pid_t)
@@ -61,7 +60,7 @@ def partial_state_kernel(
         x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
         begin = pid_s * split_cols
         end = tl.minimum(begin + split_cols, num_cols)
-        partials_ptr += pid_s.to(tl.int64) * 4 * stride_p + pid_t
+        partials_ptr += (first_split + pid_s).to(tl.int64) * 4 * stride_p + pid_t
         col = label.to(tl.int32) - first_col
         is_here = (col >= begin) & (col < end)
         z_label, _ = load_logits(x_ptr, bias_ptr, tl.where(is_here, col, begin) + tl.arange(0, 1), end, cap, False)
@@ -144,16 +143,6 @@ def _splits(num_rows, num_cols, block_v):
     return triton.cdiv(num_cols, split_cols), split_cols
 
 
-def fold_partials(x, bias, labels, partials, first_col, split_cols, scale, cap, ignore_index, with_entropy):
-    """States of the rows of x [B, T, columns] into partials [splits, 4, >= B·T]."""
-    batches, rows_per_batch, num_cols = x.shape
-    block_v, num_warps = row_block(min(num_cols, split_cols))
-    partial_state_kernel[(batches * rows_per_batch, len(partials))](
-        x, bias, labels, partials, x.stride(0), x.stride(1), rows_per_batch, partials.stride(1), num_cols, split_cols,
-        first_col, scale, cap, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v, num_warps=num_warps,
-    )  # fmt: skip
-
-
 def combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy):
     """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
     num_splits, _, num_partial_rows = partials.shape
@@ -175,13 +164,17 @@ def token_logps_fwd(
     entropy = torch.empty_like(logps) if with_entropy else logps.new_empty(0)
     if not num_rows:
         return logps, entropy, state
-    block_v, num_warps = row_block(num_cols)
+    block_v, num_warps = row_block(num_cols, logits.element_size())
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     scale = LOG2E.value / temperature
     with torch.cuda.device_of(logits):
         if splits > 1:
             partials = logps.new_empty(splits, 4, num_rows)
-            fold_partials(logits, None, labels, partials, 0, split_cols, scale, None, ignore_index, with_entropy)
+            partial_state_kernel[(num_rows, splits)](
+                logits, None, labels, partials, logits.stride(0), logits.stride(1), rows_per_batch, num_rows, num_cols,
+                split_cols, 0, 0, scale, None, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v,
+                num_warps=num_warps,
+            )  # fmt: skip
             combine_partials(partials, labels, None, logps, entropy, state, scale, ignore_index, with_entropy)
         else:
             token_logps_fwd_kernel[(num_rows,)](
@@ -203,7 +196,9 @@ def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, tempe
     num_rows = batches * rows_per_batch
     if not num_rows:
         return
-    block_v, num_warps = row_block(num_cols, GRADIENT_BLOCK)
+    block_v, num_warps = row_block(
+        num_cols, 4, largest=4096
+    )  # more than 16 elements a thread, all live at once, cost occupancy
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     with torch.cuda.device_of(logits):
         token_logps_bwd_kernel[(num_rows, splits)](

@@ -14,11 +14,9 @@ from typing import Literal
 
 import yaml
 
+from rto_fast.errors import ConfigError
+
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names the key and what was expected."""
 
 
 @dataclass

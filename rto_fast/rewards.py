@@ -7,13 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from rto_fast.batch import micro_batches, pack_whole
-from rto_fast.config import ConfigError
 from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, stop_token_ids
+from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.loading import token_scores
-
-
-class RewardError(RuntimeError):
-    """A reward source that did not return one finite score for each response."""
 
 
 @dataclass(frozen=True)

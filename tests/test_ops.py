@@ -1,5 +1,6 @@
 """The public face: what is refused and how, what importing it costs, and empty inputs."""
 
+import os
 import subprocess
 import sys
 
@@ -111,9 +112,15 @@ def test_empty_inputs(op):
             assert all(t.shape in ((), (0,)) and not t.any() for t in tensors)
 
 
+def run_python(code, **environment):
+    command = [sys.executable, "-c", code]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+
+
 def test_import_is_lazy():
     """The kernels and the heavy libraries are imported by the first call that needs them."""
-    code = """
+    seconds, *heavy = run_python("""
 import sys, time
 import torch
 before = set(sys.modules)
@@ -122,8 +129,21 @@ import rto_fast.ops
 seconds = time.perf_counter() - start
 heavy = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(seconds, *heavy & {"triton", "transformers", "deepspeed", "datasets", "accelerate", "liger_kernel"})
-"""
-    seconds, *heavy = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
+""")
     assert heavy == [] and float(seconds) < 0.3
+
+
+@pytest.mark.parametrize("interpret, module", [("0", "reference"), ("1", "advantages")])
+def test_cpu_dispatch(interpret, module):
+    """CPU tensors take the torch reference, or, when Triton is told to interpret, the Triton code."""
+    imported, *advantages = run_python(
+        """
+import sys
+import torch
+from rto_fast.ops import gae
+advantages, _ = gae(torch.ones(3), torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), gae_lambda=0.5)
+print("advantages" if "rto_fast.kernels.advantages" in sys.modules else "reference", *advantages.tolist())
+""",
+        TRITON_INTERPRET=interpret,
+    )
+    assert imported == module and [float(a) for a in advantages] == [1.75, 1.5, 1.0]

@@ -21,12 +21,10 @@ import os
 import re
 from dataclasses import dataclass, field
 
+from rto_fast.errors import DataError
+
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-class DataError(ValueError):
-    """Bad input data: one line that names the place and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class RunData:
     def _split(self):
         """(training examples, held-out examples) of the preferences; no held-out prompt occurs in training."""
         examples = self._examples(self.config.preferences)
-        count = min(self.config.held_out, len(examples) // 10)
+        count = min(self.config.held_out, max(len(examples) // 10, 1 if len(examples) > 1 else 0))
         # A fixed seed: which examples are held out must not change from run to run.
         held_out = sorted(random.Random(0).sample(range(len(examples)), count))
         prompts_held_out = {repr(examples[i].prompt) for i in held_out}

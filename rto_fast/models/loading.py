@@ -7,12 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from rto_fast.batch import pack
+from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.ops import linear_token_logps
-
-
-class ModelError(ValueError):
-    """A model that cannot be used; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,10 @@ def _from_pretrained(auto_class, path, **options):
         raise ModelError(f"{path}: not a usable model {kind}: {reason}") from error
 
 
-def load_tokenizer(path, *, trust_remote_code=False, chat_template=None):
+def load_tokenizer(path, *, trust_remote_code=False):
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
-    if chat_template:
-        tokenizer.chat_template = chat_template
-    return tokenizer
+    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
 
 
 def _prepare(model, path, device, trainable, gradient_checkpointing):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rto_fast.config import ConfigError
+from rto_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""Mistakes of the user: one line that names the thing and the remedy; the command line prints it and exits with 2."""
+
+
+class UserError(ValueError):
+    """Base of every error whose message is meant for the user."""
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration; the message names the key and what was expected."""
+
+
+class DataError(UserError):
+    """Bad input data; the message names the place and the remedy."""
+
+
+class ModelError(UserError):
+    """A model that cannot be used; the message names it and the remedy."""
+
+
+class RewardError(UserError):
+    """A reward source that did not return one finite score for each response."""
