@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -85,7 +86,7 @@ def record_launches(call, *call_args):
 
 
 def compile_launch(kernel, args, kwargs, sm):
-    """What `JITFunction.run` does up to the launch, for a GPU that is not there. Returns (compiled, its cache key)."""
+    """What `JITFunction.run` does up to the launch, for a GPU that is not there."""
     target = GPUTarget("cuda", sm, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -122,17 +123,18 @@ def read_facts(compiled, case, sm):
 
 def collect(only=""):
     """The Facts of every kernel whose name contains `only`, each compiled variant once."""
-    collected, seen = [], set()
-    for case, (module, call) in CASES.items():
-        torch.manual_seed(0)
-        launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))
-        for kernel, args, kwargs in launches:
-            for sm in LIMITS if only in kernel.__name__ else ():
-                compiled = compile_launch(kernel, args, kwargs, sm)
-                if compiled.hash not in seen:
-                    seen.add(compiled.hash)
-                    collected.append(read_facts(compiled, case, sm))
-    return collected
+    pending, seen = [], set()
+    with ThreadPoolExecutor() as pool:  # disassembling takes as long as compiling: do both at once
+        for case, (module, call) in CASES.items():
+            torch.manual_seed(0)
+            launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))
+            for kernel, args, kwargs in launches:
+                for sm in LIMITS if only in kernel.__name__ else ():
+                    compiled = compile_launch(kernel, args, kwargs, sm)
+                    if compiled.hash not in seen:
+                        seen.add(compiled.hash)
+                        pending.append(pool.submit(read_facts, compiled, case, sm))
+    return [future.result() for future in pending]
 
 
 def print_table(collected):

@@ -1,8 +1,8 @@
 """RTO's token rewards, their generalised advantage estimation, and whitening, over packed sequences.
 
 One program a sequence walks its tiles from the end. A tile is loaded in reversed order, so the recursion runs forward
-in the tile and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not needed. Each token hands the one
-before it
+in the tile and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not needed. Each token hands the
+one before it
 
     h_t = γ·V_t + γλ·A_t,    so that    A_t = r_t − V_t + h_{t+1},
 
@@ -10,10 +10,10 @@ and a token that is no action hands on what it was handed: holes need no look-up
 leaves its sums and (count, mean, M2); a second launch merges them in a fixed order (no atomics: bitwise repeatable) and
 whitens. Nothing is padded and the host never waits.
 
-A program walks its tiles one after the other, each at the latency of its loads and one scan, about 2 µs. So a tile is as
-long as the mean sequence, up to 1024 tokens: 128 sequences of 1k are one tile on every SM at once, 1M tokens in many
-sequences some 7 rounds of tiles, and 8 sequences of 32k, the worst use of a GPU, 32 tiles: still nothing next to the
-minutes that sampling them takes.
+A program walks its tiles one after the other, each at the latency of its loads and one scan: some 2 µs, by estimate. So
+a tile is as long as the mean sequence, up to 1024 tokens: 128 sequences of 1k are one tile on every SM at once, 1M
+tokens in many sequences some 8 rounds of tiles, and 8 sequences of 32k, the worst use of a GPU, 32 tiles: still nothing
+next to the minutes that sampling them takes.
 """
 
 import torch
@@ -271,7 +271,7 @@ def rto_whiten_kernel(
 
 
 def _tile(num_tokens, num_sequences):
-    """The mean sequence in one tile, within bounds. Two tokens a thread: with four, 512 threads run out of registers."""
+    """The mean sequence in one tile, within bounds. Two tokens a thread: four of them spill registers."""
     block = min(max(triton.next_power_of_2(triton.cdiv(num_tokens, max(num_sequences, 1))), 128), 1024)
     return {"BLOCK_T": block, "num_warps": block // 64}
 
