@@ -16,7 +16,7 @@ from rto_fast.evaluation import evaluate, samples
 from rto_fast.models.loading import load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
 from rto_fast.reporting.log import RunLog
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
-from rto_fast.rollout.base import Sampling, build_engine
+from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from rto_fast.config import RolloutConfig
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
-from rto_fast.rollout.base import Sampling, build_engine
+from rto_fast.rollout import Sampling, build_engine
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]

@@ -12,7 +12,7 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
-from rto_fast.rollout.base import RolloutBatch
+from rto_fast.rollout import RolloutBatch
 from rto_fast.stages import rto
 
 TOKENIZER = build_tokenizer()

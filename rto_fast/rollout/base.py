@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from rto_fast.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -28,12 +26,3 @@ class RolloutBatch:
     @property
     def num_tokens(self):
         return sum(map(len, self.response_ids))
-
-
-def build_engine(model, tokenizer, config):
-    """The engine `config.engine` names (`RolloutConfig`), decoding with `model`'s present weights at each call."""
-    if config.engine == "hf":
-        from rto_fast.rollout.hf import HFEngine
-
-        return HFEngine(model, tokenizer, config)
-    raise ConfigError(f"rollout.engine: unknown engine {config.engine!r}")

@@ -16,7 +16,7 @@ from rto_fast.batch import PackedBatch, micro_batches, pack, pack_whole, segment
 from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
-from rto_fast.rollout.base import Sampling, build_engine
+from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages.common import response_logps, save_model
 from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices
