@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
+import torch
 
+from rto_fast.errors import UserError
 from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
 SHORT = [
-    "--sft.max_steps", "20", "--reward_model.max_steps", "4", "--dpo.max_steps", "4", "--rto.iterations", "2",
-    "--data.limit", "400", "--eval.prompts", "16", "--rollout.max_new_tokens", "20",
+    "--sft.max_steps", "10", "--reward_model.max_steps", "3", "--dpo.max_steps", "3", "--rto.iterations", "2",
+    "--rto.prompts_per_rollout", "16", "--rto.batch_size", "8", "--data.limit", "320", "--eval.prompts", "8",
+    "--rollout.max_new_tokens", "16",
 ]  # fmt: skip
 
 
@@ -54,7 +58,7 @@ def test_every_step_is_recorded(run):
     assert set(wanted) <= set(rto[0])
     assert abs(rto[0]["kl"]) < 1e-5  # the policy is still its own reference
     losses = [r["loss"] for r in records if r["stage"] == "sft"]
-    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert len(losses) == 10 and losses[-1] < losses[0]
     samples = [json.loads(line) for line in open(run[0] / "samples.jsonl")]
     assert {s["stage"] for s in samples} == {"SFT", "DPO", "RTO"} and {"prompt", "response", "score"} <= set(samples[0])
     assert set(json.loads((run[0] / "results.json").read_text())) == {"SFT", "DPO", "RTO"}
@@ -120,17 +124,30 @@ def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rto.kl_coeff", "1"], "did you mean --rto.kl_coef?"),
-        (["--sft.model", "nowhere/at-all"], "nowhere/at-all"),
+        (["--sft.model", "nowhere/at-all", "--model.tokenizer", "SFT"], "nowhere/at-all: not a usable model"),
         (["--data.sft", "missing.jsonl"], "missing.jsonl"),
-        (["--device", "cuda"], "device: cuda was asked for"),
         (["--output_dir", "."], "exists and is not empty"),
         (["--reward_model.function", "os:nothing", *SHORT], "reward_model.function: cannot import"),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+def test_mistakes_are_named(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    arguments = [str(run[0] / "sft") if a == "SFT" else a for a in arguments]
     if "--output_dir" not in arguments:
         arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2_and_can_be_mended(tmp_path):
+    out = ["--output_dir", str(tmp_path / "out")]
+    done = command("--data.sft", "missing.jsonl", *out)
+    assert done.returncode == 2 and done.stderr.startswith("rto_fast: missing.jsonl") and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="other.jsonl"):  # not: the folder is in use
+        main(["--data.sft", "other.jsonl", *out])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="device: cuda was asked for"):
+        main(["--device", "cuda", "--output_dir", str(tmp_path / "out")])
