@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels.common import sum_row
 from rto_fast.kernels.reference import RTOAdvantages
 
 BLOCK_WHITEN, BLOCK_N = 2048, 1024
@@ -219,16 +220,6 @@ def _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, mask_t
     tl.store(advantages_ptr + offs_t, tl.where(valid, (advantage - mean) * scale, 0.0), mask=mask_t)
 
 
-@triton.jit
-def _sum_row(partials_ptr, row, num_sequences, BLOCK_N: tl.constexpr):
-    offs_n = tl.arange(0, BLOCK_N)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    for done in range(0, num_sequences, BLOCK_N):
-        mask_n = done + offs_n < num_sequences
-        sums += tl.load(partials_ptr + row * num_sequences + done + offs_n, mask=mask_n, other=0.0)
-    return tl.sum(sums)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def rto_whiten_kernel(
     advantages_ptr, response_mask_ptr, partials_ptr, stats_ptr, num_tokens, num_sequences, WHITEN: tl.constexpr,
@@ -258,7 +249,7 @@ def rto_whiten_kernel(
         tl.store(stats_ptr + 1, mean)
         tl.store(stats_ptr + 2, variance)
         for row in tl.static_range(3, 7):
-            tl.store(stats_ptr + row, _sum_row(partials_ptr, row, num_sequences, BLOCK_N))
+            tl.store(stats_ptr + row, sum_row(partials_ptr, row, num_sequences, BLOCK_N))
     if WHITEN:
         scale = 1.0 / tl.sqrt(tl.maximum(variance, 1e-8))
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)

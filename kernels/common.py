@@ -141,6 +141,16 @@ def write_gradient(
 
 
 @triton.jit
+def sum_row(partials_ptr, row, num_cols, BLOCK_N: tl.constexpr):
+    """Sum of a row of the float32 matrix [..., num_cols], always in the same order."""
+    offs_n = tl.arange(0, BLOCK_N)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for done in range(0, num_cols, BLOCK_N):
+        sums += tl.load(partials_ptr + row * num_cols + done + offs_n, mask=done + offs_n < num_cols, other=0.0)
+    return tl.sum(sums)
+
+
+@triton.jit
 def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     """(loss, dloss/dlogp, k3 estimate of KL, is clipped) of tokens. Selects instead of min and max: those drop NaN."""
     log_ratio = logp - old_logp

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels.common import ppo_terms, sum_row
+
 BLOCK_T = 1024
 NUM_WARPS = 4  # 8 tokens a thread: a 128-bit load of bfloat16, two of float32
 BLOCK_P = 1024
@@ -50,27 +52,9 @@ def _policy_block(
     logp = _load_valid(logps_ptr, offs_t, mask_t, valid)
     old_logp = _load_valid(old_logps_ptr, offs_t, mask_t, valid)
     advantage = _load_valid(advantages_ptr, offs_t, mask_t, valid)
-
-    # Comparisons and selects instead of min, max and clamp: those drop NaN, these hand it on.
-    log_ratio = logp - old_logp
-    is_clamped = (log_ratio > 20.0) | (log_ratio < -20.0)
-    log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0.0, 20.0, -20.0), log_ratio)
-    ratio = tl.exp(log_ratio)
-    clipped_ratio = tl.where(ratio > ratio_high, ratio_high, tl.where(ratio < ratio_low, ratio_low, ratio))
-    loss = -advantage * ratio
-    is_clipped = -advantage * clipped_ratio > loss
-    loss = tl.where(is_clipped, -advantage * clipped_ratio, loss)
-    if dual_clip is not None:
-        is_bounded = (advantage < 0.0) & (loss > -dual_clip * advantage)
-        loss = tl.where(is_bounded, -dual_clip * advantage, loss)
-        is_clipped = is_clipped | is_bounded
-    # d(-A·e^x)/dx is the unclipped loss itself.
-    tl.store(dlogps_ptr + offs_t, tl.where(is_clipped | is_clamped, 0.0, loss) * weight, mask=mask_t)
-
-    # e^x - 1 - x cancels where policies are close, which is where it is watched: Taylor there, exact to 1e-7.
-    series = log_ratio * log_ratio * (0.5 + log_ratio * (1 / 6 + log_ratio * (1 / 24 + log_ratio * (1 / 120))))
-    kl = tl.where(tl.abs(log_ratio) < 0.05, series, ratio - 1.0 - log_ratio)
-    _store_partials(partials_ptr, pid_t, num_blocks, loss, kl, is_clipped.to(tl.float32), weight)
+    loss, dlogp, kl, is_clipped = ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip)
+    tl.store(dlogps_ptr + offs_t, dlogp * weight, mask=mask_t)
+    _store_partials(partials_ptr, pid_t, num_blocks, loss, kl, is_clipped, weight)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
@@ -139,25 +123,16 @@ def ppo_value_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _sum_row(partials_ptr, row, num_blocks, BLOCK_P: tl.constexpr):
-    offs_p = tl.arange(0, BLOCK_P)
-    sums = tl.zeros((BLOCK_P,), tl.float32)
-    for start in range(0, num_blocks, BLOCK_P):
-        sums += tl.load(partials_ptr + row * num_blocks + start + offs_p, mask=start + offs_p < num_blocks, other=0.0)
-    return tl.sum(sums)
-
-
 @triton.jit(do_not_specialize=["num_blocks"])
 def ppo_reduce_kernel(partials_ptr, num_items_ptr, loss_ptr, stats_ptr, num_blocks, BLOCK_P: tl.constexpr):
     if num_items_ptr is None:
-        total = _sum_row(partials_ptr, 3, num_blocks, BLOCK_P)
+        total = sum_row(partials_ptr, 3, num_blocks, BLOCK_P)
     else:
         total = tl.load(num_items_ptr)
     scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-    tl.store(loss_ptr, _sum_row(partials_ptr, 0, num_blocks, BLOCK_P) * scale)
-    tl.store(stats_ptr + 0, _sum_row(partials_ptr, 1, num_blocks, BLOCK_P) * scale)
-    tl.store(stats_ptr + 1, _sum_row(partials_ptr, 2, num_blocks, BLOCK_P) * scale)
+    tl.store(loss_ptr, sum_row(partials_ptr, 0, num_blocks, BLOCK_P) * scale)
+    tl.store(stats_ptr + 0, sum_row(partials_ptr, 1, num_blocks, BLOCK_P) * scale)
+    tl.store(stats_ptr + 1, sum_row(partials_ptr, 2, num_blocks, BLOCK_P) * scale)
     tl.store(stats_ptr + 2, scale)
 
 
