@@ -1,5 +1,6 @@
 """token_logps against the float64 reference, on the GPU or through Triton's interpreter."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,6 +219,21 @@ def test_inplace_backward(device):
     assert torch.equal(x, expected), "the gradient takes the logits' memory"
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()
+
+
+def test_offsets_beyond_32_bits(device):
+    """Rows 2^30 elements apart, forward and in-place backward; NumPy maps the 4 GB between them and touches none."""
+    stride, (dense, labels) = (1 << 30) + 16, make(3, 90, device, torch.float16)
+    size = 2 * stride + 90
+    memory = torch.empty(size, dtype=torch.float16, device=device) if device.type == "cuda" else np.empty(size, "f2")
+    x = torch.as_tensor(memory).as_strided((3, 90), (stride, 1))
+    x.copy_(dense)
+    expected, gradient = evaluate(kernel.token_logps, dense, labels)[::2]
+    logps, entropy, state = kernel.token_logps_fwd(x[None], labels, 1.0, -100, True, False)
+    assert torch.equal(logps, expected)
+    upstream = torch.randn(2, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(logps)
+    kernel.token_logps_bwd_(upstream[0], upstream[1], x[None], labels, state, entropy, 1.0, -100)
+    assert torch.equal(x, gradient)
 
 
 @pytest.mark.parametrize("rows", [2, 40])
