@@ -107,7 +107,7 @@ def _write_gradient_tile(
     z, derivative = load_logits(x_ptr, bias_ptr, offs_v, end, cap, MASKED)
     dz = logits_gradient(z, derivative, offs_v, label, m, log2_s, entropy, dlogp, dentropy, scale, WITH_ENTROPY)
     if x_ptr.dtype != dx_ptr.dtype:
-        tl.debug_barrier()  # this tile's gradients may land on its own logits (see gradient_view): all threads read first
+        tl.debug_barrier()  # a tile's gradients may land on its own logits (see gradient_view): all read first
     if MASKED:
         tl.store(dx_ptr + offs_v, dz.to(dx_ptr.dtype.element_ty), mask=offs_v < end)
     else:

@@ -52,7 +52,7 @@ def partial_state_kernel(
     x_ptr, bias_ptr, labels_ptr, partials_ptr, stride_x_b, stride_x_t, rows_per_batch, stride_p, num_cols, split_cols,
     first_split, first_col, scale, cap, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """State (m, s, u, z[label]) of a row's columns in one split; x begins at split `first_split`, column `first_col`."""
+    """State (m, s, u, z[label]) of a row's columns in one split; x begins at column `first_col`."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1)
     label = tl.load(labels_ptr + pid_t)
@@ -73,8 +73,8 @@ def partial_state_kernel(
 
 @triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits"])
 def combine_states_kernel(
-    partials_ptr, labels_ptr, rows_ptr, logps_ptr, entropy_ptr, state_ptr, num_partial_rows, num_rows, num_splits, scale,
-    ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
+    partials_ptr, labels_ptr, rows_ptr, logps_ptr, entropy_ptr, state_ptr, num_partial_rows, num_rows, num_splits,
+    scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits' states in order and writes the results of partial row i to row `rows[i]` (i without rows)."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
