@@ -11,7 +11,7 @@ UPSTREAM = -1.7  # a gradient scaler's, an accumulation's: anything but 1
 
 
 def make(rows, vocab, hidden_size, device, dtype=torch.float32, spread=0.3, seed=0):
-    """[hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask]; ratios spread around the clip range."""
+    """[hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask]; ratios around the clip range."""
     generator = torch.Generator().manual_seed(seed)
     hidden = (torch.randn(rows, hidden_size, generator=generator) * 2).to(dtype)
     weight = (torch.randn(vocab, hidden_size, generator=generator) * 2 / hidden_size**0.5).to(dtype)
