@@ -107,8 +107,10 @@ def test_supplied_models_skip_their_stages(run, tmp_path):
          {"SFT", "DPO", "RTO"}),
         (["--rto.samples_per_prompt", "2", "--rto.kl_target", "2", "--eval.every", "1", "--rto.init_from", "dpo"],
          {"SFT", "DPO", "RTO"}),
+        (["--model.dtype", "bfloat16", "--model.gradient_checkpointing", "true", "--rto.truncation", "bootstrap"],
+         {"SFT", "DPO", "RTO"}),
     ],
-    ids=["ppo", "no reward model", "no rto", "function", "reinforce_pp", "samples"],
+    ids=["ppo", "no reward model", "no rto", "function", "reinforce_pp", "samples", "bfloat16"],
 )  # fmt: skip
 def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, policies, capsys):
     folder = run[0]

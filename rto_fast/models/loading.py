@@ -56,7 +56,9 @@ def _prepare(model, path, device, trainable, gradient_checkpointing):
             module.attention_dropout = 0.0
     model.to(device).requires_grad_(trainable).train(trainable)
     if trainable and gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it between 5.17 and 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
