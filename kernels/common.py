@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-# 2^t is 0 in float32 below this; but 0·t must not become 0·(-inf), so t is clamped where it is a factor (not an exponent).
+# 2^t is 0 in float32 below this; but 0·t must not become 0·(-inf), so t is clamped where it is a factor.
 MIN_LOG2 = tl.constexpr(-200.0)
 
 
