@@ -1,17 +1,20 @@
 """Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
 
-All functions are differentiable by autograd and compute in float64 when given float64, in float32 otherwise.
-The two functions that would need a [T, V] tensor work through blocks of rows and recompute each block's logits in
-the backward pass, so that memory stays bounded by `BLOCK_ELEMENTS` logits whatever T is.
+All functions are differentiable and compute in float64 when given float64, in float32 otherwise. The two functions
+that would need a [T, V] tensor work through blocks of rows and recompute each block's logits in the backward pass, so
+that memory stays bounded by `BLOCK_ELEMENTS` logits whatever T is.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB of float32, large enough that a GEMM is not starved
+# Logits alive at once: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
+BLOCK_ELEMENTS = 7 << 20
+CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
 
 
 def compute_dtype(*tensors):
@@ -26,50 +29,78 @@ class RTOAdvantages(NamedTuple):
     stats: dict[str, torch.Tensor]
 
 
-def _block_logps(logits, labels, temperature, ignore_index, return_entropy):
-    logits = logits.to(compute_dtype(logits)) / temperature
-    valid = labels != ignore_index
-    log_probs = logits.log_softmax(-1)
-    logps = log_probs.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
-    if not return_entropy:
-        return logps, None
-    # p·log p is 0 where p = 0: a logit of -inf must not turn into NaN.
-    probs = log_probs.exp()
-    entropy = -(probs * log_probs.where(probs > 0, 0.0)).sum(-1).where(valid, 0.0)
-    return logps, entropy
+class _TokenLogps(torch.autograd.Function):
+    """Log-probs and entropies of rows of logits. Forward and backward go through blocks of rows that stay in cache,
+    and nothing as large as the logits is kept: the softmax is cheaper to compute again than to read back."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, temperature, ignore_index, with_entropy):
+        dtype = compute_dtype(logits)
+        labels = labels.where(labels != ignore_index, -1)
+        logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+        entropy = torch.zeros_like(logps) if with_entropy else None
+        for rows in _row_blocks(logits, CACHE_ELEMENTS):
+            log_probs = _scaled(logits[rows], temperature, dtype).log_softmax(-1)
+            valid, label = labels[rows] >= 0, labels[rows].clamp(min=0)
+            logps[rows] = log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
+            if with_entropy:
+                probs = log_probs.exp()
+                entropy[rows] = -(probs * _finite(log_probs)).sum(-1).where(valid, 0.0)
+        ctx.save_for_backward(logits, labels, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, dlogps, dentropy):
+        logits, labels, entropy = ctx.saved_tensors
+        dlogits, dtype = torch.empty_like(logits), compute_dtype(logits)
+        valid = labels >= 0
+        dlogps = torch.zeros_like(valid, dtype=dtype) if dlogps is None else dlogps.where(valid, 0.0)
+        for rows in _row_blocks(logits, CACHE_ELEMENTS):
+            scaled = _scaled(logits[rows], ctx.temperature, dtype)
+            if dentropy is None:
+                gradient = scaled.softmax(-1).mul_(-dlogps[rows].unsqueeze(-1))
+            else:
+                log_probs = scaled.log_softmax(-1)
+                gradient = log_probs.exp()
+                slope = _finite(log_probs).add_(entropy[rows].unsqueeze(-1))
+                slope.mul_(dentropy[rows].where(valid[rows], 0.0).unsqueeze(-1)).add_(dlogps[rows].unsqueeze(-1))
+                gradient.mul_(slope.neg_())
+            gradient.scatter_add_(-1, labels[rows].clamp(min=0).unsqueeze(-1), dlogps[rows].unsqueeze(-1))
+            dlogits[rows] = gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)
+        return dlogits, None, None, None, None
 
 
-def _block_linear_logps(hidden, weight, bias, labels, temperature, softcap, ignore_index, return_entropy):
-    logits = F.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
-    return _block_logps(logits, labels, temperature, ignore_index, return_entropy)
+def _row_blocks(matrix, elements):
+    rows = max(1, elements // max(matrix.shape[-1], 1))
+    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
 
 
-def _in_blocks(function, rows, vocab_size, *tensors):
-    """Calls `function` on row blocks of `tensors`, checkpointed where a gradient will be needed and memory matters."""
-    block = max(1, BLOCK_ELEMENTS // max(vocab_size, 1))
-    if rows <= block:
-        return function(*tensors)
-    recompute = torch.is_grad_enabled()
-    parts = [
-        checkpoint(function, *blocks, use_reentrant=False) if recompute else function(*blocks)
-        for blocks in zip(*(t.split(block) for t in tensors))
-    ]
-    logps, entropies = zip(*parts)
-    return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
+def _scaled(logits, temperature, dtype):
+    logits = logits.to(dtype)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _finite(log_probs):
+    """p·log p is 0 where p = 0: a logit of -inf must not turn into NaN (which clamp hands on). Overwrites its input."""
+    return log_probs.clamp_(min=-1e4)
 
 
 def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
     """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
-    vocab_size = logits.shape[-1]
-    flat_logits, flat_labels = logits.reshape(-1, vocab_size), labels.reshape(-1)
-    logps, entropy = _in_blocks(
-        lambda x, y: _block_logps(x, y, temperature, ignore_index, return_entropy),
-        len(flat_labels), vocab_size, flat_logits, flat_labels,
-    )  # fmt: skip
+    logps, entropy = _TokenLogps.apply(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature, ignore_index, return_entropy
+    )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with_entropy):
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
+    return _TokenLogps.apply(logits, labels, temperature, -1, with_entropy)
 
 
 def linear_token_logps(
@@ -80,12 +111,18 @@ def linear_token_logps(
     flat_labels = labels.reshape(-1)
     rows = (flat_labels != ignore_index).nonzero().squeeze(-1)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, rows)
-    logps, entropy = _in_blocks(
-        lambda x, y: _block_linear_logps(
-            x, lm_head_weight, bias, y, temperature, softcap, ignore_index, return_entropy
-        ),
-        len(rows), len(lm_head_weight), hidden, flat_labels[rows],
-    )  # fmt: skip
+    kept_labels, num_rows = flat_labels[rows], max(1, BLOCK_ELEMENTS // max(len(lm_head_weight), 1))
+    settings = (lm_head_weight, bias, temperature, softcap, return_entropy)
+    if len(rows) <= num_rows:
+        logps, entropy = _block_linear_logps(hidden, kept_labels, *settings)
+    else:
+        # The logits of a block are computed again in the backward pass, if there is one.
+        function = _block_linear_logps
+        if torch.is_grad_enabled():
+            function = partial(checkpoint, _block_linear_logps, use_reentrant=False)
+        blocks = zip(hidden.split(num_rows), kept_labels.split(num_rows))
+        logps, entropies = zip(*(function(*block, *settings) for block in blocks))
+        logps, entropy = torch.cat(logps), torch.cat(entropies) if return_entropy else None
 
     def scatter(values):
         return values.new_zeros(flat_labels.shape).index_put((rows,), values).view(labels.shape)
