@@ -119,3 +119,12 @@ def test_loads_from_a_directory_and_restores_the_attention(tmp_path):
     )
     with pytest.raises(ModelError, match="nowhere"):
         load_causal_lm(tmp_path / "nowhere", trainable=False, **options)
+
+
+def test_checkpoints_of_another_kind_are_refused(tmp_path):
+    options = dict(device="cpu", dtype=torch.float32, trainable=False)
+    tiny("llama", AutoModelForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="lacks weights: lm_head.weight"):
+        load_causal_lm(tmp_path, **options)
+    with pytest.raises(ModelError, match="not a usable model directory"):  # two labels
+        load_scorer(tmp_path, **options)

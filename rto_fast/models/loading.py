@@ -31,10 +31,17 @@ def resolve_dtype(name, device):
 def _from_pretrained(auto_class, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         kind = "directory" if os.path.isdir(path) else "directory or reachable hub id"
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{path}: not a usable model {kind}: {reason}") from error
+
+
+def _load_weights(auto_class, path, **options):
+    """(model, names of the parameters that the checkpoint does not hold)."""
+    with _quiet():  # transformers only warns of missing weights; here they are wanted or refused
+        model, info = _from_pretrained(auto_class, path, use_safetensors=True, output_loading_info=True, **options)
+    return model, set(info["missing_keys"])
 
 
 def load_tokenizer(path, *, trust_remote_code=False):
@@ -72,9 +79,8 @@ def load_causal_lm(path, *, device, dtype, trainable, gradient_checkpointing=Fal
     """
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(
-        AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    model, missing = _load_weights(AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    _refuse_missing(missing, path)
     model = _prepare(model, path, device, trainable, gradient_checkpointing)
     check_causal_lm(model, path)
     return model
@@ -85,21 +91,22 @@ def load_scorer(path, *, device, dtype, trainable, gradient_checkpointing=False,
     score of every token). From a causal language model directory the backbone is taken and the head starts at 0."""
     from transformers import AutoModelForSequenceClassification
 
-    with _quiet():  # transformers warns of the new head, which is what is wanted here
-        model, info = _from_pretrained(
-            AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code,
-            use_safetensors=True, output_loading_info=True,
-        )  # fmt: skip
-    missing = set(info["missing_keys"])
+    model, missing = _load_weights(
+        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code
+    )
     head = score_head(model)
     head_keys = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    if missing - head_keys:
-        raise ModelError(f"{path}: weights are missing: {', '.join(sorted(missing - head_keys))}")
+    _refuse_missing(missing - head_keys, path)
     if missing:
         with torch.no_grad():
             for p in head.parameters():
                 p.zero_()
     return _prepare(model, path, device, trainable, gradient_checkpointing)
+
+
+def _refuse_missing(names, path):
+    if names:
+        raise ModelError(f"{path}: the checkpoint lacks weights: {', '.join(sorted(names))}")
 
 
 @contextlib.contextmanager
