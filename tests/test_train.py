@@ -126,7 +126,7 @@ def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--sft.model", "nowhere/at-all", "--model.tokenizer", "SFT"], "nowhere/at-all: not a usable model"),
+        (["--sft.model", "nowhere/at-all", "--model.tokenizer", "SFT"], "nowhere/at-all: cannot load a"),
         (["--data.sft", "missing.jsonl"], "missing.jsonl"),
         (["--output_dir", "."], "exists and is not empty"),
         (["--reward_model.function", "os:nothing", *SHORT], "reward_model.function: cannot import"),

@@ -28,26 +28,28 @@ def resolve_dtype(name, device):
     return getattr(torch, name)
 
 
-def _from_pretrained(auto_class, path, **options):
+def _from_pretrained(auto_class, what, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        kind = "directory" if os.path.isdir(path) else "directory or reachable hub id"
+        place = "this directory" if os.path.isdir(path) else "this name (no such directory; tried as a hub id)"
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: not a usable model {kind}: {reason}") from error
+        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}") from error
 
 
-def _load_weights(auto_class, path, **options):
+def _load_weights(auto_class, what, path, **options):
     """(model, names of the parameters that the checkpoint does not hold)."""
     with _quiet():  # transformers only warns of missing weights; here they are wanted or refused
-        model, info = _from_pretrained(auto_class, path, use_safetensors=True, output_loading_info=True, **options)
+        model, info = _from_pretrained(
+            auto_class, what, path, use_safetensors=True, output_loading_info=True, **options
+        )
     return model, set(info["missing_keys"])
 
 
 def load_tokenizer(path, *, trust_remote_code=False):
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
 
 
 def _prepare(model, path, device, trainable, gradient_checkpointing):
@@ -79,7 +81,9 @@ def load_causal_lm(path, *, device, dtype, trainable, gradient_checkpointing=Fal
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = _load_weights(AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, missing = _load_weights(
+        AutoModelForCausalLM, "a causal language model", path, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     _refuse_missing(missing, path)
     model = _prepare(model, path, device, trainable, gradient_checkpointing)
     check_causal_lm(model, path)
@@ -92,7 +96,12 @@ def load_scorer(path, *, device, dtype, trainable, gradient_checkpointing=False,
     from transformers import AutoModelForSequenceClassification
 
     model, missing = _load_weights(
-        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code
+        AutoModelForSequenceClassification,
+        "a sequence classifier with one label",
+        path,
+        dtype=dtype,
+        num_labels=1,
+        trust_remote_code=trust_remote_code,
     )
     head = score_head(model)
     head_keys = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
