@@ -1,8 +1,8 @@
 """Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
 
 All functions are differentiable and compute in float64 when given float64, in float32 otherwise. The two functions
-that would need a [T, V] tensor work through blocks of rows and recompute each block's logits in the backward pass, so
-that memory stays bounded by `BLOCK_ELEMENTS` logits whatever T is.
+that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that memory
+stays bounded whatever T is.
 """
 
 from functools import partial
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Logits alive at once: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
+# Logits of a block: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
 BLOCK_ELEMENTS = 7 << 20
+KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 256 MB; those of further rows are computed again
 CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
 
 
@@ -108,26 +109,30 @@ def linear_token_logps(
     return_entropy=False,
 ):  # fmt: skip
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
-    flat_labels = labels.reshape(-1)
+    hidden, flat_labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
     rows = (flat_labels != ignore_index).nonzero().squeeze(-1)
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, rows)
-    kept_labels, num_rows = flat_labels[rows], max(1, BLOCK_ELEMENTS // max(len(lm_head_weight), 1))
-    settings = (lm_head_weight, bias, temperature, softcap, return_entropy)
-    if len(rows) <= num_rows:
-        logps, entropy = _block_linear_logps(hidden, kept_labels, *settings)
-    else:
-        # The logits of a block are computed again in the backward pass, if there is one.
+    is_sparse = len(rows) < len(flat_labels)
+    if is_sparse:
+        hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
+    vocab_size = max(len(lm_head_weight), 1)
+    block_rows, kept_rows = max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+    logps, entropies = [], []
+    for first in range(0, max(len(rows), 1), block_rows):
+        block = hidden[first : first + block_rows], flat_labels[first : first + block_rows]
         function = _block_linear_logps
-        if torch.is_grad_enabled():
+        if first + block_rows > kept_rows and torch.is_grad_enabled():
             function = partial(checkpoint, _block_linear_logps, use_reentrant=False)
-        blocks = zip(hidden.split(num_rows), kept_labels.split(num_rows))
-        logps, entropies = zip(*(function(*block, *settings) for block in blocks))
-        logps, entropy = torch.cat(logps), torch.cat(entropies) if return_entropy else None
+        logp, entropy = function(*block, lm_head_weight, bias, temperature, softcap, return_entropy)
+        logps.append(logp)
+        entropies.append(entropy)
 
-    def scatter(values):
-        return values.new_zeros(flat_labels.shape).index_put((rows,), values).view(labels.shape)
+    def whole(parts):
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if is_sparse:
+            values = values.new_zeros(labels.numel()).index_put((rows,), values)
+        return values.view(labels.shape)
 
-    return (scatter(logps), scatter(entropy)) if return_entropy else scatter(logps)
+    return (whole(logps), whole(entropies)) if return_entropy else whole(logps)
 
 
 def _normaliser(loss_mask, weights, num_items, dtype):
