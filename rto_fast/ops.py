@@ -5,13 +5,21 @@ index t is the state s_t and the action `labels[t]` (labels are already shifted)
 CPU tensors the plain torch reference; with TRITON_INTERPRET=1 in the environment CPU tensors run the Triton code
 through its interpreter. Log-probs, entropies and KL are in nats; outputs are float32 (float64 from float64 on CPU).
 Wrong shapes, devices or dtypes raise ValueError naming the argument. The algorithm is arXiv 2404.18922.
+
+`torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). In the reference,
+`token_logps` and the PPO losses are traced whole; the others, whose shapes depend on masks, break the graph.
+
+ZeRO-3: outside the forward of its own module `lm_head.weight` is empty, here an error. Run the linear ops as that
+forward, see `rto_fast.models.head`: DeepSpeed then gathers the weight, for a recomputing backward pass too.
+`deepspeed.zero.GatheredParameters` around forward and backward serves as well, but not where the head is tied: the
+embedding lets go of the weight in between.
 """
 
 import os
-from importlib import import_module
 
 import torch
 
+from rto_fast.kernels import reference
 from rto_fast.kernels.reference import RTOAdvantages
 
 __all__ = [
@@ -24,9 +32,17 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _implementation(module, tensor):
-    """The Triton module of an op for CUDA tensors (imported at the first use), the reference otherwise."""
-    triton_path = tensor.is_cuda or (_INTERPRET and tensor.device.type == "cpu")
-    return import_module(f"rto_fast.kernels.{module if triton_path else 'reference'}")
+    """The Triton module of an op for CUDA tensors, the reference otherwise."""
+    if not (tensor.is_cuda or (_INTERPRET and tensor.device.type == "cpu")):
+        return reference
+    # Not at the top: CPU tensors do without Triton. By statements: `torch.compile` cannot trace import_module.
+    import rto_fast.kernels.advantages
+    import rto_fast.kernels.linear_ppo_loss
+    import rto_fast.kernels.linear_token_logps
+    import rto_fast.kernels.ppo_losses
+    import rto_fast.kernels.token_logps
+
+    return getattr(rto_fast.kernels, module)
 
 
 def _check(name, tensor, shape, dtypes, device):
