@@ -1,0 +1,39 @@
+"""The output layer as a place to run the linear ops in."""
+
+from torch import nn
+
+from rto_fast.errors import ModelError
+
+
+class OpLinear(nn.Linear):
+    """A linear layer whose forward can be an op of its weight (and bias):
+
+        head(hidden_states, op=linear_ppo_loss, labels=labels, old_logps=old_logps, ...)
+
+    ZeRO-3 gathers a weight around the forward and the backward pass of the module it belongs to, by hooks that reading
+    `lm_head.weight` does not trigger; a weight tied to the embedding likewise.
+    """
+
+    def forward(self, hidden_states, op=None, **arguments):
+        if op is None:
+            return super().forward(hidden_states)
+        if self.bias is not None:
+            arguments["bias"] = self.bias
+        return op(hidden_states, self.weight, **arguments)
+
+
+def use_op_linear(model):
+    """Turns the output layer of a Hugging Face causal LM into an `OpLinear`, parameters and names unchanged.
+
+    Called before `deepspeed.initialize`.
+
+    Returns:
+        the layer.
+    Raises:
+        ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
+    """
+    head = model.get_output_embeddings()
+    if type(head) not in (nn.Linear, OpLinear):
+        raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
+    head.__class__ = OpLinear
+    return head
