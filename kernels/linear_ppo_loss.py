@@ -4,8 +4,10 @@ dL/dlogp of a token is a scalar known as soon as its own logp is: forward and ba
 are computed once. A chunk of tokens: logits = mm; one program a row reduces its logits to (logp, entropy), forms the
 loss terms and overwrites the logits with their gradient; dhidden = mm; dweight += mm. 6TVD FLOPs instead of 8TVD.
 Gradients are those of the unnormalised sum (no fp16 underflow by 1/num_items); the backward pass multiplies by
-upstream/num_items, a scalar that never leaves the device. Tokens outside the mask are dropped before the GEMMs, for
-one host sync (`nonzero`): they are half of a batch or more where prompts are in it.
+upstream/num_items, a scalar that never leaves the device. No gradient scaler reaches that far in, so a token whose
+|A·ratio·weight| passes 2^15 saturates in float16: after clipping the norm, such a batch is all but that token anyway.
+Tokens outside the mask are dropped before the GEMMs, for one host sync (`nonzero`): they are half of a batch or more
+where prompts are in it.
 """
 
 import torch
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
+    LN2,
     LOG2E,
     autocast_operands,
     finish_row,
@@ -58,12 +61,17 @@ def linear_ppo_kernel(
     tl.store(terms_ptr + 2 * num_rows + pid_t, is_clipped * weight)
     tl.store(terms_ptr + 3 * num_rows + pid_t, entropy * weight)
     if dx_ptr is not None:
+        dlogp *= weight
+        if dx_ptr.dtype.element_ty == tl.float16:
+            # -A·ratio reaches e^20·|A|, float16 65504; half of it leaves room for the entropy's term.
+            limit = 32768.0 / (scale * LN2)
+            dlogp = tl.where(tl.abs(dlogp) > limit, tl.where(dlogp > 0.0, limit, -limit), dlogp)
         dentropy = 0.0
         if entropy_coef is not None:
             dentropy = -entropy_coef * weight
         write_gradient(
             x_ptr, dx_ptr + pid_t * stride_dx_t, None, 0, num_cols, label.to(tl.int32), m, log2_s, entropy,
-            dlogp * weight, dentropy, scale, cap, entropy_coef is not None, BLOCK_V,
+            dlogp, dentropy, scale, cap, entropy_coef is not None, BLOCK_V,
         )  # fmt: skip
 
 

@@ -173,6 +173,25 @@ def test_extreme_ratios(device):
     assert loss > 1e7 and (dhidden[:4] == 0).all() and (dhidden[4:] != 0).any(-1).all()
 
 
+def test_float16_saturates(device):
+    """A ratio of e^15 on a bad token: loss exact, all gradients finite, those of other tokens untouched."""
+    inputs = make(6, 300, 8, device, torch.float16)
+    inputs[2], inputs[5][:] = inputs[2].clamp(min=0), True
+    inputs[3] = reference.linear_token_logps(*in_double(inputs[:2]), inputs[2], temperature=0.5).float()
+    inputs[3][2] -= 15.0
+    inputs[4] = torch.tensor([1.0, -1.0, -2.0, 0.5, -0.5, 1.0], device=device)
+    options = {"temperature": 0.5, "entropy_coef": 0.1, "num_items": 1e4}
+    loss, _, (dhidden, dweight) = evaluate(kernel.linear_ppo_loss, inputs, **options)
+    expected, _, (true_dhidden, _) = evaluate(reference.linear_ppo_loss, in_double(inputs), **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0.0)
+    assert dhidden.isfinite().all() and dweight.isfinite().all()
+    others = [0, 1, 3, 4, 5]
+    error = (dhidden.double() - true_dhidden)[others].norm()
+    assert error <= 2e-3 * true_dhidden[others].norm()
+    share = 2**15 * 0.5 / (2 * torch.tensor(15.0).exp())
+    torch.testing.assert_close(dhidden[2].double(), true_dhidden[2] * share, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_confident_rows(dtype, device):
     inputs = make(6, 300, 16, device, dtype)
