@@ -1,0 +1,137 @@
+"""What an op must move and compute, and what that takes on a GPU: limits, and predictions for our kernels.
+
+A limit is the time of the FLOPs and of the compulsory bytes (each input read once, each output written once),
+whichever is longer. A prediction adds, step by step, the traffic that our design has on top; GEMMs and row kernels do
+not overlap, so their times add up. Predictions are arithmetic, not measurements.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.shapes import MODELS
+from rto_fast.kernels import linear_ppo_loss, linear_token_logps
+
+# On one H200 a large copy reached 4.3 of the datasheet's 4.8 TB/s and a large bfloat16 GEMM 790 of 989 dense TFLOP/s.
+# Those two fractions are taken for the other GPUs, of which we have measured none.
+COPY_FRACTION, GEMM_FRACTION = 4.3 / 4.8, 790 / 989
+LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
+
+
+@dataclass(frozen=True)
+class Device:
+    """Achievable rates: bytes/s of a copy (read plus written) and bfloat16 FLOP/s of a large GEMM."""
+
+    name: str
+    bandwidth: float
+    flops: float
+    measured: bool = False
+
+
+def _datasheet(name, terabytes, teraflops):
+    return Device(name, terabytes * 1e12 * COPY_FRACTION, teraflops * 1e12 * GEMM_FRACTION)
+
+
+# Datasheets of NVIDIA, SXM versions, dense bfloat16: nvidia.com/en-us/data-center/{a100,h100,h200}, and for the B200
+# one eighth of nvidia.com/en-us/data-center/dgx-b200.
+DEVICES = {
+    "A100": _datasheet("A100", 2.039, 312),
+    "H100": _datasheet("H100", 3.35, 989),
+    "H200": Device("H200", 4.3e12, 790e12, measured=True),
+    "B200": _datasheet("B200", 8.0, 2250),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Work that shares one launch or one loop of launches."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: int = 0
+
+    def seconds(self, device):
+        return max(self.flops / device.flops, self.bytes / device.bandwidth) + self.launches * LAUNCH_SECONDS
+
+
+def limit(op, phase, shape, kept=1.0):
+    """The least work of an op: bfloat16 in and out, float32 [T] vectors; `kept`: share of tokens not masked out."""
+    tokens, hidden, vocab = kept * shape.tokens, shape.hidden_size, shape.vocab_size
+    logits, gemm, weight = tokens * vocab, 2 * tokens * vocab * hidden, 2 * (tokens + vocab) * hidden
+    return {
+        ("token_logps", "forward"): Step(bytes=2 * logits + 12 * tokens),
+        ("token_logps", "backward"): Step(bytes=4 * logits + 12 * tokens),
+        ("linear_token_logps", "forward"): Step(gemm, weight),
+        ("linear_token_logps", "forward+backward"): Step(4 * gemm, 3 * weight),
+        ("linear_ppo_loss", "forward+backward"): Step(3 * gemm, 2 * weight),
+        # Reads 4 vectors and the mask, writes 4 vectors; reads 2, writes 2; reads 3 and the mask, writes a gradient.
+        ("rto_advantages", "forward"): Step(bytes=33 * shape.tokens),
+        ("gae", "forward"): Step(bytes=17 * shape.tokens),
+        ("ppo_policy_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
+        ("ppo_value_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
+    }[op, phase]  # fmt: skip
+
+
+def _linear_forward(tokens, shape):
+    """A GEMM writes float32 tiles that a row kernel reads back. The tiles fit L2; they are charged as if they did not,
+    for its bandwidth is not known to us: the truth lies between this and the limit."""
+    gemm = 2 * tokens * shape.vocab_size * shape.hidden_size
+    return [Step(flops=gemm), Step(bytes=4 * tokens * shape.vocab_size)]
+
+
+def _row_chunks(tokens, shape):
+    rows = linear_ppo_loss.WORKSPACE_BYTES // (4 * shape.vocab_size)
+    return 1 if tokens <= rows + shape.hidden_size else -(-tokens // rows)
+
+
+def _column_chunks(tokens, shape):
+    columns = min(linear_token_logps.MAX_CHUNK_COLS, linear_token_logps.WORKSPACE_BYTES // (4 * tokens))
+    return -(-shape.vocab_size // max(columns, 1))
+
+
+def prediction(op, phase, shape, kept=1.0):
+    """The steps of our kernels."""
+    tokens = max(1, int(kept * shape.tokens))
+    logits, hidden, vocab = tokens * shape.vocab_size, shape.hidden_size, shape.vocab_size
+    gemm = 2 * logits * hidden
+    if op == "token_logps":
+        return [Step(bytes=limit(op, phase, shape, kept).bytes, launches=1)]
+    if op == "linear_token_logps" and phase == "forward":
+        return _linear_forward(tokens, shape)
+    if op == "linear_token_logps":
+        # A chunk's float32 logits are written by their GEMM, read by the row kernel, which writes bfloat16 gradients;
+        # dhidden accumulates in float32 from the second chunk on.
+        chunks = _column_chunks(tokens, shape)
+        traffic = Step(bytes=(4 + 2) * logits + 8 * (chunks - 1) * tokens * hidden)
+        return [*_linear_forward(tokens, shape), Step(flops=3 * gemm), traffic]
+    if op == "linear_ppo_loss":
+        # The row kernel reads a row twice and writes it once; dweight accumulates from the second chunk on.
+        traffic = Step(bytes=(4 + 4 + 2) * logits + 8 * (_row_chunks(tokens, shape) - 1) * vocab * hidden)
+        return [Step(flops=3 * gemm), traffic]
+    # Vector ops: a second launch whitens (reads and writes 4 bytes and the mask), or adds up partial sums; the PPO
+    # losses' backward reads the derivative and writes the gradient.
+    extra = {"rto_advantages": 9, "gae": 0}.get(op, 8)
+    launches = {"rto_advantages": 2, "gae": 1}.get(op, 3)
+    return [Step(bytes=limit(op, phase, shape).bytes + extra * shape.tokens, launches=launches)]
+
+
+def milliseconds(steps, device):
+    return 1e3 * sum(step.seconds(device) for step in steps)
+
+
+def table(device):
+    """Rows of (op, phase, shape, limit in ms, prediction in ms) for every op at the shapes that are benchmarked."""
+    million = MODELS[0].at(1 << 20)
+    cases = [
+        *((op, phase, shape) for op, phase in (
+            ("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
+            ("linear_token_logps", "forward+backward"), ("linear_ppo_loss", "forward+backward"),
+        ) for shape in MODELS),
+        *((op, phase, million) for op, phase in (
+            ("rto_advantages", "forward"), ("gae", "forward"), ("ppo_policy_loss", "forward+backward"),
+            ("ppo_value_loss", "forward+backward"),
+        )),
+    ]  # fmt: skip
+    return [
+        (op, phase, shape, milliseconds([limit(op, phase, shape)], device),
+         milliseconds(prediction(op, phase, shape), device))
+        for op, phase, shape in cases
+    ]  # fmt: skip

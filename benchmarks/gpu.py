@@ -1,0 +1,218 @@
+"""Everything that needs a GPU, in one command of less than ten minutes:
+
+    python benchmarks/gpu.py [--out benchmarks/results] [--only tests kernels scaling advantages end_to_end]
+
+GPU tests, kernel benchmarks beside their peers, scaling in T, N x T grid of the advantages, end-to-end throughput. Each
+part has a budget, and what is measured is written as soon as it is: `<out>/<gpu>.json` is valid after every record.
+`python -m benchmarks.report` makes tables and plots of it. Nothing needs to be installed beyond torch, triton,
+transformers and pytest; peers that are missing are listed as such. `--cpu-smoke` runs all parts on tiny shapes and a
+CPU into a temporary folder: it proves that the script works, its times mean nothing.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# In place of benchmarks/, where a script's own folder would shadow other modules.
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from benchmarks import cases  # noqa: E402
+from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
+from benchmarks.timing import Clock, ceilings  # noqa: E402
+
+# Seconds: together under nine minutes, so that a run with a slow start still ends within ten.
+BUDGETS = {"tests": 150, "kernels": 230, "scaling": 50, "advantages": 40, "end_to_end": 60}
+TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_models.py", "tests/test_rto_invariants.py")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def versions():
+    found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit():
+    process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
+
+
+class Report:
+    """The results so far, on disk after every change."""
+
+    def __init__(self, path, device):
+        self.path, self.start = path, time.perf_counter()
+        is_cuda = device.type == "cuda"
+        self.data = {
+            "gpu": torch.cuda.get_device_name() if is_cuda else "CPU smoke run: times mean nothing",
+            "commit": commit(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+            "ceilings": {}, "tests": {}, "kernels": [], "end_to_end": {}, "notes": [], "seconds": {},
+        }  # fmt: skip
+
+    def save(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".part")
+        aside.write_text(json.dumps(self.data, indent=1))
+        os.replace(aside, self.path)
+
+    def add(self, records):
+        for record in records:
+            self.data["kernels"].append({key: value for key, value in record.items() if key != "seconds"})
+            told = f"{record['median_ms']:10.4f} ms" if "median_ms" in record else record.get("error", "skipped")[:60]
+            share = f"{record['percent_of_limit']:5.0f} % of {record['limited_by']}" if "median_ms" in record else ""
+            where = f"{record['group']} {record['phase']} {record['model']} T={record['tokens']} {record['mask']}"
+            print(f"{where:75} {record['provider']:34} {told} {share}", flush=True)
+        self.save()
+
+
+def run_tests(report, deadline, small):
+    """Counts of pytest's outcomes, kept when time runs out before the tests do."""
+    tests = TESTS[2:3] if small else TESTS
+    log = report.path.with_suffix(".tests.log")
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests]
+    # The machine-code facts need no GPU and take minutes of compilation.
+    command += ["--deselect", "tests/kernels/test_machine_code.py"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            exit_code = process.wait(timeout=max(1, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            exit_code = None
+    outcomes = re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", log.read_text(), re.MULTILINE)
+    counts = {name.lower(): outcomes.count(name) for name in dict.fromkeys(outcomes)}
+    report.data["tests"] = {"command": " ".join(command[1:]), "exit_code": exit_code, **counts}
+    if exit_code is None:
+        report.data["tests"]["cut"] = "out of time"
+    report.data["tests"]["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.MULTILINE)
+    print(f"tests: {counts}, log in {log}")
+    report.save()
+
+
+def run_cases(report, selected, clock, deadline, **options):
+    for case in selected:
+        if time.perf_counter() > deadline:
+            report.data["notes"].append(f"out of time: {case.name}")
+            continue
+        try:
+            report.add(cases.run(case, clock, report.data["ceilings"], **options))
+        except torch.OutOfMemoryError as error:
+            report.data["notes"].append(f"{case.name}: {str(error).splitlines()[0]}")
+        if clock.is_cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def kernel_cases(device, small):
+    """The most wanted first: time may run out."""
+    dtype = torch.float32 if small else torch.bfloat16
+    builders = (
+        partial(cases.linear_ppo_cases, masks=("full",)), cases.logits_cases, cases.linear_cases,
+        partial(cases.linear_ppo_cases, masks=("half",)), cases.logits_ppo_cases,
+    )  # fmt: skip
+    for build in builders:
+        for shape in (TINY,) if small else MODELS:
+            yield from build(shape, device, dtype)
+    yield from cases.vector_cases(1 << (10 if small else 20), device)
+
+
+def scaling_cases(device, small):
+    """Time and memory against T. The peer is plain torch: enough to see two slopes."""
+    dtype = torch.float32 if small else torch.bfloat16
+    for shape in (TINY,) if small else (QWEN3_06B, LLAMA3_8B):
+        for tokens in (32, 48) if small else (1024, 2048, 4096, 16384):
+            at = shape.at(tokens)
+            for build in (cases.linear_ppo_cases, cases.logits_cases):
+                for case in build(
+                    at, device, dtype, **({"masks": ("full",)} if build is cases.linear_ppo_cases else {})
+                ):
+                    kept = {name: f for name, f in case.functions.items() if name in ("ours", "torch")}
+                    case.functions = kept
+                    yield case
+
+
+def advantages_cases(device, small):
+    if small:
+        yield from cases.advantages_cases(256, 4, device)
+        yield from cases.gae_cases(256, 4, device)
+        return
+    # The loops in Python once, at a size they finish: they are linear in T.
+    yield from cases.advantages_cases(1 << 14, 32, device)
+    yield from cases.advantages_cases(1 << 20, 1024, device, slow_peers=False)
+    yield from cases.gae_cases(1 << 20, 1024, device, slow_peers=False)
+    for sequences in (8, 64, 1024):
+        for length in (512, 4096, 32768):
+            if sequences * length <= 1 << 25:
+                for case in cases.advantages_cases(sequences * length, sequences, device, slow_peers=False):
+                    del case.functions["loop over time (TRL, verl style)"]
+                    yield case
+
+
+def run_end_to_end(report, device, small):
+    try:
+        from benchmarks import end_to_end
+
+        report.data["end_to_end"] = end_to_end.measure(device, small=small, iterations=2 if small else 3)
+    # Whatever stops the trainer here (a package that is not installed, say) is a result, not an end.
+    except Exception as error:
+        report.data["end_to_end"] = {"error": f"{type(error).__name__}: {error}"}
+    print(f"end to end: {report.data['end_to_end']}")
+    report.save()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="parts to run")
+    parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU, to try the script")
+    options = parser.parse_args()
+    small = options.cpu_smoke
+    if not small and not torch.cuda.is_available():
+        print("benchmarks/gpu.py: no CUDA device here; --cpu-smoke tries the script without one", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if small else "cuda")
+    folder = options.out or (Path(tempfile.mkdtemp()) if small else ROOT / "benchmarks" / "results")
+    name = "cpu-smoke" if small else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    report = Report(folder / f"{name}.json", device)
+    clock = Clock(device)
+    report.data["ceilings"] = ceilings(clock)
+    report.save()
+    print(f"{report.data['gpu']}: {report.data['ceilings']}", flush=True)
+    rounds = {"rounds": 3, "seconds": 0.1} if small else {"rounds": 20, "seconds": 1.5, "prepare_seconds": 20.0}
+    parts = {
+        "tests": lambda end: run_tests(report, end, small),
+        "kernels": lambda end: run_cases(report, kernel_cases(device, small), clock, end, **rounds),
+        "scaling": lambda end: run_cases(report, scaling_cases(device, small), clock, end, **rounds),
+        "advantages": lambda end: run_cases(report, advantages_cases(device, small), clock, end, **rounds),
+        "end_to_end": lambda end: run_end_to_end(report, device, small),
+    }
+    for part in options.only:
+        start = time.perf_counter()
+        parts[part](start + BUDGETS[part])
+        report.data["seconds"][part] = time.perf_counter() - start
+    report.data["seconds"]["all"] = time.perf_counter() - report.start
+    report.data["ceilings_after"] = ceilings(clock)
+    report.save()
+    print(f"wrote {report.path}")
+    return int(bool(report.data["tests"].get("failures")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Turns `benchmarks/results/*.json` into tables and plots, and keeps `benchmarks/README.md` up to date.
+
+    python -m benchmarks.report [--static] [--cpu]
+
+Writes the sections between markers of benchmarks/README.md: predictions; results, if there are any; with --static, the
+machine-code table of `python -m benchmarks.static`; with --cpu, what the CPU path takes on this machine. Also a short
+table into the top README where it has the marker `kernel-results`, and plots beside the results.
+"""
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.cases import cpu_cases, run
+from benchmarks.roofline import FOLDER, VECTOR_OPS, load_results, markdown, plot
+from benchmarks.shapes import MODELS
+from benchmarks.timing import Clock, ceilings
+
+NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
+HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
+            ("linear_ppo_loss", "forward+backward"))  # fmt: skip
+
+
+def replace_section(path, name, text):
+    """Puts `text` between <!-- name --> and <!-- /name --> of a file; False if the file has no such markers."""
+    content = path.read_text()
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(content):
+        return False
+    path.write_text(pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", content))
+    return True
+
+
+def _cell(record):
+    if "median_ms" not in record:
+        return "—"
+    share = [] if record["percent_of_limit"] is None else [f"{record['percent_of_limit']:.0f} %"]
+    memory = [] if record["peak_bytes"] is None else [f"{record['peak_bytes'] / 2**20:,.0f} MB"]
+    return f"{record['median_ms']:.3g} ms ({', '.join(share + memory)})"
+
+
+def _table(records):
+    """Providers down, shapes across: median (% of limit, extra memory)."""
+    shapes = list(dict.fromkeys((r["model"], r["tokens"]) for r in records))
+    cells = {(r["provider"], r["model"], r["tokens"]): _cell(r) for r in records}
+    lines = [
+        "| | " + " | ".join(f"{model}, T={tokens}" for model, tokens in shapes) + " |",
+        "|---" * (len(shapes) + 1) + "|",
+    ]
+    for provider in dict.fromkeys(r["provider"] for r in records):
+        row = [cells.get((provider, *shape), "") for shape in shapes]
+        if set(row) - {"", "—"}:
+            lines.append(f"| {provider} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _groups(result):
+    """{(group, phase, mask): records}, in the order they were measured."""
+    groups = {}
+    for record in result["kernels"]:
+        groups.setdefault((record["group"], record["phase"], record["mask"]), []).append(record)
+    return groups
+
+
+def results_section(results):
+    """Markdown of every result file."""
+    parts = []
+    for result in results:
+        ceilings, tests = result["ceilings"], result["tests"]
+        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+        parts.append(
+            f"### {result['gpu']}\n\nCommit {result['commit']}, {result['date']} UTC; {versions}. Measured in the same run: "
+            f"copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, GEMM {ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s. "
+            f"Tests: {tests.get('passed', 0)} passed, {tests.get('failed', 0) + tests.get('error', 0)} failed, "
+            f"{tests.get('skipped', 0)} skipped."
+        )  # fmt: skip
+        for (group, phase, mask), records in _groups(result).items():
+            title = f"**{group}**, {phase}" + (", half of the tokens masked out" if mask == "half" else "")
+            parts.append(f"{title}: median (% of limit, extra memory)\n\n{_table(records)}")
+        missing = dict.fromkeys(f"{r['provider']}: {r.get('skipped') or r['error']}" for r in result["kernels"]
+                                if "median_ms" not in r)  # fmt: skip
+        if missing:
+            parts.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in missing))
+        parts += [f"- {note}" for note in result["notes"]]
+        if "tokens_per_second" in (end := result["end_to_end"]):
+            parts.append(
+                f"**End to end** ({end['parameters'] / 1e6:.0f}M parameters, {end['responses']} responses of "
+                f"{end['response_tokens']} tokens): {end['rollout_tokens_per_second']:,.0f} tokens/s of rollout, "
+                f"{end['tokens_per_second']:,.0f} tokens/s of a whole RTO iteration."
+            )
+    return "\n\n".join(parts) or NO_RESULTS
+
+
+def cpu_section():
+    """Measures the CPU cases now, in one thread."""
+    torch.set_num_threads(1)
+    clock = Clock("cpu")
+    rates = ceilings(clock)
+    groups = {}
+    for case in cpu_cases():
+        # Limits are those of 16-bit tensors.
+        records = [r | {"percent_of_limit": None} for r in run(case, clock, rates, rounds=9, seconds=2.5)]
+        groups.setdefault((case.group, case.phase, case.mask), []).extend(records)
+    parts = [f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, float32; float32 GEMM "
+             f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."]  # fmt: skip
+    for (group, phase, mask), records in groups.items():
+        parts.append(f"**{group}**, {phase}" + (", half masked out" * (mask == "half")) + f"\n\n{_table(records)}")
+    return "\n\n".join(parts)
+
+
+def headline(results):
+    """The short table of the top README: ours and the best peer, at the three models' shapes."""
+    lines = []
+    for result in results:
+        lines += [f"{result['gpu']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
+        lines += ["| | " + " | ".join(s.name for s in MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
+        for op, phase in HEADLINE:
+            row = []
+            for shape in MODELS:
+                records = [
+                    r for r in _groups(result).get((op, phase, "full"), ())
+                    if (r["model"], r["tokens"]) == (shape.name, shape.tokens) and "median_ms" in r
+                ]  # fmt: skip
+                ours = [r for r in records if r["provider"] == "ours"]
+                peers = [r["median_ms"] for r in records if not r["provider"].startswith("ours")]
+                best = f" / {min(peers):.3g}" if peers else ""
+                row.append(f"{ours[0]['median_ms']:.3g} ({ours[0]['percent_of_limit']:.0f} %){best}" if ours else "—")
+            lines.append(f"| {op} {phase} | " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _lines(axis, records, x, y):
+    for provider in dict.fromkeys(r["provider"] for r in records):
+        points = sorted((r[x], y(r)) for r in records if r["provider"] == provider and y(r) is not None)
+        if points:
+            axis.plot(*zip(*points), marker="o", ms=4, label=provider)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel({"tokens": "T", "vocab_size": "V"}[x])
+    axis.grid(True, which="both", lw=0.2)
+
+
+def plot_group(path, title, records):
+    """Time and extra memory against T (the model with most of them) and V (T of most), and % of limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [r for r in records if "median_ms" in r]
+
+    def most(key, other):
+        """The records of the value of `key` that comes with most values of `other`."""
+        values = {r[key]: {s[other] for s in records if s[key] == r[key]} for r in records}
+        chosen = max(values, key=lambda value: len(values[value]))
+        return chosen, [r for r in records if r[key] == chosen]
+
+    def gigabytes(record):
+        return record["peak_bytes"] / 2**30 if record["peak_bytes"] else None
+
+    figure, axes = plt.subplots(1, 5, figsize=(21, 4), constrained_layout=True)
+    model, over_tokens = most("model", "tokens")
+    tokens, over_vocab = most("tokens", "vocab_size")
+    for first, x, found, where in ((0, "tokens", over_tokens, model), (2, "vocab_size", over_vocab, f"T={tokens}")):
+        for axis, name, y in (
+            (axes[first], "ms", lambda r: r["median_ms"]), (axes[first + 1], "extra GB", gigabytes),
+        ):  # fmt: skip
+            _lines(axis, found, x, y)
+            axis.set_title(f"{name}, {where}", fontsize=9)
+    shares = {r["provider"]: r["percent_of_limit"] for r in over_vocab if r["model"] == over_vocab[0]["model"]}
+    axes[4].barh(list(shares)[::-1], list(shares.values())[::-1])
+    axes[4].set_title(f"% of limit, {over_vocab[0]['model']}, T={tokens}", fontsize=9)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def write_plots(folder, stem, result):
+    """One PNG a group; returns their paths."""
+    paths = []
+    for (group, phase, mask), records in _groups(result).items():
+        if group in VECTOR_OPS or mask != "full" or not any("median_ms" in r for r in records):
+            continue
+        paths.append(folder / f"{stem}-{group}-{phase.replace('+', '-')}.png")
+        plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}", records)
+    return paths
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--static", action="store_true", help="also refresh the machine-code table (takes minutes)")
+    parser.add_argument("--cpu", action="store_true", help="also measure the CPU path now, and write its tables")
+    options = parser.parse_args()
+    readme, results = FOLDER / "README.md", load_results()
+    replace_section(readme, "predictions", markdown())
+    plot(FOLDER / "roofline.png", results)
+    replace_section(readme, "results", results_section(results))
+    if options.cpu:
+        replace_section(readme, "cpu", cpu_section())
+    if options.static:
+        command = [sys.executable, "-m", "benchmarks.static"]
+        process = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+        if process.returncode:
+            sys.exit(f"python -m benchmarks.static failed:\n{process.stderr}")
+        replace_section(readme, "static", f"```\n{process.stdout.strip()}\n```")
+    for path, result in zip(sorted((FOLDER / "results").glob("*.json")), results):
+        for png in write_plots(path.parent, path.stem, result):
+            print(f"wrote {png}")
+    if results:
+        replace_section(FOLDER.parent / "README.md", "kernel-results", headline(results))
+        print(headline(results))
+    else:
+        print(NO_RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Kernel benchmarks for pytest-benchmark, a group a kernel: `pytest benchmarks [--benchmark-json FILE]`.
+
+The providers of a group are timed in turns, in one go, by `benchmarks.timing`; a provider's test then hands its rounds
+to pytest-benchmark through a clock that shows the measured times. Only so can rounds of different tests interleave.
+"""
+
+from functools import cache
+from itertools import chain
+
+import pytest
+import torch
+
+from benchmarks.cases import (
+    advantages_cases,
+    cpu_cases,
+    gae_cases,
+    linear_cases,
+    linear_ppo_cases,
+    logits_cases,
+    logits_ppo_cases,
+    run,
+    vector_cases,
+)
+from benchmarks.shapes import MODELS
+from benchmarks.timing import Clock, ceilings
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def cuda_cases():
+    for shape in MODELS:
+        for build in (logits_cases, linear_cases, linear_ppo_cases, logits_ppo_cases):
+            yield from build(shape, CUDA, torch.bfloat16)
+    yield from chain(vector_cases(1 << 20, CUDA), gae_cases(1 << 20, 1024, CUDA, slow_peers=False))
+    for sequences in (8, 128, 1024):
+        yield from advantages_cases(1 << 20, sequences, CUDA, slow_peers=False)
+
+
+def parameters(cases):
+    return [pytest.param(case, name, id=f"{case.name} | {name}") for case in cases for name in case.providers]
+
+
+@cache
+def device_clock(device):
+    clock = Clock(device)
+    return clock, ceilings(clock)
+
+
+measured = {}  # of one case at a time: a case's tests follow each other
+
+
+def record_of(case, name, device, **options):
+    if case.name not in measured:
+        measured.clear()
+        measured[case.name] = {record["provider"]: record for record in run(case, *device_clock(device), **options)}
+    return measured[case.name][name]
+
+
+class Replay:
+    """A timer that moves on by a measured time at each call of `round`."""
+
+    def __init__(self):
+        self.now, self.seconds = 0.0, iter(())
+
+    def __call__(self):
+        return self.now
+
+    def round(self):
+        self.now += next(self.seconds)
+
+
+REPLAY = Replay()
+
+
+def report(benchmark, record):
+    if "median_ms" not in record:
+        pytest.skip(record.get("skipped") or record["error"])
+    REPLAY.seconds = iter(record["seconds"])
+    benchmark.group = (
+        f"{record['group']} {record['phase']}, {record['model']}, T={record['tokens']}, mask {record['mask']}"
+    )
+    benchmark.extra_info |= {key: value for key, value in record.items() if key != "seconds"}
+    benchmark.pedantic(REPLAY.round, rounds=len(record["seconds"]))
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case, name", parameters(cuda_cases()))
+def test_gpu(benchmark, case, name):
+    report(benchmark, record_of(case, name, CUDA))
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize("case, name", parameters(cpu_cases()))
+def test_cpu(benchmark, case, name):
+    report(benchmark, record_of(case, name, CPU, rounds=7, seconds=1.5))
