@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import sum_row
+from rto_fast.kernels.common import contiguous, sum_row
 from rto_fast.kernels.reference import RTOAdvantages
 
 BLOCK_WHITEN, BLOCK_N = 2048, 1024
@@ -267,10 +267,6 @@ def _tile(num_tokens, num_sequences):
     return {"BLOCK_T": block, "num_warps": block // 64}
 
 
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @torch.library.custom_op("rto_fast::gae", mutates_args=())
 def _gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap_values: Tensor | None,
@@ -282,7 +278,7 @@ def _gae(
     if num_tokens:
         with torch.cuda.device_of(rewards):
             gae_kernel[(num_sequences,)](
-                *_contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns, gamma,
+                *contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns, gamma,
                 gamma * gae_lambda, **_tile(num_tokens, num_sequences),
             )  # fmt: skip
     return advantages, returns
@@ -309,8 +305,8 @@ def _rto_advantages(
     with torch.cuda.device_of(old_logps):
         if num_sequences:
             rto_advantages_kernel[(num_sequences,)](
-                *_contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens), response_mask,
-                *_contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
+                *contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens), response_mask,
+                *contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
                 partials, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
                 score_clip or None, gamma, gamma * gae_lambda, GRANULARITY=granularity, SHAPING=shaping,
                 **_tile(num_tokens, num_sequences),

@@ -173,6 +173,22 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
+def contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def num_items_tensor(num_items, device):
+    """A loss's denominator, 0-d float32 on the device; a Python number travels as a kernel argument, not as a copy."""
+    if num_items is None or isinstance(num_items, torch.Tensor):
+        return None if num_items is None else num_items.to(device, torch.float32)
+    return torch.full((), num_items, dtype=torch.float32, device=device)
+
+
+def equal_share(total, largest):
+    """Length of the fewest equal parts of `total` that are at most `largest` long, rounded up to a multiple of 128."""
+    return triton.cdiv(triton.cdiv(total, triton.cdiv(total, largest)), 128) * 128
+
+
 def logits_buffer(num_rows, num_cols, like):
     """Uninitialised float32 logits [rows, columns], columns padded so that every row is aligned for 128-bit access."""
     return torch.empty(num_rows, triton.cdiv(num_cols, 128) * 128, dtype=torch.float32, device=like.device)

@@ -19,12 +19,15 @@ from rto_fast.kernels.common import (
     LN2,
     LOG2E,
     autocast_operands,
+    contiguous,
+    equal_share,
     finish_row,
     fold_row,
     gemm,
     gradient_view,
     load_logits,
     logits_buffer,
+    num_items_tensor,
     ppo_terms,
     row_block,
     write_gradient,
@@ -80,7 +83,7 @@ def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
     largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
     if num_rows <= largest + (hidden_size if need_dweight else 0):
         return num_rows
-    return min(largest, triton.cdiv(triton.cdiv(num_rows, triton.cdiv(num_rows, largest)), 128) * 128)
+    return min(largest, equal_share(num_rows, largest))
 
 
 def _gradient_dtype(dtype):
@@ -99,20 +102,15 @@ def linear_ppo_sweep(
     rows = loss_mask.nonzero().squeeze(-1)
     num_rows, vocab_size, dtype = len(rows), len(weight), _gradient_dtype(hidden_states.dtype)
     hidden = hidden_states if num_rows == len(hidden_states) else hidden_states.index_select(0, rows)
-    labels, old_logps, advantages = labels.contiguous(), old_logps.contiguous(), advantages.contiguous()
-    weights = None if weights is None else weights.contiguous()
+    labels, old_logps, advantages, weights = contiguous(labels, old_logps, advantages, weights)
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=dtype)
     chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
-    dweight = torch.zeros if not num_rows else torch.empty
-    dweight = dweight(
-        weight.shape if need_dweight else 0,
-        dtype=dtype if chunk_rows == num_rows else torch.float32,
-        device=weight.device,
-    )
+    new, sum_dtype = torch.empty if num_rows else torch.zeros, dtype if chunk_rows == num_rows else torch.float32
+    dweight = new(weight.shape if need_dweight else 0, dtype=sum_dtype, device=weight.device)
     block_v, num_warps = row_block(vocab_size, 4)
     buffer = logits_buffer(chunk_rows, vocab_size, hidden)
     with torch.cuda.device_of(hidden):
@@ -136,8 +134,7 @@ def linear_ppo_sweep(
         dhidden = dhidden.new_zeros(hidden_states.shape).index_copy_(0, rows, dhidden)
 
     if num_items is None:
-        num_items = loss_mask.sum() if weights is None else weights.float().where(loss_mask, 0.0).sum()
-    num_items = num_items.float()
+        num_items = (loss_mask if weights is None else weights.where(loss_mask, 0.0)).sum(dtype=torch.float32)
     inverse = torch.where(num_items == 0, 0.0, 1.0 / num_items)
     metrics = terms.sum(1) * inverse
     loss = metrics[0] - entropy_coef * metrics[3]
@@ -184,12 +181,10 @@ def linear_ppo_loss(
 ):  # fmt: skip
     """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
-    if num_items is not None and not isinstance(num_items, torch.Tensor):
-        num_items = hidden.new_full((), num_items, dtype=torch.float32)  # a fill, not a copy that waits
     needs_grad = torch.is_grad_enabled()
     loss, metrics, *_ = linear_ppo_sweep(
         hidden, weight, labels.reshape(-1), old_logps.reshape(-1), advantages.reshape(-1), loss_mask.reshape(-1),
-        None if weights is None else weights.reshape(-1), num_items, clip_eps,
+        None if weights is None else weights.reshape(-1), num_items_tensor(num_items, hidden.device), clip_eps,
         clip_eps if clip_eps_high is None else clip_eps_high, dual_clip, entropy_coef, temperature, softcap,
         needs_grad and hidden.requires_grad, needs_grad and weight.requires_grad,
     )  # fmt: skip

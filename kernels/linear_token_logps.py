@@ -16,6 +16,8 @@ from torch import Tensor
 from rto_fast.kernels.common import (
     LOG2E,
     autocast_operands,
+    contiguous,
+    equal_share,
     gemm,
     gradient_view,
     logits_buffer,
@@ -66,7 +68,7 @@ def _kept_rows(labels, ignore_index, hidden_states):
 def _chunk_cols(num_rows, vocab_size):
     """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
-    return triton.cdiv(triton.cdiv(vocab_size, triton.cdiv(vocab_size, largest)), 128) * 128
+    return equal_share(vocab_size, largest)
 
 
 @torch.library.custom_op("rto_fast::linear_token_logps_fwd", mutates_args=())
@@ -128,8 +130,7 @@ def linear_token_logps_bwd(
     chunk_cols = _chunk_cols(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
     block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4, largest=4096)
-    dlogps, dentropy = dlogps.contiguous(), None if dentropy is None else dentropy.contiguous()
-    labels = labels.contiguous()
+    dlogps, dentropy, labels = contiguous(dlogps, dentropy, labels)
     with torch.cuda.device_of(hidden):
         for first_col in range(0, vocab_size, chunk_cols):
             here = slice(first_col, first_col + chunk_cols)

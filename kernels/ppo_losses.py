@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import ppo_terms, sum_row
+from rto_fast.kernels.common import contiguous, num_items_tensor, ppo_terms, sum_row
 
 BLOCK_T = 1024
 NUM_WARPS = 4  # 8 tokens a thread: a 128-bit load of bfloat16, two of float32
@@ -145,12 +145,12 @@ def _forward(kernel, tensors, loss_mask, weights, num_items, *constants):
     loss = torch.empty((), dtype=torch.float32, device=first.device)
     stats = torch.empty(3, dtype=torch.float32, device=first.device)
     derivative = torch.empty(first.shape, dtype=torch.float32, device=first.device)
-    inputs = [None if t is None else t.contiguous() for t in (*tensors, loss_mask, weights)]
     with torch.cuda.device_of(first):
         if num_blocks:
             kernel[(num_blocks,)](
-                *inputs, derivative, partials, num_tokens, num_blocks, *constants, BLOCK_T=BLOCK_T, num_warps=NUM_WARPS
-            )
+                *contiguous(*tensors, loss_mask, weights), derivative, partials, num_tokens, num_blocks, *constants,
+                BLOCK_T=BLOCK_T, num_warps=NUM_WARPS,
+            )  # fmt: skip
         ppo_reduce_kernel[(1,)](partials, num_items, loss, stats, num_blocks, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS)
     return loss, stats, derivative
 
@@ -196,13 +196,6 @@ for _op in (_ppo_policy_loss, _ppo_value_loss):
     _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _num_items(num_items, device):
-    """A 0-d float32 tensor on the device; a Python number travels as a kernel argument, not as a copy."""
-    if num_items is None or isinstance(num_items, Tensor):
-        return None if num_items is None else num_items.to(device, torch.float32)
-    return torch.full((), num_items, dtype=torch.float32, device=device)
-
-
 def ppo_policy_loss(
     logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
     dual_clip=None,
@@ -210,7 +203,7 @@ def ppo_policy_loss(
     """See `rto_fast.ops.ppo_policy_loss`. Differentiable in `logps`."""
     high = clip_eps if clip_eps_high is None else clip_eps_high
     loss, stats, _ = _ppo_policy_loss(
-        logps, old_logps, advantages, loss_mask, weights, _num_items(num_items, logps.device), 1.0 - clip_eps,
+        logps, old_logps, advantages, loss_mask, weights, num_items_tensor(num_items, logps.device), 1.0 - clip_eps,
         1.0 + high, dual_clip,
     )  # fmt: skip
     approx_kl, clip_fraction, _ = stats.detach().unbind()
@@ -222,6 +215,6 @@ def ppo_value_loss(
 ):  # fmt: skip
     """See `rto_fast.ops.ppo_value_loss`. Differentiable in `values`."""
     loss, stats, _ = _ppo_value_loss(
-        values, old_values, returns, loss_mask, weights, _num_items(num_items, values.device), value_clip_eps
+        values, old_values, returns, loss_mask, weights, num_items_tensor(num_items, values.device), value_clip_eps
     )
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": stats[0].detach()}

@@ -3,6 +3,10 @@
 Bytes are all there is: the forward pass reads 2TV bytes (bf16), the backward pass reads and writes them. One program
 owns a row, so that its state stays in registers; when rows are fewer than the GPU needs to be busy, a row is split
 over several programs and a second launch adds up their states in a fixed order.
+
+Rows whose length is no multiple of 16 bytes (GPT-2's 50257) are loaded element by element: 9.3 instructions instead of
+8.7 an element forward, 17 instead of 11 backward (sm_90), where HBM leaves an H200 time for 14 and 27. So no head is
+peeled off to align the rest. The linear ops pad their buffers.
 """
 
 import torch
@@ -196,9 +200,8 @@ def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, tempe
     num_rows = batches * rows_per_batch
     if not num_rows:
         return
-    block_v, num_warps = row_block(
-        num_cols, 4, largest=4096
-    )  # more than 16 elements a thread, all live at once, cost occupancy
+    # More than 16 elements a thread, all live at once, cost occupancy.
+    block_v, num_warps = row_block(num_cols, 4, largest=4096)
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     with torch.cuda.device_of(logits):
         token_logps_bwd_kernel[(num_rows, splits)](
