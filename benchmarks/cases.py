@@ -55,14 +55,16 @@ def _provider(case, function, inputs):
     backward = case.phase != "forward"
 
     def arguments():
+        if not backward:
+            return list(inputs)
         first = inputs[0].detach().clone() if case.overwritten else inputs[0].detach()
-        leaves = [t.detach().requires_grad_(backward) for t in (first, *inputs[1 : case.differentiable])]
-        return [*leaves, *inputs[max(1, case.differentiable) :]] if backward else list(inputs)
+        leaves = [t.detach().requires_grad_() for t in (first, *inputs[1 : case.differentiable])]
+        return [*leaves, *inputs[case.differentiable :]]
 
     def value(args):
         with torch.set_grad_enabled(backward):
             # A leaf may not be overwritten, a result of it may.
-            return function(args[0].view_as(args[0]) if case.overwritten else args[0], *args[1:])
+            return function(args[0].view_as(args[0]) if case.overwritten and backward else args[0], *args[1:])
 
     def gradients(output, args):
         upstream = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output) if output.dim() else None

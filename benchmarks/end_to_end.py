@@ -51,7 +51,7 @@ def measure(device, *, small, iterations):
     prompts_per_rollout, prompt_tokens, new_tokens = (8, 8, 8) if small else (128, 128, 256)
     sizes = CPU_MODEL if small else GPU_MODEL
     config = Config(
-        output_dir="unused", device=torch.device(device).type, model=ModelConfig(dtype="auto"),
+        output_dir="unused", device=torch.device(device).type, model=ModelConfig(path="random weights"),
         rto=RTOConfig(prompts_per_rollout=prompts_per_rollout, batch_size=prompts_per_rollout // 2,
                       iterations=iterations + 1, micro_batch_tokens=16384),
         rollout=RolloutConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=128),

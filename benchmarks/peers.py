@@ -159,13 +159,9 @@ def linear_ppo_loss(device):
 def logits_ppo_loss(device):
     """PPO from logits [B, L + 1, V], the last row of each sequence unused, as Liger's GRPO loss takes them."""
 
-    def composed(logps, policy_loss):
-        def loss(logits, labels, old_logps, advantages, mask):
-            return policy_loss(
-                logps(logits[:, :-1], labels), old_logps, advantages.unsqueeze(1).expand_as(labels), mask
-            )
-
-        return loss
+    def torch_loss(logits, labels, old_logps, advantages, mask):
+        logps = torch_token_logps(logits[:, :-1], labels)
+        return torch_ppo_policy_loss(logps, old_logps, advantages.unsqueeze(1).expand_as(labels), mask)
 
     def liger(function):
         def loss(logits, labels, old_logps, advantages, mask):
@@ -175,13 +171,15 @@ def logits_ppo_loss(device):
 
         return loss
 
-    def in_place(logits, labels):
-        return ops.token_logps(logits, labels, inplace_backward=True)
+    def ours(logits, labels, old_logps, advantages, mask):
+        # The unused row is ignored instead of sliced off: a slice's backward pass would copy all of the gradient.
+        logps = ops.token_logps(logits, F.pad(labels, (0, 1), value=-100), inplace_backward=True)[:, :-1]
+        advantages = advantages.unsqueeze(1).expand_as(labels)
+        return ops.ppo_policy_loss(logps, old_logps, advantages, mask)[0]
 
-    torch_loss = composed(torch_token_logps, torch_ppo_policy_loss)
     grpo = load("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     return {
-        "ours": composed(in_place, lambda *args: ops.ppo_policy_loss(*args)[0]),
+        "ours": ours,
         "torch": torch_loss,
         "torch.compile": compiled(torch_loss, device),
         "Liger GRPO": adapt(grpo, liger, True, device),

@@ -115,7 +115,7 @@ def test_gpu_script_and_report(tmp_path):
     """All parts but the tests, which would start pytest again."""
     parts = ("kernels", "scaling", "advantages", "end_to_end")
     process = run("benchmarks/gpu.py", "--cpu-smoke", "--out", str(tmp_path), "--only", *parts)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((tmp_path / "cpu-smoke.json").read_text())
     groups = {record["group"] for record in result["kernels"]}
     assert groups >= {op for op, _ in LIMITS} | {"rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss"}
