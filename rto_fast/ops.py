@@ -252,8 +252,8 @@ def rto_advantages(
 ):  # fmt: skip
     """RTO's token rewards (arXiv 2404.18922, eq. 4.7), their GAE and whitening.
 
-    token reward = clip(dpo_reward_scale·(dpo_logps − dpo_ref_logps), ±dpo_reward_clip) − kl_coef·(old_logps − ref_logps)
-    and, on the last response token, + score_scale·clip(score, ±score_clip).
+    token reward = clip(dpo_reward_scale·(dpo_logps − dpo_ref_logps), ±dpo_reward_clip)
+    − kl_coef·(old_logps − ref_logps) and, on the last response token, + score_scale·clip(score, ±score_clip).
 
     Args:
         old_logps, ref_logps, dpo_logps, values: [T] float. scores: [N] float. cu_seqlens: [N+1] int32.
@@ -266,8 +266,8 @@ def rto_advantages(
         bootstrap_values: [N], value after the last action of truncated sequences, 0 for finished ones.
         whiten: advantages to mean 0 and variance 1 over all response tokens (population variance, at least 1e-8).
     Returns:
-        RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 and 0 outside the mask. `returns` use the
-        unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and the sums over
+        RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 and 0 outside the mask. `returns` use
+        the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and the sums over
         tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
     """
     _check("old_logps", old_logps, old_logps.shape[:1], _floats(old_logps.device), old_logps.device)
