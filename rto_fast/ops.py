@@ -267,8 +267,8 @@ def rto_advantages(
         whiten: advantages to mean 0 and variance 1 over all response tokens (population variance, at least 1e-8).
     Returns:
         RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 and 0 outside the mask. `returns` use
-        the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and the sums over
-        tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
+        the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and the sums
+        over tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
     """
     _check("old_logps", old_logps, old_logps.shape[:1], _floats(old_logps.device), old_logps.device)
     _check_cu_seqlens(cu_seqlens, old_logps.device)
