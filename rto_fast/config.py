@@ -1,8 +1,8 @@
 """The configuration of a run: dataclasses, a YAML file, command-line overrides.
 
 `load_config(["--config", "run.yaml", "--rto.kl_coef", "0.02"])` gives a validated `Config`; every field below is both a
-YAML key and a command-line option. Defaults of the stages are the paper's for Llama-3-8B on UltraFeedback
-(arXiv 2404.18922, section 5 and appendix). Without `--config` the embedded default `configs/default.yaml` is used.
+YAML key and a command-line option. Rewards, learning rates and batches default to the paper's for Llama-3-8B on
+UltraFeedback (arXiv 2404.18922). Without `--config` the embedded default `configs/default.yaml` is used.
 """
 
 import argparse
@@ -23,8 +23,9 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 class ModelConfig:
     """The language model that is aligned."""
 
-    path: str = "embedded"
-    """Directory or hub id of any HF causal language model; `embedded` is a tiny one, trained from scratch."""
+    path: str | None = None
+    """Directory or hub id of any HF causal language model, where SFT starts; not needed when sft.model is given.
+    `embedded` is a tiny one, trained from scratch."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; default: the model's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -39,16 +40,19 @@ class ModelConfig:
 class DataConfig:
     """Preference data, prompts and how they become tokens."""
 
-    preferences: str = "embedded:preferences"
-    """Pairs for the reward model and DPO: file, directory, HF dataset name (`name:config`), or `embedded:preferences`."""
+    preferences: str | None = None
+    """Pairs for the reward model and DPO: a file, a directory, or the name of an HF dataset (`name:config`); each source
+    may name its split, `name[test]`. `embedded:preferences` is the generated world's."""
     sft: str | None = None
     """Demonstrations for the SFT stage; default: the chosen responses of `preferences`."""
     prompts: str | None = None
     """Prompts of the RTO stage; default: those of `preferences`."""
     eval_prompts: str | None = None
-    """Prompts on which policies are compared; default: those of the pairs held out of `preferences`."""
+    """Prompts on which policies are compared; default: some held out of `preferences`, or of `prompts`."""
     split: str = "train"
-    """Split of HF datasets."""
+    """Split of `preferences`; the other sources' is train unless they name one."""
+    invalid: Literal["error", "skip"] = "error"
+    """What an unusable row does: stop the run, or be left out and counted."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
     limit: int | None = None
@@ -67,7 +71,7 @@ class DataConfig:
 
 
 @dataclass
-class StageConfig:
+class TrainingConfig:
     """What every training stage has."""
 
     lr: float = 1e-6
@@ -84,12 +88,18 @@ class StageConfig:
     """Gradients are scaled down to this global norm."""
     epochs: int = 1
     """Passes over the stage's data."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps (the schedule ends there too)."""
     batch_size: int = 128
     """Examples in one optimizer step."""
     micro_batch_tokens: int = 16384
     """Tokens in one forward and backward pass: sequences are packed, never padded, up to this many."""
+
+
+@dataclass
+class StageConfig(TrainingConfig):
+    """A stage that learns from a fixed set of examples."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps (the schedule ends there too)."""
 
 
 @dataclass
@@ -124,7 +134,7 @@ class DPOConfig(StageConfig):
     model: str | None = None
     """A model trained with DPO; skips the stage."""
     ref_model: str | None = None
-    """The reference that model was trained against; default: the SFT model."""
+    """The reference that `model` was trained against; default: the SFT model."""
     lr: float = 5e-7
     """Peak learning rate (AdamW)."""
     batch_size: int = 256
@@ -138,7 +148,7 @@ class DPOConfig(StageConfig):
 
 
 @dataclass
-class RTOConfig(StageConfig):
+class RTOConfig(TrainingConfig):
     """Stage 4: Reinforced Token Optimization."""
 
     enabled: bool = True
@@ -148,7 +158,8 @@ class RTOConfig(StageConfig):
     ref_model: str | None = None
     """The reference of the KL penalty; default: the SFT model."""
     critic: str | None = None
-    """HF sequence classification model to start the critic from; default: the reward model, else the SFT model."""
+    """HF sequence classification model to start the critic from; default: the reward model if it has the policy's
+    vocabulary, else the SFT model."""
     lr: float = 5e-7
     """Peak learning rate of the policy (AdamW)."""
     critic_lr: float = 9e-6
@@ -208,10 +219,10 @@ class RTOConfig(StageConfig):
     loss_normalization: Literal["token", "sequence"] = "token"
     """Mean over all tokens of a batch, or mean over responses of their token means (the paper's code)."""
     truncation: Literal["penalty", "bootstrap", "score"] = "penalty"
-    """A response cut at max_new_tokens gets −truncation_penalty as its score, or the critic's value of what would have
-    followed, or the score of the cut text."""
+    """A response cut at max_new_tokens gets its score, but at most 0, less truncation_penalty; or no score and the
+    critic's value of what would have followed; or the score of the cut text."""
     truncation_penalty: float = 1.0
-    """In standard deviations of the score."""
+    """In units of the (normalised) score."""
     compat: Literal["none", "paper_code"] = "none"
     """paper_code repeats what the authors' code does differently: per-sequence loss, truncated responses get an EOS and
     are scored as finished, dpo.ref_model is ignored, dpo_reward_scale ≤ 0 leaves the reward unscaled."""
@@ -259,6 +270,8 @@ class Config:
     """Seed of initial weights, data order and sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice. Results repeat to the last bit only for the same number of threads."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -276,8 +289,12 @@ class Config:
         return self.rto.enabled and self.rto.score_scale != 0
 
     @property
+    def pays_dense_reward(self):
+        return self.rto.enabled and (self.rto.dpo_reward_scale != 0 or self.rto.compat == "paper_code")
+
+    @property
     def needs_dpo_model(self):
-        return self.rto.dpo_reward_scale != 0 or self.rto.compat == "paper_code" or not self.rto.enabled
+        return self.pays_dense_reward or self.rto.init_from == "dpo" or not self.rto.enabled
 
 
 def _validate(config):
@@ -288,14 +305,26 @@ def _validate(config):
                 value = getattr(value, name)
             raise ConfigError(f"{key}: expected {expected}, got {value!r}")
 
+    require(config.threads is None or config.threads > 0, "threads", "a number above 0, or null")
     for stage_name in ("sft", "reward_model", "dpo", "rto"):
         stage = getattr(config, stage_name)
         for name in ("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens"):
             require(getattr(stage, name) > 0, f"{stage_name}.{name}", "a number above 0")
         for name in ("warmup_ratio", "min_lr_ratio"):
             require(0 <= getattr(stage, name) <= 1, f"{stage_name}.{name}", "a number from 0 to 1")
-        require(stage.max_steps is None or stage.max_steps > 0, f"{stage_name}.max_steps", "a number above 0")
-    rto, rollout = config.rto, config.rollout
+        if stage_name != "rto":
+            require(stage.max_steps is None or stage.max_steps > 0, f"{stage_name}.max_steps", "a number above 0")
+    rto, rollout, data = config.rto, config.rollout, config.data
+    require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
+    require(data.max_prompt_tokens > 0, "data.max_prompt_tokens", "a number above 0")
+    require(data.max_response_tokens > 0, "data.max_response_tokens", "a number above 0")
+    require(data.held_out >= 0, "data.held_out", "a number of at least 0")
+    require(data.limit is None or data.limit > 0, "data.limit", "a number above 0, or null")
+    require(config.eval.prompts > 0, "eval.prompts", "a number above 0")
+    require(config.eval.every >= 0, "eval.every", "a number of at least 0")
+    require(config.eval.show >= 0, "eval.show", "a number of at least 0")
+    require(rollout.batch_size > 0, "rollout.batch_size", "a number above 0")
+    require(rto.kl_target is None or rto.kl_target > 0, "rto.kl_target", "a number above 0, or null")
     for key in ("prompts_per_rollout", "samples_per_prompt", "ppo_epochs", "critic_lr", "kl_horizon"):
         require(getattr(rto, key) > 0, f"rto.{key}", "a number above 0")
     for key in ("dpo_reward_clip", "score_clip", "truncation_penalty", "value_coef", "entropy_coef"):
@@ -312,6 +341,9 @@ def _validate(config):
         "rto.truncation", "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)",
     )  # fmt: skip
     require(0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
+    require(config.dpo.loss != "ipo" or not config.dpo.label_smoothing, "dpo.label_smoothing", "0 with dpo.loss: ipo")
+    require(not config.dpo.ref_model or config.dpo.model, "dpo.ref_model",
+            "null without dpo.model: the DPO stage trains against the SFT model")  # fmt: skip
     require(config.dpo.beta > 0, "dpo.beta", "a number above 0")
     require(rollout.temperature > 0, "rollout.temperature", "a number above 0")
     require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")

@@ -19,3 +19,7 @@ class ModelError(UserError):
 
 class RewardError(UserError):
     """A reward source that did not return one finite score for each response."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on."""

@@ -27,15 +27,13 @@ def completions_of(prompts, response_ids, finished, tokenizer):
     return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
 
 
-def completions_of_pairs(pairs, stop_ids):
+def completions_of_pairs(pairs, stop_ids, tokenizer):
     """The chosen and the rejected response of each `Pair` as completions."""
-    completions = []
-    for pair in pairs:
-        example = pair.example
-        prompt = Prompt(pair.prompt_ids, example.prompt, example.extra, example.origin)
-        for ids, text in ((pair.chosen_ids, example.chosen), (pair.rejected_ids, example.rejected)):
-            completions.append(Completion(prompt, ids, text, ids[-1] in stop_ids))
-    return completions
+    prompts = [
+        Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin) for p in pairs for _ in range(2)
+    ]
+    responses = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    return completions_of(prompts, responses, [ids[-1] in stop_ids for ids in responses], tokenizer)
 
 
 class RewardModel:
@@ -43,16 +41,15 @@ class RewardModel:
 
     Args:
         model: from `load_scorer`. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
-            text if the two differ in vocabulary or chat template. max_tokens: packed into one forward pass.
+            text if the reward model has another vocabulary, or a chat template of its own. max_tokens: packed into one
+            forward pass.
     """
 
     def __init__(self, model, tokenizer, policy_tokenizer, *, prompt_format, max_tokens):
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.prompt_format = prompt_format
-        self.same_tokens = (
-            tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-            and tokenizer.chat_template == policy_tokenizer.chat_template
-        )
+        self.same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.same_tokens = self.same_vocabulary and tokenizer.chat_template in (None, policy_tokenizer.chat_template)
         self.stop_ids = None if self.same_tokens else stop_token_ids(tokenizer)
 
     def _ids(self, completion):
@@ -66,7 +63,15 @@ class RewardModel:
 
     def __call__(self, completions):
         """[N] float32 scores on the model's device."""
-        return score_sequences(self.model, [self._ids(c) for c in completions], self.max_tokens)
+        scores = score_sequences(self.model, [self._ids(c) for c in completions], self.max_tokens)
+        return _finite(scores, completions, "reward model")
+
+
+def _finite(scores, completions, source):
+    if not scores.isfinite().all():
+        index = int((~scores.isfinite()).nonzero()[0])
+        raise RewardError(f"{source}: score {scores[index].item()} for the response {completions[index].text!r}")
+    return scores
 
 
 @torch.no_grad()
@@ -94,8 +99,8 @@ def import_function(path, key):
 class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
-    Prompts come as in the data (text or messages), responses as text. A function that also takes `finished`, or the name of
-    another column of the data (such as `answer`), is given those lists by keyword.
+    Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
+    the name of another column of the data (such as `answer`), is given those lists by keyword.
     """
 
     def __init__(self, path, key, device="cpu"):
@@ -106,18 +111,19 @@ class RewardFunction:
         self.names = {p.name for p in parameters}
 
     def __call__(self, completions):
-        extra = {"finished": [c.finished for c in completions]}
-        for name in {name for c in completions for name in c.prompt.extra}:
-            extra[name] = [c.prompt.extra.get(name) for c in completions]
-        extra = {k: v for k, v in extra.items() if self.takes_all or k in self.names}
-        scores = self.function([c.prompt.prompt for c in completions], [c.text for c in completions], **extra)
-        scores = torch.as_tensor(scores, dtype=torch.float32).to(self.device)
+        columns = {name for c in completions for name in c.prompt.extra} - {"prompts", "responses"}
+        extra = {name: [c.prompt.extra.get(name) for c in completions] for name in columns}
+        extra["finished"] = [c.finished for c in completions]
+        extra = {name: values for name, values in extra.items() if self.takes_all or name in self.names}
+        prompts = [p if isinstance(p, str) else list(p) for p in (c.prompt.prompt for c in completions)]
+        try:
+            scores = self.function(prompts, [c.text for c in completions], **extra)
+            scores = torch.as_tensor(scores, dtype=torch.float32).to(self.device)
+        except Exception as error:  # somebody else's code: whatever it raises is told with its name
+            raise RewardError(f"{self.path}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
-        if not scores.isfinite().all():
-            index = int((~scores.isfinite()).nonzero()[0])
-            raise RewardError(f"{self.path}: score {scores[index].item()} for the response {completions[index].text!r}")
-        return scores
+        return _finite(scores, completions, self.path)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class NormalizedScores:
     """(score − mean) / std of a reward source, the statistics over held-out chosen and rejected responses."""
 
     source: RewardModel | RewardFunction
+    path: str  # the reward model's directory, or module:function
     mean: float = 0.0
     std: float = 1.0
 

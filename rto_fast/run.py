@@ -13,7 +13,7 @@ from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
 from rto_fast.evaluation import evaluate, samples
-from rto_fast.models.loading import load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
+from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
 from rto_fast.reporting.log import RunLog
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
@@ -55,16 +55,24 @@ class Run:
         device = resolve_device(config.device)
         quiet_libraries(device)
         torch.manual_seed(config.seed)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self.placement = {
             "device": device,
             "dtype": resolve_dtype(config.model.dtype, device),
             "trust_remote_code": config.model.trust_remote_code,
         }
-        self.base = self._embedded() if config.model.path == "embedded" else config.model.path
         trust = config.model.trust_remote_code
+        self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
+        self._check_vocabularies(trust)
         self.stop_ids = stop_token_ids(self.tokenizer, self._generation_config(trust))
+        self.sampling = Sampling.of(config.rollout, self.stop_ids)
         self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say)
+        # Mistakes in functions and data show now, not after the first stages.
+        self.reward_function = self._function("reward_model.function")
+        self.eval_function = self._function("eval.function")
+        self._load_data()
 
     def _embedded(self):
         return save_model(build_model(self.config.seed), build_tokenizer(), self.folder / "base")
@@ -74,6 +82,43 @@ class Run:
             return GenerationConfig.from_pretrained(self.base, trust_remote_code=trust_remote_code)
         except OSError:  # many models have none: the tokenizer's EOS is then the only stop token
             return None
+
+    def _check_vocabularies(self, trust_remote_code):
+        """Every supplied model that is given the policy's tokens must know them as the policy does."""
+        config = self.config
+        supplied = {
+            "sft.model": config.sft.model, "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model,
+            "rto.ref_model": config.rto.ref_model, "rto.critic": config.rto.critic,
+        }  # fmt: skip
+        for key, path in supplied.items():
+            if path:
+                check_vocabulary(path, self.tokenizer, key, trust_remote_code=trust_remote_code)
+
+    def _function(self, key):
+        stage, name = key.split(".")
+        path = getattr(getattr(self.config, stage), name)
+        return RewardFunction(path, key, self.placement["device"]) if path else None
+
+    def _load_data(self):
+        config, data = self.config, self.data
+        used = [(not config.sft.model, "sft"), (config.rto.enabled, "prompts"), (self._judged, "eval_prompts")]
+        used += [(self._trains_reward_model or self._trains_dpo, name) for name in ("pairs", "held_out_pairs")]
+        for is_used, name in used:
+            if is_used:
+                getattr(data, name)
+
+    @property
+    def _trains_reward_model(self):
+        source = self.config.reward_model
+        return self.config.needs_reward_model and not source.model and not source.function
+
+    @property
+    def _trains_dpo(self):
+        return self.config.needs_dpo_model and not self.config.dpo.model
+
+    @property
+    def _judged(self):
+        return self.eval_function is not None or self.config.needs_reward_model
 
     def train_sft(self):
         if self.config.sft.model:
@@ -85,64 +130,73 @@ class Run:
 
     def train_reward_model(self, sft_path):
         """A directory, or None where scores come from a function or from nowhere."""
-        source = self.config.reward_model
-        if source.model or source.function or not self.config.needs_reward_model:
-            return source.model
+        if not self._trains_reward_model:
+            return self.config.reward_model.model
         return reward_model.main(
             self.config, sft_path, self.tokenizer, self.data.pairs, self.data.held_out_pairs,
             output=self.folder / "reward_model", log=self.log, **self.placement,
         )  # fmt: skip
 
     def train_dpo(self, sft_path):
-        if self.config.dpo.model or not self.config.needs_dpo_model:
-            return self.config.dpo.model
+        if not self._trains_dpo:
+            return self.config.dpo.model if self.config.needs_dpo_model else None
         return dpo.main(
             self.config, sft_path, self.tokenizer, self.data.pairs, self.data.held_out_pairs,
             output=self.folder / "dpo", log=self.log, **self.placement,
         )  # fmt: skip
 
     def scorer(self, reward_path):
-        """Completions → normalised scores, or None."""
+        """`NormalizedScores`, or None."""
         config = self.config
         if not config.needs_reward_model:
             return None
-        if config.reward_model.function:
-            source = RewardFunction(config.reward_model.function, "reward_model.function", self.placement["device"])
+        if self.reward_function:
+            source, path, statistics = self.reward_function, config.reward_model.function, None
         else:
-            source = RewardModel(
-                load_scorer(reward_path, trainable=False, **self.placement),
-                load_tokenizer(reward_path, trust_remote_code=config.model.trust_remote_code),
-                self.tokenizer,
-                prompt_format=config.data.prompt_format,
-                max_tokens=config.rto.micro_batch_tokens,
-            )
+            model = load_scorer(reward_path, trainable=False, **self.placement)
+            source, path = self._reward_model(model, reward_path), reward_path
+            statistics = (getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", None))
         if not config.rto.normalize_scores:
-            return NormalizedScores(source)
-        trained = getattr(source, "model", None)
-        if getattr(getattr(trained, "config", None), "score_std", None):
-            return NormalizedScores(source, trained.config.score_mean, trained.config.score_std)
-        held_out = completions_of_pairs(self.data.held_out_pairs or self.data.pairs, self.stop_ids)
-        mean, std = score_statistics(source(held_out))
-        self.log.say(f"scores: mean {mean:.3g}, std {std:.3g} over {len(held_out)} held-out responses")
-        return NormalizedScores(source, mean, std)
+            return NormalizedScores(source, path)
+        if not statistics or not statistics[1]:
+            if not config.data.preferences:
+                raise ConfigError("rto.normalize_scores: the scores' mean and std are measured on data.preferences, "
+                                  "which is not given; give it, or set this to false")  # fmt: skip
+            pairs = self.data.held_out_pairs or self.data.pairs
+            statistics = score_statistics(source(completions_of_pairs(pairs, self.stop_ids, self.tokenizer)))
+            self.log.say(f"scores: mean {statistics[0]:.3g}, std {statistics[1]:.3g} over {len(pairs)} pairs")
+        return NormalizedScores(source, path, *statistics)
+
+    def _reward_model(self, model, path):
+        tokenizer = load_tokenizer(path, trust_remote_code=self.config.model.trust_remote_code)
+        return RewardModel(
+            model, tokenizer, self.tokenizer, prompt_format=self.config.data.prompt_format,
+            max_tokens=self.config.rto.micro_batch_tokens,
+        )  # fmt: skip
+
+    def critic_start(self, sft_path, reward_path, scorer):
+        """The directory the critic starts from."""
+        if self.config.rto.critic:
+            return self.config.rto.critic
+        if reward_path and scorer is not None:
+            if scorer.source.same_vocabulary:
+                return reward_path
+            self.log.say("critic: starts from the SFT model, since the reward model has another vocabulary")
+        return sft_path
 
     def judge(self, scorer):
-        """(completions → scores, its name): what policies are compared by; (None, "") where nothing scores."""
-        if self.config.eval.function:
-            name = self.config.eval.function.partition(":")[2]
-            return RewardFunction(self.config.eval.function, "eval.function"), name
+        """(completions → scores, its name): what policies are compared by; (None, "") where nothing can."""
+        if not self._judged or not self.data.eval_prompts:
+            self.log.say("evaluation: skipped, there is nothing to judge by (eval.function) or on (data.eval_prompts)")
+            return None, ""
+        if self.eval_function:
+            return self.eval_function, self.config.eval.function.partition(":")[2]
         return scorer, "normalised score"
-
-    def sampling(self):
-        rollout = self.config.rollout
-        return Sampling(
-            rollout.max_new_tokens, rollout.min_new_tokens, rollout.temperature, rollout.top_p, tuple(self.stop_ids)
-        )
 
     def evaluate(self, name, engine, judge, step=0):
         """Judges a policy on the held-out prompts and writes samples; returns the `Evaluation`."""
         prompts = self.data.eval_prompts[: self.config.eval.prompts]
-        result, completions, scores = evaluate(engine, prompts, self.sampling(), judge, self.tokenizer)
+        result, completions, scores = evaluate(engine, prompts, self.sampling, judge, self.tokenizer)
         shown = samples(completions, scores, self.config.eval.show)
         self.log.metrics(f"eval_{name}", step, vars(result))
         self.log.samples(name, step, shown)
@@ -155,12 +209,13 @@ class Run:
         model = load_causal_lm(path, trainable=False, **self.placement)
         return self.evaluate(name, build_engine(model, self.tokenizer, self.config.rollout), judge)
 
-    def train_rto(self, sft_path, dpo_path, reward_path, scorer, judge):
-        models = rto.load_models(self.config, sft_path, dpo_path, reward_path, scorer, **self.placement)
+    def train_rto(self, name, sft_path, dpo_path, reward_path, scorer, judge):
+        critic = self.critic_start(sft_path, reward_path, scorer)
+        models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, **self.placement)
 
         def evaluate_policy(engine, iteration):
-            result = self.evaluate("rto", engine, judge, iteration)
-            self.log.say(f"rto iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}")
+            result = self.evaluate(name, engine, judge, iteration)
+            self.log.say(f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}")
 
         return rto.main(
             self.config, models, self.tokenizer, self.stop_ids, self.data.prompts, output=self.folder / "rto",

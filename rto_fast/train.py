@@ -24,8 +24,8 @@ def main(arguments=None):
     judge, judge_name = run.judge(scorer)
     policies, last = {"SFT": sft, "DPO": dpo}, "DPO"
     if config.rto.enabled:
-        last = "RTO" if config.needs_dpo_model else "PPO"
-        policies[last] = run.train_rto(sft, dpo, reward_model, scorer, judge)
+        last = "RTO" if config.pays_dense_reward else "PPO"
+        policies[last] = run.train_rto(last, sft, dpo, reward_model, scorer, judge)
     results = {}
     if judge:
         results = {name: run.evaluate_directory(name, path, judge) for name, path in policies.items() if path}

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_fast.config import Config, ConfigError, dump_config, load_config
+from rto_fast.config import ConfigError, SFTConfig, dump_config, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -14,10 +14,10 @@ def test_without_arguments_the_embedded_default_is_used():
 
 def test_command_line_beats_file_beats_defaults(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("rto:\n  kl_coef: 0.5\n  lr: 1e-4\n")
+    file.write_text("model:\n  path: mine\nrto:\n  kl_coef: 0.5\n  lr: 1e-4\n")
     config = load_config(["--config", str(file), "--rto.kl_coef", "0.02"])
     assert (config.rto.kl_coef, config.rto.lr, config.rto.gae_lambda) == (0.02, 1e-4, 0.95)
-    assert config.sft.batch_size == Config().sft.batch_size  # not the embedded default's
+    assert config.sft.batch_size == SFTConfig().batch_size  # not the embedded default's
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -59,6 +59,10 @@ def test_the_paper_configuration_is_the_papers():
         (["--rto.kl_coef", "abc"], "rto.kl_coef.*float.*abc"),
         (["--rto.advantage", "gea"], "rto.advantage.*gea"),
         (["--rto.gamma", "2"], "rto.gamma: expected a number from 0 to 1, got 2.0"),
+        (["--rollout.batch_size", "0"], "rollout.batch_size: expected a number above 0"),
+        (["--rto.max_steps", "3"], "unknown key --rto.max_steps"),
+        (["--dpo.ref_model", "x"], "dpo.ref_model: expected null without dpo.model"),
+        (["--dpo.loss", "ipo", "--dpo.label_smoothing", "0.1"], "dpo.label_smoothing: expected 0"),
         (["--rto.dual_clip", "0.5"], "rto.dual_clip: expected a number above 1"),
         (["--rto.truncation", "bootstrap", "--rto.advantage", "reinforce_pp"], "no critic"),
         (["--rollout.min_new_tokens", "99"], "rollout.min_new_tokens"),
@@ -80,6 +84,7 @@ def test_mistakes_on_the_command_line_are_named(arguments, message):
         ("seed: 1.5\n", "seed.*int.*1.5"),
         ("rto:\n  lr: 1\n kl: 2\n", "c.yaml:3: not valid YAML"),
         ("- 1\n", "expected keys and values"),
+        ("seed: 1\n", "model.path: expected a model to start from"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):

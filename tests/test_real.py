@@ -16,7 +16,7 @@ MODEL, DATA = os.environ.get("RTO_FAST_SMOLLM2"), os.environ.get("RTO_FAST_DATA"
 def test_smollm2_learns_from_hh(tmp_path):
     main([
         "--config", os.path.join(os.path.dirname(__file__), "..", "configs", "smollm2_135m.yaml"),
-        "--output_dir", str(tmp_path / "out"), "--model.path", MODEL, "--sft.model", MODEL,
+        "--output_dir", str(tmp_path / "out"), "--sft.model", MODEL,
         "--data.preferences", os.path.join(DATA, "hh_helpful.jsonl.gz"), "--data.limit", "20",
         "--data.max_prompt_tokens", "96", "--data.max_response_tokens", "48", "--reward_model.batch_size", "4",
         "--reward_model.max_steps", "1", "--dpo.batch_size", "4", "--dpo.max_steps", "2", "--rto.iterations", "1",

@@ -60,6 +60,26 @@ def test_the_reward_model_sees_the_prompt_and_the_response_with_its_stop_token()
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_columns_do_not_replace_the_arguments(tmp_path, monkeypatch):
+    write_module(
+        tmp_path, monkeypatch, "def f(prompts, responses, finished):\n    return [float(x is True) for x in finished]\n"
+    )
+    taken = Completion(Prompt([2], "1 red cup", {"prompts": 1, "responses": 2, "finished": 3}), [17, 1], "one", True)
+    assert RewardFunction("my_rewards:f", "k")([taken]).tolist() == [1.0]
+
+
+def test_chat_prompts_reach_a_function_as_lists_of_messages(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, "def f(prompts, responses):\n    return [type(p) is list for p in prompts]\n")
+    chat = completion("one", prompt=({"role": "user", "content": "1 red cup"},))
+    assert RewardFunction("my_rewards:f", "k")([chat]).tolist() == [1.0]
+
+
+def test_a_reward_model_without_a_template_of_its_own_reads_the_policys_tokens():
+    bare = build_tokenizer()
+    bare.chat_template = None
+    assert RewardModel(scorer(), bare, TOKENIZER, prompt_format="auto", max_tokens=99).same_tokens
+
+
 def test_text_is_retokenised_for_a_reward_model_of_another_vocabulary():
     other = build_tokenizer()
     other.add_tokens(["unheard-of"])
@@ -93,6 +113,8 @@ def test_a_function_gets_texts_and_the_columns_it_asks_for(tmp_path, monkeypatch
     [
         ("return [1.0]", r"returned \(1,\) scores for 2"),
         ("return [1.0, float('nan')]", "score nan for the response 'two'"),
+        ("return {}['x']", "my_rewards:f: KeyError: 'x'"),
+        ("return None", "my_rewards:f: "),
     ],
 )
 def test_a_function_that_returns_something_else_is_named(tmp_path, monkeypatch, body, message):
@@ -111,7 +133,7 @@ def test_statistics_normalise_and_survive_constant_scores():
     source = RewardFunction("rto_fast.data.world:gold_reward", "k")
     completions = [completion(), completion("two red cup ."), completion("um")]
     mean, std = score_statistics(source(completions))
-    scores = NormalizedScores(source, mean, std)(completions)
+    scores = NormalizedScores(source, "path", mean, std)(completions)
     assert scores.mean().item() == pytest.approx(0, abs=1e-6)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-6)
     assert score_statistics(torch.tensor([2.0, 2.0])) == (2.0, 1.0)
@@ -122,7 +144,7 @@ def test_completions_carry_text_without_special_tokens():
     prompt = Prompt(encode_prompt(TOKENIZER, "1 red cup"), "1 red cup", {})
     (made,) = completions_of([prompt], [ids], [True], TOKENIZER)
     assert made.text == "one red cup ." and made.response_ids[-1] == 1
-    pair = Pair(prompt.prompt_ids, ids, ids[:-1], Example("1 red cup", chosen="a", rejected="b", extra={"answer": 1}))
-    better, worse = completions_of_pairs([pair], [1])
-    assert (better.text, better.finished, worse.text, worse.finished) == ("a", True, "b", False)
+    pair = Pair(prompt.prompt_ids, ids, ids[:-2], Example("1 red cup", chosen="a", rejected="b", extra={"answer": 1}))
+    better, worse = completions_of_pairs([pair], [1], TOKENIZER)
+    assert (better.text, better.finished, worse.text, worse.finished) == ("one red cup .", True, "one red cup", False)
     assert worse.prompt.extra == {"answer": 1}

@@ -36,7 +36,7 @@ def test_samples_of_a_prompt_lie_side_by_side_and_end_at_the_stop_token(model):
         assert finished == (response[-1] == 1) and 1 not in response[:-1]
         assert finished or len(response) == 12
     assert any(rollout.finished) and not all(rollout.finished)
-    assert rollout.num_tokens == sum(map(len, rollout.response_ids)) and rollout.timings["generate"] > 0
+    assert rollout.num_tokens == sum(map(len, rollout.response_ids)) and rollout.timings["rollout"] > 0
 
 
 def test_a_seed_repeats_and_leaves_the_global_random_state_alone(model):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rto_fast.batch import pack_whole
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
+from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch
 from rto_fast.stages import rto
 
@@ -85,7 +87,7 @@ def plain_rto(models, settings):
         rewards = [x - s.kl_coef * (o - r) for x, o, r in zip(dense, old, ref)]
         score, after = SCORES[i], 0.0
         if not FINISHED[i] and s.truncation == "penalty":
-            score = -s.truncation_penalty
+            score = min(score, 0) - s.truncation_penalty
         elif not FINISHED[i] and s.truncation == "bootstrap":
             score, after = 0.0, values[-1]
         rewards[-1] += s.score_scale * min(max(score, -s.score_clip), s.score_clip)
@@ -235,7 +237,7 @@ def test_the_metrics_split_the_reward_into_its_shares():
         (m["dpo_reward"] - m["kl_penalty"] + m["score_reward"]).item(), abs=1e-6
     )  # fmt: skip
     assert m["score"].item() == pytest.approx(sum(SCORES) / 3, abs=1e-6)
-    assert m["score_reward"].item() == pytest.approx((0.7 - 1.0 + 10.0) / 3, abs=1e-6)  # penalty; clipped at 10
+    assert m["score_reward"].item() == pytest.approx((0.7 - 1.3 - 1.0 + 10.0) / 3, abs=1e-6)  # penalty; clipped at 10
     assert m["truncated"].item() == pytest.approx(1 / 3) and m["length"].item() == 5
     assert -1 <= m["dpo_score_correlation"].item() <= 1
 
@@ -292,3 +294,54 @@ def test_a_restored_trainer_goes_on_bitwise():
         pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Policies of different weights and a reward model without statistics, on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("sft", "dpo", "other")):
+        build_model(seed).save_pretrained(folder / name)
+    one_label = copy.deepcopy(build_model(0).config)
+    one_label.num_labels = 1
+    AutoModelForSequenceClassification.from_config(one_label).save_pretrained(folder / "rm")
+    return {name: str(folder / name) for name in ("sft", "dpo", "other", "rm")}
+
+
+def load(directories, critic="rm", scorer=None, overrides=()):
+    paths = [directories[name] for name in ("sft", "dpo", critic)]
+    return rto.load_models(config(*overrides), *paths, scorer, device="cpu", dtype=torch.float32)
+
+
+def test_the_dpo_reference_is_the_sft_model_whatever_the_kl_reference(directories):
+    assert load(directories).dpo_reference is None  # one model serves both
+    models = load(directories, overrides=["--rto.ref_model", directories["other"]])
+    sft = load(directories).reference
+    assert torch.equal(models.dpo_reference.lm_head.weight, sft.lm_head.weight)
+    assert not torch.equal(models.reference.lm_head.weight, sft.lm_head.weight)
+    paper = load(directories, overrides=["--rto.ref_model", directories["other"], "--rto.compat", "paper_code"])
+    assert paper.dpo_reference is None
+    assert load(directories, overrides=["--rto.dpo_reward_scale", "0"]).dpo is None
+
+
+def test_a_critic_from_the_reward_model_speaks_in_normalised_scores(directories):
+    scorer = NormalizedScores(None, directories["rm"], mean=20.0, std=4.0)
+    critic = load(directories, scorer=scorer).critic
+    batch = pack_whole([[2, 13, 29]])
+    raw = rto.critic_values(load(directories, scorer=NormalizedScores(None, directories["rm"])).critic, batch)
+    torch.testing.assert_close(rto.critic_values(critic, batch), (raw - 20.0) / 4.0)
+    from_sft = load(directories, critic="sft", scorer=scorer).critic  # its head starts at 0
+    assert not rto.critic_values(from_sft, batch).any()
+
+
+def test_at_another_temperature_the_dense_reward_stays_that_of_the_dpo_model():
+    models = build_models(scorer=None)
+    zeros = ("--rto.kl_coef", "0", "--rto.truncation", "score", "--rto.dpo_reward_clip", "0")
+    cold, warm = (collect(models, config(*zeros, "--rollout.temperature", t)) for t in ("0.5", "1.0"))
+    assert cold[1]["dpo_reward"].item() == pytest.approx(warm[1]["dpo_reward"].item(), abs=1e-6)
+    assert cold[1]["kl"].item() != pytest.approx(warm[1]["kl"].item(), abs=1e-2)
+
+
+def test_without_a_reward_model_the_truncation_penalty_stands():
+    _, metrics = collect(build_models(scorer=None), config("--rto.score_scale", "0"))
+    assert metrics["score_reward"].item() == pytest.approx(-1 / 3)

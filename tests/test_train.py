@@ -8,7 +8,9 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rto_fast.data.world import build_model, build_tokenizer, prompt_rows
 from rto_fast.errors import UserError
 from rto_fast.train import main
 
@@ -94,39 +96,93 @@ def test_supplied_models_skip_their_stages(run, tmp_path):
     assert done.returncode == 0, done.stderr
     stages = {json.loads(line)["stage"] for line in open(tmp_path / "out" / "metrics.jsonl")}
     assert stages == {"rto", "eval_SFT", "eval_DPO", "eval_RTO"}
+    assert not (tmp_path / "out" / "base").exists()  # nothing is made that is not needed
+
+
+ALL = {"SFT", "DPO", "RTO"}
 
 
 @pytest.mark.parametrize(
     "overrides, policies",
     [
         (["--rto.dpo_reward_scale", "0"], {"SFT", "PPO"}),
-        (["--rto.score_scale", "0"], {"SFT", "DPO", "RTO"}),
+        (["--rto.dpo_reward_scale", "0", "--rto.init_from", "dpo"], {"SFT", "DPO", "PPO"}),
+        (["--rto.score_scale", "0"], ALL),
         (["--rto.enabled", "false"], {"SFT", "DPO"}),
-        (["--reward_model.function", "rto_fast.data.world:gold_reward"], {"SFT", "DPO", "RTO"}),
-        (["--rto.advantage", "reinforce_pp", "--rto.granularity", "sentence", "--rto.delimiters", ".,"],
-         {"SFT", "DPO", "RTO"}),
-        (["--rto.samples_per_prompt", "2", "--rto.kl_target", "2", "--eval.every", "1", "--rto.init_from", "dpo"],
-         {"SFT", "DPO", "RTO"}),
-        (["--model.dtype", "bfloat16", "--model.gradient_checkpointing", "true", "--rto.truncation", "bootstrap"],
-         {"SFT", "DPO", "RTO"}),
+        (["--reward_model.function", "rto_fast.data.world:gold_reward"], ALL),
+        (["--rto.advantage", "reinforce_pp", "--rto.granularity", "sentence", "--rto.delimiters", ".,"], ALL),
+        (["--rto.samples_per_prompt", "2", "--rto.kl_target", "2", "--eval.every", "1", "--rto.init_from", "dpo"], ALL),
+        (["--model.dtype", "bfloat16", "--model.gradient_checkpointing", "true", "--rto.truncation", "bootstrap"], ALL),
+        (["--data.held_out", "0", "--data.eval_prompts", "null"], set()),
+        (["--rto.normalize_scores", "false", "--rollout.temperature", "0.8"], ALL),
     ],
-    ids=["ppo", "no reward model", "no rto", "function", "reinforce_pp", "samples", "bfloat16"],
+    ids=["ppo", "ppo from dpo", "no reward model", "no rto", "function", "reinforce_pp", "samples", "bfloat16",
+         "no evaluation", "raw scores"],
 )  # fmt: skip
-def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, policies, capsys):
+def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, policies):
     folder = run[0]
     arguments = [*SHORT, "--sft.model", str(folder / "sft"), "--output_dir", str(tmp_path / "out"), *overrides]
     assert set(main(arguments)) == policies
-    made = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} - {"base"}
+    made = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    policies = policies or ALL
     needs_model = "--reward_model.function" not in overrides and "--rto.score_scale" not in overrides
     assert ("reward_model" in made) == (needs_model and "--rto.enabled" not in overrides)
     assert ("dpo" in made) == ("DPO" in policies)
     assert ("rto_critic" in made) == (policies != {"SFT", "DPO"} and "reinforce_pp" not in overrides)
 
 
+def foreign(folder, kind):
+    """A model with its own, other vocabulary."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    config = build_model(0).config
+    config.vocab_size, config.num_labels = len(tokenizer), 1
+    kind.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_reward_model_of_another_vocabulary_scores_but_is_no_critic(run, tmp_path, capsys):
+    reward_model = foreign(tmp_path / "rm", AutoModelForSequenceClassification)
+    arguments = [*SHORT, "--sft.model", str(run[0] / "sft"), "--reward_model.model", reward_model]
+    assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
+    out = capsys.readouterr().out
+    assert "starts from the SFT model, since the reward model has another vocabulary" in out and "scores: mean" in out
+
+
+def test_a_policy_side_model_of_another_vocabulary_is_refused(run, tmp_path):
+    other = foreign(tmp_path / "dpo", AutoModelForCausalLM)
+    arguments = [
+        *SHORT,
+        "--sft.model",
+        str(run[0] / "sft"),
+        "--dpo.model",
+        other,
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(UserError, match="dpo.model: .* vocabulary of 50 tokens that is not the policy's"):
+        main(arguments)
+
+
+def test_a_run_on_prompts_alone(run, tmp_path):
+    """No preference data: a supplied DPO model and a reward function."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(60, seed=5)))
+    arguments = [
+        *SHORT, "--sft.model", run[0] / "sft", "--dpo.model", run[0] / "dpo", "--data.preferences", "null",
+        "--data.prompts", tmp_path / "prompts.jsonl", "--data.eval_prompts", "null", "--rto.normalize_scores", "false",
+        "--reward_model.function", "rto_fast.data.world:gold_reward", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    results = main([str(a) for a in arguments])
+    assert set(results) == ALL and results["RTO"].responses == 6  # a tenth of the prompts, held out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--sft.model", "nowhere/at-all", "--model.tokenizer", "SFT"], "nowhere/at-all: cannot load a"),
+        (["--sft.model", "nowhere/at-all"], "nowhere/at-all: cannot load a"),
+        (["--data.preferences", "null"], "data.preferences: no preference data"),
+        (["--eval.function", "os:nothing"], "eval.function: cannot import"),
         (["--data.sft", "missing.jsonl"], "missing.jsonl"),
         (["--output_dir", "."], "exists and is not empty"),
         (["--reward_model.function", "os:nothing", *SHORT], "reward_model.function: cannot import"),
@@ -134,7 +190,6 @@ def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, p
 )
 def test_mistakes_are_named(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    arguments = [str(run[0] / "sft") if a == "SFT" else a for a in arguments]
     if "--output_dir" not in arguments:
         arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match=message):

@@ -1,13 +1,16 @@
 """The optimizer engine and the data order."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from rto_fast.config import StageConfig
+from rto_fast.errors import TrainingError
 from rto_fast.training.optimizer import Optimizer, learning_rate_factor
-from rto_fast.training.order import ShuffledIndices, steps_in
+from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.supervised import SupervisedTrainer
 
 
 def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
@@ -111,9 +114,52 @@ def test_a_restored_order_goes_on():
     assert order.take(9) == other.take(9)
 
 
+def linear_trainer(**options):
+    """y = w·x on ten items; the loss is the mean over the step's items."""
+    torch.manual_seed(0)
+    x, y, model = torch.randn(10, 3), torch.randn(10), torch.nn.Linear(3, 1, bias=False)
+
+    def loss(indices, step):
+        error = model(x[indices])[:, 0] - y[indices]
+        return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
+
+    stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
+    return SupervisedTrainer(model, stage, [5] * 10, loss, seed=0)
+
+
+def test_a_step_is_the_same_whatever_its_micro_batches():
+    whole, split = linear_trainer(), linear_trainer(micro_batch_tokens=6)
+    for _ in range(3):
+        a, b = whole.step(), split.step()
+        assert a["loss"].item() == pytest.approx(b["loss"].item()) and b["items"].item() == 1 and a["tokens"] == 20
+    torch.testing.assert_close(whole.model.weight, split.model.weight)
+
+
+def test_a_restored_trainer_goes_on_bitwise():
+    first, second = linear_trainer(), linear_trainer()
+    for _ in range(3):
+        first.step()
+    state = copy.deepcopy(first.state_dict())
+    while not first.finished:
+        first.step()
+    second.load_state_dict(state)
+    while not second.finished:
+        second.step()
+    assert torch.equal(first.model.weight, second.model.weight) and first.optimizer.steps == second.optimizer.steps == 7
+
+
 def test_steps_of_a_stage():
-    assert steps_in(StageConfig(batch_size=4, epochs=3), 10) == 7
-    assert steps_in(StageConfig(batch_size=4, epochs=3, max_steps=5), 10) == 5
-    assert steps_in(StageConfig(batch_size=40), 10) == 1
+    assert linear_trainer().steps == 7
+    assert linear_trainer(max_steps=5).steps == 5
+    assert linear_trainer(batch_size=40, epochs=1).steps == 1
     with pytest.raises(ValueError, match="no data"):
         ShuffledIndices(0, seed=0)
+
+
+def test_training_stops_when_no_gradient_is_finite_any_more():
+    model, optimizer, data = regression(torch.float32)
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        for _ in range(20):
+            (model(data[0]).mean() * math.nan).backward()
+            assert optimizer.step()["skipped"] == 1
+    assert optimizer.steps == 9

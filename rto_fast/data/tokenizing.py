@@ -60,7 +60,12 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    example: Example  # the texts, for reward functions and models of another tokenizer
+    example: Example  # where it came from
+
+    @property
+    def num_tokens(self):
+        """Of both sides together."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True)

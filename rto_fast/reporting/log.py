@@ -1,6 +1,7 @@
 """What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,31 +10,30 @@ from tqdm import tqdm
 
 
 def _number(value):
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
 def short(value):
     """A number in at most five significant characters, for the live line."""
-    if isinstance(value, int):
-        return f"{value:,}"
+    if value is None or isinstance(value, int):
+        return "-" if value is None else f"{value:,}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 class RunLog:
     """Writes to `output_dir`; every record holds the stage, the step and the seconds since the run began."""
 
-    def __init__(self, output_dir, quiet=False):
+    def __init__(self, output_dir):
         self.folder = Path(output_dir)
         self.start = time.perf_counter()
-        self.quiet = quiet
 
     def _append(self, name, record):
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def say(self, text):
-        if not self.quiet:
-            tqdm.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
 
     def stage(self, name, total):
         return StageLog(self, name, total)
@@ -57,8 +57,8 @@ class StageLog:
 
     def __init__(self, log, name, total):
         self.log, self.name, self.total, self.count = log, name, total, 0
-        self.live = sys.stdout.isatty() and not log.quiet
-        self.start = time.perf_counter()
+        self.live = sys.stdout.isatty()
+        self.start = self.last = time.perf_counter()
         self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
 
     def __enter__(self):
@@ -70,6 +70,9 @@ class StageLog:
     def step(self, values, show):
         """Records a finished step; the keys in `show` appear on the line. Returns the values as numbers."""
         self.count += 1
+        now = time.perf_counter()
+        values = {"tokens_per_second": values["tokens"] / (now - self.last)} | values if "tokens" in values else values
+        self.last = now
         values = self.log.metrics(self.name, self.count, values)
         line = self._line({key: values[key] for key in show if key in values})
         self.bar.set_description_str(line)

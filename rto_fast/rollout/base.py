@@ -13,6 +13,11 @@ class Sampling:
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, config, stop_ids):
+        """From a `RolloutConfig`."""
+        return cls(config.max_new_tokens, config.min_new_tokens, config.temperature, config.top_p, tuple(stop_ids))
+
 
 @dataclass
 class RolloutBatch:

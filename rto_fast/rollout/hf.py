@@ -29,7 +29,8 @@ class HFEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         training, defaults = self.model.training, self.model.generation_config
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), attention_implementation(self.model, "sdpa"):
+        attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
+        with torch.random.fork_rng(devices), attention_implementation(self.model, attention):
             torch.manual_seed(seed)
             self.model.eval()
             try:
@@ -43,7 +44,7 @@ class HFEngine:
                 self.model.train(training)
                 self.model.generation_config = defaults
         finished = [bool(r) and r[-1] in sampling.stop_ids for r in responses]
-        return RolloutBatch(prompts, responses, finished, {"generate": time.perf_counter() - start})
+        return RolloutBatch(prompts, responses, finished, {"rollout": time.perf_counter() - start})
 
     def _decode(self, prompts, sampling):
         device, width = self.model.device, max(map(len, prompts))

@@ -6,31 +6,21 @@ from rto_fast.batch import micro_batches, pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps, load_causal_lm
 from rto_fast.stages.common import save_model
-from rto_fast.training.optimizer import Optimizer
-from rto_fast.training.order import ShuffledIndices, steps_in
+from rto_fast.training.supervised import SupervisedTrainer
 
 
-def _sides(pairs, device):
-    """One packed batch: all chosen, then all rejected."""
-    prompts = [p.prompt_ids for p in pairs]
-    return pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
-
-
-def _pair_tokens(pair):
-    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
-def _side_logps(model, batch):
+def _side_logps(model, pairs):
     """(chosen [N], rejected [N]): summed response log-probs, EOS included."""
+    prompts, device = [p.prompt_ids for p in pairs], next(model.parameters()).device
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
     return segment_sum(causal_logps(model, batch), batch.cu_seqlens).chunk(2)
 
 
 @torch.no_grad()
 def pair_logps(model, pairs, max_tokens):
-    """[len(pairs), 2] float32: summed log-probs of chosen and rejected."""
-    device = next(model.parameters()).device
-    runs = micro_batches([_pair_tokens(p) for p in pairs], max_tokens)
-    return torch.cat([torch.stack(_side_logps(model, _sides([pairs[i] for i in run], device)), 1) for run in runs])
+    """[len(pairs), 2] float32 on the CPU: summed log-probs of chosen and rejected."""
+    runs = micro_batches([p.num_tokens for p in pairs], max_tokens)
+    return torch.cat([torch.stack(_side_logps(model, [pairs[i] for i in run]), 1).cpu() for run in runs])
 
 
 def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
@@ -43,31 +33,24 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
     reference = pair_logps(model, pairs, stage.micro_batch_tokens)
     held_out_reference = pair_logps(model, held_out, stage.micro_batch_tokens) if held_out else None
-    steps = steps_in(stage, len(pairs))
-    optimizer = Optimizer(model, stage, steps)
-    order = ShuffledIndices(len(pairs), config.seed)
-    with log.stage("dpo", steps) as progress:
-        for _ in range(steps):
-            indices = order.take(stage.batch_size)
-            lengths = [_pair_tokens(pairs[i]) for i in indices]
-            loss = correct = margin = 0.0
-            for run in micro_batches(lengths, stage.micro_batch_tokens):
-                chosen = [indices[i] for i in run]
-                better, worse = _side_logps(model, _sides([pairs[i] for i in chosen], placement["device"]))
-                better, worse = better - reference[chosen, 0], worse - reference[chosen, 1]
-                part = dpo(
-                    better, worse, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing
-                ).sum() / len(indices)  # fmt: skip
-                part.backward()
-                loss += part.detach()
-                correct += (better > worse).sum() / len(indices)
-                margin += stage.beta * (better - worse).detach().sum() / len(indices)
-            values = {"loss": loss, "accuracy": correct, "margin": margin, "tokens": sum(lengths)} | optimizer.step()
-            progress.step(values, show=("loss", "accuracy", "margin", "lr"))
+
+    def loss(indices, step_indices):
+        before = reference[indices].to(placement["device"])
+        better, worse = _side_logps(model, [pairs[i] for i in indices])
+        better, worse = better - before[:, 0], worse - before[:, 1]
+        share = 1.0 / len(step_indices)
+        losses = dpo(better, worse, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing)
+        margin = stage.beta * (better - worse).detach()
+        return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
+
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config.seed)
+    with log.stage("dpo", trainer.steps) as progress:
+        while not trainer.finished:
+            progress.step(trainer.step(), show=("loss", "accuracy", "margin", "lr", "tokens_per_second"))
     model.eval()
     if held_out:
         change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
-        log.metrics("dpo", steps, {"held_out_accuracy": accuracy})
+        log.metrics("dpo", trainer.steps, {"held_out_accuracy": accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
     return save_model(model, tokenizer, output)

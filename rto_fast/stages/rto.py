@@ -4,7 +4,7 @@ PPO on the token reward
     r_h = β1·log π_dpo/π_ref − β2·log π/π_ref + 1[h = H]·β3·score
 where every token is paid at once for how much the DPO policy prefers it. Where this departs from the authors' code:
 a truncated response is not passed off as finished, β1 = 0 means 0, the DPO model's own reference is honoured, log-probs
-are float32, and the loss is a mean over tokens; `rto.compat: paper_code` takes these back.
+are float32, and the loss is a mean over tokens; `rto.compat: paper_code` takes these back, but for the precision.
 """
 
 import time
@@ -49,25 +49,39 @@ class Experience:
         return self.batch.cu_seqlens.diff().tolist()
 
 
-def load_models(config, sft, dpo, reward_model, scorer, **placement):
-    """Loads every model of the stage; `sft`, `dpo` and `reward_model` are directories, the last two may be None."""
+def load_models(config, sft, dpo, critic, scorer, **placement):
+    """Loads every model of the stage.
+
+    Args:
+        sft, dpo, critic: directories or hub ids; `dpo` may be None. scorer: `NormalizedScores` or None.
+    """
     rto = config.rto
     training = placement | {"trainable": True, "gradient_checkpointing": config.model.gradient_checkpointing}
     frozen = placement | {"trainable": False}
     reference = rto.ref_model or sft
-    own_reference = config.dpo.ref_model if rto.compat == "none" and config.needs_dpo_model else None
+    pays = config.pays_dense_reward
+    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
     return Models(
         policy=load_causal_lm(dpo if rto.init_from == "dpo" else sft, **training),
         reference=load_causal_lm(reference, **frozen),
-        dpo=load_causal_lm(dpo, **frozen) if config.needs_dpo_model else None,
-        dpo_reference=load_causal_lm(own_reference, **frozen) if own_reference else None,
-        critic=load_scorer(rto.critic or reward_model or sft, **training) if rto.advantage == "gae" else None,
+        dpo=load_causal_lm(dpo, **frozen) if pays else None,
+        dpo_reference=load_causal_lm(dpo_reference, **frozen) if dpo_reference != reference else None,
+        critic=load_critic(critic, scorer, **training) if rto.advantage == "gae" else None,
         scorer=scorer,
     )
 
 
+def load_critic(path, scorer, **placement):
+    """A critic in the units of the scores it predicts: one that starts from the reward model takes over the statistics by
+    which the scores are normalised, and keeps them in its config."""
+    critic = load_scorer(path, **placement)
+    if scorer is not None and path == scorer.path:
+        critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
+    return critic
+
+
 def critic_values(critic, batch):
-    """Values of a packed batch's states, [T]: the head's output in the units of normalised scores."""
+    """Values of a packed batch's states, [T]: the head's output in the units of the normalised scores."""
     mean, std = getattr(critic.config, "score_mean", 0.0), getattr(critic.config, "score_std", 1.0)
     return (token_scores(critic, batch) - mean) / std
 
@@ -99,7 +113,7 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     Returns:
         (Experience, metrics of the rollout).
     """
-    rto, temperature, max_tokens = config.rto, config.rollout.temperature, config.rto.micro_batch_tokens
+    rto, max_tokens = config.rto, config.rto.micro_batch_tokens
     paper_code = rto.compat == "paper_code"
     finished = list(rollout.finished)
     response_ids = rollout.response_ids
@@ -110,12 +124,16 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     prompt_ids = rollout.prompt_ids
     batch = pack(prompt_ids, response_ids, device)
 
-    def logps(model):
+    def logps(model, temperature=config.rollout.temperature):
         return response_logps(model, prompt_ids, response_ids, max_tokens, temperature)
 
     old_logps, ref_logps = logps(models.policy), logps(models.reference)
-    dpo_logps = logps(models.dpo) if models.dpo is not None else ref_logps
-    dpo_ref_logps = logps(models.dpo_reference) if models.dpo_reference is not None else None
+    dpo_logps = dpo_ref_logps = ref_logps
+    if models.dpo is not None:
+        # The implicit reward is that of the DPO model as it was trained: at temperature 1.
+        dpo_logps = logps(models.dpo, 1.0)
+        if models.dpo_reference is not None or config.rollout.temperature != 1.0:
+            dpo_ref_logps = logps(models.dpo_reference or models.reference, 1.0)
     if models.critic is not None:
         values, after = rollout_values(models.critic, prompt_ids, response_ids, max_tokens, device)
     else:
@@ -128,7 +146,8 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         scores = models.scorer(completions).to(device)
     paid_scores = scores
     if rto.truncation == "penalty":
-        paid_scores = torch.where(truncated, -rto.truncation_penalty, scores)
+        # At most 0 before the penalty: never to end must not be worth more than any ending.
+        paid_scores = torch.where(truncated, scores.clamp(max=0.0) - rto.truncation_penalty, scores)
     elif rto.truncation == "bootstrap":
         paid_scores, bootstrap = torch.where(truncated, 0.0, scores), torch.where(truncated, after, 0.0)
 
@@ -136,7 +155,8 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     result = rto_advantages(
         old_logps, ref_logps, dpo_logps, values, paid_scores, batch.cu_seqlens, batch.response_mask,
         dpo_ref_logps=dpo_ref_logps, dpo_reward_scale=scale, dpo_reward_clip=rto.dpo_reward_clip, kl_coef=kl_coef,
-        score_scale=rto.score_scale, score_clip=rto.score_clip, gamma=rto.gamma,
+        # Without a reward model all scores are 0, but the penalty stands.
+        score_scale=rto.score_scale or 1.0, score_clip=rto.score_clip, gamma=rto.gamma,
         # Without a critic the advantage is the discounted sum of all rewards to come: λ = 1 over zero values.
         gae_lambda=rto.gae_lambda if rto.advantage == "gae" else 1.0, granularity=rto.granularity,
         delimiter_mask=delimiters[batch.labels.clamp(min=0)] if delimiters is not None else None,
@@ -146,7 +166,7 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
 
     per_response = {k: v / batch.num_sequences for k, v in result.stats.items() if k.endswith("_sum")}
     mask, stats = batch.response_mask, result.stats
-    dense = torch.where(mask, dpo_logps - (ref_logps if dpo_ref_logps is None else dpo_ref_logps), 0.0)
+    dense = torch.where(mask, dpo_logps - dpo_ref_logps, 0.0)
     metrics = {
         "score": scores.mean(),
         "reward": segment_sum(result.token_rewards, batch.cu_seqlens).mean(),
@@ -224,7 +244,7 @@ def update(config, models, optimizers, experience, seed):
                 weights = None
                 if per_sequence:
                     counts = torch.tensor([len(experience.response_ids[i]) for i in rows], device=device)
-                    weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff())
+                    weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
                 loss, metrics = policy_loss(
                     models.policy, batch, old_logps, advantages, temperature=config.rollout.temperature, weights=weights,
                     num_items=num_items, **policy_options,
@@ -260,7 +280,7 @@ class RTOTrainer:
     def __init__(self, config, models, tokenizer, stop_ids, prompts, device):
         self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
         rto, rollout = config.rto, config.rollout
-        self.iterations = rto.iterations or rto.epochs * max(1, len(prompts) // rto.prompts_per_rollout)
+        self.iterations = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
         self.iteration, self.kl_coef = 0, rto.kl_coef
         self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
         steps = self.iterations * rto.ppo_epochs * -(-self.responses // rto.batch_size)
@@ -269,9 +289,7 @@ class RTOTrainer:
             self.optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
         self.order = ShuffledIndices(len(prompts), config.seed)
         self.engine = build_engine(models.policy, tokenizer, rollout)
-        self.sampling = Sampling(
-            rollout.max_new_tokens, rollout.min_new_tokens, rollout.temperature, rollout.top_p, tuple(stop_ids)
-        )
+        self.sampling = Sampling.of(rollout, stop_ids)
         self.delimiters = None
         if rto.granularity == "sentence":
             vocab_size = len(models.policy.get_output_embeddings().weight)
@@ -281,31 +299,28 @@ class RTOTrainer:
         """Rollout, scores, PPO; returns the iteration's metrics."""
         rto = self.config.rto
         seed = self.config.seed * 1_000_003 + self.iteration
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
         rollout = self.engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, self.sampling, seed)
-        times.append(time.perf_counter())
+        generated = time.perf_counter()
         repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
         experience, metrics = collect(
             self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
         )
-        times.append(time.perf_counter())
+        scored = time.perf_counter()
         metrics |= update(self.config, self.models, self.optimizers, experience, seed)
-        times.append(time.perf_counter())
+        end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.responses, rto.kl_target, rto.kl_horizon)
         self.iteration += 1
-        phases = zip(("rollout", "score", "update"), times, times[1:])
-        return (
-            metrics
-            | {f"seconds_{name}": end - start for name, start, end in phases}
-            | {
-                "tokens": rollout.num_tokens,
-                "tokens_per_second": rollout.num_tokens / (times[-1] - times[0]),
-                "rollout_tokens_per_second": rollout.num_tokens / (times[1] - times[0]),
-            }
-        )
+        seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
+        metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        return metrics | {
+            "tokens": rollout.num_tokens,
+            "tokens_per_second": rollout.num_tokens / (end - start),
+            "rollout_tokens_per_second": rollout.num_tokens / (generated - start),
+        }
 
     def _parts(self):
         trained = {"policy": self.models.policy, "critic": self.models.critic}
@@ -329,6 +344,8 @@ def main(config, models, tokenizer, stop_ids, prompts, *, output, log, device, e
         prompts: list of `Prompt`. evaluate: called with the policy's engine and the iteration, every `eval.every`.
     """
     trainer = RTOTrainer(config, models, tokenizer, stop_ids, prompts, device)
+    if len(prompts) < config.rto.prompts_per_rollout:
+        log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
     with log.stage("rto", trainer.iterations) as progress:
         while trainer.iteration < trainer.iterations:
             shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")

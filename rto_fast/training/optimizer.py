@@ -8,6 +8,10 @@ import math
 
 import torch
 
+from rto_fast.errors import TrainingError
+
+MAX_SKIPPED = 10  # optimizer steps in a row with a non-finite gradient, after which nothing good can follow
+
 
 def learning_rate_factor(step, total_steps, warmup_ratio, min_lr_ratio):
     """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
@@ -30,7 +34,7 @@ class Optimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stage, self.total_steps = stage, total_steps
         self.peak_lr = stage.lr if lr is None else lr
-        self.steps = self.skipped = 0
+        self.steps = self.skipped = self.skipped_in_a_row = 0
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
@@ -57,7 +61,9 @@ class Optimizer:
         """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
 
         Returns:
-            {"lr", "grad_norm"} as floats.
+            {"lr", "grad_norm", "skipped"}, the last 0 or 1.
+        Raises:
+            TrainingError: MAX_SKIPPED steps in a row were skipped.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
         factor = learning_rate_factor(
@@ -66,6 +72,7 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = self.peak_lr * factor
         if math.isfinite(norm):
+            self.skipped_in_a_row = 0
             self.adam.step()
             with torch.no_grad():
                 for parameter, master in zip(self.parameters, self.masters):
@@ -73,9 +80,13 @@ class Optimizer:
                         parameter.copy_(master)
         else:
             self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                raise TrainingError(f"the gradient was not finite in {MAX_SKIPPED} steps in a row: lower the learning rate, "
+                                    "or look for NaN in the data's scores")  # fmt: skip
         self.adam.zero_grad(set_to_none=True)
         self.steps += 1
-        return {"lr": self.peak_lr * factor, "grad_norm": norm}
+        return {"lr": self.peak_lr * factor, "grad_norm": norm, "skipped": int(not math.isfinite(norm))}
 
     def state_dict(self):
         """Everything but the model: moments, master weights, position in the schedule."""

@@ -35,9 +35,3 @@ class ShuffledIndices:
     def load_state_dict(self, state):
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._permutation()
-
-
-def steps_in(stage, items):
-    """Optimizer steps of a stage over `items` examples: `epochs` passes, at most `max_steps`."""
-    steps = max(1, items * stage.epochs // stage.batch_size)
-    return steps if stage.max_steps is None else min(steps, stage.max_steps)
