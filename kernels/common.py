@@ -17,9 +17,12 @@ LN2 = tl.constexpr(math.log(2.0))
 MIN_LOG2 = tl.constexpr(-200.0)
 
 
-def row_block(num_cols, itemsize, largest=8192):
-    """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes: 64 bytes, 4 loads of 128 bits, a thread."""
-    block_v = min(max(triton.next_power_of_2(num_cols), 128), largest)
+def row_block(num_cols, itemsize):
+    """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes: 64 bytes, 4 loads of 128 bits, a thread.
+
+    At most 8 warps: with 16, Triton 3.6 spills registers, and an SM holds fewer threads.
+    """
+    block_v = min(max(triton.next_power_of_2(num_cols), 128), 16384 // itemsize)
     return block_v, max(1, block_v * itemsize // 2048)
 
 

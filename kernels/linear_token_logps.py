@@ -129,7 +129,7 @@ def linear_token_logps_bwd(
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
     chunk_cols = _chunk_cols(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
-    block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4, largest=4096)
+    block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4)
     dlogps, dentropy, labels = contiguous(dlogps, dentropy, labels)
     with torch.cuda.device_of(hidden):
         for first_col in range(0, vocab_size, chunk_cols):

@@ -201,7 +201,7 @@ def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, tempe
     if not num_rows:
         return
     # More than 16 elements a thread, all live at once, cost occupancy.
-    block_v, num_warps = row_block(num_cols, 4, largest=4096)
+    block_v, num_warps = row_block(num_cols, 4)
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     with torch.cuda.device_of(logits):
         token_logps_bwd_kernel[(num_rows, splits)](
