@@ -225,7 +225,9 @@ def main():
         for record in report.data["kernels"] if record["provider"].startswith("ours") and "error" in record
     ]  # fmt: skip
     print("\n".join(failed))
-    return int(bool(failed or report.data["tests"].get("failures") or "error" in report.data["end_to_end"]))
+    # A test run that was cut short (exit code None) is told in the results; one that crashed has failed.
+    tests_failed = report.data["tests"].get("failures") or report.data["tests"].get("exit_code") not in (0, None)
+    return int(bool(failed or tests_failed or "error" in report.data["end_to_end"]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def adapt(loaded, wrap, needs_cuda, device):
 
 
 def compiled(function, device):
-    """Inductor's C++ build takes longer than the whole CPU group: only on GPUs."""
+    """Inductor's C++ build takes longer than the whole CPU group: only on GPUs, and last, lest it take others' time."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else "needs a GPU here"
 
 
@@ -65,10 +65,10 @@ def token_logps(device):
     return {
         "ours": ops.token_logps,
         "torch": torch_token_logps,
-        "torch.compile": compiled(torch_token_logps, device),
         "TRL": load("trl.trainer.utils", "selective_log_softmax"),
         "OpenRLHF style": openrlhf_log_probs if device.type == "cpu" else "a loop over rows: CPU only",
         "Liger": adapt(load("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax"), liger, True, device),
+        "torch.compile": compiled(torch_token_logps, device),
     }
 
 
@@ -104,8 +104,8 @@ def linear_token_logps(device):
     return {
         "ours": ops.linear_token_logps,
         "torch": torch_linear_token_logps,
-        "torch.compile": compiled(torch_linear_token_logps, device),
         **_per_token_cross_entropies(device),
+        "torch.compile": compiled(torch_linear_token_logps, device),
     }
 
 
@@ -149,10 +149,10 @@ def linear_ppo_loss(device):
         "ours": ours,
         "ours, two passes": two_passes,
         "torch": composed(torch_linear_token_logps),
-        "torch.compile": compiled(composed(torch_linear_token_logps), device),
         **peers,
         "Liger cross-entropy (not PPO)": adapt(cross_entropy, liger_mean, True, device),
         "Liger fused linear GRPO": adapt(grpo, liger_grpo, True, device),
+        "torch.compile": compiled(composed(torch_linear_token_logps), device),
     }
 
 
@@ -181,8 +181,8 @@ def logits_ppo_loss(device):
     return {
         "ours": ours,
         "torch": torch_loss,
-        "torch.compile": compiled(torch_loss, device),
         "Liger GRPO": adapt(grpo, liger, True, device),
+        "torch.compile": compiled(torch_loss, device),
     }
 
 

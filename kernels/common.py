@@ -207,7 +207,7 @@ def gradient_view(buffer, dtype):
 
 
 def gemm(a, b, out, accumulate=False):
-    """out (+)= a @ b with one rounding, to out's dtype: float32 accumulation whatever the inputs are."""
+    """out (+)= a @ b, accumulated in float32 and rounded to out's dtype."""
     # Always with `out=`: unlike the functional forms, those take no part in autocast.
     if not a.is_cuda and a.dtype != torch.float32:
         # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.

@@ -106,7 +106,8 @@ def linear_ppo_sweep(
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
-    dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=dtype)
+    # float32, small as it is: its long sums over V are split, and 16-bit outputs may round the parts.
+    dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
     chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
     new, sum_dtype = torch.empty if num_rows else torch.zeros, dtype if chunk_rows == num_rows else torch.float32
@@ -147,7 +148,7 @@ def _(
     dual_clip, entropy_coef, temperature, softcap, need_dhidden, need_dweight,
 ):  # fmt: skip
     loss, dtype = hidden_states.new_empty((), dtype=torch.float32), _gradient_dtype(hidden_states.dtype)
-    dhidden = hidden_states.new_empty((len(hidden_states) if need_dhidden else 0, hidden_states.shape[1]), dtype=dtype)
+    dhidden = loss.new_empty(len(hidden_states) if need_dhidden else 0, hidden_states.shape[1])
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=dtype)
     return loss, loss.new_empty(4), loss.new_empty(()), dhidden, dweight
 

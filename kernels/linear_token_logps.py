@@ -29,6 +29,9 @@ from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 # 1024 x 8192 float32 logits are 33.5 MB: they fit the L2 of an A100 (40 MB) and an H100/H200 (50 MB), are 256 output
 # tiles of 128x256, which is two waves on 132 SMs less 3 %, and one register tile of the row kernel a row.
 TILE_ROWS, TILE_COLS = 1024, 8192
+# Rows x hidden size below which a tile's GEMM is over (2.1e6: 43 us on an H200) before the host has launched the next
+# tile (25-45 us, by estimate): small models take up to four times the rows, and read their logits from HBM.
+MIN_TILE_WORK = 1 << 21
 # Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
 # 735/C of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k rows, and is
 # half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
@@ -65,6 +68,11 @@ def _kept_rows(labels, ignore_index, hidden_states):
     return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
 
 
+def _tile_rows(hidden_size):
+    """Rows of a forward tile: what fits L2, or more where its GEMM would be too short."""
+    return max(TILE_ROWS, min(4 * TILE_ROWS, triton.next_power_of_2(MIN_TILE_WORK // hidden_size)))
+
+
 def _chunk_cols(num_rows, vocab_size):
     """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
@@ -84,11 +92,12 @@ def linear_token_logps_fwd(
     if not len(rows):
         return logps, entropy, state
     labels, vocab_size, scale = labels[rows], len(weight), LOG2E.value / temperature
-    buffer = logits_buffer(min(TILE_ROWS, len(rows)), min(TILE_COLS, vocab_size), hidden)
+    tile_rows = _tile_rows(hidden.shape[1])
+    buffer = logits_buffer(min(tile_rows, len(rows)), min(TILE_COLS, vocab_size), hidden)
     partials = logps.new_empty(triton.cdiv(vocab_size, TILE_COLS), 4, len(rows))
     block_v, num_warps = row_block(min(TILE_COLS, vocab_size), 4)
-    # A tile of a small model takes the GPU ~20 us, so views are made once a row of tiles, not once a tile.
-    row_tiles = list(zip(hidden.split(TILE_ROWS), labels.split(TILE_ROWS), partials.split(TILE_ROWS, dim=2)))
+    # Views cost the host microseconds: they are made once a row of tiles, not once a tile.
+    row_tiles = list(zip(hidden.split(tile_rows), labels.split(tile_rows), partials.split(tile_rows, dim=2)))
     with torch.cuda.device_of(hidden):
         for split, tile_weight in enumerate(weight.split(TILE_COLS)):
             first_col, num_cols, tile_weight = split * TILE_COLS, len(tile_weight), tile_weight.t()

@@ -8,6 +8,8 @@ where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses wo
 import os
 from importlib.util import find_spec
 
+import numpy
+import pytest
 import torch
 
 if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
@@ -16,3 +18,13 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Skips where Triton's interpreter does not work."""
+    import triton
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 5):
+        pytest.skip("Triton 3.6's interpreter does not run on NumPy 2.5: use NumPy 2.4, Triton 3.7 or a GPU")

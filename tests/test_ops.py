@@ -134,8 +134,10 @@ print(seconds, *heavy & {"triton", "transformers", "deepspeed", "datasets", "acc
 
 
 @pytest.mark.parametrize("interpret, module", [("0", "reference"), ("1", "advantages")])
-def test_cpu_dispatch(interpret, module):
+def test_cpu_dispatch(interpret, module, request):
     """CPU tensors take the torch reference, or, when Triton is told to interpret, the Triton code."""
+    if interpret == "1":
+        request.getfixturevalue("interpreter")
     imported, *advantages = run_python(
         """
 import sys

@@ -1,21 +1,14 @@
 """Fixtures of the kernel tests. They import kernel modules directly: `from rto_fast.kernels import advantages`."""
 
-import numpy
 import pytest
 import torch
-import triton
-
-
-def version(module):
-    return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
 @pytest.fixture(scope="session")
-def device():
+def device(request):
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if version(triton) < (3, 7) and version(numpy) >= (2, 5):
-        pytest.skip("Triton 3.6's interpreter does not run on NumPy 2.5: use NumPy 2.4, Triton 3.7 or a GPU")
+    request.getfixturevalue("interpreter")
     return torch.device("cpu")
 
 

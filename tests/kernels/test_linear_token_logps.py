@@ -67,6 +67,7 @@ def assert_matches(hidden, weight, bias, labels, **options):
 def small_tiles(monkeypatch):
     """Several tiles of rows and columns, and several backward chunks, where the real sizes would make one."""
     monkeypatch.setattr(kernel, "TILE_ROWS", 16)
+    monkeypatch.setattr(kernel, "MIN_TILE_WORK", 0)
     monkeypatch.setattr(kernel, "TILE_COLS", 256)
     monkeypatch.setattr(kernel, "MAX_CHUNK_COLS", 384)
 
@@ -100,6 +101,7 @@ def test_tiles_do_not_change_the_result(device, monkeypatch):
     inputs = make(20, 500, 32, device)
     whole = evaluate(kernel.linear_token_logps, *inputs)
     monkeypatch.setattr(kernel, "TILE_ROWS", 13)
+    monkeypatch.setattr(kernel, "MIN_TILE_WORK", 0)
     monkeypatch.setattr(kernel, "TILE_COLS", 128)
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 4 * 16 * 128)
     for value, other in zip(evaluate(kernel.linear_token_logps, *inputs), whole):
@@ -259,3 +261,8 @@ def test_compile(device):
         assert torch.equal(actual, expected)
         for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("hidden_size, rows", [(8192, 1024), (4096, 1024), (1024, 2048), (640, 4096), (64, 4096)])
+def test_small_models_take_larger_tiles(hidden_size, rows):
+    assert kernel._tile_rows(hidden_size) == rows
