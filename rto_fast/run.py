@@ -65,7 +65,7 @@ class Run:
         trust = config.model.trust_remote_code
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
-        self._check_vocabularies(trust)
+        self._check_models(trust)
         self.stop_ids = stop_token_ids(self.tokenizer, self._generation_config(trust))
         self.sampling = Sampling.of(config.rollout, self.stop_ids)
         self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say)
@@ -83,8 +83,8 @@ class Run:
         except OSError:  # many models have none: the tokenizer's EOS is then the only stop token
             return None
 
-    def _check_vocabularies(self, trust_remote_code):
-        """Every supplied model that is given the policy's tokens must know them as the policy does."""
+    def _check_models(self, trust_remote_code):
+        """Supplied models must be there, and know the policy's tokens as the policy does if they are given them."""
         config = self.config
         supplied = {
             "sft.model": config.sft.model, "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model,
@@ -93,6 +93,8 @@ class Run:
         for key, path in supplied.items():
             if path:
                 check_vocabulary(path, self.tokenizer, key, trust_remote_code=trust_remote_code)
+        if config.reward_model.model:
+            load_tokenizer(config.reward_model.model, trust_remote_code=trust_remote_code)
 
     def _function(self, key):
         stage, name = key.split(".")

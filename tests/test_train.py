@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -163,6 +164,22 @@ def test_a_policy_side_model_of_another_vocabulary_is_refused(run, tmp_path):
     ]
     with pytest.raises(UserError, match="dpo.model: .* vocabulary of 50 tokens that is not the policy's"):
         main(arguments)
+
+
+def test_a_supplied_model_needs_no_tokenizer_of_its_own_but_must_be_there(run, tmp_path):
+    shutil.copytree(run[0] / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    arguments = [
+        *SHORT,
+        "--sft.model",
+        str(run[0] / "sft"),
+        "--dpo.model",
+        str(tmp_path / "dpo"),
+        "--rto.score_scale",
+        "0",
+    ]
+    assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
+    with pytest.raises(UserError, match="absent: cannot load a tokenizer"):
+        main([*SHORT, "--reward_model.model", str(tmp_path / "absent"), "--output_dir", str(tmp_path / "other")])
 
 
 def test_a_run_on_prompts_alone(run, tmp_path):

@@ -39,11 +39,19 @@ def _from_pretrained(auto_class, what, path, **options):
 
 
 def check_vocabulary(path, tokenizer, key, *, trust_remote_code=False):
-    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant."""
-    other = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    if other.get_vocab() != tokenizer.get_vocab():
+    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
+    of a model without a tokenizer of its own only the number of embeddings is known."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
+    size = config.get_text_config().vocab_size
+    try:
+        same = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab() == tokenizer.get_vocab()
+    except ModelError:
+        same = True
+    if not same or size < len(tokenizer):
         raise ModelError(
-            f"{key}: {path} has a vocabulary of {len(other)} tokens that is not the policy's ({len(tokenizer)} tokens); "
+            f"{key}: {path} has a vocabulary of {size} tokens that is not the policy's ({len(tokenizer)} tokens); "
             "its log-probs of the policy's tokens would mean nothing"
         )
 
