@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
 
 def _number(value):
@@ -57,7 +60,7 @@ class StageLog:
 
     def __init__(self, log, name, total):
         self.log, self.name, self.total, self.count = log, name, total, 0
-        self.live = sys.stdout.isatty()
+        self.live = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
         self.start = self.last = time.perf_counter()
         self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
 
@@ -83,5 +86,5 @@ class StageLog:
     def _line(self, values):
         elapsed = time.perf_counter() - self.start
         left = elapsed / self.count * (self.total - self.count)
-        figures = "  ".join(f"{key} {short(value)}" for key, value in values.items())
+        figures = "  ".join(f"{ON_THE_LINE.get(key, key)} {short(value)}" for key, value in values.items())
         return f"{self.name:<12} {self.count:>5}/{self.total} {elapsed:>5.0f} s, {left:.0f} s left  {figures}"
