@@ -8,6 +8,7 @@ UltraFeedback (arXiv 2404.18922). Without `--config` the embedded default `confi
 import argparse
 import dataclasses
 import difflib
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -297,60 +298,60 @@ class Config:
         return self.pays_dense_reward or self.rto.init_from == "dpo" or not self.rto.enabled
 
 
+def _of_each_stage(*names):
+    return [f"{stage}.{name}" for stage in ("sft", "reward_model", "dpo", "rto") for name in names]
+
+
+ABOVE_0 = (
+    _of_each_stage("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens")
+    + (
+        "data.max_prompt_tokens data.max_response_tokens dpo.beta rto.prompts_per_rollout rto.samples_per_prompt "
+        "rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size eval.prompts"
+    ).split()
+)
+ABOVE_0_OR_NULL = (
+    "threads data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
+    "rto.value_clip_eps"
+).split()
+AT_LEAST_0 = (
+    "data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
+    "eval.every eval.show"
+).split()
+FROM_0_TO_1 = [*_of_each_stage("warmup_ratio", "min_lr_ratio"), "rto.gamma", "rto.gae_lambda"]
+
+
 def _validate(config):
+    def value(key):
+        return functools.reduce(getattr, key.split("."), config)
+
     def require(condition, key, expected):
         if not condition:
-            value = config
-            for name in key.split("."):
-                value = getattr(value, name)
-            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+            raise ConfigError(f"{key}: expected {expected}, got {value(key)!r}")
 
-    require(config.threads is None or config.threads > 0, "threads", "a number above 0, or null")
-    for stage_name in ("sft", "reward_model", "dpo", "rto"):
-        stage = getattr(config, stage_name)
-        for name in ("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens"):
-            require(getattr(stage, name) > 0, f"{stage_name}.{name}", "a number above 0")
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            require(0 <= getattr(stage, name) <= 1, f"{stage_name}.{name}", "a number from 0 to 1")
-        if stage_name != "rto":
-            require(stage.max_steps is None or stage.max_steps > 0, f"{stage_name}.max_steps", "a number above 0")
-    rto, rollout, data = config.rto, config.rollout, config.data
+    for key in ABOVE_0:
+        require(value(key) > 0, key, "a number above 0")
+    for key in ABOVE_0_OR_NULL:
+        require(value(key) is None or value(key) > 0, key, "a number above 0, or null")
+    for key in AT_LEAST_0:
+        require(value(key) >= 0, key, "a number of at least 0")
+    for key in FROM_0_TO_1:
+        require(0 <= value(key) <= 1, key, "a number from 0 to 1")
+    rto, rollout, dpo = config.rto, config.rollout, config.dpo
     require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
-    require(data.max_prompt_tokens > 0, "data.max_prompt_tokens", "a number above 0")
-    require(data.max_response_tokens > 0, "data.max_response_tokens", "a number above 0")
-    require(data.held_out >= 0, "data.held_out", "a number of at least 0")
-    require(data.limit is None or data.limit > 0, "data.limit", "a number above 0, or null")
-    require(config.eval.prompts > 0, "eval.prompts", "a number above 0")
-    require(config.eval.every >= 0, "eval.every", "a number of at least 0")
-    require(config.eval.show >= 0, "eval.show", "a number of at least 0")
-    require(rollout.batch_size > 0, "rollout.batch_size", "a number above 0")
-    require(rto.kl_target is None or rto.kl_target > 0, "rto.kl_target", "a number above 0, or null")
-    for key in ("prompts_per_rollout", "samples_per_prompt", "ppo_epochs", "critic_lr", "kl_horizon"):
-        require(getattr(rto, key) > 0, f"rto.{key}", "a number above 0")
-    for key in ("dpo_reward_clip", "score_clip", "truncation_penalty", "value_coef", "entropy_coef"):
-        require(getattr(rto, key) >= 0, f"rto.{key}", "a number of at least 0")
-    require(0 <= rto.gamma <= 1, "rto.gamma", "a number from 0 to 1")
-    require(0 <= rto.gae_lambda <= 1, "rto.gae_lambda", "a number from 0 to 1")
-    require(0 <= rto.clip_eps < 1, "rto.clip_eps", "a number in [0, 1)")
-    require(rto.clip_eps_high is None or rto.clip_eps_high >= 0, "rto.clip_eps_high", "a number of at least 0")
-    require(rto.dual_clip is None or rto.dual_clip > 1, "rto.dual_clip", "a number above 1, or null")
-    require(rto.value_clip_eps is None or rto.value_clip_eps > 0, "rto.value_clip_eps", "a number above 0, or null")
-    require(rto.iterations is None or rto.iterations > 0, "rto.iterations", "a number above 0, or null")
-    require(
-        not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"),
-        "rto.truncation", "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)",
-    )  # fmt: skip
-    require(0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
-    require(config.dpo.loss != "ipo" or not config.dpo.label_smoothing, "dpo.label_smoothing", "0 with dpo.loss: ipo")
-    require(not config.dpo.ref_model or config.dpo.model, "dpo.ref_model",
+    require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
+            "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
+    require(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
+    require(dpo.loss != "ipo" or not dpo.label_smoothing, "dpo.label_smoothing", "0 with dpo.loss: ipo")
+    require(not dpo.ref_model or dpo.model, "dpo.ref_model",
             "null without dpo.model: the DPO stage trains against the SFT model")  # fmt: skip
-    require(config.dpo.beta > 0, "dpo.beta", "a number above 0")
-    require(rollout.temperature > 0, "rollout.temperature", "a number above 0")
+    require(0 <= rto.clip_eps < 1, "rto.clip_eps", "a number in [0, 1)")
+    require(rto.clip_eps_high is None or rto.clip_eps_high >= 0, "rto.clip_eps_high", "a number of at least 0, or null")
+    require(rto.dual_clip is None or rto.dual_clip > 1, "rto.dual_clip", "a number above 1, or null")
+    require(not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"), "rto.truncation",
+            "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)")  # fmt: skip
     require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")
     require(1 <= rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
             "a number from 1 to rollout.max_new_tokens")  # fmt: skip
-    require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
-            "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
 
 
 def _keys(cls, prefix=""):
