@@ -15,6 +15,7 @@ from rto_fast.config import Config, ModelConfig, RolloutConfig, RTOConfig
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.rollout import Sampling
 from rto_fast.stages.rto import Models, RTOTrainer
 
 # Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, the output layer half of them.
@@ -60,7 +61,8 @@ def measure(device, *, small, iterations):
     ids = torch.randint(5, sizes["vocab_size"], (2 * prompts_per_rollout, prompt_tokens), generator=generator)
     prompts = [Prompt(row, "", {}) for row in ids.tolist()]
     models, tokenizer = _models(device, sizes), build_tokenizer()
-    trainer = RTOTrainer(config, models, tokenizer, [tokenizer.eos_token_id], prompts, device)
+    sampling = Sampling.of(config.rollout, [tokenizer.eos_token_id])
+    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device)
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()

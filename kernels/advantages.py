@@ -60,6 +60,15 @@ def _clip(x, limit):
 
 
 @triton.jit
+def _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma):
+    """(first token of a sequence, one past its last, what its last action is handed)."""
+    bootstrap = 0.0
+    if bootstrap_values_ptr is not None:
+        bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
+    return tl.load(cu_seqlens_ptr + pid_n), tl.load(cu_seqlens_ptr + pid_n + 1), gamma * bootstrap
+
+
+@triton.jit
 def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T: tl.constexpr):
     """(advantages of a tile in reversed order, what its earliest token hands on)."""
     a = tl.where(valid, gamma_lambda, 1.0)
@@ -75,12 +84,7 @@ def gae_kernel(
     gamma_lambda, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0)
-    start = tl.load(cu_seqlens_ptr + pid_n)
-    end = tl.load(cu_seqlens_ptr + pid_n + 1)
-    bootstrap = 0.0
-    if bootstrap_values_ptr is not None:
-        bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
-    handed = gamma * bootstrap
+    start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
     for done in range(0, end - start, BLOCK_T):
         offs_t = end - 1 - done - tl.arange(0, BLOCK_T)
         mask_t = offs_t >= start
@@ -139,12 +143,7 @@ def rto_advantages_kernel(
     gamma_lambda, GRANULARITY: tl.constexpr, SHAPING: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0)
-    start = tl.load(cu_seqlens_ptr + pid_n)
-    end = tl.load(cu_seqlens_ptr + pid_n + 1)
-    bootstrap = 0.0
-    if bootstrap_values_ptr is not None:
-        bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
-    handed = gamma * bootstrap
+    start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
 
     # What the last response token gets on top: the score, and what `sentence`, `sequence` and shaping move there.
     score = _clip(tl.load(scores_ptr + pid_n).to(tl.float32), score_clip)

@@ -220,6 +220,6 @@ class Run:
             self.log.say(f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}")
 
         return rto.main(
-            self.config, models, self.tokenizer, self.stop_ids, self.data.prompts, output=self.folder / "rto",
+            self.config, models, self.tokenizer, self.sampling, self.data.prompts, output=self.folder / "rto",
             log=self.log, device=self.placement["device"], evaluate=evaluate_policy if judge else None,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
 from rto_fast.rewards import NormalizedScores
-from rto_fast.rollout import RolloutBatch
+from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.stages import rto
 
 TOKENIZER = build_tokenizer()
@@ -274,7 +274,7 @@ def trainer(*overrides):
     settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
     models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS * 2]
-    return rto.RTOTrainer(settings, models, TOKENIZER, [1], prompts, "cpu")
+    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu")
 
 
 def test_a_restored_trainer_goes_on_bitwise():

@@ -8,6 +8,7 @@ are float32, and the loss is a mean over tokens; `rto.compat: paper_code` takes 
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from rto_fast.batch import PackedBatch, micro_batches, pack, pack_whole, segment
 from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
-from rto_fast.rollout import Sampling, build_engine
+from rto_fast.rollout import build_engine
 from rto_fast.stages.common import response_logps, save_model
 from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices
@@ -226,7 +227,7 @@ def update(config, models, optimizers, experience, seed):
     }  # fmt: skip
     policy_options = {name: getattr(rto, name) for name in ("clip_eps", "clip_eps_high", "dual_clip", "entropy_coef")}
     per_sequence = rto.loss_normalization == "sequence" or rto.compat == "paper_code"
-    totals, steps = {}, 0
+    totals, steps = Counter(), 0
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rto.ppo_epochs):
         for chosen in torch.randperm(len(lengths), generator=generator).split(rto.batch_size):
@@ -257,12 +258,10 @@ def update(config, models, optimizers, experience, seed):
                     )  # fmt: skip
                     (rto.value_coef * value_loss).backward()
                     metrics |= value_metrics
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
+                totals.update(metrics)
             for name, optimizer in optimizers.items():
-                for key, value in optimizer.step().items():
-                    key = key if name == "policy" else f"{name}_{key}"
-                    totals[key] = totals.get(key, 0.0) + value
+                prefix = "" if name == "policy" else f"{name}_"
+                totals.update({prefix + key: value for key, value in optimizer.step().items()})
             steps += 1
     return {name: value / steps for name, value in totals.items()}
 
@@ -277,9 +276,9 @@ class RTOTrainer:
     """The stage's state and one iteration of it. All randomness derives from the seed and the iteration's number, so
     `state_dict` is everything that a restored run needs to go on exactly as this one would have."""
 
-    def __init__(self, config, models, tokenizer, stop_ids, prompts, device):
+    def __init__(self, config, models, tokenizer, sampling, prompts, device):
         self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
-        rto, rollout = config.rto, config.rollout
+        self.sampling, rto = sampling, config.rto
         self.iterations = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
         self.iteration, self.kl_coef = 0, rto.kl_coef
         self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
@@ -288,8 +287,7 @@ class RTOTrainer:
         if models.critic is not None:
             self.optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
         self.order = ShuffledIndices(len(prompts), config.seed)
-        self.engine = build_engine(models.policy, tokenizer, rollout)
-        self.sampling = Sampling.of(rollout, stop_ids)
+        self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
             vocab_size = len(models.policy.get_output_embeddings().weight)
@@ -337,13 +335,14 @@ class RTOTrainer:
         self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
 
 
-def main(config, models, tokenizer, stop_ids, prompts, *, output, log, device, evaluate=None):
+def main(config, models, tokenizer, sampling, prompts, *, output, log, device, evaluate=None):
     """Trains `models.policy` and saves it to `output` (the critic beside it); returns that directory.
 
     Args:
-        prompts: list of `Prompt`. evaluate: called with the policy's engine and the iteration, every `eval.every`.
+        sampling: `Sampling` of the rollouts. prompts: list of `Prompt`. evaluate: called with the policy's engine and the
+            iteration, every `eval.every`.
     """
-    trainer = RTOTrainer(config, models, tokenizer, stop_ids, prompts, device)
+    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device)
     if len(prompts) < config.rto.prompts_per_rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
     with log.stage("rto", trainer.iterations) as progress:

@@ -1,5 +1,7 @@
 """The training loop's step that SFT, the reward model and DPO share: draw, pack, accumulate, update."""
 
+from collections import Counter
+
 from rto_fast.batch import micro_batches
 from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices
@@ -30,13 +32,12 @@ class SupervisedTrainer:
         """One optimizer step; returns its metrics."""
         chosen = self.order.take(self.stage.batch_size)
         lengths = [self.lengths[i] for i in chosen]
-        totals = {}
+        totals = Counter()
         for run in micro_batches(lengths, self.stage.micro_batch_tokens):
             loss, metrics = self.loss([chosen[i] for i in run], chosen)
             loss.backward()
-            for name, value in ({"loss": loss.detach()} | metrics).items():
-                totals[name] = totals.get(name, 0.0) + value
-        return totals | {"tokens": sum(lengths)} | self.optimizer.step()
+            totals.update({"loss": loss.detach()} | metrics)
+        return dict(totals) | {"tokens": sum(lengths)} | self.optimizer.step()
 
     def _parts(self):
         return {"model": self.model, "optimizer": self.optimizer, "order": self.order}
