@@ -7,6 +7,7 @@ not overlap, so their times add up. Predictions are arithmetic, not measurements
 
 from dataclasses import dataclass
 
+from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, CacheShape
 from benchmarks.shapes import MODELS
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
 
@@ -14,6 +15,11 @@ from rto_fast.kernels import linear_ppo_loss, linear_token_logps
 # Those two fractions are taken for the other GPUs, of which we have measured none.
 COPY_FRACTION, GEMM_FRACTION = 4.3 / 4.8, 790 / 989
 LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
+GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
+# Kernels of a decode step on a GPU with Liger, counted in rto_fast/rollout: a layer's (of Qwen's, whose heads have norms,
+# two more), and those before and after the layers.
+KERNELS_A_LAYER, KERNELS_OF_HEAD_NORMS, KERNELS_AROUND = 16, 2, 45
+DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, where decode kernels and steps are compared
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,15 @@ class Step:
 
 def limit(op, phase, shape, kept=1.0):
     """The least work of an op: bfloat16 in and out, float32 [T] vectors; `kept`: share of tokens not masked out."""
+    if op == "paged_attention":
+        # Keys and values, queries and results, block tables of one page in 64 tokens; a token's heads times its key and
+        # its value.
+        decoder = shape.decoder
+        cached = 2 * decoder.kv_heads * decoder.head_dim * shape.tokens
+        return Step(
+            4.0 * shape.hidden_size * shape.tokens,
+            2 * cached + 4 * shape.hidden_size * shape.sequences + 4 * shape.tokens / 64,
+        )
     tokens, hidden, vocab = kept * shape.tokens, shape.hidden_size, shape.vocab_size
     logits, gemm, weight = tokens * vocab, 2 * tokens * vocab * hidden, 2 * (tokens + vocab) * hidden
     return {
@@ -67,6 +82,9 @@ def limit(op, phase, shape, kept=1.0):
         ("gae", "forward"): Step(bytes=17 * shape.tokens),
         ("ppo_policy_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
         ("ppo_value_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
+        # float32 logits; two random numbers in, a token and two log-probs out.
+        ("sample_tokens", "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
+        ("sample_tokens, top_p 0.9", "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
     }[op, phase]  # fmt: skip
 
 
@@ -89,9 +107,17 @@ def _column_chunks(tokens, shape):
 
 def prediction(op, phase, shape, kept=1.0):
     """The steps of our kernels."""
+    if op == "paged_attention":
+        # Every group of query heads is padded to the 16 rows of a tensor-core product.
+        least, padded = limit(op, phase, shape), 16 * shape.decoder.kv_heads / shape.decoder.heads
+        return [Step(padded * least.flops, least.bytes, launches=1)]
     tokens = max(1, int(kept * shape.tokens))
     logits, hidden, vocab = tokens * shape.vocab_size, shape.hidden_size, shape.vocab_size
     gemm = 2 * logits * hidden
+    if op.startswith("sample_tokens"):
+        # With a filter the logits are read three times. The sums of tiles, 1/128 of them, are written and read.
+        reads = 3 if "top_p" in op else 1
+        return [Step(bytes=(4 * reads + 8 / 128) * logits + 24 * tokens, launches=1)]
     if op == "token_logps":
         return [Step(bytes=limit(op, phase, shape, kept).bytes, launches=1)]
     if op == "linear_token_logps" and phase == "forward":
@@ -111,6 +137,57 @@ def prediction(op, phase, shape, kept=1.0):
     extra = {"rto_advantages": 9, "gae": 0}.get(op, 8)
     launches = {"rto_advantages": 2, "gae": 1}.get(op, 3)
     return [Step(bytes=limit(op, phase, shape).bytes + extra * shape.tokens, launches=launches)]
+
+
+def decode_step(decoder, sequences, tokens, itemsize=2):
+    """The least work of a step: every matrix is read once (of the embedding only rows, unless it is the head too), and of
+    `sequences` with `tokens` in the cache together all keys and values."""
+    matrices = decoder.layer_weights + decoder.head_weights
+    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
+    return Step(
+        2.0 * matrices * sequences + attention * tokens, itemsize * (matrices + decoder.kv_elements * tokens)
+    )
+
+
+def prefill(decoder, prompts, itemsize=2):
+    """The least work of computing prompts of these lengths, causally; the head only where a prompt ends."""
+    tokens, pairs = sum(prompts), sum(length * (length + 1) / 2 for length in prompts)
+    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
+    return Step(
+        2.0 * (decoder.layer_weights * tokens + decoder.head_weights * len(prompts)) + attention * pairs,
+        itemsize * (decoder.layer_weights + decoder.head_weights + decoder.kv_elements * tokens),
+    )
+
+
+def decode_overhead(decoder, sequences):
+    """What our step has on top: launches, and float32 logits that are written and read."""
+    layer = KERNELS_A_LAYER + KERNELS_OF_HEAD_NORMS * (decoder.model_type == "qwen3")
+    launches = decoder.layers * layer + KERNELS_AROUND
+    return Step(bytes=8 * decoder.vocab_size * sequences), launches * GRAPH_SECONDS
+
+
+def rollout_seconds(decoder, workload, device, itemsize=2, ours=False):
+    """The least time of a workload: prefill, then all sequences decode together from the start, each as long as its
+    response lasts. No schedule does with less: weights are read at least once for each token of the longest response,
+    keys and values once for each token of every response. `ours`: with our overhead, a prediction."""
+    total = prefill(decoder, workload.prompts, itemsize).seconds(device)
+    # A response's first token comes from the prefill; token k + 1 from a step with prompt + k tokens in the cache.
+    for k in range(1, max(workload.responses)):
+        lengths = [p + k for p, n in zip(workload.prompts, workload.responses) if n > k]
+        total += decode_step(decoder, len(lengths), sum(lengths), itemsize).seconds(device)
+        if ours:
+            step, launches = decode_overhead(decoder, len(lengths))
+            total += step.seconds(device) + launches
+    return total
+
+
+def step_seconds(decoder, device, sequences=DECODE_BATCH, context=DECODE_CONTEXT, itemsize=2, ours=False):
+    """(bound, or prediction) of one step of sequences with `context` tokens each, on average."""
+    seconds = decode_step(decoder, sequences, sequences * context, itemsize).seconds(device)
+    if ours:
+        step, launches = decode_overhead(decoder, sequences)
+        seconds += step.seconds(device) + launches
+    return seconds
 
 
 def milliseconds(steps, device):

@@ -12,6 +12,10 @@ EXPECTED = {
     "token_logps_bwd_kernel": {"wide_loads": 4, "wide_stores": 4},
     "logits_gradient_kernel": {"wide_loads": 8, "wide_stores": 4},
     "linear_ppo_kernel": {"wide_loads": 16, "wide_stores": 4},
+    "store_kv_kernel": {"wide_loads": 4, "wide_stores": 4},
+    "paged_attention_kernel": {"wide_loads": 16},
+    "combine_splits_kernel": {"wide_loads": 1},
+    "sample_tokens_kernel": {"wide_loads": 6},
 }
 
 
@@ -80,6 +84,28 @@ def linear(name, vocab_size, dtype, **options):
     return name, call
 
 
+def sample_tokens(vocab_size, dtype, rows=4, stops=False, **options):
+    def call(module):
+        bans = {"stop_ids": torch.zeros(2, dtype=torch.long), "stop_allowed": torch.ones(rows, dtype=torch.bool)}
+        logits = torch.empty(rows, vocab_size, dtype=dtype)
+        module.sample_tokens(logits, torch.empty(rows, 2), **(bans if stops else {}), **options)
+
+    return "sampling", call
+
+
+def paged_attention(batch, kv_heads, group, head_dim, page_size, dtype=torch.bfloat16, **options):
+    def call(module):
+        query, key = (torch.empty(batch, heads, head_dim, dtype=dtype) for heads in (kv_heads * group, kv_heads))
+        addresses, slots = torch.zeros(2, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+        tables, lengths = torch.zeros(batch, 4096 // page_size, dtype=torch.int), torch.zeros(batch, dtype=torch.int)
+        module.store_kv(key, key, addresses, slots, page_size=page_size)
+        module.paged_attention(
+            query, addresses, tables, lengths, num_kv_heads=kv_heads, page_size=page_size, scale=0.1, **options
+        )
+
+    return "paged_attention", call
+
+
 # Vocabulary sizes of the three models that are benchmarked.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
@@ -119,4 +145,21 @@ CASES = {
         "linear_ppo_loss", GEMMA3_270M, torch.bfloat16, softcap=30.0, entropy_coef=0.01
     ),
     "ppo llama fp32": linear("linear_ppo_loss", LLAMA3_8B, torch.float32),
+    "paged llama bf16": paged_attention(256, 8, 4, 128, 64),
+    "paged llama bf16 small pages": paged_attention(256, 8, 4, 128, 16),
+    "paged llama bf16 few": paged_attention(8, 8, 4, 128, 256),
+    "paged gemma bf16 window softcap few": paged_attention(4, 4, 2, 256, 64, window=1024, softcap=50.0),
+    "paged phi bf16 head_dim 80": paged_attention(256, 32, 1, 80, 32),
+    "paged fp16 group 7": paged_attention(256, 8, 7, 64, 64, torch.float16),
+    "paged bf16 group 71": paged_attention(64, 8, 71, 64, 64),
+    "paged fp32": paged_attention(256, 8, 2, 64, 64, torch.float32),
+    "sample llama bf16": sample_tokens(LLAMA3_8B, torch.bfloat16),
+    "sample qwen fp32 stops": sample_tokens(QWEN3_06B, torch.float32, stops=True),
+    "sample qwen fp32 stops top_k top_p min_p": sample_tokens(
+        QWEN3_06B, torch.float32, stops=True, top_k=50, top_p=0.9, min_p=0.05
+    ),
+    "sample gemma bf16 softcap top_p": sample_tokens(GEMMA3_270M, torch.bfloat16, softcap=30.0, top_p=0.95),
+    "sample llama fp16 min_p": sample_tokens(LLAMA3_8B, torch.float16, min_p=0.05),
+    "sample llama fp32 greedy stops": sample_tokens(LLAMA3_8B, torch.float32, stops=True, temperature=0.0),
+    "sample tiny fp32": sample_tokens(2048, torch.float32),
 }

@@ -205,6 +205,13 @@ class RTOConfig(TrainingConfig):
     """λ of generalised advantage estimation."""
     whiten: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
+    old_logps: Literal["auto", "sampler", "recompute"] = "auto"
+    """Log-probs of the policy that sampled: the sampler's while they agree with a forward pass, else recomputed and the
+    loss importance-weighted (auto); always one of the two."""
+    max_mismatch: float = 0.02
+    """Mean |Δ log-prob| (nats) between sampler and forward pass up to which they agree."""
+    importance_cap: float = 2.0
+    """Largest importance weight (truncated importance sampling)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped at 1 − this …"""
     clip_eps_high: float | None = None
@@ -233,18 +240,31 @@ class RTOConfig(TrainingConfig):
 class RolloutConfig:
     """How responses are sampled, in training and evaluation."""
 
-    engine: Literal["hf"] = "hf"
-    """hf: `generate` of transformers."""
+    engine: Literal["native", "hf", "vllm"] = "native"
+    """native: on the training weights, in this process; hf: `generate` of transformers, which native falls back to where it
+    does not know the architecture; vllm: a vLLM instance, given the weights before every rollout."""
     max_new_tokens: int = 1024
     """Longest response."""
     min_new_tokens: int = 1
-    """Shortest response."""
+    """Tokens before a stop token can be drawn."""
     temperature: float = 1.0
     """Of sampling, and of the policy that PPO optimises."""
     top_p: float = 1.0
     """Nucleus sampling; the paper samples from the whole distribution (1)."""
+    top_k: int = 0
+    """Only the most likely tokens, so many; 0: all."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the most likely token's probability."""
     batch_size: int = 256
     """Responses decoded at once."""
+    kv_cache_gib: float | None = None
+    """Memory for keys and values; default: what the responses need, of what is free. native."""
+    page_size: int | None = None
+    """Tokens in a page of that memory, a power of two; default: 64, and on a CPU a whole sequence. native."""
+    prefill_tokens: int = 16384
+    """Prompt tokens computed at once. native."""
+    vllm: dict = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`, such as {tensor_parallel_size: 2}. vllm."""
 
 
 @dataclass
@@ -306,16 +326,17 @@ ABOVE_0 = (
     _of_each_stage("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens")
     + (
         "data.max_prompt_tokens data.max_response_tokens dpo.beta rto.prompts_per_rollout rto.samples_per_prompt "
-        "rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size eval.prompts"
+        "rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size rollout.prefill_tokens "
+        "eval.prompts rto.importance_cap"
     ).split()
 )
 ABOVE_0_OR_NULL = (
     "threads data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
-    "rto.value_clip_eps"
+    "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
 ).split()
 AT_LEAST_0 = (
     "data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
-    "eval.every eval.show"
+    "rto.max_mismatch rollout.top_k eval.every eval.show"
 ).split()
 FROM_0_TO_1 = [*_of_each_stage("warmup_ratio", "min_lr_ratio"), "rto.gamma", "rto.gae_lambda"]
 
@@ -350,6 +371,9 @@ def _validate(config):
     require(not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"), "rto.truncation",
             "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)")  # fmt: skip
     require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")
+    require(0 <= rollout.min_p < 1, "rollout.min_p", "a number in [0, 1)")
+    size = rollout.page_size or 16
+    require(size >= 16 and not size & (size - 1), "rollout.page_size", "a power of two of at least 16, or null")
     require(1 <= rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
             "a number from 1 to rollout.max_new_tokens")  # fmt: skip
 

@@ -23,3 +23,7 @@ class RewardError(UserError):
 
 class TrainingError(UserError):
     """Training that cannot go on."""
+
+
+class RolloutError(UserError):
+    """Responses that cannot be generated."""

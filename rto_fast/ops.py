@@ -1,10 +1,11 @@
-"""The public ops: fused log-probs, RTO advantages and PPO losses, for any RLHF loop.
+"""The public ops: fused log-probs, RTO advantages, PPO losses and a sampler, for any RLHF loop.
 
 Everything works on packed tensors: T tokens of N sequences back to back, `cu_seqlens [N+1] int32` marks the bounds,
 index t is the state s_t and the action `labels[t]` (labels are already shifted). CUDA tensors run the Triton kernels,
 CPU tensors the plain torch reference; with TRITON_INTERPRET=1 in the environment CPU tensors run the Triton code
 through its interpreter. Log-probs, entropies and KL are in nats; outputs are float32 (float64 from float64 on CPU).
-Wrong shapes, devices or dtypes raise ValueError naming the argument. The algorithm is arXiv 2404.18922.
+Wrong shapes, devices or dtypes raise ValueError naming the argument. The algorithm is arXiv 2404.18922. `sample_tokens`
+is for decoding: it has no gradient, and on CUDA it neither waits for the device nor depends on it, for CUDA graphs.
 
 `torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). In the reference,
 `token_logps` and the PPO losses are traced whole; the others, whose shapes depend on masks, break the graph.
@@ -19,19 +20,19 @@ import os
 
 import torch
 
-from rto_fast.kernels import reference
+from rto_fast.kernels import reference, sampling_reference
 from rto_fast.kernels.reference import RTOAdvantages
 
 __all__ = [
     "token_logps", "linear_token_logps", "linear_ppo_loss", "ppo_policy_loss", "ppo_value_loss", "gae",
-    "rto_advantages", "RTOAdvantages",
+    "rto_advantages", "RTOAdvantages", "sample_tokens",
 ]  # fmt: skip
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _implementation(module, tensor):
+def _implementation(module, tensor, reference=reference):
     """The Triton module of an op for CUDA tensors, the reference otherwise."""
     if not (tensor.is_cuda or (_INTERPRET and tensor.device.type == "cpu")):
         return reference
@@ -40,6 +41,7 @@ def _implementation(module, tensor):
     import rto_fast.kernels.linear_ppo_loss
     import rto_fast.kernels.linear_token_logps
     import rto_fast.kernels.ppo_losses
+    import rto_fast.kernels.sampling
     import rto_fast.kernels.token_logps
 
     return getattr(rto_fast.kernels, module)
@@ -286,4 +288,53 @@ def rto_advantages(
         dpo_reward_scale=dpo_reward_scale, dpo_reward_clip=dpo_reward_clip, kl_coef=kl_coef, score_scale=score_scale,
         score_clip=score_clip, gamma=gamma, gae_lambda=gae_lambda, granularity=granularity,
         delimiter_mask=delimiter_mask, shaping=shaping, bootstrap_values=bootstrap_values, whiten=whiten,
+    )  # fmt: skip
+
+
+def sample_tokens(
+    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
+):  # fmt: skip
+    """Draws a token per row from softmax(logits / temperature), filtered, and gives its log-probabilities.
+
+    Two random numbers a row invert the distribution function, one over tiles of the vocabulary, one over the tokens of
+    the chosen tile: the same token from any device, up to rounding, whatever the batch. A token of probability 0 is
+    never drawn. Filters apply in the order of transformers' warpers, and what equals the last value kept is kept.
+
+    Args:
+        logits: [B, V] float32, bfloat16 or float16, rows contiguous and any stride apart.
+        uniforms: [B, 2] float32 multiples of 2^-24 in [0, 1), `rto_fast.kernels.sampling_reference.philox_uniforms`.
+        temperature: divides the logits; 0 takes the highest, the first of equals.
+        top_k: keeps the k highest logits, 0 all.
+        top_p: keeps of these the highest whose probabilities reach top_p together; in (0, 1].
+        min_p: keeps of these what has at least min_p times the probability of the highest; in [0, 1].
+        softcap: c·tanh(logits / c) before anything else (Gemma-2), or None.
+        stop_ids: [K] int64 in [0, V), which rows of which stop_allowed [B] bool is False cannot draw (None: they can).
+    Returns:
+        tokens [B] int64; logps [B] float32 under softmax(logits / temperature), nothing filtered or forbidden (at
+        temperature 1 for 0): the policy that PPO optimises; sampling_logps [B] float32 under the distribution drawn
+        from (0 for temperature 0). Where there is none (NaN or +inf in the row, nothing but -inf or stop_ids):
+        token 0, both log-probs NaN.
+    """
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits: expected shape [B, V] with V > 0, got {tuple(logits.shape)}")
+    rows, device = len(logits), logits.device
+    _check("logits", logits, logits.shape, _floats(device), device)
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits: expected contiguous rows, got stride {logits.stride(1)} in the last dimension")
+    _check("uniforms", uniforms, (rows, 2), (torch.float32,), device)
+    if stop_ids is not None:
+        _check("stop_ids", stop_ids, (stop_ids.numel(),), (torch.int64,), device)
+    _check_mask("stop_allowed", stop_allowed, (rows,), device)
+    _check_positive(softcap=softcap)
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected an integer of at least 0, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: expected a number in [0, 1], got {min_p}")
+    return _implementation("sampling", logits, sampling_reference).sample_tokens(
+        logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, softcap=softcap,
+        stop_ids=stop_ids, stop_allowed=stop_allowed,
     )  # fmt: skip

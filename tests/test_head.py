@@ -1,9 +1,8 @@
 """The linear ops as the forward of the head: alone, and where ZeRO-3 has taken the weights away (two processes)."""
 
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,10 @@ from rto_fast.errors import ModelError
 from rto_fast.models.head import use_op_linear
 from rto_fast.ops import linear_ppo_loss, linear_token_logps
 
-VOCAB, TOKENS, STEPS, RANKS, NUM_ITEMS = 50, 12, 2, 2, 8.0
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import RANKS, join_deepspeed, run_ranks  # noqa: E402
+
+VOCAB, TOKENS, STEPS, NUM_ITEMS = 50, 12, 2, 8.0
 
 
 class Policy(nn.Module):
@@ -109,14 +111,10 @@ def train_zero3(tied, rank):
 
 
 def main(rank, store):
-    import deepspeed
-
     from rto_fast import ops
     from rto_fast.kernels import reference
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank,
-                               world_size=RANKS)  # fmt: skip
+    join_deepspeed(rank, store)
     reference.BLOCK_ELEMENTS, reference.KEPT_ELEMENTS = 5 * VOCAB, 0  # blocks computed again in the backward pass
     for ops._INTERPRET in (False, True):
         for tied in (False, True):
@@ -125,25 +123,7 @@ def main(rank, store):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_zero3(tmp_path):
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": str(RANKS),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=180)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, tmp_path, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -29,6 +29,7 @@ ARGUMENTS = {
         "old_logps": FLOAT, "ref_logps": FLOAT, "dpo_logps": FLOAT, "values": FLOAT, "scores": torch.zeros(N),
         "cu_seqlens": BOUNDS, "response_mask": MASK,
     },
+    "sample_tokens": {"logits": torch.zeros(T, V), "uniforms": torch.zeros(T, 2)},
 }  # fmt: skip
 
 SHORT, INTEGERS, META = FLOAT[:-1], FLOAT.long(), FLOAT.to("meta")
@@ -66,6 +67,13 @@ REFUSED = {
         ("scores", FLOAT), ("bootstrap_values", FLOAT), ("cu_seqlens", BOUNDS.long()), ("response_mask", FLOAT),
         ("delimiter_mask", MASK[:-1]), ("granularity", "word"),
     ],
+    "sample_tokens": [
+        ("logits", FLOAT), ("logits", torch.zeros(T, 0)), ("logits", torch.zeros(T, V, dtype=torch.int64)),
+        ("logits", torch.zeros(V, T).t()), ("uniforms", torch.zeros(T, 3)), ("uniforms", torch.zeros(T, 2).half()),
+        ("uniforms", torch.zeros(T, 2).to("meta")), ("stop_ids", LABELS.int()), ("stop_ids", LABELS[None]),
+        ("stop_allowed", MASK[:-1]), ("stop_allowed", LABELS), ("temperature", -0.1), ("temperature", float("nan")),
+        ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("softcap", 0.0),
+    ],
 }  # fmt: skip
 
 
@@ -87,7 +95,7 @@ def test_autocast_may_mix_dtypes():
         assert ops.linear_token_logps(**arguments).dtype == torch.float32
 
 
-@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("op", [op for op in ARGUMENTS if op != "sample_tokens"])  # whose uniforms are float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_are_float32(op, dtype):
     arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in ARGUMENTS[op].items()}

@@ -28,6 +28,13 @@ def test_the_first_example_trains():
     assert scope["loss"].isfinite() and scope["lm_head"].grad.abs().sum() > 0
 
 
+def test_the_example_that_generates():
+    scope = scope_of("NativeEngine")
+    batch, old_logps, rollout = scope["batch"], scope["old_logps"], scope["rollout"]
+    assert len(rollout.response_ids) == 8 and batch.num_sequences == 8
+    assert old_logps.shape == batch.labels.shape and (old_logps[batch.response_mask] < 0).all()
+
+
 def test_the_example_for_trl():
     scope = scope_of("selective_log_softmax")
     logits, index = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))

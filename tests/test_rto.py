@@ -15,6 +15,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
+from rto_fast.rollout.base import finish_reasons
 from rto_fast.stages import rto
 
 TOKENIZER = build_tokenizer()
@@ -52,7 +53,7 @@ def build_models(**changes):
 
 def collect(models, settings, delimiters=None):
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
-    rollout = RolloutBatch(PROMPTS, RESPONSES, FINISHED)
+    rollout = RolloutBatch(PROMPTS, RESPONSES, finish_reasons(RESPONSES, (1,)))
     return rto.collect(settings, models, rollout, prompts, TOKENIZER, settings.rto.kl_coef, delimiters, "cpu")
 
 

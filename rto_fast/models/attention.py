@@ -54,14 +54,17 @@ def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
     )  # fmt: skip
 
 
-def _sdpa_one(query, key, value, scaling, window, softcap):
-    """Causal attention of one sequence, [Hq, L, D] and [Hkv, L, D]."""
-    length = query.shape[1]
+def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
+    """Causal attention of one sequence: [Hq, L, D] queries, the last L of the [Hkv, K, D] keys' and values' positions."""
+    length, keys = query.shape[1], key.shape[1]
     gqa = query.shape[0] != key.shape[0]
     mask = None
-    if window and window < length:
-        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-        mask = (distance >= 0) & (distance < window)
+    if length != keys or (window and window < keys):
+        positions = torch.arange(keys, device=query.device)
+        distance = positions[keys - length :, None] - positions
+        mask = distance >= 0
+        if window:
+            mask &= distance < window
     if not softcap:
         return F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
@@ -79,7 +82,7 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
     lengths = cu_seqlens.diff().tolist()
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
     pieces = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, value)))
-    return torch.cat([_sdpa_one(*piece, scaling, window, softcap) for piece in pieces], 1).transpose(0, 1)
+    return torch.cat([sdpa_causal(*piece, scaling, window, softcap) for piece in pieces], 1).transpose(0, 1)
 
 
 def packed_attention(

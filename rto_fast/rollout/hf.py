@@ -5,7 +5,7 @@ import time
 import torch
 
 from rto_fast.models.loading import attention_implementation
-from rto_fast.rollout.base import RolloutBatch
+from rto_fast.rollout.base import RolloutBatch, finish_reasons
 
 
 class HFEngine:
@@ -13,16 +13,13 @@ class HFEngine:
         self.model, self.tokenizer, self.config = model, tokenizer, config
 
     @torch.no_grad()
-    def generate(self, prompt_ids, n, sampling, seed):
-        """Samples `n` responses to each prompt.
+    def generate(self, prompts, n=1, sampling=None, seed=0, *, prompt_numbers=None, limits=None):
+        """Samples `n` responses to each prompt; see `NativeEngine.generate`.
 
-        Args:
-            prompt_ids: lists of token ids. n: samples per prompt. sampling: `Sampling`. seed: of the sampler; the
-                global random state is left as it was.
-        Returns:
-            RolloutBatch of len(prompt_ids)·n responses.
+        Here a sample also depends on the batch it is decoded in, and a response's limit cuts it after the fact.
         """
         start = time.perf_counter()
+        prompt_ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
         prompts = [ids for ids in prompt_ids for _ in range(n)]
         responses = [None] * len(prompts)
         # Alike lengths decode together: less padding, and batches that end together.
@@ -31,7 +28,7 @@ class HFEngine:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
         with torch.random.fork_rng(devices), attention_implementation(self.model, attention):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + 1_000_003 * (prompt_numbers[0] if prompt_numbers else 0))  # ranks draw differently
             self.model.eval()
             try:
                 # What we leave unset, `generate` would take from here: a repetition penalty, say.
@@ -43,8 +40,10 @@ class HFEngine:
             finally:
                 self.model.train(training)
                 self.model.generation_config = defaults
-        finished = [bool(r) and r[-1] in sampling.stop_ids for r in responses]
-        return RolloutBatch(prompts, responses, finished, {"rollout": time.perf_counter() - start})
+        if limits:
+            responses = [ids[:limit] for ids, limit in zip(responses, limits)]
+        reasons = finish_reasons(responses, sampling.stop_ids)
+        return RolloutBatch(prompts, responses, reasons, timings={"rollout": time.perf_counter() - start})
 
     def _decode(self, prompts, sampling):
         device, width = self.model.device, max(map(len, prompts))
@@ -56,15 +55,20 @@ class HFEngine:
 
     def _pad(self, sampling):
         pad = self.tokenizer.pad_token_id
-        return sampling.stop_ids[0] if pad is None else pad
+        return (sampling.stop_ids or (0,))[0] if pad is None else pad
 
     def _generation_config(self, sampling):
         from transformers import GenerationConfig
 
+        drawing = dict(do_sample=False)
+        if sampling.temperature > 0:
+            drawing = dict(
+                do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                min_p=sampling.min_p or None,
+            )  # fmt: skip
         return GenerationConfig(
-            do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
             max_new_tokens=sampling.max_new_tokens, min_new_tokens=sampling.min_new_tokens,
-            eos_token_id=list(sampling.stop_ids), pad_token_id=self._pad(sampling), use_cache=True,
+            eos_token_id=list(sampling.stop_ids) or None, pad_token_id=self._pad(sampling), use_cache=True, **drawing,
         )  # fmt: skip
 
     @staticmethod

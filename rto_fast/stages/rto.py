@@ -18,6 +18,7 @@ from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer,
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
+from rto_fast.stages.behaviour import behaviour_logps
 from rto_fast.stages.common import response_logps, save_model
 from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices
@@ -44,6 +45,7 @@ class Experience:
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    importance: torch.Tensor | None = None  # weights of the policy's loss, see `behaviour_logps`
 
     @property
     def lengths(self):
@@ -128,7 +130,10 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     def logps(model, temperature=config.rollout.temperature):
         return response_logps(model, prompt_ids, response_ids, max_tokens, temperature)
 
-    old_logps, ref_logps = logps(models.policy), logps(models.reference)
+    old_logps, importance, mismatch = behaviour_logps(
+        config, models.policy, rollout, prompt_ids, response_ids, batch
+    )  # fmt: skip
+    ref_logps = logps(models.reference)
     dpo_logps = dpo_ref_logps = ref_logps
     if models.dpo is not None:
         # The implicit reward is that of the DPO model as it was trained: at temperature 1.
@@ -163,7 +168,9 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         delimiter_mask=delimiters[batch.labels.clamp(min=0)] if delimiters is not None else None,
         shaping=rto.shaping, bootstrap_values=bootstrap, whiten=rto.whiten,
     )  # fmt: skip
-    experience = Experience(prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns)
+    experience = Experience(
+        prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns, importance
+    )  # fmt: skip
 
     per_response = {k: v / batch.num_sequences for k, v in result.stats.items() if k.endswith("_sum")}
     mask, stats = batch.response_mask, result.stats
@@ -183,7 +190,7 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         "advantage_std": stats["advantage_var"].sqrt(),
         "explained_variance": _explained_variance(values[mask], result.returns[mask]),
     }
-    return experience, metrics
+    return experience, metrics | mismatch
 
 
 def _correlation(x, y):
@@ -225,6 +232,7 @@ def update(config, models, optimizers, experience, seed):
     parts = {
         name: getattr(experience, name).split(lengths) for name in ("old_logps", "old_values", "advantages", "returns")
     }  # fmt: skip
+    importance = None if experience.importance is None else experience.importance.split(lengths)
     policy_options = {name: getattr(rto, name) for name in ("clip_eps", "clip_eps_high", "dual_clip", "entropy_coef")}
     per_sequence = rto.loss_normalization == "sequence" or rto.compat == "paper_code"
     totals, steps = Counter(), 0
@@ -246,9 +254,13 @@ def update(config, models, optimizers, experience, seed):
                 if per_sequence:
                     counts = torch.tensor([len(experience.response_ids[i]) for i in rows], device=device)
                     weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
+                policy_weights = weights
+                if importance is not None:
+                    policy_weights = torch.cat([importance[i] for i in rows])
+                    policy_weights = policy_weights if weights is None else policy_weights * weights
                 loss, metrics = policy_loss(
-                    models.policy, batch, old_logps, advantages, temperature=config.rollout.temperature, weights=weights,
-                    num_items=num_items, **policy_options,
+                    models.policy, batch, old_logps, advantages, temperature=config.rollout.temperature,
+                    weights=policy_weights, num_items=num_items, **policy_options,
                 )  # fmt: skip
                 loss.backward()
                 if models.critic is not None:

@@ -21,7 +21,7 @@ def model():
 
 
 def engine(model, batch_size=8):
-    return build_engine(model, TOKENIZER, RolloutConfig(batch_size=batch_size))
+    return build_engine(model, TOKENIZER, RolloutConfig(engine="hf", batch_size=batch_size))
 
 
 def sampling(**options):

@@ -1,0 +1,117 @@
+"""What the rollout benchmark decodes: the shapes of whole models, and lengths of prompts and responses."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model of Llama's family. Its norms, 10^-4 of the weights, count as nothing."""
+
+    name: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tied: bool = False
+    context: int = 4096
+    rope_theta: float = 10_000.0
+    model_type: str = "llama"
+
+    @property
+    def layer_weights(self):
+        """Elements of the matrices of all layers."""
+        attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def head_weights(self):
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def parameters(self):
+        return self.layer_weights + (1 if self.tied else 2) * self.head_weights
+
+    @property
+    def kv_elements(self):
+        """Of one token, in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+# As their config.json on the Hugging Face hub says: meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-0.6B.
+LLAMA3_8B = Decoder("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, context=8192, rope_theta=500_000.0)
+QWEN3_06B = Decoder(
+    "Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072, 151936, tied=True, context=40960, rope_theta=1e6, model_type="qwen3"
+)
+LLAMA_20M = Decoder("20M Llama", 8, 384, 6, 2, 64, 1024, 8192)
+DECODERS = (LLAMA3_8B, QWEN3_06B, LLAMA_20M)
+EMBEDDED = Decoder("embedded", 2, 64, 4, 4, 16, 192, 67, context=256, rope_theta=1000.0)  # rto_fast.data.world
+TINY = Decoder("tiny", 2, 32, 4, 2, 16, 64, 300, context=256)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One layer's keys and values of a batch of sequences; what `benchmarks.cases` takes for a shape."""
+
+    decoder: Decoder
+    sequences: int
+    tokens: int  # of all sequences
+
+    @property
+    def name(self):
+        return self.decoder.name
+
+    @property
+    def hidden_size(self):
+        return self.decoder.heads * self.decoder.head_dim
+
+    vocab_size = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths of prompts, and of the responses that are asked for."""
+
+    name: str
+    prompts: tuple[int, ...]
+    responses: tuple[int, ...]
+
+    @cached_property
+    def response_tokens(self):
+        return sum(self.responses)
+
+    def prompt_ids(self, vocab_size):
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in self.prompts]
+
+
+def uniform(sequences=256, least=100, most=1024, name="uniform"):
+    lengths = torch.randint(least, most + 1, (2, sequences), generator=torch.Generator().manual_seed(0))
+    return Workload(name, *map(tuple, lengths.tolist()))
+
+
+def log_normal(sequences=256, median=300, sigma=0.8, least=16, most=1024, name="log-normal"):
+    draws = torch.randn(2, sequences, generator=torch.Generator().manual_seed(0))
+    lengths = (median * torch.exp(sigma * draws)).round().long().clamp_(least, most)
+    return Workload(name, *map(tuple, lengths.tolist()))
+
+
+def equal(sequences, prompt, response, name):
+    return Workload(name, (prompt,) * sequences, (response,) * sequences)
+
+
+def shortened(workload, by=8, name="short"):
+    """Responses an eighth as long: what transformers' `generate` finishes in the time there is."""
+    return Workload(name, workload.prompts, tuple(max(1, length // by) for length in workload.responses))
+
+
+def workloads(small=False):
+    """{name: workload}; `small`: of a few tokens, to try the scripts."""
+    full = uniform(6, 4, 24) if small else uniform()
+    tailed = log_normal(6, 8, least=4, most=24) if small else log_normal()
+    return {w.name: w for w in (full, tailed, shortened(full))}

@@ -1,0 +1,268 @@
+"""Decode attention over a paged key-value cache: one query token a sequence, split over its keys (split-KV).
+
+A layer's cache is two tensors [num_pages, num_kv_heads, page_size, head_dim]. The kernels take their two addresses as
+an int64 tensor [2] and read them on the device, so that a captured CUDA graph of the decode step lives on when the
+cache is freed and allocated again.
+
+Bytes are all there is: every key and value is read once. Query heads that share a key head are padded to the 16 rows of
+a tensor-core product, MHA's single head too: that is 16 FLOP a byte (16 bits), where an H200 has 200. What counts is
+bytes in flight: 5 MB, 40 KB an SM, cover the latency of its memory. So tiles are 8 KB, and the copies to shared memory
+(LDGSTS, 128 bits) run up to three tiles of keys and of values ahead, 48 KB a program; four programs fit on an SM.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rto_fast.kernels.common import LOG2E
+
+# The interpreter takes the bits of bfloat16 for integers: there, and only there, operands of products are widened.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+TILE_BYTES = 8192
+# Copies of so many tokens are in flight at once (bf16, head_dim 128, rounded up): less would not keep a program busy.
+MIN_SPLIT_TOKENS = 128
+MAX_SPLITS = 64  # the sums of all are combined in registers
+
+
+@triton.jit
+def cache_pointers(addresses_ptr, dtype: tl.constexpr):
+    """Base pointers of keys and values; the promise of 16-byte alignment is what makes 128-bit accesses."""
+    k_ptr = tl.load(addresses_ptr).to(tl.pointer_type(dtype))
+    v_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(dtype))
+    return tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16)
+
+
+@triton.jit
+def store_kv_kernel(
+    key_ptr, value_ptr, addresses_ptr, slots_ptr, stride_key_t, stride_key_h, stride_value_t, stride_value_h,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid_t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + pid_t)
+    if slot >= 0:
+        k_ptr, v_ptr = cache_pointers(addresses_ptr, key_ptr.dtype.element_ty)
+        offs_h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        mask = (offs_h < NUM_HEADS) & (offs_d < HEAD_DIM)
+        key = tl.load(key_ptr + pid_t * stride_key_t + offs_h * stride_key_h + offs_d, mask=mask)
+        value = tl.load(value_ptr + pid_t * stride_value_t + offs_h * stride_value_h + offs_d, mask=mask)
+        rows = (slot // PAGE_SIZE * NUM_HEADS + offs_h) * PAGE_SIZE + slot % PAGE_SIZE
+        tl.store(k_ptr + rows * HEAD_DIM + offs_d, key, mask=mask)
+        tl.store(v_ptr + rows * HEAD_DIM + offs_d, value, mask=mask)
+
+
+@triton.jit
+def load_pages(tables_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page of the block of tokens at `start`, or of each of its tokens where blocks and pages do not nest."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        return tl.load(tables_ptr + start // PAGE_SIZE, mask=start < end, other=0)
+    else:
+        offs_n = start + tl.arange(0, BLOCK_N)
+        return tl.load(tables_ptr + offs_n // PAGE_SIZE, mask=offs_n < end, other=0)
+
+
+@triton.jit
+def block_offsets(
+    pages, pid_h, num_heads, start, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Where the keys (and values) of the block of tokens at `start` lie, int64 [BLOCK_N, BLOCK_D]."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    origins = (pages.to(tl.int64) * num_heads + pid_h) * (PAGE_SIZE * HEAD_DIM)
+    if PAGE_SIZE % BLOCK_N == 0:
+        # What differs between elements does not depend on the page: the compiler takes it out of the loop.
+        return (origins + start % PAGE_SIZE * HEAD_DIM) + (offs_n[:, None] * HEAD_DIM + offs_d)
+    else:
+        return (origins + (start + offs_n) % PAGE_SIZE * HEAD_DIM)[:, None] + offs_d
+
+
+@triton.jit
+def paged_attention_kernel(
+    query_ptr, addresses_ptr, tables_ptr, lengths_ptr, out_ptr, state_ptr, stride_query_b, stride_query_h,
+    stride_tables_b, scale, cap, window, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_h = tl.program_id(1)
+    pid_s = tl.program_id(2)
+    num_heads = tl.num_programs(1)
+    num_splits = tl.num_programs(2)
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    mask_q = (offs_g < GROUP)[:, None] & mask_d[None, :]
+
+    # Splits share the whole blocks between them, as evenly as that goes; blocks begin at multiples of BLOCK_N.
+    length = tl.load(lengths_ptr + pid_b)
+    first = 0
+    if window is not None:
+        first = tl.maximum(length - window, 0)
+    first_block = first // BLOCK_N
+    num_blocks = tl.cdiv(length, BLOCK_N) - first_block
+    begin = (first_block + num_blocks * pid_s // num_splits) * BLOCK_N
+    end = tl.minimum((first_block + num_blocks * (pid_s + 1) // num_splits) * BLOCK_N, length)
+
+    # State (m, s) in base 2, as in common.py; s by column: sums across columns, that is across warps, wait for the end.
+    m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    s = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    k_ptr, v_ptr = cache_pointers(addresses_ptr, query_ptr.dtype.element_ty)
+    tables_ptr += pid_b * stride_tables_b
+    offs_q = pid_b * stride_query_b + (pid_h * GROUP + offs_g)[:, None] * stride_query_h + offs_d[None, :]
+    query = tl.load(query_ptr + offs_q, mask=mask_q & (begin < end), other=0.0)
+    if INTERPRETED:
+        query = query.to(tl.float32)
+    pages = load_pages(tables_ptr, begin, end, PAGE_SIZE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        offs_kv = block_offsets(pages, pid_h, num_heads, start, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+        # Looked up a block ahead: the addresses of copies that run ahead must not wait for it.
+        pages = load_pages(tables_ptr, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        valid = start + offs_n < end
+        if window is not None:
+            valid = valid & (start + offs_n >= first)
+        # What is not seen is not read: it may be NaN, and 0·NaN is NaN; pages before the window may be gone.
+        mask_kv = valid[:, None] & mask_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=mask_kv, other=0.0)
+        if INTERPRETED:
+            k = k.to(tl.float32)
+        x = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        if cap is not None:
+            x = cap - 2.0 * cap / (1.0 + tl.exp2(x))  # cap·tanh, as in common.load_logits
+        x = tl.where(valid[None, :], x, float("-inf"))
+        new_m = tl.maximum(m, tl.max(x, 1))
+        rescale = tl.exp2(m - new_m)
+        p = tl.exp2(x - new_m[:, None])
+        m = new_m
+        s = s * rescale[:, None] + p
+        v = tl.load(v_ptr + offs_kv, mask=mask_kv, other=0.0)
+        if INTERPRETED:
+            v = v.to(tl.float32)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+
+    row = (pid_b * num_heads + pid_h) * GROUP + offs_g
+    if state_ptr is None:
+        total = tl.sum(s, 1)
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # an idle slot gives 0
+        tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
+    else:
+        row = row * num_splits + pid_s
+        tl.store(state_ptr + row * 2, m, mask=offs_g < GROUP)
+        if begin < end:
+            tl.store(state_ptr + row * 2 + 1, tl.sum(s, 1), mask=offs_g < GROUP)
+            tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
+
+
+@triton.jit
+def combine_splits_kernel(
+    partials_ptr, state_ptr, out_ptr, num_splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Output of one query head from its splits' sums; all are loaded at once, for each wait costs as much as all."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    m = tl.load(state_ptr + (row * num_splits + offs_s) * 2, mask=offs_s < num_splits, other=float("-inf"))
+    filled = m > float("-inf")
+    s = tl.load(state_ptr + (row * num_splits + offs_s) * 2 + 1, mask=filled, other=0.0)
+    offs = (row * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
+    partials = tl.load(partials_ptr + offs, mask=filled[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    weight = tl.where(filled, tl.exp2(m - tl.max(m, 0)), 0.0)
+    total = tl.sum(weight * s, 0)
+    out = tl.sum(weight[:, None] * partials, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+
+
+def _tiling(group, head_dim, dtype):
+    """Block sizes and launch options; a tile has 8 columns for each of 4 warps at least, as their products have."""
+    itemsize = dtype.itemsize
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # float32 products are no tensor-core products: nothing to pad for.
+    block_g = triton.next_power_of_2(group) if itemsize == 4 else max(16, triton.next_power_of_2(group))
+    block_n = min(max(TILE_BYTES // (block_d * itemsize), 64 // itemsize), 64)
+    programs = 4 if block_n * block_d * itemsize <= TILE_BYTES else 3  # that an SM's shared memory holds
+    return {
+        "BLOCK_G": block_g,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "num_warps": 4 if block_g <= 64 else 8,
+        "num_stages": programs,  # one tile in work, the others in flight
+        # Left alone, ptxas spills to make room for programs that shared memory has no room for.
+        "maxnreg": 65536 // (128 * programs) // 8 * 8 if itemsize == 2 and block_g == 16 else None,
+    }
+
+
+def _num_splits(num_programs, max_tokens, device):
+    """Splits of a sequence, from shapes alone: the host knows no lengths, and a graph is captured once for all."""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    wanted = triton.cdiv(2 * num_sms, num_programs)
+    return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
+
+
+def _dense_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def store_kv(key, value, addresses, slots, *, page_size):
+    """Writes the keys and values of T tokens into a layer's cache.
+
+    key, value [T, num_kv_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64, of the cache's keys
+    and values, both 16-byte aligned; slots [T] int64 = page·page_size + offset; a token of negative slot is not stored.
+    """
+    num_tokens, num_heads, head_dim = key.shape
+    if not num_tokens:
+        return
+    key, value = _dense_rows(key), _dense_rows(value)
+    block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    num_warps = min(max(block_h * block_d * key.element_size() // 2048, 1), 8)  # 4 accesses of 128 bits a thread
+    with torch.cuda.device_of(key):
+        store_kv_kernel[(num_tokens,)](
+            key, value, addresses, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
+            num_warps=num_warps,
+        )  # fmt: skip
+
+
+def paged_attention(
+    query, addresses, block_tables, lengths, *, num_kv_heads, page_size, scale, window=None, softcap=None,
+    num_splits=None,
+):  # fmt: skip
+    """Attention of one query token a sequence to the tokens its pages hold, itself included: [B, num_heads, head_dim].
+
+    query [B, num_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64 as for `store_kv`;
+    block_tables [B, max_blocks] int32, pages of a sequence in order; lengths [B] int32, tokens of a sequence in the
+    cache: 0 for an idle slot, which gives 0. page_size: a multiple of 64 costs one look-up a block, others one a token.
+    scores = query·key·scale, softcap·tanh(scores/softcap) with a softcap; with a window only the last `window` tokens
+    count. Tokens beyond the length or before the window are not read, nor are their pages. The weights are rounded to
+    the cache's dtype, their sum is not. Nothing here waits for the device. A sequence's output depends on no other
+    sequence, but on `num_splits`, which follows from the shapes when it is None: another number rounds differently.
+    """
+    batch, num_heads, head_dim = query.shape
+    group = num_heads // num_kv_heads
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if not batch:
+        return out
+    query = _dense_rows(query)
+    tiling = _tiling(group, head_dim, query.dtype)
+    if num_splits is None:
+        num_splits = _num_splits(batch * num_kv_heads, block_tables.shape[1] * page_size, query.device)
+    # One multiplication takes scores to base 2, or to the exponent tanh wants.
+    cap = None if softcap is None else softcap * LOG2E.value
+    scale *= LOG2E.value if softcap is None else 2 * LOG2E.value / softcap
+    partials, state = out, None
+    if num_splits > 1:
+        partials = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
+        state = torch.empty(batch, num_heads, num_splits, 2, dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):
+        paged_attention_kernel[(batch, num_kv_heads, num_splits)](
+            query, addresses, block_tables, lengths, partials, state, query.stride(0), query.stride(1),
+            block_tables.stride(0), scale, cap, window, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+            **tiling,
+        )  # fmt: skip
+        if num_splits > 1:
+            combine_splits_kernel[(batch * num_heads,)](
+                partials, state, out, num_splits, HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_D=tiling["BLOCK_D"], num_warps=4,
+            )  # fmt: skip
+    return out

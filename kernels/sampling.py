@@ -1,0 +1,277 @@
+"""Draws a token per row of logits, and its log-probability, in one read of the logits.
+
+The draw is an inverse CDF of two levels instead of Gumbel-max: one random number picks a tile of the vocabulary, one a
+token inside it. That takes two random numbers a token instead of V, which a table made once per rollout holds, and
+the sums of tiles come out of the pass that the log-prob needs anyway; only the chosen tile is read again. One program
+owns a row and does all of it, so that a sample depends on its row alone, not on its slot or the size of the batch.
+
+Bytes are all there is: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. Filters come to one
+threshold a row. A pass collects the row's candidates, those above a bound that costs nothing (for top_k the k-th
+largest maximum of a tile; for top_p the logit below which even V of its like hold less than 1 - top_p), a bisection
+among these few finds the threshold, a third pass sums up the tiles that have something above it: at most 110 µs where
+candidates are few. Of a flat distribution all tokens are candidates, and a bisection is 16 more passes.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from rto_fast.kernels import sampling_reference
+from rto_fast.kernels.common import LN2, LOG2E, load_logits
+
+TILE = sampling_reference.TILE
+# 16 tiles at a time by 8 warps: 32 KB of float32 in flight, of which two programs on an SM cover HBM's latency.
+MAX_BLOCK_TILES = 16
+
+
+@triton.jit
+def _forbid(z, offs_v, stop_ids_ptr, num_stops):
+    for i in range(num_stops):
+        z = tl.where(offs_v == tl.load(stop_ids_ptr + i), float("-inf"), z)
+    return z
+
+
+@triton.jit
+def _store_block(
+    x_ptr, m_ptr, s_ptr, previous_m_ptr, stop_ids_ptr, num_stops, threshold, tile, num_cols, scale, cap,
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """State (m, Σ 2^((z - m)·scale)) of each of the tiles [tile, tile + BLOCK_T), of what is ≥ threshold in them."""
+    # A row of this block is what a warp loads at once, 16 bytes a lane, and rows are dealt out to warps in turn. All
+    # rows of a tile, BLOCK_T apart, thus fall to one warp: it sums the tile up without shared memory.
+    LANES: tl.constexpr = 4096 // x_ptr.dtype.element_ty.primitive_bitwidth
+    PARTS: tl.constexpr = TILE // LANES
+    offs_r = tl.arange(0, PARTS * BLOCK_T)
+    offs_t = tile + offs_r % BLOCK_T
+    offs_v = (offs_t * TILE + offs_r // BLOCK_T * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+    end = num_cols
+    if threshold is not None:  # nothing is read of tiles that lie below it
+        end = tl.where(tl.load(previous_m_ptr + offs_t) >= threshold, num_cols, 0)[:, None]
+    z, _ = load_logits(x_ptr, None, offs_v, end, cap, MASKED)
+    if stop_ids_ptr is not None:
+        z = _forbid(z, offs_v, stop_ids_ptr, num_stops)
+    if threshold is not None:
+        z = tl.where(z >= threshold, z, float("-inf"))
+    z = tl.reshape(z, (PARTS, BLOCK_T, LANES))
+    m = tl.max(tl.max(z, 0), 1)
+    origin = tl.where(m == float("-inf"), 0.0, m)  # as in fold_tile; NaN too reaches the sum
+    s = tl.sum(tl.sum(tl.exp2((z - origin[None, :, None]) * scale), 0), 1)
+    tl.store(m_ptr + tile + tl.arange(0, BLOCK_T), m)
+    tl.store(s_ptr + tile + tl.arange(0, BLOCK_T), s)
+
+
+@triton.jit
+def _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES: tl.constexpr):
+    """(the row's m, the tiles' Σ 2^((z - m)·scale), their total, the tiles' own m)."""
+    tl.debug_barrier()  # the tiles were stored by other threads
+    offs_t = tl.arange(0, NUM_TILES)
+    tile_m = tl.load(m_ptr + offs_t, mask=offs_t < num_tiles, other=float("-inf"))
+    tile_s = tl.load(s_ptr + offs_t, mask=offs_t < num_tiles, other=0.0)
+    m = tl.max(tile_m, 0)
+    weights = tile_s * tl.exp2((tile_m - tl.where(m == float("-inf"), 0.0, m)) * scale)
+    return m, weights, tl.sum(weights, 0), tile_m
+
+
+@triton.jit
+def _invert(weights, offs, uniform):
+    """The first index where the running sum exceeds uniform·sum, never one of weight 0; -1 if all are 0.
+
+    A parallel scan is not monotone to the last bit and its end not the sum, so the rule is applied, not implied.
+    """
+    above = (tl.cumsum(weights, 0) > uniform * tl.sum(weights, 0)) & (weights > 0.0)
+    first = tl.min(tl.where(above, offs, 2147483647), 0)
+    return tl.where(first == 2147483647, tl.max(tl.where(weights > 0.0, offs, -1), 0), first)
+
+
+@triton.jit
+def _to_key(value):
+    """An integer with the order of floats."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+
+
+@triton.jit
+def _from_key(key):
+    bits = key.to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, floor, num_cols, cap, BLOCK_V: tl.constexpr):
+    """Writes the row's values ≥ floor side by side, in order; their number."""
+    offs_v = tl.arange(0, BLOCK_V)
+    count = 0
+    for start in range(0, num_cols, BLOCK_V):
+        z, _ = load_logits(x_ptr, None, start + offs_v, num_cols, cap, True)
+        if stop_ids_ptr is not None:
+            z = _forbid(z, start + offs_v, stop_ids_ptr, num_stops)
+        is_candidate = (z >= floor) & (start + offs_v < num_cols)
+        slots = tl.cumsum(is_candidate.to(tl.int32), 0)
+        tl.store(values_ptr + count + slots - 1, z, mask=is_candidate)
+        count += tl.max(slots, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _weigh(values_ptr, count, a, b, c, m, scale, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """How many values, or how much Σ 2^((value - m)·scale), are ≥ a, ≥ b and ≥ c: summed in the same order always."""
+    offs_v = tl.arange(0, BLOCK_V)
+    above_a = tl.zeros((BLOCK_V,), tl.float32)
+    above_b = tl.zeros((BLOCK_V,), tl.float32)
+    above_c = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, count, BLOCK_V):
+        valid = start + offs_v < count
+        value = tl.load(values_ptr + start + offs_v, mask=valid, other=float("-inf"))
+        weight = tl.where(valid, tl.exp2((value - m) * scale) if BY_MASS else 1.0, 0.0)
+        above_a += tl.where(value >= a, weight, 0.0)
+        above_b += tl.where(value >= b, weight, 0.0)
+        above_c += tl.where(value >= c, weight, 0.0)
+    return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
+
+
+@triton.jit
+def _bisect(values_ptr, count, low, high, target, m, scale, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The highest key in [low, high) with at least `target` above or at it; low if there is none. Two bits a pass."""
+    while high - low > 1:
+        width = high - low
+        a, b, c = _weigh(
+            values_ptr, count, _from_key(low + width // 4), _from_key(low + width // 2),
+            _from_key(low + 3 * width // 4), m, scale, BY_MASS, BLOCK_V,
+        )  # fmt: skip
+        quarter = (a >= target).to(tl.int64) + (b >= target).to(tl.int64) + (c >= target).to(tl.int64)
+        high = tl.where(quarter == 3, high, low + (quarter + 1) * width // 4)
+        low += quarter * width // 4
+    return low
+
+
+@triton.jit(do_not_specialize=["stride_u_b", "stride_u_i", "num_stops", "top_k"])
+def sample_tokens_kernel(
+    x_ptr, uniforms_ptr, stop_ids_ptr, stop_allowed_ptr, tokens_ptr, logps_ptr, states_ptr, values_ptr, stride_x_b,
+    stride_u_b, stride_u_i, num_rows, num_cols, num_stops, scale, cap, top_k, top_p, min_p_drop, GREEDY: tl.constexpr,
+    TILE: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What is off is None. min_p_drop: how far below the highest logit min_p reaches. states [B, 4, NUM_TILES]."""
+    BLOCK_V: tl.constexpr = BLOCK_T * TILE
+    HALF_T: tl.constexpr = (BLOCK_T + 1) // 2  # masks and comparisons take registers
+    pid_b = tl.program_id(0).to(tl.int64)
+    x_ptr += pid_b * stride_x_b
+    m_ptr = states_ptr + pid_b * 4 * NUM_TILES
+    s_ptr = m_ptr + NUM_TILES
+    num_tiles = tl.cdiv(num_cols, TILE)
+
+    # The policy: nothing filtered, nothing forbidden.
+    whole = num_cols // BLOCK_V * BLOCK_T
+    for tile in range(0, whole, BLOCK_T):
+        _store_block(x_ptr, m_ptr, s_ptr, None, None, 0, None, tile, num_cols, scale, cap, False, TILE, BLOCK_T)
+    for tile in range(whole, num_tiles, HALF_T):
+        _store_block(x_ptr, m_ptr, s_ptr, None, None, 0, None, tile, num_cols, scale, cap, True, TILE, HALF_T)
+    policy_m, weights, policy_s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+    m, s = policy_m, policy_s
+
+    if stop_ids_ptr is not None:
+        if tl.load(stop_allowed_ptr + pid_b):
+            num_stops = 0
+        tl.debug_barrier()
+        for i in range(num_stops):
+            stop_id = tl.load(stop_ids_ptr + i)
+            if (stop_id >= 0) & (stop_id < num_cols):
+                tile = (stop_id // (HALF_T * TILE)).to(tl.int32) * HALF_T
+                _store_block(
+                    x_ptr, m_ptr, s_ptr, None, stop_ids_ptr, num_stops, None, tile, num_cols, scale, cap, True, TILE,
+                    HALF_T,
+                )  # fmt: skip
+        m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+
+    threshold = None
+    if not GREEDY:
+        if min_p_drop is not None:
+            threshold = m - min_p_drop
+        if (top_k is not None) or (top_p is not None):
+            BLOCK_C: tl.constexpr = BLOCK_V // 8  # candidates are few
+            low = _to_key(tl.full((), float("-inf"), tl.float32))
+            high = _to_key(m) + 1
+            if top_k is not None:
+                if top_k <= num_tiles:
+                    low = _bisect(m_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
+            else:
+                # Half of (1 - top_p)·s / V, for what rounding takes.
+                low = _to_key(m + (tl.log2((1.0 - top_p) * s / num_cols) - 1.0) / scale)
+            values_ptr += pid_b * num_cols
+            count = _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, _from_key(low), num_cols, cap, BLOCK_V // 4)
+            if top_k is not None:
+                low = _bisect(values_ptr, count, low, high, top_k, m, scale, False, BLOCK_C)
+            if top_p is not None:
+                if top_k is not None:
+                    kept = _from_key(low)
+                    s, _, _ = _weigh(values_ptr, count, kept, kept, kept, m, scale, True, BLOCK_C)
+                low = _bisect(values_ptr, count, low, high, top_p * s, m, scale, True, BLOCK_C)
+            threshold = _from_key(low) if threshold is None else tl.maximum(threshold, _from_key(low))
+        if threshold is not None:
+            for tile in range(0, num_tiles, HALF_T):
+                _store_block(
+                    x_ptr, m_ptr + 2 * NUM_TILES, s_ptr + 2 * NUM_TILES, m_ptr, stop_ids_ptr, num_stops, threshold,
+                    tile, num_cols, scale, cap, True, TILE, HALF_T,
+                )  # fmt: skip
+            m_ptr += 2 * NUM_TILES
+            s_ptr += 2 * NUM_TILES
+            m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+
+    offs_t = tl.arange(0, NUM_TILES)
+    if GREEDY:
+        tile = tl.argmax(tile_m, 0)
+    else:
+        tile = tl.maximum(_invert(weights, offs_t, tl.load(uniforms_ptr + pid_b * stride_u_b)), 0)
+    offs_v = tl.arange(0, TILE)
+    z, _ = load_logits(x_ptr, None, tile * TILE + offs_v, num_cols, cap, True)
+    drawn_from = z
+    if stop_ids_ptr is not None:
+        drawn_from = _forbid(drawn_from, tile * TILE + offs_v, stop_ids_ptr, num_stops)
+    if GREEDY:
+        token = tl.argmax(drawn_from, 0)
+    else:
+        if threshold is not None:
+            drawn_from = tl.where(drawn_from >= threshold, drawn_from, float("-inf"))
+        origin = tl.max(drawn_from, 0)  # the tile's mass counts from its own maximum, however small it is
+        weights = tl.exp2((drawn_from - tl.where(origin == float("-inf"), 0.0, origin)) * scale)
+        token = tl.maximum(_invert(weights, offs_v, tl.load(uniforms_ptr + pid_b * stride_u_b + stride_u_i)), 0)
+
+    z_token = tl.sum(tl.where(offs_v == token, z, 0.0), 0)
+    logp = ((z_token - policy_m) * scale - tl.log2(policy_s)) * LN2
+    sampling_logp = 0.0 if GREEDY else ((z_token - m) * scale - tl.log2(s)) * LN2
+    # Not so with a NaN in the row, with +inf, and where there is nothing to draw.
+    valid = (policy_s > 0.0) & (s > 0.0)
+    tl.store(tokens_ptr + pid_b, tl.where(valid, tile * TILE + token, 0))
+    tl.store(logps_ptr + pid_b, tl.where(valid, logp, float("nan")))
+    tl.store(logps_ptr + num_rows + pid_b, tl.where(valid, sampling_logp, float("nan")))
+
+
+def sample_tokens(
+    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
+):  # fmt: skip
+    """See `rto_fast.ops.sample_tokens`."""
+    num_rows, num_cols = logits.shape
+    num_tiles = triton.cdiv(num_cols, TILE)
+    block_tiles = min(triton.next_power_of_2(num_tiles), MAX_BLOCK_TILES)
+    tokens = logits.new_empty(num_rows, dtype=torch.int64)
+    logps = logits.new_empty(2, num_rows, dtype=torch.float32)
+    if not num_rows:
+        return tokens, logps[0], logps[1]
+    states = logps.new_empty(num_rows, 4, triton.next_power_of_2(num_tiles))
+    greedy = temperature == 0
+    top_k = top_k if 0 < top_k < num_cols and not greedy else None
+    top_p = top_p if top_p < 1 and not greedy else None
+    values = None if top_k is None and top_p is None else logps.new_empty(num_rows, num_cols)
+    if stop_allowed is None:
+        stop_ids = None
+    with torch.cuda.device_of(logits):
+        sample_tokens_kernel[(num_rows,)](
+            logits, uniforms, stop_ids, None if stop_ids is None else stop_allowed, tokens, logps, states, values,
+            logits.stride(0), uniforms.stride(0), uniforms.stride(1), num_rows, num_cols,
+            0 if stop_ids is None else len(stop_ids), LOG2E.value / (temperature or 1.0), softcap, top_k, top_p,
+            -temperature * math.log(min_p) if min_p and not greedy else None, GREEDY=greedy, TILE=TILE,
+            NUM_TILES=states.shape[2], BLOCK_T=block_tiles, num_warps=max(1, block_tiles // 2), maxnreg=128,
+        )  # fmt: skip
+    return tokens, logps[0], logps[1]

@@ -1,0 +1,149 @@
+"""`sample_tokens` in plain torch: the truth the Triton kernel is tested against, and the path CPU tensors take. And the
+random numbers that both draw with.
+
+Computes in float64 when given float64, in float32 otherwise. A decode step of a small model is a matter of
+microseconds, so calls of torch are counted here: ten where nothing is filtered.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from rto_fast.kernels.reference import CACHE_ELEMENTS, compute_dtype
+
+# Tokens of the vocabulary that share one entry in the upper level of the cumulative distribution. About the square
+# root of a vocabulary, so that both levels are short; and more tiles than any usual top_k, see kernels/sampling.py.
+TILE = 512
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+
+
+def philox4x32(counter, key, rounds=10):
+    """Philox4x32-10 (Salmon et al., SC'11, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Args:
+        counter: four int64 tensors of words in [0, 2^32) that broadcast against each other. key: two such integers.
+    Returns:
+        Four int64 tensors of random words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64, which leaves all 64 bits of the unsigned product; >> copies the sign: masked.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, high1 = product0 >> 32, product1 >> 32
+        c0 = high1.bitwise_and_(_WORD) ^ (c1 ^ k0)
+        c2 = high0.bitwise_and_(_WORD) ^ (c3 ^ k1)
+        c1, c3 = product1.bitwise_and_(_WORD), product0.bitwise_and_(_WORD)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def philox_uniforms(seed, sample_ids, positions):
+    """The two random numbers of each (sample, position): a function of seed, sample id and position, of nothing else.
+
+    Args:
+        seed: int, of which 64 bits count. sample_ids, positions: int64 tensors that broadcast against each other.
+    Returns:
+        [..., 2] float32 multiples of 2^-24 in [0, 1), on the device of the tensors.
+    """
+    counter = positions & _WORD, torch.zeros_like(positions), sample_ids & _WORD, (sample_ids >> 32) & _WORD
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    return torch.stack([word >> 8 for word in words[:2]], dim=-1).to(torch.float32).mul_(2.0**-24)
+
+
+def sample_tokens(
+    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
+):  # fmt: skip
+    """See `rto_fast.ops.sample_tokens`."""
+    rows = max(1, CACHE_ELEMENTS * torch.get_num_threads() // logits.shape[1])
+    options = temperature, top_k, top_p, min_p, softcap, stop_ids
+    if len(logits) <= rows:
+        return _sample(logits, uniforms, stop_allowed, *options)
+    # What a block of rows leaves behind is still in cache when it is read again.
+    allowed = [None] * len(logits) if stop_allowed is None else stop_allowed.split(rows)
+    parts = [_sample(*block, *options) for block in zip(logits.split(rows), uniforms.split(rows), allowed)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def _sample(logits, uniforms, stop_allowed, temperature, top_k, top_p, min_p, softcap, stop_ids):
+    z = logits.to(compute_dtype(logits))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    drawn_from = z
+    if stop_ids is not None and stop_allowed is not None and not stop_allowed.all():
+        drawn_from = z.index_fill(-1, stop_ids, -math.inf).where(~stop_allowed[:, None], z)
+    log_probs = _log_softmax(z, temperature or 1.0)
+    if temperature == 0:
+        best, tokens = drawn_from.max(-1, keepdim=True)
+        sampling_logps = best - best  # 0, or NaN where there is nothing to draw
+    else:
+        if top_k or top_p < 1 or min_p:
+            threshold = _threshold(drawn_from, temperature, top_k, top_p, min_p)
+            drawn_from = drawn_from.masked_fill(drawn_from < threshold, -math.inf)
+        sampling = log_probs if drawn_from is z else _log_softmax(drawn_from, temperature)
+        tokens = _draw(sampling, uniforms)
+        sampling_logps = sampling.gather(-1, tokens)
+    if drawn_from is z and temperature != 0:
+        return tokens.squeeze(-1), sampling_logps.squeeze(-1), sampling_logps.squeeze(-1).clone()
+    # A NaN may be hidden from one of the two: it was banned or filtered, or it is all that is not banned.
+    logps = log_probs.gather(-1, tokens)
+    invalid = (logps + sampling_logps).isnan()
+    logps, sampling_logps = (x.masked_fill(invalid, math.nan).squeeze(-1) for x in (logps, sampling_logps))
+    return tokens.masked_fill(invalid, 0).squeeze(-1), logps, sampling_logps
+
+
+def _log_softmax(z, temperature):
+    return (z if temperature == 1 else z / temperature).log_softmax(-1)
+
+
+def _draw(log_probs, uniforms):
+    """Tokens [B, 1] of the distributions [B, V]: the inverse CDF of tiles, then that of the tokens in a tile."""
+    if log_probs.shape[1] <= TILE:
+        return _invert(log_probs.exp(), uniforms[:, 1:])
+    if log_probs.shape[1] % TILE:
+        log_probs = F.pad(log_probs, (0, -log_probs.shape[1] % TILE), value=-math.inf)
+    tiles = log_probs.view(len(log_probs), -1, TILE)
+    tile = _invert(tiles.exp().sum(-1), uniforms[:, :1])
+    inside = tiles.gather(1, tile.unsqueeze(-1).expand(-1, -1, TILE)).squeeze(1)
+    # Measured from the tile's own maximum, so that the sum is at least 1: see below.
+    return tile * TILE + _invert((inside - inside.amax(-1, keepdim=True)).exp_(), uniforms[:, 1:])
+
+
+def _invert(weights, uniforms):
+    """The first index [B, 1] where the running sum exceeds uniform·sum; 0 where weights are NaN.
+
+    Never one of weight 0, there the running sum (sequential, hence monotone) stays as it is; and there always is one:
+    u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
+    """
+    cumulative = weights.cumsum(-1)
+    index = torch.searchsorted(cumulative, cumulative[:, -1:] * uniforms, right=True)
+    return index.remainder_(weights.shape[1])  # the search runs to the end where everything is NaN
+
+
+def _threshold(z, temperature, top_k, top_p, min_p):
+    """The least logit [B, 1] that top_k, then top_p, then min_p keep."""
+    highest = z.amax(-1, keepdim=True)
+    threshold = highest + (temperature * math.log(min_p) if min_p else -math.inf)
+    top_k = min(top_k, z.shape[1])
+    if top_k:
+        values = z.topk(top_k).values
+        threshold = torch.maximum(threshold, values[:, -1:])
+    if top_p < 1:
+        exp = ((z - highest) / temperature).exp_()
+        if top_k:
+            exp.masked_fill_(z < values[:, -1:], 0)
+        target = top_p * exp.sum(-1, keepdim=True)
+        # Sorting a whole vocabulary takes 50 times as long as finding its largest 256 logits, mostly enough.
+        width = top_k or min(256, z.shape[1])
+        while True:
+            values = z.topk(width).values
+            short = (((values - highest) / temperature).exp_().cumsum(-1) < target).sum(-1, keepdim=True)
+            if top_k or width == z.shape[1] or (short < width).all():
+                break
+            width = min(16 * width, z.shape[1])
+        threshold = torch.maximum(threshold, values.gather(-1, short.clamp_(max=width - 1)))
+    return threshold

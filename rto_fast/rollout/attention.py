@@ -1,0 +1,160 @@
+"""Attention of the native engine: the model's own layers, keys and values in a `PagedCache`.
+
+The cache reaches the layers as an argument of the model call, `paged=...`: a `Prefill` or a `Decode`.
+"""
+
+import torch
+from transformers import AttentionInterface
+
+from rto_fast.models.attention import packed_attention, sdpa_causal
+
+PAGED = "rto_paged"
+
+
+def paged_attention(
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    paged=None, s_aux=None, **_,
+):  # fmt: skip
+    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
+    if paged is None or attention_mask is not None or s_aux is not None:
+        raise ValueError("rto_paged attention takes a cache (`paged=`), no attention mask and no attention sinks")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = paged.attend(module, query, key, value, scaling, sliding_window, softcap)
+    return out[None], None
+
+
+# Only the attention is registered, not a mask: a mask of transformers would ask the host what is packed (a sync).
+AttentionInterface.register(PAGED, paged_attention)
+
+
+class Probe:
+    """Records the cache each layer needs; the attention itself is that of packed sequences."""
+
+    def __init__(self, cu_seqlens, max_seqlen):
+        self.layers, self.cu_seqlens, self.max_seqlen = {}, cu_seqlens, max_seqlen
+
+    def attend(self, module, query, key, value, scaling, window, softcap):
+        self.layers[module.layer_idx] = key.shape[1:]
+        return _attend_packed(module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap)
+
+
+def _attend_packed(module, query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return packed_attention(
+        module, query, key, value, None, scaling=scaling, sliding_window=window, softcap=softcap,
+        cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen,
+    )[0][0]  # fmt: skip
+
+
+class Prefill:
+    """Pieces of prompts, packed. A piece that does not begin its prompt also sees what the cache holds of it.
+
+    Args:
+        slots: [T] int64, where each token's key and value go: page · page_size + offset.
+        cu_seqlens: [N + 1] int32 of the pieces. pages: for each piece None, or ([pages] int64, tokens in the cache
+            when the piece is), where it continues a prompt.
+    """
+
+    def __init__(self, cache, slots, cu_seqlens, max_seqlen, pages):
+        self.cache, self.slots, self.cu_seqlens, self.max_seqlen = cache, slots, cu_seqlens, max_seqlen
+        self.pages, self.continues = pages, any(piece is not None for piece in pages)
+        self.lengths = cu_seqlens.diff().tolist() if self.continues else None
+
+    def attend(self, module, query, key, value, scaling, window, softcap):
+        keys, values = (pools[module.layer_idx] for pools in (self.cache.keys, self.cache.values))
+        page, offset = self.slots // self.cache.page_size, self.slots % self.cache.page_size
+        keys[page, :, offset], values[page, :, offset] = key, value
+        if not self.continues:
+            return _attend_packed(
+                module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap
+            )  # fmt: skip
+        pieces = zip(*(x.transpose(0, 1).split(self.lengths, 1) for x in (query, key, value)))
+        out = []
+        for (q, k, v), pages in zip(pieces, self.pages):
+            if pages is not None:
+                k, v = (_gather(pool, *pages) for pool in (keys, values))
+            out.append(sdpa_causal(q, k, v, scaling, window, softcap))
+        return torch.cat(out, 1).transpose(0, 1)
+
+
+def _gather(pool, pages, tokens):
+    """[Hkv, tokens, D] of one sequence."""
+    return pool[pages].transpose(0, 1).flatten(1, 2)[:, :tokens]
+
+
+class PagedDecode:
+    """One token a sequence, by the Triton kernels. Everything lies where a CUDA graph finds it again.
+
+    Args:
+        block_tables: [B, blocks] int32. lengths: [B] int64, tokens in the cache without the present one.
+        active: [B] bool; a slot without a sequence writes to the cache's idle page and attends to nothing.
+    """
+
+    def __init__(self, cache, block_tables, lengths, active):
+        size = cache.page_size
+        page = block_tables.gather(1, (lengths // size)[:, None])[:, 0]
+        self.cache, self.block_tables = cache, block_tables
+        self.slots = torch.where(active, page * size + lengths % size, cache.idle_slot)
+        self.lengths = torch.where(active, lengths + 1, 0).int()
+
+    def attend(self, module, query, key, value, scaling, window, softcap):
+        from rto_fast.kernels import paged_attention as kernels
+
+        addresses, size = self.cache.addresses[module.layer_idx], self.cache.page_size
+        kernels.store_kv(key, value, addresses, self.slots, page_size=size)
+        return kernels.paged_attention(
+            query, addresses, self.block_tables, self.lengths, num_kv_heads=key.shape[1], page_size=size, scale=scaling,
+            window=window, softcap=softcap,
+        )  # fmt: skip
+
+
+class DenseDecode:
+    """The same in plain torch, on a rectangle of keys as long as the longest sequence.
+
+    Args:
+        longest: the largest of `lengths`, plus 1. pages: (first, last + 1) where each sequence has one page and these
+            follow each other: the rectangle is then a view of the cache; otherwise it is a copy.
+    """
+
+    def __init__(self, cache, block_tables, lengths, active, longest, pages):
+        self.cache, self.lengths, self.longest, self.pages, self.biases = cache, lengths, longest, pages, {}
+        self.block_tables = block_tables[:, : cache.pages_for(longest)]
+        if pages:
+            # A page has room for one token more than a sequence comes to: an idle slot does no harm in its own.
+            self.where = torch.arange(*pages, device=lengths.device), slice(None), lengths
+        else:
+            page = block_tables.gather(1, (lengths // cache.page_size)[:, None])[:, 0]
+            page = torch.where(active, page, cache.num_pages)
+            self.where = page.long(), slice(None), lengths % cache.page_size
+
+    def attend(self, module, query, key, value, scaling, window, softcap):
+        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
+        keys[self.where], values[self.where] = key, value
+        keys, values = self._rectangle(keys), self._rectangle(values)  # [B·Hkv, longest, D]
+        rows, heads = len(query), key.shape[1]
+        grouped = query.reshape(rows * heads, -1, query.shape[-1])  # the query heads of a key head
+        bias = self._bias(window, heads)
+        if softcap:
+            scores = torch.bmm(grouped, keys.transpose(1, 2)) * scaling
+            scores = softcap * torch.tanh(scores / softcap) + bias
+        else:
+            scores = torch.baddbmm(bias.to(keys.dtype), grouped, keys.transpose(1, 2), alpha=scaling)
+        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+        return torch.bmm(weights, values).view(rows, -1, query.shape[-1])
+
+    def _rectangle(self, pool):
+        if self.pages:
+            return pool[self.pages[0] : self.pages[1]].flatten(0, 1)[:, : self.longest]
+        return pool[self.block_tables].transpose(1, 2).flatten(2, 3).flatten(0, 1)[:, : self.longest]
+
+    def _bias(self, window, heads):
+        """[B·heads, 1, longest] float32: -inf past a sequence's end and before its window; the same in every layer."""
+        if (window, heads) not in self.biases:
+            positions, last = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None]
+            hidden = positions > last
+            if window:
+                hidden |= positions <= last - window
+            bias = torch.zeros(hidden.shape, device=last.device).masked_fill_(hidden, -torch.inf)
+            self.biases[window, heads] = bias.repeat_interleave(heads, 0)[:, None]
+        return self.biases[window, heads]

@@ -1,0 +1,178 @@
+"""The decode step: forward pass, draw, bookkeeping. All of it on the device, so that a CUDA graph can hold it."""
+
+import time
+import warnings
+from collections import Counter
+
+import torch
+
+from rto_fast.ops import sample_tokens
+from rto_fast.rollout.attention import DenseDecode, PagedDecode
+
+# Batch sizes that get a graph of their own; between them slots stay idle.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+
+
+class DecodeState:
+    """Tensors the step reads and writes. A slot holds a sequence being decoded; a row, the results of a sample (one more
+    row takes what idle slots write)."""
+
+    def __init__(self, slots, samples, max_new_tokens, blocks, device):
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.input_ids, self.lengths, self.generated, self.limits = (zeros(slots) for _ in range(4))
+        self.rows = zeros(slots).fill_(samples)
+        self.active = zeros(slots, dtype=torch.bool)
+        self.block_tables = zeros(slots, blocks, dtype=torch.int32)
+        shape = (samples + 1, max_new_tokens + 1)  # a sequence that is done stays at its end: one column more
+        self.uniforms = zeros(*shape, 2, dtype=torch.float32)
+        self.tokens = zeros(*shape)
+        self.logps, self.sampling_logps = (zeros(*shape, dtype=torch.float32) for _ in range(2))
+        self.done = zeros(samples + 1, dtype=torch.bool)
+        self.counts = zeros(samples + 1)
+
+    @property
+    def idle_row(self):
+        return len(self.tokens) - 1
+
+    def fits(self, slots, samples, max_new_tokens, blocks):
+        return (
+            len(self.rows) == slots
+            and self.idle_row >= samples
+            and self.tokens.shape[1] > max_new_tokens
+            and self.block_tables.shape[1] >= blocks
+        )
+
+    def reset(self, uniforms):
+        """Makes every slot idle, and takes the [samples, max new tokens, 2] random numbers of a rollout."""
+        self.rows.fill_(self.idle_row)
+        for tensor in (self.active, self.generated, self.lengths, self.done, self.counts, self.logps):
+            tensor.zero_()
+        self.uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms
+
+    def start(self, first, rows, lengths, limits, generated, pages):
+        """Puts sequences into the slots from `first` on (lists of numbers; pages: a list of lists); returns the slots."""
+        slots, device, width = slice(first, first + len(rows)), self.rows.device, self.block_tables.shape[1]
+        for tensor, values in (
+            (self.rows, rows), (self.lengths, lengths), (self.limits, limits), (self.generated, generated),
+            (self.block_tables, [own + [0] * (width - len(own)) for own in pages]),
+        ):  # fmt: skip
+            tensor[slots] = torch.tensor(values, dtype=tensor.dtype, device=device)
+        self.active[slots] = True
+        return slots
+
+    def reorder(self, order):
+        """Slot i becomes what slot order[i] was; slots after them become idle."""
+        count = len(order)
+        order = torch.tensor(order, dtype=torch.int64, device=self.rows.device)
+        for tensor in (self.input_ids, self.lengths, self.generated, self.limits, self.block_tables, self.rows):
+            tensor[:count] = tensor[order]
+        self.active[:count] = self.active[order]
+        self.active[count:] = False
+        self.rows[count:] = self.idle_row
+
+    def add_pages(self, slots, blocks, pages):
+        device = self.rows.device
+        where = torch.tensor(slots, device=device), torch.tensor(blocks, device=device)
+        self.block_tables[where] = torch.tensor(pages, dtype=torch.int32, device=device)
+
+    def result(self, row):
+        """Tokens so far of a row; waits for the device."""
+        return self.tokens[row, : int(self.counts[row])].tolist()
+
+    def advance(self, slots, logits, sampler, fresh=False):
+        """Draws a token for each of `slots` (a slice) and records it. Everything happens in place, and nothing waits.
+
+        Args:
+            logits: [slots, V]. sampler: `Sampler`. fresh: some may have said nothing yet.
+        """
+        rows, generated, active = self.rows[slots], self.generated[slots], self.active[slots]
+        where = rows, generated
+        tokens, logps, sampling_logps = sampler(logits, self.uniforms[where], generated, fresh)
+        self.tokens.index_put_(where, tokens)
+        self.logps.index_put_(where, logps)
+        self.sampling_logps.index_put_(where, sampling_logps)
+        generated += active
+        done = sampler.is_stop(tokens).logical_or_(generated >= self.limits[slots])
+        self.counts.index_put_((rows,), generated)
+        self.done.index_put_((rows,), done)
+        active &= done.logical_not()
+        rows.masked_fill_(done, self.idle_row)
+        self.input_ids[slots] = tokens
+
+
+class Sampler:
+    """`Sampling` as a function of (logits, uniforms, number of tokens generated before)."""
+
+    def __init__(self, sampling, head, device):
+        # A divisor of the logits divides like the temperature; greedy draws need none.
+        self.options = dict(
+            temperature=sampling.temperature * head.divisor, top_k=sampling.top_k, top_p=sampling.top_p,
+            min_p=sampling.min_p, softcap=head.softcap,
+        )  # fmt: skip
+        self.min_new_tokens = sampling.min_new_tokens
+        self.stops = sampling.stop_ids
+        self.stop_ids = torch.tensor(self.stops, dtype=torch.int64, device=device)
+
+    def __call__(self, logits, uniforms, generated, fresh):
+        # Once all have said a token, a minimum of one forbids nothing more.
+        forbids = self.min_new_tokens > (0 if fresh else 1) and self.stops
+        stops = {"stop_ids": self.stop_ids, "stop_allowed": generated >= self.min_new_tokens} if forbids else {}
+        return sample_tokens(logits, uniforms, **stops, **self.options)
+
+    def is_stop(self, tokens):
+        if len(self.stops) == 1:
+            return tokens == self.stops[0]
+        return (tokens[:, None] == self.stop_ids).any(1)
+
+
+class DecodeStep:
+    """One step of the first `count` slots; on a GPU as CUDA graphs, one a bucket."""
+
+    def __init__(self, model, cache, state, sampler):
+        self.model, self.cache, self.state, self.sampler = model, cache, state, sampler
+        self.steps, self.graphs, self.pool, self.capture_seconds = Counter(), {}, None, 0.0
+        self.use_graphs = state.rows.is_cuda
+
+    def bucket(self, count):
+        if not self.state.rows.is_cuda:
+            return count
+        return min((b for b in BUCKETS if b >= count), default=len(self.state.rows))
+
+    def __call__(self, count, longest, pages=None):
+        """`longest`, `pages`: see `DenseDecode`; nothing a graph knows of."""
+        self.steps[count] += 1
+        if count in self.graphs:
+            self.graphs[count].replay()
+            return
+        # Eagerly the first time: this compiles kernels and initialises libraries, which a capture must not.
+        self.run(count, longest, pages)
+        if self.use_graphs:
+            self._capture(count)
+
+    def run(self, count, longest=None, pages=None):
+        state, slots = self.state, slice(0, count)
+        lengths, active, tables = state.lengths[slots], state.active[slots], state.block_tables[slots]
+        if lengths.device.type == "cpu":
+            decode = DenseDecode(self.cache, tables, lengths, active, longest, pages)
+        else:
+            decode = PagedDecode(self.cache, tables, lengths, active)
+        hidden = self.model.hidden(state.input_ids[slots], lengths, decode)
+        logits = self.model.logits(hidden)
+        lengths += active
+        state.advance(slots, logits, self.sampler)
+
+    def _capture(self, count):
+        start = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.run(count)
+        except RuntimeError as error:  # an architecture that asks the host (experts routed by `nonzero`, say)
+            self.use_graphs = False
+            warnings.warn(f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
+        else:
+            self.graphs[count] = graph
+        self.capture_seconds += time.perf_counter() - start

@@ -1,0 +1,155 @@
+"""Fewer kernels and less Python a layer, for the time of a rollout; weights and results stay the model's.
+
+Layers of Llama's family run as one function: projections of the same input as one GEMM, where their weights lie side by
+side in memory, and on a GPU Liger's kernels for RMSNorm, RoPE and SwiGLU, where it is installed. Other architectures run
+as transformers wrote them.
+"""
+
+import contextlib
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Decoder layers that are norm, attention with whole heads rotated, norm, gated MLP. Qwen3 also normalises heads.
+FAMILY = {"LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer"}
+
+
+def _siblings(layer):
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+
+
+def _family_layers(model):
+    for module in model.modules():
+        # Not where somebody else wants to see a part's own forward: LoRA, ZeRO-3, hooks of a user.
+        if type(module).__name__ in FAMILY and type(module).__module__.startswith("transformers."):
+            parts = list(module.modules())
+            hooked = any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in parts)
+            silu = type(module.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+            if silu and not hooked and all(type(p) is nn.Linear for group in _siblings(module) for p in group):
+                yield module
+
+
+@torch.no_grad()
+def lay_side_by_side(model):
+    """Moves weights of projections of the same input into one buffer each. The parameters stay the objects they are,
+    with the same values; where they share their memory with others (an optimizer's flat buffer) they are left alone."""
+    for layer in _family_layers(model):
+        for group in _siblings(layer):
+            for name in ("weight", "bias"):
+                tensors = [getattr(linear, name) for linear in group]
+                if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
+                    continue
+                for tensor, part in zip(tensors, torch.cat(tensors).split([len(t) for t in tensors])):
+                    tensor.data = part
+
+
+def _joined(tensors):
+    """One view of tensors that lie side by side, stacked along the first dimension; None where they do not."""
+    end = tensors[0].data_ptr()
+    for tensor in tensors:
+        # Neighbours by chance are in different storages, which no view spans.
+        shared = tensor.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
+        if not shared or tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
+            return None
+        end += tensor.nbytes
+    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+    return tensors[0].detach().as_strided(shape, tensors[0].stride())
+
+
+class _Joined:
+    """Projections of the same input as one."""
+
+    def __init__(self, linears):
+        self.weight, self.bias = _joined([x.weight for x in linears]), None
+        self.has_bias = linears[0].bias is not None
+        if self.has_bias and all(x.bias is not None for x in linears):
+            self.bias = _joined([x.bias for x in linears])
+
+    @property
+    def complete(self):
+        return self.weight is not None and self.has_bias == (self.bias is not None)
+
+    def __call__(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def _torch_norm(x, norm):
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
+    return norm.weight * (wide * scale).to(x.dtype)
+
+
+def _torch_rope(query, key, cos, sin):
+    """[T, heads, D] each; cos and sin [1, T, D], whose halves are alike."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[0, :, None, :half], sin[0, :, None, :half]
+
+    def rotate(x):
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    return rotate(query), rotate(key)
+
+
+def _torch_gated(gate, up):
+    return F.silu(gate).mul_(up)
+
+
+def _kernels(model):
+    """(norm, rope, gated product): Liger's where they run."""
+    if not (next(model.parameters()).is_cuda and find_spec("liger_kernel")):
+        return _torch_norm, _torch_rope, _torch_gated
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def norm(x, module):
+        return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon)
+
+    def rope(query, key, cos, sin):
+        query, key = LigerRopeFunction.apply(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
+        return query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+    return norm, rope, LigerSiLUMulFunction.apply
+
+
+def _layer_forward(layer, qkv, gate_up, kernels):
+    norm, rope, gated = kernels
+    attention, mlp = layer.self_attn, layer.mlp
+    dim = attention.head_dim
+    heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+    def forward(hidden_states, position_embeddings, paged, **_):
+        x = qkv(norm(hidden_states, layer.input_layernorm)).view(-1, heads + 2 * kv_heads, dim)
+        query, key, value = x.split((heads, kv_heads, kv_heads), 1)
+        if head_norms[0] is not None:
+            query, key = (norm(x, module) for x, module in zip((query, key), head_norms))
+        query, key = rope(query, key, *position_embeddings)
+        x = paged.attend(attention, query, key, value, attention.scaling, window, None)
+        hidden_states = hidden_states + attention.o_proj(x.reshape(1, len(x), -1))
+        x = gate_up(norm(hidden_states, layer.post_attention_layernorm))
+        return hidden_states + mlp.down_proj(gated(*x.chunk(2, -1)))
+
+    return forward
+
+
+@contextlib.contextmanager
+def fused_layers(model):
+    """Replaces the forward of layers of the family, and puts it back."""
+    kernels, fused = _kernels(model), []
+    for layer in _family_layers(model):
+        qkv, gate_up = map(_Joined, _siblings(layer))
+        if qkv.complete and gate_up.complete:
+            fused.append((layer, _layer_forward(layer, qkv, gate_up, kernels)))
+    for layer, forward in fused:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, _ in fused:
+            del layer.forward

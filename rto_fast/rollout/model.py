@@ -1,0 +1,156 @@
+"""The training model as the engine sees it: its own weights, in evaluation mode for the time of a rollout."""
+
+import contextlib
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from rto_fast.errors import ModelError
+from rto_fast.models.attention import PACKED
+from rto_fast.models.loading import attention_implementation, output_head
+from rto_fast.rollout.attention import PAGED
+from rto_fast.rollout.fuse import fused_layers
+
+
+class RolloutModel:
+    """A Hugging Face causal LM, bare or inside DeepSpeed, DistributedDataParallel or PEFT.
+
+    Nothing is copied but LoRA's merged weights, which a rollout needs as one matrix; the training weights stay as they
+    are, for a merge and its undoing would round them.
+    """
+
+    def __init__(self, model):
+        self.is_zero3 = getattr(model, "zero_optimization_stage", lambda: 0)() == 3
+        if isinstance(getattr(model, "module", None), torch.nn.Module):  # DeepSpeed, DistributedDataParallel
+            model = model.module
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        self.causal_lm = model
+        self.merged = {}  # LoRA layer → its merged weight, at the same address in every rollout
+
+    @property
+    def config(self):
+        return self.causal_lm.config
+
+    @property
+    def device(self):
+        return next(self.causal_lm.parameters()).device
+
+    @property
+    def vocab_size(self):
+        weight = self.causal_lm.get_output_embeddings().weight
+        return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 empties its tensors between uses
+
+    def addresses(self):
+        """Where the weights lie: CUDA graphs hold these."""
+        return tuple(p.data_ptr() for p in self.causal_lm.parameters())
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Evaluation mode and whole weights, as they were afterwards."""
+        modes = [(module, module.training) for module in self.causal_lm.modules()]
+        with self._gathered():
+            self.causal_lm.eval()
+            try:
+                yield self
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    @contextlib.contextmanager
+    def decoding(self):
+        """Evaluation mode, paged attention, merged adapters and fused layers; all restored whatever happens."""
+        with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
+            if self.config._attn_implementation != PAGED:
+                raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
+            with self._merged_lora(), _unwarned(self.causal_lm.base_model), fused_layers(self.causal_lm):
+                self.head = output_head(self.causal_lm)
+                if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
+                    self.head = replace(self.head, weight=self.merged[linear])
+                yield self
+
+    def hidden(self, input_ids, position_ids, paged):
+        """Last hidden states, [T, D]."""
+        return self.causal_lm.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, paged=paged
+        ).last_hidden_state[0]
+
+    def packed_logits(self, batch):
+        """[T, V] of a packed batch, from the model's own forward pass."""
+        with self.evaluating(), attention_implementation(self.causal_lm, PACKED):
+            return self.causal_lm(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+                use_cache=False,
+            ).logits[0]  # fmt: skip
+
+    def logits(self, hidden):
+        """[T, V] float32, not yet divided or capped (see `Head`)."""
+        weight, bias = self.head.weight, self.head.bias
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # Rounded to 16 bits, logits of 20 would have steps of an eighth.
+            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+            return logits if bias is None else logits.add_(bias)
+        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+    @contextlib.contextmanager
+    def _gathered(self):
+        """ZeRO-3: the whole weights on every rank, once a rollout instead of once a layer and step. Its hooks, which gather
+        and release around every forward, are out of the way: ranks need not decode equally many steps."""
+        if not self.is_zero3:
+            yield
+            return
+        import deepspeed
+
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        with deepspeed.zero.GatheredParameters(list(self.causal_lm.parameters())):
+            hooks = [(module, kind, getattr(module, kind)) for module in self.causal_lm.modules() for kind in kinds]
+            for module, kind, _ in hooks:
+                setattr(module, kind, OrderedDict())
+            try:
+                yield
+            finally:
+                for module, kind, own in hooks:
+                    setattr(module, kind, own)
+
+    @contextlib.contextmanager
+    def _merged_lora(self):
+        """Linear layers that LoRA adapts run on base weight + adapters, in one matrix of its own."""
+        layers = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        for layer in layers:
+            self._merge(layer)
+            layer.forward = _linear_forward(self.merged[layer], layer.base_layer.bias)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    @torch.no_grad()
+    def _merge(self, layer):
+        base = layer.base_layer
+        active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
+        odd = [a for a in active if getattr(layer, "use_dora", {}).get(a) or layer.lora_bias.get(a)]
+        if type(base) is not torch.nn.Linear or layer.merged or odd:
+            raise ModelError(f"{type(layer).__name__} of {type(base).__name__}: only plain LoRA on linear layers, not "
+                             "merged, can be decoded natively")  # fmt: skip
+        weight = self.merged.setdefault(layer, torch.empty_like(base.weight))
+        weight.copy_(base.weight)
+        for adapter in active:
+            weight += layer.get_delta_weight(adapter)
+
+
+@contextlib.contextmanager
+def _unwarned(backbone):
+    """Without the look for padding tokens in every forward pass of some models: the host would wait for the device."""
+    backbone.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del backbone.warn_if_padding_and_no_attention_mask
+
+
+def _linear_forward(weight, bias):
+    return lambda x, *_, **__: F.linear(x, weight, bias)

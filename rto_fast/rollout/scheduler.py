@@ -1,0 +1,285 @@
+"""Continuous batching: which sequences are decoded together, in which slots and on which pages."""
+
+import time
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from rto_fast.errors import RolloutError
+from rto_fast.rollout.attention import Prefill
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt with the samples of it that wait. Its keys and values are computed once for all that begin together, and
+    kept while others wait and pages are not short."""
+
+    ids: list[int]
+    rows: list[int]
+    response: list[int] = field(default_factory=list)  # of a sample that lost its pages and is to go on
+    pages: list[int] | None = None
+    hidden: torch.Tensor | None = None  # [D] of the last token
+
+    @property
+    def tokens(self):
+        return self.ids + self.response
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A sample that is being decoded."""
+
+    age: int
+    row: int
+    ids: list[int]
+    capacity: int  # tokens it can come to
+    pages: list[int]
+    length: int  # tokens in the cache; while steps are under way, at most so many
+    slot: int
+
+
+class Scheduler:
+    """Decodes prompts with the slots and pages there are; results are in `state` afterwards.
+
+    Args:
+        model: `RolloutModel` that is `decoding`. step: `DecodeStep`. limits: for each row the most tokens.
+        ahead: steps between two looks at what is done. prefill_tokens: prompt tokens computed at once.
+    """
+
+    def __init__(self, model, cache, state, step, prompts, limits, *, ahead, prefill_tokens):
+        self.model, self.cache, self.state, self.step = model, cache, state, step
+        self.limits, self.ahead, self.prefill_tokens = limits, ahead, prefill_tokens
+        # Long ones first: begun last, they would decode alone at the end.
+        self.waiting = sorted(prompts, key=lambda p: -len(p.ids))
+        self.running = []  # in the order of their slots: 0, 1, …
+        self.slots, self.device = len(state.rows), state.rows.device
+        self.ages = count()
+        self.preemptions = self.decoded = self.slot_steps = 0
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+
+    def run(self):
+        earlier = None
+        while self.waiting or self.running:
+            start = time.perf_counter()
+            self._admit()
+            admitted = time.perf_counter()
+            self._decode()
+            latest = self._look()
+            # On a GPU the look is at what was done before the steps just begun: the host need not wait for those.
+            self._retire(*(earlier or latest)())
+            earlier = latest if self.device.type == "cuda" else None
+            self.seconds["prefill"] += admitted - start
+            self.seconds["decode"] += time.perf_counter() - admitted
+
+    def _look(self):
+        """A function that returns, for every row, whether it is done and whether it is NaN, as of now."""
+        status = torch.stack([self.state.done, self.state.logps.isnan().any(1)])
+        if not status.is_cuda:
+            return status.tolist
+        host = torch.empty(status.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(status, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait():
+            event.synchronize()
+            return host.tolist()
+
+        return wait
+
+    def _decode(self):
+        self._reserve()
+        bucket = self.step.bucket(len(self.running))
+        pages = self._row_of_pages() if bucket == len(self.running) else None
+        for _ in range(self.ahead):
+            self.step(bucket, max(s.length for s in self.running) + 1, pages)
+            for sequence in self.running:
+                sequence.length = min(sequence.length + 1, sequence.capacity - 1)
+        self.slot_steps += bucket * self.ahead
+
+    def _retire(self, done, invalid):
+        # The last row takes what idle slots write.
+        if True in invalid[:-1]:
+            row = invalid.index(True)
+            position = int(self.state.logps[row].isnan().int().argmax())
+            raise RolloutError(f"the policy's logits are NaN: response {row} (counted over prompts and samples), "
+                               f"token {position}; its weights or activations are not finite")  # fmt: skip
+        ended = [s for s in self.running if done[s.row]]
+        for sequence in ended:
+            self.cache.give(sequence.pages)
+        if ended:
+            self.running = [s for s in self.running if not done[s.row]]
+            self._compact()
+
+    def _compact(self):
+        """Closes the gaps between slots and, for a CPU, those between pages where each sequence has one."""
+        moved = []
+        if self.device.type != "cuda" and all(len(s.pages) == 1 for s in self.running):
+            holes = [page for page in range(len(self.running)) if not self.cache.users[page]]
+            moved = [s for s in self.running if s.pages[0] >= len(self.running)][: len(holes)]
+            self.cache.copy([s.pages[0] for s in moved], holes[: len(moved)])
+            for sequence in moved:
+                old, sequence.pages = sequence.pages, self.cache.take(1)  # the lowest free page: the next hole
+                self.cache.give(old)
+            self.running.sort(key=lambda s: s.pages[0])
+        self.state.reorder([s.slot for s in self.running])
+        for slot, sequence in enumerate(self.running):
+            sequence.slot = slot
+        self._tell_pages([(s, 0, s.pages[0]) for s in moved])
+
+    def _tell_pages(self, updates):
+        """Writes (sequence, index of the block, page) into the block tables."""
+        if updates:
+            self.state.add_pages(*zip(*((s.slot, block, page) for s, block, page in updates)))
+
+    def _row_of_pages(self):
+        """(first, last + 1) where each sequence has one page and these follow each other: what a CPU reads in place."""
+        pages = [s.pages[0] for s in self.running if len(s.pages) == 1]
+        first = pages[0] if pages else 0
+        return (first, first + len(pages)) if pages == list(range(first, first + len(self.running))) else None
+
+    # Pages for the steps to come
+
+    def _reserve(self):
+        """Takes pages for the steps to come; where there are none, from what began last."""
+        updates, before = [], len(self.running)
+        for sequence in sorted(self.running, key=lambda s: s.age):
+            needed = self.cache.pages_for(min(sequence.length + self.ahead, sequence.capacity))
+            while len(sequence.pages) < needed and sequence in self.running:
+                if page := self.cache.take(1):
+                    updates.append((sequence, len(sequence.pages), page[0]))
+                    sequence.pages += page
+                elif not self._drop_prompt_pages():
+                    self._preempt(max(self.running, key=lambda s: s.age))
+        if len(self.running) < before:
+            self._compact()
+        self._tell_pages([update for update in updates if update[0] in self.running])
+
+    def _drop_prompt_pages(self):
+        """Gives back what was kept for samples that wait; their prompt is computed again."""
+        kept = [prompt for prompt in self.waiting if prompt.pages]
+        for prompt in kept:
+            self.cache.give(prompt.pages)
+            prompt.pages = prompt.hidden = None
+        return bool(kept)
+
+    def _preempt(self, sequence):
+        """Takes a sequence's pages; it goes on later, from what it has said."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.cache.give(sequence.pages)
+        if not self.state.done[sequence.row]:
+            self.waiting.insert(0, Prompt(sequence.ids, [sequence.row], self.state.result(sequence.row)))
+
+    # Beginning
+
+    def _admit(self):
+        free, waiting = self.slots - len(self.running), sum(len(p.rows) for p in self.waiting)
+        # A prefill holds up all that is being decoded: not for a single free slot.
+        if not waiting or (self.running and free < min(waiting, max(8, self.slots // 20), (self.slots + 1) // 2)):
+            return
+        admitted, fresh = [], []
+        while self.waiting and free:
+            prompt = self.waiting[0]
+            number, keep = self._fitting(prompt, free)
+            if not number:
+                if not self.running and not admitted and self._drop_prompt_pages():
+                    continue
+                break
+            if prompt.pages is None:
+                prompt.pages = self.cache.take(self.cache.pages_for(len(prompt.tokens)))
+                fresh.append((prompt, prompt.pages))
+            rows, prompt.rows = prompt.rows[:number], prompt.rows[number:]
+            # Pages are taken now, so that the next prompt sees what is left; they are filled after the prefill.
+            admitted.append((prompt, rows, *self._pages_of_samples(prompt, number, keep)))
+            free -= number
+            if prompt.rows:
+                break
+            self.waiting.pop(0)
+        if admitted:
+            self._prefill(fresh)
+            self._begin(admitted)
+
+    def _fitting(self, prompt, free):
+        """(number of samples there are pages for, whether the prompt can be kept for the others)."""
+        own = self.cache.pages_for(len(prompt.tokens)) if prompt.pages is None else 0
+        # One page is left to each sequence to grow into: else what begins now is soon preempted.
+        spare = len(self.cache.free) - own - len(self.running)
+        if spare < 0:
+            return 0, False
+        # A page that is not full becomes each sample's own; the last one takes over the prompt's.
+        partial = bool(len(prompt.tokens) % self.cache.page_size)
+        number = min(free, len(prompt.rows), spare + 1 if partial else len(prompt.rows))
+        return number, number < len(prompt.rows) and number * partial <= spare
+
+    def _pages_of_samples(self, prompt, number, keep):
+        """(pages of each sample, pages to be copied, where to)."""
+        shared, rest = len(prompt.tokens) // self.cache.page_size, prompt.pages[-1:]
+        if len(prompt.tokens) % self.cache.page_size == 0:
+            rest = []
+        pages, sources, targets = [], [], []
+        for _ in range(number if keep else number - 1):
+            own = self.cache.take(len(rest))
+            self.cache.share(prompt.pages[:shared])
+            pages.append(prompt.pages[:shared] + own)
+            sources, targets = sources + rest, targets + own
+        if not keep:
+            pages.append(list(prompt.pages))
+            prompt.pages = None
+        return pages, sources, targets
+
+    def _prefill(self, fresh):
+        """Computes (prompt, pages), `prefill_tokens` at a time: a longer prompt goes in pieces."""
+        chunks, room = [[]], self.prefill_tokens
+        for prompt, pages in fresh:
+            begin = 0
+            while begin < len(prompt.tokens):
+                if not room:
+                    chunks.append([])
+                    room = self.prefill_tokens
+                end = min(begin + room, len(prompt.tokens))
+                chunks[-1].append((prompt, pages, begin, end))
+                room -= end - begin
+                begin = end
+        for chunk in filter(None, chunks):
+            prefill_chunk(self.model, self.cache, chunk)
+
+    def _begin(self, admitted):
+        """Draws the first token of each sample and puts it into a slot."""
+        hidden, sequences, sources, targets = [], [], [], []
+        for prompt, rows, pages, copied, copies in admitted:
+            for row, own in zip(rows, pages):
+                capacity = len(prompt.ids) + self.limits[row]
+                slot = len(self.running) + len(sequences)
+                sequences.append(Sequence(next(self.ages), row, prompt.ids, capacity, own, len(prompt.tokens), slot))
+            hidden += [prompt.hidden] * len(rows)
+            sources, targets = sources + copied, targets + copies
+        self.cache.copy(sources, targets)
+        slots = self.state.start(
+            len(self.running), [s.row for s in sequences], [s.length for s in sequences],
+            [self.limits[s.row] for s in sequences], [s.length - len(s.ids) for s in sequences],
+            [s.pages for s in sequences],
+        )  # fmt: skip
+        self.running += sequences
+        self.state.advance(slots, self.model.logits(torch.stack(hidden)), self.step.sampler, fresh=True)
+        if self.device.type != "cuda" and not self._row_of_pages():
+            self._compact()
+
+
+def prefill_chunk(model, cache, pieces):
+    """Runs pieces (prompt, pages, begin, end) of prompts; a prompt's last piece leaves its `hidden`."""
+    slots, ids, positions, lengths, earlier = [], [], [], [], []
+    for prompt, pages, begin, end in pieces:
+        slots += [pages[i // cache.page_size] * cache.page_size + i % cache.page_size for i in range(begin, end)]
+        ids += prompt.tokens[begin:end]
+        positions += range(begin, end)
+        lengths.append(end - begin)
+        used = pages[: cache.pages_for(end)]
+        earlier.append((torch.tensor(used, device=cache.device), end) if begin else None)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    prefill = Prefill(cache, torch.tensor(slots).to(cache.device), bounds.int().to(cache.device), max(lengths), earlier)
+    hidden = model.hidden(torch.tensor(ids).to(cache.device), torch.tensor(positions).to(cache.device), prefill)
+    for (prompt, _, _, end), last in zip(pieces, bounds[1:].tolist()):
+        if end == len(prompt.tokens):
+            prompt.hidden = hidden[last - 1]

@@ -1,0 +1,39 @@
+"""Two real processes: starts a test's own file as a script, `python FILE rank store`, once a rank."""
+
+import os
+import subprocess
+import sys
+
+RANKS = 2
+
+
+def run_ranks(file, folder, seconds=180, **environment):
+    """Runs the ranks and waits; a rank that fails shows its output, and none is left behind."""
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": str(RANKS), **environment,
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, file, str(rank), str(folder / "store")],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        failed = [output for process, output in zip(processes, outputs) if process.returncode]
+        assert not failed, "\n\n".join(failed)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def join_deepspeed(rank, store):
+    """Makes this process one of the ranks, in DeepSpeed's gloo group."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank,
+                               world_size=RANKS)  # fmt: skip

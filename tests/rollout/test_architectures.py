@@ -1,0 +1,52 @@
+"""Greedy decoding equals transformers' `generate`, architecture by architecture."""
+
+import pytest
+import torch
+from models import ARCHITECTURES, prompts, tiny
+
+from rto_fast.config import RolloutConfig
+from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
+
+GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
+
+
+def generate_alone(model, prompt, tokens):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+# Two slots: every other response is a refill; pages of 16: sequences cross pages; 11 tokens: prompts come in pieces.
+WAYS = [dict(batch_size=2), dict(batch_size=3, page_size=16), dict(page_size=16, prefill_tokens=11)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_tokens_are_those_of_generate(name):
+    model = tiny(name)
+    expected = [generate_alone(model, prompt, 24) for prompt in prompts()]
+    for way in WAYS:
+        rollout = NativeEngine(model, None, RolloutConfig(**way)).generate(prompts(), 1, GREEDY)
+        assert rollout.response_ids == expected, way
+
+
+def test_an_architecture_without_the_attention_interface_falls_back_with_one_warning():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=97)).eval()
+    with pytest.warns(UserWarning, match="falls back to hf.*BloomForCausalLM") as caught:
+        engine = build_engine(model, None, RolloutConfig())
+    assert isinstance(engine, HFEngine) and len(caught) == 1
+
+
+def test_a_model_that_decodes_otherwise_than_it_trains_falls_back(monkeypatch):
+    model = tiny()
+    forward = type(model.model).forward
+
+    def shifted(self, *args, position_ids, paged=None, **kwargs):
+        # As a model would that counts positions by itself: one token is always its first.
+        single = paged is not None and position_ids.shape[1] == 1
+        return forward(self, *args, position_ids=0 * position_ids if single else position_ids, paged=paged, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", shifted)
+    with pytest.warns(UserWarning, match="decoded log-probs differ from those of its forward pass by"):
+        assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)

@@ -1,0 +1,207 @@
+"""The native engine on the weights of training: fused by view, with LoRA, inside DeepSpeed and other wrappers."""
+
+import copy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from models import prompts, tiny  # noqa: E402
+from ranks import join_deepspeed, run_ranks  # noqa: E402
+
+from rto_fast.config import RolloutConfig  # noqa: E402
+from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine, fuse  # noqa: E402
+from rto_fast.rollout.model import RolloutModel  # noqa: E402
+
+SAMPLING = Sampling(16, stop_ids=(1, 7, 8))
+FAMILY = ["llama", "qwen2", "qwen3", "mistral"]
+
+
+def generate(model):
+    return NativeEngine(model, None, RolloutConfig(batch_size=4)).generate(prompts(), 2, SAMPLING, 0)
+
+
+def assert_same(found, expected):
+    assert found.response_ids == expected.response_ids
+    torch.testing.assert_close(found.logps, expected.logps, atol=3e-5, rtol=0)
+
+
+# Fused layers
+
+
+def fused_layers_of(model):
+    with RolloutModel(model).decoding():
+        return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_layers_of_the_family_are_fused_and_sample_the_same(name, monkeypatch):
+    model = tiny(name)
+    fuse.lay_side_by_side(model)
+    assert fused_layers_of(model) == ["model.layers.0", "model.layers.1"]
+    fused = generate(model)
+    monkeypatch.setattr(fuse, "FAMILY", set())
+    assert fused_layers_of(model) == []
+    assert_same(fused, generate(model))
+
+
+def test_weights_laid_side_by_side_stay_the_models_own(tmp_path):
+    model = tiny("qwen2")  # has biases
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = NativeEngine(model, None, RolloutConfig())
+    assert all(p is q for p, q in zip(model.parameters(), parameters))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.weight.untyped_storage().data_ptr() == (
+        layer.self_attn.v_proj.weight.untyped_storage().data_ptr()
+    )
+    # Training goes on as before, and the engine sees it.
+    model(torch.tensor(prompts()[:1]), labels=torch.tensor(prompts()[:1])).loss.backward()
+    optimizer.step()
+    found = engine.generate(prompts(), 2, SAMPLING, 0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    size = sum(p.nbytes for p in model.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * size
+    assert_same(found, generate(loaded))
+    assert_same(generate(copy.deepcopy(model)), found)
+
+
+def test_an_optimizers_flat_buffer_is_left_alone():
+    model = tiny()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameter, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
+        parameter.data = part.view_as(parameter)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    expected = generate(tiny())
+    assert_same(generate(model), expected)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    # Llama's projections are neighbours in its order of parameters: fused in place.
+    assert fused_layers_of(model) == ["model.layers.0", "model.layers.1"]
+    # In another order they are not.
+    reverse = list(model.parameters())[::-1]
+    flat = torch.cat([p.detach().flatten() for p in reverse])
+    for parameter, part in zip(reverse, flat.split([p.numel() for p in reverse])):
+        parameter.data = part.view_as(parameter)
+    assert fused_layers_of(model) == []
+    assert_same(generate(model), expected)
+
+
+def test_layers_that_somebody_hooks_run_as_they_are():
+    model, seen = tiny(), []
+    fuse.lay_side_by_side(model)
+    expected = generate(tiny())
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert fused_layers_of(model) == ["model.layers.0"]
+    assert_same(generate(model), expected)
+    assert seen
+
+
+# Wrappers
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel holds its model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_the_model_inside_a_wrapper():
+    assert_same(generate(Wrapper(tiny())), generate(tiny()))
+
+
+@pytest.fixture
+def lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"])
+    model = peft.get_peft_model(tiny(), config)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def test_lora_is_merged_into_a_copy_and_the_base_stays_as_it_is(lora):
+    before = copy.deepcopy(lora.state_dict())
+    engine = NativeEngine(lora, None, RolloutConfig())
+    found = engine.generate(prompts(), 2, SAMPLING, 0)
+    assert all(torch.equal(value, before[name]) for name, value in lora.state_dict().items())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in lora.named_parameters())
+    merged = copy.deepcopy(lora).merge_and_unload()
+    assert_same(found, generate(merged))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_A" in name:
+                parameter.add_(0.1)
+    changed = engine.generate(prompts(), 2, SAMPLING, 0)
+    assert changed.response_ids != found.response_ids
+    assert_same(changed, generate(copy.deepcopy(lora).merge_and_unload()))
+    with lora.disable_adapter():
+        assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(tiny()))
+
+
+def test_adapters_that_are_more_than_lora_fall_back():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.warns(UserWarning, match="falls back to hf.*only plain LoRA"):
+        assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
+
+
+# DeepSpeed, two real processes
+
+
+def step_and_generate(rank, stage, dtype):
+    """Samples of the engine before and after an optimizer step equal those of the plain weights gathered."""
+    import deepspeed
+
+    model = tiny().to(dtype).train()
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }  # fmt: skip
+    wrapped, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), config=config
+    )
+    engine = NativeEngine(wrapped, None, RolloutConfig(batch_size=4))
+    mine = [[0, 3], [1, 2, 4]][rank]
+    for _ in range(2):
+        ids = torch.tensor(prompts()[rank : rank + 1])
+        loss = wrapped(ids, labels=ids).loss
+        wrapped.backward(loss)
+        wrapped.step()
+        found = engine.generate([prompts()[i] for i in mine], 2, SAMPLING, 0, prompt_numbers=mine)
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+            plain = tiny().to(dtype)
+            for parameter, source in zip(plain.parameters(), model.parameters(), strict=True):
+                parameter.data = source.detach().clone()
+        expected = generate(plain)
+        assert found.response_ids == [expected.response_ids[2 * i + j] for i in mine for j in range(2)]
+        assert model.training and all(p.requires_grad for p in model.parameters())
+    if stage == 3:
+        assert all(p.numel() == 0 for p in model.parameters())  # given back
+
+
+def main(rank, store):
+    join_deepspeed(rank, store)
+    for stage, dtype in ((0, torch.float32), (1, torch.float32), (2, torch.float32), (3, torch.float32)):
+        step_and_generate(rank, stage, dtype)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_zero_0_to_3(tmp_path):
+    run_ranks(__file__, tmp_path)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,280 @@
+"""The native engine: what a sample depends on and what not, its log-probs, its faults."""
+
+import pytest
+import torch
+from models import prompts, tiny
+from torch import nn
+
+from rto_fast.batch import pack
+from rto_fast.config import RolloutConfig
+from rto_fast.errors import RolloutError
+from rto_fast.models.attention import PACKED
+from rto_fast.models.loading import causal_logps
+from rto_fast.rollout import NativeEngine, Sampling, cache
+
+SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
+
+
+def generate(model, way=None, sampling=SAMPLING, seed=0, n=3, ids=None, **options):
+    return NativeEngine(model, None, RolloutConfig(**way or {})).generate(
+        ids or prompts(), n, sampling, seed, **options
+    )
+
+
+def assert_same(a, b):
+    assert a.response_ids == b.response_ids and a.finish_reasons == b.finish_reasons
+    torch.testing.assert_close(a.logps, b.logps, atol=2e-5, rtol=0)
+    torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(batch_size=1),
+        dict(batch_size=4),  # refills, and a prompt's samples that begin at different times
+        dict(batch_size=4, page_size=16),
+        dict(page_size=16, prefill_tokens=7),
+        dict(page_size=32),
+    ],
+    ids=str,
+)
+def test_a_sample_does_not_depend_on_batch_slots_or_pages(way):
+    model = tiny()
+    expected = generate(model)
+    assert set(expected.finish_reasons) == {"stop", "length"}
+    assert_same(generate(model, way), expected)
+
+
+def test_a_sample_does_not_depend_on_the_order_of_prompts_or_the_rank():
+    model, ids = tiny(), prompts()
+    expected = generate(model)
+    order = [3, 0, 4, 2, 1]
+    permuted = generate(model, ids=[ids[i] for i in order], prompt_numbers=order)
+    rows = [3 * i + j for i in order for j in range(3)]
+    assert permuted.response_ids == [expected.response_ids[row] for row in rows]
+    # Two ranks, each with some of the prompts.
+    for mine in ([0, 3], [1, 2, 4]):
+        part = generate(model, ids=[ids[i] for i in mine], prompt_numbers=mine)
+        assert part.response_ids == [expected.response_ids[3 * i + j] for i in mine for j in range(3)]
+
+
+def test_a_seed_repeats_and_leaves_the_global_random_state_alone():
+    model = tiny()
+    before = torch.random.get_rng_state()
+    first, again, other = (generate(model, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first.response_ids == again.response_ids != other.response_ids
+    assert torch.equal(first.logps, again.logps)
+    assert len(set(map(tuple, first.response_ids))) == len(first.response_ids)  # no two samples alike
+
+
+def forward_logps(model, rollout, temperature=1.0):
+    """[total response tokens] from a packed forward pass."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PACKED)
+    batch = pack(rollout.prompt_ids, rollout.response_ids)
+    with torch.no_grad():
+        logps = causal_logps(model, batch, temperature=temperature)[batch.response_mask]
+    model.set_attn_implementation(before)
+    return logps
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_training_forward(name, temperature):
+    model = tiny(name)
+    rollout = generate(model, sampling=Sampling(20, temperature=temperature, stop_ids=(1, 7)))
+    torch.testing.assert_close(rollout.logps, forward_logps(model, rollout, temperature), atol=3e-5, rtol=1e-5)
+    batch, logps, sampling_logps = rollout.pack()
+    assert torch.equal(logps[batch.response_mask], rollout.logps) and not logps[~batch.response_mask].any()
+    assert sampling_logps.shape == batch.labels.shape
+
+
+def test_filters_and_bans_change_the_sampling_log_probs_only():
+    model = tiny()
+    rollout = generate(model, sampling=Sampling(20, 4, top_k=5, stop_ids=(1, 7, 8)))
+    torch.testing.assert_close(rollout.logps, forward_logps(model, rollout), atol=3e-5, rtol=1e-5)
+    assert (rollout.sampling_logps > rollout.logps).all()
+    plain = generate(model, sampling=Sampling(20, 0, stop_ids=(1, 7, 8)))
+    assert torch.equal(plain.sampling_logps, plain.logps)
+
+
+def test_lengths_stop_tokens_and_limits():
+    model, ids = tiny(), prompts()
+    rollout = generate(model, sampling=Sampling(12, 5, stop_ids=(1, 7, 8, 9, 10, 11)), n=8)
+    for response, reason in zip(rollout.response_ids, rollout.finish_reasons):
+        stops = [i for i, token in enumerate(response) if token in (1, 7, 8, 9, 10, 11)]
+        assert stops == ([len(response) - 1] if reason == "stop" else []) and (not stops or stops[0] >= 5)
+        assert len(response) == 12 or reason == "stop"
+    limits = [1, 2, 12, 4, 12]
+    rollout = generate(model, sampling=Sampling(12), n=1, limits=limits)
+    assert [len(r) for r in rollout.response_ids] == [1, 2, 12, 4, 12]
+    assert rollout.finish_reasons == ["length"] * 5 and rollout.prompt_ids == ids
+    assert rollout.timings["rollout"] >= rollout.timings["prefill"] > 0
+
+
+def test_a_response_ends_at_the_end_of_the_context():
+    model = tiny(max_position_embeddings=48)
+    rollout = generate(model, sampling=Sampling(20), n=1)
+    assert [len(r) for r in rollout.response_ids] == [20, 20, 20, 20, 8]
+
+
+def test_samples_follow_the_policy():
+    """Second tokens of 6,000 samples, given the first (greedy is impossible to tell from one): chi-square."""
+    model, ids = tiny(), prompts((6,))
+    rollout = generate(model, sampling=Sampling(2), n=6000, ids=ids)
+    first = torch.tensor([r[0] for r in rollout.response_ids])
+    token = first.mode().values.item()
+    second = torch.tensor([r[1] for r in rollout.response_ids])
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids[0] + extra])).logits[0, -1] for extra in ([], [token])]
+    for drawn, z in ((first, logits[0]), (second[first == token], logits[1])):
+        expected = len(drawn) * z.softmax(-1)
+        counts = torch.bincount(drawn, minlength=97)
+        common = expected > 5
+        rest = (counts[~common].sum() - expected[~common].sum()) ** 2 / expected[~common].sum()
+        chi_square = ((counts - expected) ** 2 / expected)[common].sum() + rest
+        freedom = int(common.sum())
+        assert chi_square < freedom + 5 * (2 * freedom) ** 0.5, (chi_square, freedom)
+
+
+def test_page_exhaustion_preempts_and_changes_nothing():
+    model = tiny()
+    expected = generate(model)
+    page = 16 * 2 * 2 * 2 * 8 * 4  # tokens · layers · (key, value) · heads · head_dim · bytes
+    # Room for little more than one of the longest sequences (60 tokens, 4 pages).
+    rollout = generate(model, dict(page_size=16, kv_cache_gib=6 * page / (1 << 30)))
+    assert rollout.stats["preemptions"] > 0
+    assert_same(rollout, expected)
+
+
+def test_all_pages_come_back(monkeypatch):
+    engine = NativeEngine(tiny(), None, RolloutConfig(batch_size=4, page_size=16))
+    seen = {}
+    release = engine.cache.__class__.release
+
+    def record(self):
+        seen["free"], seen["pages"] = sorted(self.free), self.num_pages if hasattr(self, "num_pages") else 0
+        release(self)
+
+    monkeypatch.setattr(engine.cache.__class__, "release", record)
+    engine.generate(prompts(), 3, SAMPLING, 0)
+    assert seen["pages"] > 0 and seen["free"] == list(range(seen["pages"]))
+
+
+def test_weights_changed_between_calls_give_what_a_fresh_engine_gives():
+    model = tiny()
+    engine = NativeEngine(model, None, RolloutConfig())
+    before = engine.generate(prompts(), 3, SAMPLING, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    after = engine.generate(prompts(), 3, SAMPLING, 0)
+    assert after.response_ids != before.response_ids
+    assert_same(after, generate(model))
+
+
+# Restoring
+
+
+def state_of(model):
+    return {
+        "modes": [m.training for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "cache": model.config.use_cache,
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "forwards": [name for name, m in model.named_modules() if "forward" in vars(m)],
+        "weights": [(p.data_ptr(), p._version) for p in model.parameters()],
+        "grads": [p.requires_grad for p in model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_model_is_restored_whatever_happens(error, monkeypatch):
+    model = tiny().train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.model.layers[1].eval()  # a part that somebody froze
+    engine = NativeEngine(model, None, RolloutConfig(batch_size=4))
+    before = state_of(model)
+    calls = []
+
+    class Failing(nn.Module):
+        def forward(self, x):
+            calls.append(1)
+            if error and len(calls) == 9:
+                raise error("in the middle")
+            return x
+
+    model.model.norm = nn.Sequential(model.model.norm, Failing())
+    before = state_of(model)
+    if error:
+        with pytest.raises(error, match="in the middle"):
+            engine.generate(prompts(), 3, SAMPLING, 0)
+        calls.clear()
+        calls.extend([1] * 20)
+    assert engine.cache.keys == []
+    rollout = engine.generate(prompts(), 3, SAMPLING, 0)
+    assert state_of(model) == before and engine.cache.keys == []
+    assert rollout.num_tokens > 0
+
+
+# Bad input
+
+
+def test_a_prompt_that_fills_the_context_is_refused():
+    model = tiny(max_position_embeddings=40)
+    with pytest.raises(RolloutError, match="prompt 4 has 40 tokens; the model takes from 1 to 39"):
+        generate(model)
+    with pytest.raises(RolloutError, match="prompt 1 has 0 tokens"):
+        generate(model, ids=[[3], []])
+
+
+def test_a_stop_token_outside_of_the_vocabulary_is_refused():
+    with pytest.raises(RolloutError, match=r"stop_ids: \[97, -1\] are no tokens of the model, whose vocabulary has 97"):
+        generate(tiny(), sampling=Sampling(4, stop_ids=(1, 97, -1)))
+
+
+def test_a_budget_too_small_for_one_sequence_is_refused():
+    with pytest.raises(RolloutError, match="rollout.kv_cache_gib: the longest sequence needs .* GiB"):
+        generate(tiny(), dict(kv_cache_gib=1e-6))
+
+
+@pytest.mark.parametrize("batch_size", [15, 4])
+def test_nan_logits_name_the_response_and_the_token(batch_size):
+    model = tiny()
+    expected = generate(model)
+    row = max(range(15), key=lambda i: len(expected.response_ids[i]))
+    model.model.embed_tokens.weight.data[expected.response_ids[row][6]] = torch.nan
+    with pytest.raises(RolloutError, match=r"logits are NaN: response \d+ .*, token \d+"):
+        generate(model, dict(batch_size=batch_size))
+    with pytest.raises(RolloutError, match="response 0 .*, token 0"):
+        generate(model, n=1, ids=[[expected.response_ids[row][6]]])
+
+
+def test_out_of_memory_shrinks_the_cache_and_says_so(monkeypatch):
+    model = tiny()
+    expected = generate(model, dict(page_size=16))
+    zeros, failed = torch.zeros, []
+
+    def scarce(*args, **options):
+        if args and isinstance(args[0], tuple) and len(args[0]) == 4 and args[0][0] > 21:
+            failed.append(args[0][0])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(*args, **options)
+
+    engine = NativeEngine(model, None, RolloutConfig(page_size=16))
+    monkeypatch.setattr(cache.torch, "zeros", scarce)
+    with pytest.warns(UserWarning, match="no memory for a KV cache of .* GiB; trying .* GiB"):
+        rollout = engine.generate(prompts(), 3, SAMPLING, 0)
+    assert failed
+    assert_same(rollout, expected)
+
+
+def test_strings_are_encoded():
+    class Words:
+        def __call__(self, text):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    engine = NativeEngine(tiny(), Words(), RolloutConfig())
+    texts = [" ".join(map(str, ids)) for ids in prompts()]
+    assert_same(engine.generate(texts, 2, SAMPLING, 0), engine.generate(prompts(), 2, SAMPLING, 0))
