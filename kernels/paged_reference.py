@@ -1,4 +1,4 @@
-"""The paged key-value cache in plain torch: the truth the kernels are tested against, and a path for CPU tensors.
+"""The paged key-value cache in plain torch: the truth the kernels and the engine's CPU path are tested against.
 
 A layer's cache is k_cache and v_cache [num_pages, num_kv_heads, page_size, head_dim]. See `kernels.paged_attention`
 for the arguments; here the tensors themselves are taken.

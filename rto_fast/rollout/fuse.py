@@ -1,42 +1,45 @@
-"""Fewer kernels and less Python a layer, for the time of a rollout; weights and results stay the model's.
+"""The backbone of Llama's family with fewer kernels and less Python; weights and results stay the model's.
 
-Layers of Llama's family run as one function: projections of the same input as one GEMM, where their weights lie side by
-side in memory, and on a GPU Liger's kernels for RMSNorm, RoPE and SwiGLU, where it is installed. Other architectures run
-as transformers wrote them.
+Projections of the same input run as one GEMM, where their weights lie side by side in memory; on a GPU Liger's kernels
+take RMSNorm, RoPE and SwiGLU, where it is installed. Other architectures run as transformers wrote them.
 """
 
-import contextlib
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Decoder layers that are norm, attention with whole heads rotated, norm, gated MLP. Qwen3 also normalises heads.
-FAMILY = {"LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer"}
+# Embedding, decoder layers, norm; a layer is norm, attention with whole heads rotated, norm, gated MLP (Qwen3 also
+# normalises heads).
+FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
 
 
 def _siblings(layer):
+    """Projections of the same input."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
 
 
-def _family_layers(model):
-    for module in model.modules():
-        # Not where somebody else wants to see a part's own forward: LoRA, ZeRO-3, hooks of a user.
-        if type(module).__name__ in FAMILY and type(module).__module__.startswith("transformers."):
-            parts = list(module.modules())
-            hooked = any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in parts)
-            silu = type(module.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-            if silu and not hooked and all(type(p) is nn.Linear for group in _siblings(module) for p in group):
-                yield module
+def _layers(backbone):
+    """The decoder layers, if the backbone is of the family and all its parts are what transformers made them."""
+    if type(backbone).__name__ not in FAMILY or not type(backbone).__module__.startswith("transformers."):
+        return []
+    # Somebody else (LoRA, a user's hook) wants to see a part's own forward.
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in backbone.modules()):
+        return []
+    plain = all(
+        type(linear) is nn.Linear and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        for layer in backbone.layers for group in _siblings(layer) for linear in group
+    )  # fmt: skip
+    return list(backbone.layers) if plain else []
 
 
 @torch.no_grad()
-def lay_side_by_side(model):
+def lay_side_by_side(backbone):
     """Moves weights of projections of the same input into one buffer each. The parameters stay the objects they are,
     with the same values; where they share their memory with others (an optimizer's flat buffer) they are left alone."""
-    for layer in _family_layers(model):
+    for layer in _layers(backbone):
         for group in _siblings(layer):
             for name in ("weight", "bias"):
                 tensors = [getattr(linear, name) for linear in group]
@@ -98,9 +101,9 @@ def _torch_gated(gate, up):
     return F.silu(gate).mul_(up)
 
 
-def _kernels(model):
+def _kernels(is_cuda):
     """(norm, rope, gated product): Liger's where they run."""
-    if not (next(model.parameters()).is_cuda and find_spec("liger_kernel")):
+    if not (is_cuda and find_spec("liger_kernel")):
         return _torch_norm, _torch_rope, _torch_gated
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
@@ -124,7 +127,7 @@ def _layer_forward(layer, qkv, gate_up, kernels):
     head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
-    def forward(hidden_states, position_embeddings, paged, **_):
+    def forward(hidden_states, position_embeddings, paged):
         x = qkv(norm(hidden_states, layer.input_layernorm)).view(-1, heads + 2 * kv_heads, dim)
         query, key, value = x.split((heads, kv_heads, kv_heads), 1)
         if head_norms[0] is not None:
@@ -138,18 +141,23 @@ def _layer_forward(layer, qkv, gate_up, kernels):
     return forward
 
 
-@contextlib.contextmanager
-def fused_layers(model):
-    """Replaces the forward of layers of the family, and puts it back."""
-    kernels, fused = _kernels(model), []
-    for layer in _family_layers(model):
+def fused_backbone(backbone):
+    """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D], good while the weights stay where
+    they are; None where the backbone has to run as it is."""
+    kernels, forwards = _kernels(next(backbone.parameters()).is_cuda), []
+    for layer in _layers(backbone):
         qkv, gate_up = map(_Joined, _siblings(layer))
-        if qkv.complete and gate_up.complete:
-            fused.append((layer, _layer_forward(layer, qkv, gate_up, kernels)))
-    for layer, forward in fused:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer, _ in fused:
-            del layer.forward
+        if not (qkv.complete and gate_up.complete):
+            return None
+        forwards.append(_layer_forward(layer, qkv, gate_up, kernels))
+    if not forwards:
+        return None
+
+    def forward(input_ids, position_ids, paged):
+        x = backbone.embed_tokens(input_ids[None])
+        position_embeddings = backbone.rotary_emb(x, position_ids[None])
+        for layer in forwards:
+            x = layer(x, position_embeddings, paged)
+        return kernels[0](x, backbone.norm)[0]
+
+    return forward

@@ -11,7 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.rollout.attention import PAGED
-from rto_fast.rollout.fuse import fused_layers
+from rto_fast.rollout.fuse import fused_backbone
 
 
 class RolloutModel:
@@ -65,7 +65,8 @@ class RolloutModel:
         with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
-            with self._merged_lora(), _unwarned(self.causal_lm.base_model), fused_layers(self.causal_lm):
+            with self._merged_lora(), _unwarned(self.causal_lm.base_model):
+                self.fused = fused_backbone(self.causal_lm.base_model)
                 self.head = output_head(self.causal_lm)
                 if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
                     self.head = replace(self.head, weight=self.merged[linear])
@@ -73,6 +74,8 @@ class RolloutModel:
 
     def hidden(self, input_ids, position_ids, paged):
         """Last hidden states, [T, D]."""
+        if self.fused:
+            return self.fused(input_ids, position_ids, paged)
         return self.causal_lm.base_model(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, paged=paged
         ).last_hidden_state[0]

@@ -36,7 +36,7 @@ class NativeEngine:
         self.tokenizer, self.config = tokenizer, config
         self.model = RolloutModel(model)
         if not self.model.is_zero3:
-            lay_side_by_side(self.model.causal_lm)
+            lay_side_by_side(self.model.causal_lm.base_model)
         self.state = self.step = None
         self._check()
 

@@ -87,8 +87,9 @@ class VLLMEngine:
         Args: as of `NativeEngine.generate`. A sample's random numbers depend on nothing else here either, but how vLLM's
             sums are rounded depends on the batch, unless VLLM_BATCH_INVARIANT=1 is set.
         Returns:
-            RolloutBatch. `sampling_logps` are vLLM's; `logps` are the same where nothing is filtered or forbidden (top_p,
-            top_k and min_p off, min_new_tokens 1), else None; both are None when greedy.
+            RolloutBatch. `sampling_logps` are vLLM's; `logps` are the same where nothing is filtered (top_p, top_k and
+            min_p off) and min_new_tokens is at most 1, else None; both are None when greedy. With 1, a response's first
+            log-prob leaves out the stop tokens, which could not be drawn: off by log(1 − their probability).
         Raises:
             RolloutError: vLLM refuses a request, gave up on a response, or its log-probs are not finite.
         """
@@ -131,8 +132,7 @@ class VLLMEngine:
         return self.sampling_params(
             temperature=float(sampling.temperature), top_p=float(sampling.top_p), top_k=sampling.top_k,
             min_p=float(sampling.min_p), seed=seed, max_tokens=limit,
-            # vLLM counts the tokens before the stop token.
-            min_tokens=max(min(sampling.min_new_tokens, limit) - 1, 0),
+            min_tokens=min(sampling.min_new_tokens, limit),
             # Only our stop tokens end a response, not what vLLM reads from the tokenizer.
             stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
             # 0: of the sampled token only; flat: lists of numbers, where vLLM else makes a dictionary a token.

@@ -39,7 +39,7 @@ def test_an_architecture_without_the_attention_interface_falls_back_with_one_war
 
 
 def test_a_model_that_decodes_otherwise_than_it_trains_falls_back(monkeypatch):
-    model = tiny()
+    model = tiny("olmo")
     forward = type(model.model).forward
 
     def shifted(self, *args, position_ids, paged=None, **kwargs):

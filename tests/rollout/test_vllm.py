@@ -52,7 +52,7 @@ def engine(model, **options):
 
 
 def sampling(**options):
-    return Sampling(**{"max_new_tokens": 12, "stop_ids": (1,)} | options)
+    return Sampling(**{"max_new_tokens": 12, "min_new_tokens": 0, "stop_ids": (1,)} | options)
 
 
 def double_head(model):
@@ -105,11 +105,11 @@ def test_greedy_takes_the_most_likely_token_and_gives_no_log_probs(stub, model):
     assert rollout.logps is None and rollout.sampling_logps is None
 
 
-def test_min_new_tokens_counts_the_stop_token(stub, model):
-    for least in (1, 3):
+def test_min_new_tokens_come_before_the_stop_token(stub, model):
+    for least in (0, 1, 3):
         options = sampling(min_new_tokens=least, stop_ids=tuple(range(4, 40)))
         rollout = engine(model).generate(PROMPTS, 10, options, seed=0)
-        assert min(map(len, rollout.response_ids)) == least
+        assert min(map(len, rollout.response_ids)) == least + 1
 
 
 def test_any_of_the_stop_ids_ends_a_response_and_nothing_else_does(stub, model):
