@@ -39,6 +39,7 @@ class Case:
     )
     overwritten: bool = False  # the functions may overwrite their first input: each call gets a copy
     op: str = ""  # of the cost model, if not the group
+    random: bool = False  # results are draws: nothing to compare
 
     @property
     def name(self):
@@ -124,6 +125,8 @@ def run(case, clock, ceilings, **options):
     flops_ms = 1e3 * least.flops / ceilings["gemm_flops_per_s"]
     records = []
     for name, found in measure(providers, clock, **options).items():
+        if case.random:
+            found.pop("deviation", None)
         if "median_ms" in found:
             found["percent_of_limit"] = 100 * max(bytes_ms, flops_ms) / found["median_ms"]
         records.append({

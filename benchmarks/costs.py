@@ -18,7 +18,8 @@ LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first 
 GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
 # Kernels of a decode step on a GPU with Liger, counted in rto_fast/rollout: a layer's (of Qwen's, whose heads have norms,
 # two more), and those before and after the layers.
-KERNELS_A_LAYER, KERNELS_OF_HEAD_NORMS, KERNELS_AROUND = 16, 2, 45
+KERNELS_A_LAYER, KERNELS_OF_HEAD_NORMS, KERNELS_AROUND = 16, 2, 38
+SAMPLING_OPS = ("sample_tokens", "sample_tokens, top_p 0.9")
 DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, where decode kernels and steps are compared
 
 
@@ -83,8 +84,8 @@ def limit(op, phase, shape, kept=1.0):
         ("ppo_policy_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
         ("ppo_value_loss", "forward+backward"): Step(bytes=17 * shape.tokens),
         # float32 logits; two random numbers in, a token and two log-probs out.
-        ("sample_tokens", "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
-        ("sample_tokens, top_p 0.9", "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
+        (SAMPLING_OPS[0], "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
+        (SAMPLING_OPS[1], "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
     }[op, phase]  # fmt: skip
 
 
@@ -115,9 +116,9 @@ def prediction(op, phase, shape, kept=1.0):
     logits, hidden, vocab = tokens * shape.vocab_size, shape.hidden_size, shape.vocab_size
     gemm = 2 * logits * hidden
     if op.startswith("sample_tokens"):
-        # With a filter the logits are read three times. The sums of tiles, 1/128 of them, are written and read.
+        # With a filter the logits are read three times. Of each 512, two sums are written and read.
         reads = 3 if "top_p" in op else 1
-        return [Step(bytes=(4 * reads + 8 / 128) * logits + 24 * tokens, launches=1)]
+        return [Step(bytes=(4 * reads + 16 / 512) * logits + 24 * tokens, launches=1)]
     if op == "token_logps":
         return [Step(bytes=limit(op, phase, shape, kept).bytes, launches=1)]
     if op == "linear_token_logps" and phase == "forward":
@@ -144,9 +145,7 @@ def decode_step(decoder, sequences, tokens, itemsize=2):
     `sequences` with `tokens` in the cache together all keys and values."""
     matrices = decoder.layer_weights + decoder.head_weights
     attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
-    return Step(
-        2.0 * matrices * sequences + attention * tokens, itemsize * (matrices + decoder.kv_elements * tokens)
-    )
+    return Step(2.0 * matrices * sequences + attention * tokens, itemsize * (matrices + decoder.kv_elements * tokens))
 
 
 def prefill(decoder, prompts, itemsize=2):
@@ -159,39 +158,37 @@ def prefill(decoder, prompts, itemsize=2):
     )
 
 
-def decode_overhead(decoder, sequences):
-    """What our step has on top: launches, and float32 logits that are written and read."""
+def overhead_seconds(decoder, sequences, device):
+    """What a step of ours has on top: launches, and float32 logits that are written and read."""
     layer = KERNELS_A_LAYER + KERNELS_OF_HEAD_NORMS * (decoder.model_type == "qwen3")
     launches = decoder.layers * layer + KERNELS_AROUND
-    return Step(bytes=8 * decoder.vocab_size * sequences), launches * GRAPH_SECONDS
+    return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * GRAPH_SECONDS
 
 
-def rollout_seconds(decoder, workload, device, itemsize=2, ours=False):
-    """The least time of a workload: prefill, then all sequences decode together from the start, each as long as its
-    response lasts. No schedule does with less: weights are read at least once for each token of the longest response,
-    keys and values once for each token of every response. `ours`: with our overhead, a prediction."""
+def step_seconds(decoder, device, sequences=DECODE_BATCH, tokens=None, *, itemsize=2, ours=False):
+    """Bound, or prediction (`ours`), of one step of sequences that have `tokens` together (default: 512 each)."""
+    step = decode_step(decoder, sequences, sequences * DECODE_CONTEXT if tokens is None else tokens, itemsize)
+    return step.seconds(device) + (overhead_seconds(decoder, sequences, device) if ours else 0.0)
+
+
+def rollout_seconds(decoder, workload, device, *, itemsize=2, ours=False):
+    """Bound, or prediction, of a workload: prefill, then all sequences decode together from the start, each as long as
+    its response lasts. No schedule does with fewer bytes: weights are read once for each token of the longest response,
+    keys and values once for each token of every one."""
     total = prefill(decoder, workload.prompts, itemsize).seconds(device)
-    # A response's first token comes from the prefill; token k + 1 from a step with prompt + k tokens in the cache.
+    # A response's first token comes from the prefill, the next one from a step with prompt + 1 tokens in the cache.
     for k in range(1, max(workload.responses)):
         lengths = [p + k for p, n in zip(workload.prompts, workload.responses) if n > k]
-        total += decode_step(decoder, len(lengths), sum(lengths), itemsize).seconds(device)
-        if ours:
-            step, launches = decode_overhead(decoder, len(lengths))
-            total += step.seconds(device) + launches
+        total += step_seconds(decoder, device, len(lengths), sum(lengths), itemsize=itemsize, ours=ours)
     return total
-
-
-def step_seconds(decoder, device, sequences=DECODE_BATCH, context=DECODE_CONTEXT, itemsize=2, ours=False):
-    """(bound, or prediction) of one step of sequences with `context` tokens each, on average."""
-    seconds = decode_step(decoder, sequences, sequences * context, itemsize).seconds(device)
-    if ours:
-        step, launches = decode_overhead(decoder, sequences)
-        seconds += step.seconds(device) + launches
-    return seconds
 
 
 def milliseconds(steps, device):
     return 1e3 * sum(step.seconds(device) for step in steps)
+
+
+def decode_shape(decoder, sequences=DECODE_BATCH, context=DECODE_CONTEXT):
+    return CacheShape(decoder, sequences, sequences * context)
 
 
 def table(device):
@@ -206,6 +203,8 @@ def table(device):
             ("rto_advantages", "forward"), ("gae", "forward"), ("ppo_policy_loss", "forward+backward"),
             ("ppo_value_loss", "forward+backward"),
         )),
+        *(("paged_attention", "forward", decode_shape(decoder)) for decoder in (LLAMA3_8B, QWEN3_06B)),
+        *((op, "forward", shape.at(DECODE_BATCH)) for op in SAMPLING_OPS for shape in MODELS[:2]),
     ]  # fmt: skip
     return [
         (op, phase, shape, milliseconds([limit(op, phase, shape)], device),

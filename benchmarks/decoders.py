@@ -50,7 +50,7 @@ QWEN3_06B = Decoder(
 )
 LLAMA_20M = Decoder("20M Llama", 8, 384, 6, 2, 64, 1024, 8192)
 DECODERS = (LLAMA3_8B, QWEN3_06B, LLAMA_20M)
-EMBEDDED = Decoder("embedded", 2, 64, 4, 4, 16, 192, 67, context=256, rope_theta=1000.0)  # rto_fast.data.world
+EMBEDDED = Decoder("embedded", 2, 64, 4, 4, 16, 192, 49, context=256, rope_theta=1000.0)  # rto_fast.data.world
 TINY = Decoder("tiny", 2, 32, 4, 2, 16, 64, 300, context=256)
 
 

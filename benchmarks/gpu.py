@@ -1,9 +1,12 @@
-"""Everything that needs a GPU, in one command of less than ten minutes:
+"""Everything that needs a GPU, in one command of less than ten minutes, or better in two, whose results add up:
 
-    python benchmarks/gpu.py [--out benchmarks/results] [--only tests kernels scaling advantages end_to_end]
+    python benchmarks/gpu.py [--out benchmarks/results]
+    python benchmarks/gpu.py --only tests kernels scaling advantages
+    python benchmarks/gpu.py --only rollout end_to_end
 
-GPU tests, kernel benchmarks beside their peers, scaling in T, N x T grid of the advantages, end-to-end throughput. Each
-part has a budget, and what is measured is written as soon as it is: `<out>/<gpu>.json` is valid after every record.
+GPU tests, kernel benchmarks beside their peers, scaling in T, N x T grid of the advantages, rollouts, end-to-end
+throughput. The parts of a call share nine minutes: alone with `end_to_end`, `rollout` has six, and also reaches its peers
+that take long. What is measured is written as soon as it is: `<out>/<gpu>.json` is valid after every record.
 `python -m benchmarks.report` makes tables and plots of it. Nothing needs to be installed beyond torch, triton,
 transformers and pytest; peers that are missing are listed as such. `--cpu-smoke` runs all parts on tiny shapes and a
 CPU into a temporary folder: it proves that the script works, its times mean nothing.
@@ -28,13 +31,14 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
-from benchmarks import cases  # noqa: E402
+from benchmarks import cases, decode_cases  # noqa: E402
 from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
 from benchmarks.timing import Clock, ceilings  # noqa: E402
 
-# Seconds: together under nine minutes, so that a run with a slow start still ends within ten.
-BUDGETS = {"tests": 130, "kernels": 260, "scaling": 45, "advantages": 35, "end_to_end": 60}
-TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_models.py", "tests/test_rto_invariants.py")
+# Seconds: together under nine minutes, so that a run with a slow start still ends within ten. A call of fewer parts shares
+# the same seconds out among these.
+BUDGETS = {"tests": 120, "kernels": 195, "scaling": 30, "advantages": 20, "rollout": 120, "end_to_end": 50}
+TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_models.py", "tests/test_rto_invariants.py", "tests/rollout")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 
@@ -65,10 +69,10 @@ class Report:
         self.data = {
             "gpu": torch.cuda.get_device_name() if is_cuda else "CPU smoke run: times mean nothing",
             "commit": commit(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-            "ceilings": {}, "tests": {}, "kernels": [], "end_to_end": {}, "notes": [], "seconds": {},
+            "ceilings": {}, "tests": {}, "kernels": [], "rollout": [], "end_to_end": {}, "notes": [], "seconds": {},
         }  # fmt: skip
         if path.exists() and (old := json.loads(path.read_text()))["commit"] == self.data["commit"]:
-            kept = {name: old[name] for name in ("tests", "end_to_end") if name not in parts}
+            kept = {name: old[name] for name in ("tests", "rollout", "end_to_end") if name in old and name not in parts}
             kept["seconds"] = {name: spent for name, spent in old["seconds"].items() if name in BUDGETS}
             self.data |= kept | {"kernels": [r for r in old["kernels"] if r["part"] not in parts]}
 
@@ -139,6 +143,8 @@ def kernel_cases(device, small):
     for build in builders:
         for shape in (TINY,) if small else MODELS:
             yield from build(shape, device, dtype)
+        if build is cases.logits_cases:
+            yield from decode_cases.decode_cases(device, small)
     yield from cases.vector_cases(1 << (10 if small else 20), device)
 
 
@@ -172,6 +178,22 @@ def advantages_cases(device, small):
                 for case in cases.advantages_cases(sequences * length, sequences, device, slow_peers=False):
                     del case.functions["loop over time (TRL, verl style)"]
                     yield case
+
+
+def run_rollout(report, device, small, deadline):
+    try:
+        from benchmarks import rollout
+    except ImportError as error:  # a transformers that it does not know must not cost the other parts
+        report.data["notes"].append(f"failed: rollout: {error}")
+        return
+    for record in rollout.run(device, report.data["ceilings"], deadline, small):
+        report.data["rollout"].append(record)
+        told = record.get("skipped") or record.get("error")
+        if "seconds" in record:
+            told = f"{record['tokens_per_second']:10,.0f} tokens/s, {record['percent_of_bound']:3.0f} % of the bound"
+        where = f"{record['model']} {record['workload']} {record['sequences']}"
+        print(f"{where:36} {record['provider']:26} {told} ({record.get('wall_seconds', 0):.0f} s)", flush=True)
+        report.save()
 
 
 def run_end_to_end(report, device, small):
@@ -210,11 +232,13 @@ def main():
         "kernels": lambda end: run_cases(report, kernel_cases(device, small), clock, end, **rounds),
         "scaling": lambda end: run_cases(report, scaling_cases(device, small), clock, end, **rounds),
         "advantages": lambda end: run_cases(report, advantages_cases(device, small), clock, end, **rounds),
+        "rollout": lambda end: run_rollout(report, device, small, end),
         "end_to_end": lambda end: run_end_to_end(report, device, small),
     }
+    share = sum(BUDGETS.values()) / sum(BUDGETS[part] for part in options.only)
     for part in options.only:
         report.part, start = part, time.perf_counter()
-        parts[part](start + BUDGETS[part])
+        parts[part](start + share * BUDGETS[part])
         report.data["seconds"][part] = time.perf_counter() - start
     report.data["seconds"]["all"] = time.perf_counter() - report.start
     report.data["ceilings_after"] = ceilings(clock)
@@ -223,6 +247,9 @@ def main():
     failed = [note for note in report.data["notes"] if note.startswith("failed")] + [
         f"{record['group']} {record['model']}: {record['error']}"
         for record in report.data["kernels"] if record["provider"].startswith("ours") and "error" in record
+    ] + [
+        f"rollout of {record['model']}, {record['workload']}: {record['error']}"
+        for record in report.data["rollout"] if record["provider"] == "ours" and "error" in record
     ]  # fmt: skip
     print("\n".join(failed))
     # A test run that was cut short (exit code None) is told in the results; one that crashed has failed.

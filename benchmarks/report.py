@@ -2,9 +2,10 @@
 
     python -m benchmarks.report [--static] [--cpu]
 
-Writes the sections between markers of benchmarks/README.md: predictions; results, if there are any; with --static, the
-machine-code table of `python -m benchmarks.static`; with --cpu, what the CPU path takes on this machine. Also a short
-table into the top README where it has the marker `kernel-results`, and plots beside the results.
+Writes the sections between markers of benchmarks/README.md: predictions of kernels and rollouts; results, if there are
+any; with --static, the machine-code table of `python -m benchmarks.static`; with --cpu, what the CPU path and rollouts
+take on this machine. Also a short table into the top README where it has the marker `kernel-results`, and plots beside
+the results.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import platform
 import re
 import subprocess
 import sys
+from itertools import chain
 
 import torch
 
+from benchmarks import decode_cases, rollout_tables
 from benchmarks.cases import cpu_cases, run
-from benchmarks.roofline import FOLDER, VECTOR_OPS, load_results, markdown, plot
+from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
 
@@ -86,6 +89,7 @@ def results_section(results):
         if missing:
             parts.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in missing))
         parts += [f"- {note}" for note in result["notes"]]
+        parts += rollout_tables.results(result.get("rollout", []))
         if "tokens_per_second" in (end := result["end_to_end"]):
             parts.append(
                 f"**End to end** ({end['parameters'] / 1e6:.0f}M parameters, {end['responses']} responses of "
@@ -95,21 +99,34 @@ def results_section(results):
     return "\n\n".join(parts) or NO_RESULTS
 
 
+def _machine():
+    return f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, float32"
+
+
 def cpu_section():
     """Measures the CPU cases now, in one thread."""
     torch.set_num_threads(1)
     clock = Clock("cpu")
     rates = ceilings(clock)
     groups = {}
-    for case in cpu_cases():
+    for case in chain(cpu_cases(), decode_cases.cpu_cases()):
         # Limits are those of 16-bit tensors.
         records = [r | {"percent_of_limit": None} for r in run(case, clock, rates, rounds=9, seconds=2.5)]
         groups.setdefault((case.group, case.phase, case.mask), []).extend(records)
-    parts = [f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, float32; float32 GEMM "
+    parts = [f"{_machine()}; float32 GEMM "
              f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."]  # fmt: skip
     for (group, phase, mask), records in groups.items():
         parts.append(f"**{group}**, {phase}" + (", half masked out" * (mask == "half")) + f"\n\n{_table(records)}")
     return "\n\n".join(parts)
+
+
+def cpu_rollout_section():
+    """Measures the CPU's rollouts now, in one thread."""
+    from benchmarks import rollout_cpu  # brings models of transformers along: not for a table of predictions
+
+    torch.set_num_threads(1)
+    records = [r for case in rollout_cpu.WORKLOADS for r in rollout_cpu.records(*case, rounds=5, seconds=20.0)]
+    return f"{_machine()}.\n\n{rollout_tables.cpu(records)}"
 
 
 def headline(results):
@@ -185,7 +202,7 @@ def write_plots(folder, stem, result):
     """One PNG a group; returns their paths."""
     paths = []
     for (group, phase, mask), records in _groups(result).items():
-        if group in VECTOR_OPS or mask != "full" or not any("median_ms" in r for r in records):
+        if group in VECTOR_OPS + DECODE_OPS or mask != "full" or not any("median_ms" in r for r in records):
             continue
         paths.append(folder / f"{stem}-{group}-{phase.replace('+', '-')}.png")
         plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}", records)
@@ -199,10 +216,12 @@ def main():
     options = parser.parse_args()
     readme, results = FOLDER / "README.md", load_results()
     replace_section(readme, "predictions", markdown())
+    replace_section(readme, "rollout-bounds", rollout_tables.bounds())
     plot(FOLDER / "roofline.png", results)
     replace_section(readme, "results", results_section(results))
     if options.cpu:
         replace_section(readme, "cpu", cpu_section())
+        replace_section(readme, "rollout-cpu", cpu_rollout_section())
     if options.static:
         command = [sys.executable, "-m", "benchmarks.static"]
         process = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)

@@ -9,11 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.costs import DEVICES, table
+from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, SAMPLING_OPS, table
 from benchmarks.shapes import MODELS
 
 FOLDER = Path(__file__).parent
 VECTOR_OPS = ("rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss")
+
+DECODE_OPS = ("paged_attention", *SAMPLING_OPS)
 
 
 def load_results(folder=FOLDER / "results"):
@@ -22,6 +24,9 @@ def load_results(folder=FOLDER / "results"):
 
 
 def row_label(op, phase, shape):
+    if op in DECODE_OPS:
+        context = f" × {DECODE_CONTEXT} tokens" if op == "paged_attention" else ""
+        return op, f"{shape.name}, {DECODE_BATCH} sequences{context}"
     return f"{op} {phase}", "1M tokens" if op in VECTOR_OPS else shape.name
 
 
@@ -44,6 +49,8 @@ def measured_points(results):
     for result in results:
         for record in result["kernels"]:
             tokens = 1 << 20 if record["group"] in VECTOR_OPS else MODELS[0].tokens
+            if record["group"] in DECODE_OPS:
+                tokens = record["tokens"]  # of one size only
             if record["provider"] == "ours" and record.get("mask", "full") == "full" and record["tokens"] == tokens:
                 if "median_ms" in record:
                     key = record["group"], record["phase"], record["model"]
@@ -64,7 +71,7 @@ def plot(path, results):
     colours = dict(zip((shape.name for shape in MODELS), ("tab:blue", "tab:orange", "tab:green")))
     for column, (name, device) in enumerate(DEVICES.items()):
         for op, phase, shape, least, predicted in table(device):
-            if op in VECTOR_OPS:
+            if op in VECTOR_OPS + DECODE_OPS:
                 continue
             axis, x, colour = (
                 axes[panels.index(f"{op} {phase}")],

@@ -31,7 +31,7 @@ QWEN3_06B = Shape("Qwen3-0.6B", 8192, 1024, 151936)
 GEMMA3_270M = Shape("Gemma3-270M", 8192, 640, 262144)
 MODELS = (LLAMA3_8B, QWEN3_06B, GEMMA3_270M)
 # What CPUs are asked for: a small model's output layer, and the embedded default's.
-CPU_SHAPES = (Shape("small", 512, 256, 16000, 128), Shape("embedded", 2048, 64, 67, 64))
+CPU_SHAPES = (Shape("small", 512, 256, 16000, 128), Shape("embedded", 2048, 64, 49, 64))
 TINY = Shape("tiny", 64, 16, 300, 16)
 
 

@@ -1,7 +1,7 @@
 """Kernel benchmarks for pytest-benchmark, a group a kernel: `pytest benchmarks [--benchmark-json FILE]`.
 
 The providers of a group are timed in turns, in one go, by `benchmarks.timing`; a provider's test then hands its rounds
-to pytest-benchmark through a clock that shows the measured times. Only so can rounds of different tests interleave.
+to pytest-benchmark (`benchmarks.replay`). Only so can rounds of different tests interleave.
 """
 
 from functools import cache
@@ -10,6 +10,7 @@ from itertools import chain
 import pytest
 import torch
 
+from benchmarks import decode_cases
 from benchmarks.cases import (
     advantages_cases,
     cpu_cases,
@@ -21,6 +22,7 @@ from benchmarks.cases import (
     run,
     vector_cases,
 )
+from benchmarks.replay import replay, replayed
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
 
@@ -31,6 +33,7 @@ def cuda_cases():
     for shape in MODELS:
         for build in (logits_cases, linear_cases, linear_ppo_cases, logits_ppo_cases):
             yield from build(shape, CUDA, torch.bfloat16)
+    yield from decode_cases.decode_cases(CUDA)
     yield from chain(vector_cases(1 << 20, CUDA), gae_cases(1 << 20, 1024, CUDA, slow_peers=False))
     for sequences in (8, 128, 1024):
         yield from advantages_cases(1 << 20, sequences, CUDA, slow_peers=False)
@@ -56,41 +59,19 @@ def record_of(case, name, device, **options):
     return measured[case.name][name]
 
 
-class Replay:
-    """A timer that moves on by a measured time at each call of `round`."""
-
-    def __init__(self):
-        self.now, self.seconds = 0.0, iter(())
-
-    def __call__(self):
-        return self.now
-
-    def round(self):
-        self.now += next(self.seconds)
-
-
-REPLAY = Replay()
-
-
 def report(benchmark, record):
-    if "median_ms" not in record:
-        pytest.skip(record.get("skipped") or record["error"])
-    REPLAY.seconds = iter(record["seconds"])
-    benchmark.group = (
-        f"{record['group']} {record['phase']}, {record['model']}, T={record['tokens']}, mask {record['mask']}"
-    )
-    benchmark.extra_info |= {key: value for key, value in record.items() if key != "seconds"}
-    benchmark.pedantic(REPLAY.round, rounds=len(record["seconds"]))
+    group = f"{record['group']} {record['phase']}, {record['model']}, T={record['tokens']}, mask {record['mask']}"
+    replay(benchmark, group, record, record.get("seconds"))
 
 
-@pytest.mark.benchmark(timer=REPLAY)
+@replayed
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case, name", parameters(cuda_cases()))
 def test_gpu(benchmark, case, name):
     report(benchmark, record_of(case, name, CUDA))
 
 
-@pytest.mark.benchmark(timer=REPLAY)
-@pytest.mark.parametrize("case, name", parameters(cpu_cases()))
+@replayed
+@pytest.mark.parametrize("case, name", parameters(chain(cpu_cases(), decode_cases.cpu_cases())))
 def test_cpu(benchmark, case, name):
     report(benchmark, record_of(case, name, CPU, rounds=7, seconds=1.5))

@@ -11,8 +11,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import costs, loops, peers, report, roofline, shapes, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    costs,
+    decode_cases,
+    decoders,
+    loops,
+    peers,
+    report,
+    rollout,
+    rollout_cpu,
+    rollout_tables,
+    roofline,
+    shapes,
+    timing,
+)
 from rto_fast import ops  # noqa: E402
+from rto_fast.data import world  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 H200 = costs.DEVICES["H200"]
@@ -43,7 +57,113 @@ def test_limits(op, phase):
 def test_a_prediction_is_never_below_its_limit(device):
     for op, phase, shape, limit, prediction in costs.table(device):
         assert limit <= prediction, (op, phase, shape)
-        assert prediction < 2 * limit or op in roofline.VECTOR_OPS, (op, phase, shape)  # those are launch-bound
+        # Vector ops are launch-bound, and a filter takes three reads.
+        assert prediction < 2 * limit or op in (*roofline.VECTOR_OPS, costs.SAMPLING_OPS[1]), (op, phase, shape)
+    for decoder in decoders.DECODERS:
+        assert costs.step_seconds(decoder, device) < costs.step_seconds(decoder, device, ours=True), decoder.name
+
+
+# A step of 256 sequences with 512 tokens each, in GB of weights, GB of keys and values, ms on an H200 (4.3 TB/s).
+#   Llama-3-8B: 2·(32·(4096·(2·32 + 2·8)·128 + 3·4096·14336) + 4096·128256), 4·32·8·128·131072, (15.01 + 17.18) / 4.3
+#   Qwen3-0.6B: 2·(28·(1024·(2·16 + 2·8)·128 + 3·1024·3072) + 1024·151936), 4·28·8·128·131072, (1.19 + 15.03) / 4.3
+#   20M Llama:  2·(8·(384·(2·6 + 2·2)·64 + 3·384·1024) + 384·8192), 4·8·2·64·131072, (0.031 + 0.537) / 4.3
+STEPS = {
+    decoders.LLAMA3_8B: (15.01, 17.18, 7.49),
+    decoders.QWEN3_06B: (1.192, 15.03, 3.77),
+    decoders.LLAMA_20M: (0.0315, 0.537, 0.132),
+}
+
+
+@pytest.mark.parametrize("decoder", STEPS, ids=lambda decoder: decoder.name)
+def test_the_bound_of_a_decode_step(decoder):
+    weights, cache, milliseconds = STEPS[decoder]
+    empty, full = (costs.decode_step(decoder, 256, tokens) for tokens in (0, 256 * 512))
+    assert empty.bytes / 1e9 == pytest.approx(weights, rel=2e-3)
+    assert (full.bytes - empty.bytes) / 1e9 == pytest.approx(cache, rel=2e-3)
+    assert 1e3 * costs.step_seconds(decoder, H200) == pytest.approx(milliseconds, rel=5e-3)
+    # 2 FLOP a weight and token: 15.01 GB of Llama's weights take 256 tokens 3.84·10^12.
+    assert empty.flops == 256 * empty.bytes
+
+
+def test_the_bound_of_a_rollout():
+    """Prompts of 3 and 5 tokens, responses of 2 and 4: the first tokens come from the prefill, then three steps."""
+    decoder, workload = decoders.TINY, decoders.Workload("two", (3, 5), (2, 4))
+    device = costs.Device("a byte a second", 1.0, 1e12)
+    kv, weights = 2 * 2 * 2 * 16, 2 * 32 * (16 * (2 * 4 + 2 * 2) + 3 * 64) + 32 * 300  # elements
+    prefill = 2 * (weights + kv * 8)
+    steps = 2 * (weights + kv * (4 + 6)) + 2 * (weights + kv * 7) + 2 * (weights + kv * 8)
+    assert costs.rollout_seconds(decoder, workload, device) == pytest.approx(prefill + steps, rel=1e-6)
+    assert costs.rollout_seconds(decoder, workload, device, itemsize=4) == pytest.approx(
+        2 * (prefill + steps), rel=1e-6
+    )
+    # FLOPs where they take longer: a prompt's tokens see 1 to 3 and 1 to 5 of them, the head is for the last ones.
+    layers, head, attention = weights - 32 * 300, 32 * 300, 4 * 2 * 4 * 16
+    flops = costs.prefill(decoder, workload.prompts).flops
+    assert flops == 2 * (8 * layers + 2 * head) + attention * (6 + 15)
+
+
+def test_workloads():
+    uniform, log_normal, short = decoders.workloads().values()
+    assert len(uniform.prompts) == len(uniform.responses) == 256 == len(log_normal.prompts)
+    assert {min(uniform.prompts), min(uniform.responses)} <= set(range(100, 120)) and max(uniform.responses) <= 1024
+    assert 270 < sorted(log_normal.responses)[128] < 330 and max(log_normal.responses) == 1024
+    assert short.prompts == uniform.prompts and max(short.responses) == max(uniform.responses) // 8
+    assert uniform == decoders.workloads()["uniform"]
+
+
+@pytest.mark.parametrize("decoder", [decoders.TINY, decoders.EMBEDDED, decoders.LLAMA_20M], ids=lambda d: d.name)
+def test_models_have_the_sizes_that_are_reckoned_with(decoder):
+    model = rollout.build_model(decoder, "meta" if decoder is decoders.LLAMA_20M else "cpu")
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert sum(p.numel() for p in model.parameters()) == decoder.parameters + norms
+    assert norms < 0.01 * decoder.parameters
+    assert decoders.EMBEDDED.vocab_size == len(world.VOCABULARY)
+
+
+def test_published_sizes():
+    assert [round(d.parameters / 1e6) for d in decoders.DECODERS] == [8030, 596, 19]
+
+
+def test_a_plan_measures_ours_first():
+    items = rollout.plan()
+    ours = [item for item in items if item.provider == "ours"]
+    assert len(set(items)) == len(items) and items[: len(decoders.DECODERS) * 8] == ours[: len(decoders.DECODERS) * 8]
+    assert {item.provider for item in items} == set(rollout.PROVIDERS)
+
+
+def test_a_rollout_that_fails_or_is_late_is_a_result(monkeypatch):
+    class Fails:
+        def __init__(self, *_):
+            raise RuntimeError("no such model\nlong story")
+
+    monkeypatch.setitem(rollout.PROVIDERS, "ours", Fails)
+    runner = rollout.Runner("cpu", {"copy_bytes_per_s": 1e9, "gemm_flops_per_s": 1e9})
+    item, late = rollout.plan(small=True)[0], timing.time.perf_counter() - 1
+    assert "no such model" in runner.run(item)["error"] and runner.run(item, late)["skipped"] == "out of time"
+    assert "no such model" in "".join(rollout_tables.results([runner.run(item)]))
+
+
+def test_the_cpu_table(monkeypatch):
+    monkeypatch.setattr(rollout_cpu, "rates", lambda: {"copy_bytes_per_s": 1e10, "gemm_flops_per_s": 1e10})
+    records = rollout_cpu.records(decoders.EMBEDDED, decoders.equal(4, 5, 6, "4 × (5 + 6)"), rounds=1, seconds=0.1)
+    assert [r["provider"] for r in records] == ["ours", "HF generate"]
+    assert all(r["deviation"] == 0 and r["tokens_per_second"] == pytest.approx(24 / r["seconds"]) for r in records)
+    table = rollout_tables.cpu(records)
+    assert "| ours |" in table and "embedded, 4 × (5 + 6)" in table and table.count("tokens/s") == 2
+
+
+def test_attention_peers_compute_the_same():
+    device, shape = torch.device("cpu"), costs.decode_shape(decoders.TINY, 5, 90)
+    functions, inputs = (
+        decode_cases.paged_attention(device),
+        decode_cases.attention_inputs(shape, device, torch.float32),
+    )
+    torch.testing.assert_close(functions["gather + SDPA"](*inputs), functions["ours"](*inputs))
+    # FlashAttention's pages hold the same.
+    query, *_, lengths, keys, values, tables = inputs
+    arguments = keys.transpose(1, 2), values.transpose(1, 2), tables, lengths
+    found = decode_cases.paged_reference.paged_attention(query, *arguments, scale=query.shape[-1] ** -0.5)
+    torch.testing.assert_close(found, functions["ours"](*inputs))
 
 
 def test_masked_tokens_cost_nothing():
@@ -113,20 +233,27 @@ def test_without_a_gpu_the_gpu_script_says_so():
 
 def test_gpu_script_and_report(tmp_path):
     """All parts but the tests, which would start pytest again."""
-    parts = ("kernels", "scaling", "advantages", "end_to_end")
+    parts = ("kernels", "scaling", "advantages", "rollout", "end_to_end")
     process = run("benchmarks/gpu.py", "--cpu-smoke", "--out", str(tmp_path), "--only", *parts)
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((tmp_path / "cpu-smoke.json").read_text())
     groups = {record["group"] for record in result["kernels"]}
     assert groups >= {op for op, _ in LIMITS} | {"rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss"}
+    assert groups >= {"paged_attention", *costs.SAMPLING_OPS}
     assert not [record for record in result["kernels"] if "error" in record] and result["notes"] == []
     ours = [record for record in result["kernels"] if record["provider"] == "ours"]
     assert ours and all(record["median_ms"] > 0 and record["limit_ms"] > 0 for record in ours)
     assert all(record.get("deviation") is None or record["deviation"] < 1e-3 for record in result["kernels"])
+    rollouts = result["rollout"]
+    assert {r["provider"] for r in rollouts} == set(rollout.PROVIDERS)
+    assert {r["workload"] for r in rollouts} == {"uniform", "log-normal", "short", rollout.STEP}
+    assert all(r["tokens_per_second"] > 0 and 0 < r["percent_of_bound"] < 100 for r in rollouts), rollouts
     assert result["end_to_end"]["tokens_per_second"] > 0 and result["end_to_end"]["losses_finite"]
 
     pytest.importorskip("matplotlib")
-    assert "| ours |" in report.results_section([result]) and report.headline([result])
+    section = report.results_section([result])
+    assert "| ours |" in section and "| HF continuous batching |" in section and "**A decode step**" in section
+    assert report.headline([result])
     paths = report.write_plots(tmp_path, "smoke", result)
     roofline.plot(tmp_path / "roofline.png", [result])
     assert len(paths) >= 5 and all(path.stat().st_size > 10_000 for path in [*paths, tmp_path / "roofline.png"])
@@ -140,4 +267,5 @@ def test_sections_are_replaced(tmp_path):
 
 
 def test_the_readme_holds_todays_predictions():
-    assert roofline.markdown() in (ROOT / "benchmarks" / "README.md").read_text(), "run python -m benchmarks.report"
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert roofline.markdown() in readme and rollout_tables.bounds() in readme, "run python -m benchmarks.report"

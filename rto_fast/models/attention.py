@@ -9,6 +9,7 @@ block mask takes 239 ms (4 heads of 16), since the block mask also computes ever
 
 import inspect
 from functools import cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,9 @@ def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
 
 
 def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
-    """Causal attention of one sequence: [Hq, L, D] queries, the last L of the [Hkv, K, D] keys' and values' positions."""
-    length, keys = query.shape[1], key.shape[1]
-    gqa = query.shape[0] != key.shape[0]
+    """Causal attention: [N, Hq, L, D] queries, the last L of the [N, Hkv, K, D] keys' and values' positions."""
+    length, keys = query.shape[2], key.shape[2]
+    gqa = query.shape[1] != key.shape[1]
     mask = None
     if length != keys or (window and window < keys):
         positions = torch.arange(keys, device=query.device)
@@ -67,22 +68,27 @@ def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
             mask &= distance < window
     if not softcap:
         return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-        )[0]
-    groups = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh(query @ key.transpose(1, 2) * scale / softcap)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
-    lengths = cu_seqlens.diff().tolist()
+    # Neighbours of one length go as one batch: prompts, sorted by length, above all.
+    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
-    pieces = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, value)))
-    return torch.cat([sdpa_causal(*piece, scaling, window, softcap) for piece in pieces], 1).transpose(0, 1)
+    pieces = zip(*(x.split([length * count for length, count in runs]) for x in (query, key, value)))
+    outputs = []
+    for (length, count), piece in zip(runs, pieces):
+        batch = (x.unflatten(0, (count, length)).transpose(1, 2) for x in piece)
+        outputs.append(sdpa_causal(*batch, scaling, window, softcap).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def packed_attention(

@@ -58,29 +58,29 @@ class Prefill:
 
     def __init__(self, cache, slots, cu_seqlens, max_seqlen, pages):
         self.cache, self.slots, self.cu_seqlens, self.max_seqlen = cache, slots, cu_seqlens, max_seqlen
+        self.where = slots // cache.page_size, slice(None), slots % cache.page_size
         self.pages, self.continues = pages, any(piece is not None for piece in pages)
         self.lengths = cu_seqlens.diff().tolist() if self.continues else None
 
     def attend(self, module, query, key, value, scaling, window, softcap):
-        keys, values = (pools[module.layer_idx] for pools in (self.cache.keys, self.cache.values))
-        page, offset = self.slots // self.cache.page_size, self.slots % self.cache.page_size
-        keys[page, :, offset], values[page, :, offset] = key, value
+        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
+        keys[self.where], values[self.where] = key, value
         if not self.continues:
             return _attend_packed(
                 module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap
             )  # fmt: skip
-        pieces = zip(*(x.transpose(0, 1).split(self.lengths, 1) for x in (query, key, value)))
-        out = []
-        for (q, k, v), pages in zip(pieces, self.pages):
+        pieces, out = zip(*(x.split(self.lengths) for x in (query, key, value))), []
+        for piece, pages in zip(pieces, self.pages):
+            q, k, v = (x.transpose(0, 1)[None] for x in piece)
             if pages is not None:
                 k, v = (_gather(pool, *pages) for pool in (keys, values))
-            out.append(sdpa_causal(q, k, v, scaling, window, softcap))
-        return torch.cat(out, 1).transpose(0, 1)
+            out.append(sdpa_causal(q, k, v, scaling, window, softcap)[0].transpose(0, 1))
+        return torch.cat(out)
 
 
 def _gather(pool, pages, tokens):
-    """[Hkv, tokens, D] of one sequence."""
-    return pool[pages].transpose(0, 1).flatten(1, 2)[:, :tokens]
+    """[1, Hkv, tokens, D] of one sequence."""
+    return pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
 
 
 class PagedDecode:

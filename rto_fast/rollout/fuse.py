@@ -91,13 +91,14 @@ def _torch_rope(query, key, cos, sin):
     cos, sin = cos[0, :, None, :half], sin[0, :, None, :half]
 
     def rotate(x):
-        first, second = x[..., :half], x[..., half:]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
 
     return rotate(query), rotate(key)
 
 
-def _torch_gated(gate, up):
+def _torch_gated(gate_up):
+    gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
 
@@ -107,16 +108,16 @@ def _kernels(is_cuda):
         return _torch_norm, _torch_rope, _torch_gated
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
     def norm(x, module):
         return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon)
 
     def rope(query, key, cos, sin):
-        query, key = LigerRopeFunction.apply(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
+        query, key, *_ = LigerRopeFunction.apply(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
         return query[0].transpose(0, 1), key[0].transpose(0, 1)
 
-    return norm, rope, LigerSiLUMulFunction.apply
+    return norm, rope, LigerFusedGateUpSiLUMulFunction.apply
 
 
 def _layer_forward(layer, qkv, gate_up, kernels):
@@ -136,7 +137,7 @@ def _layer_forward(layer, qkv, gate_up, kernels):
         x = paged.attend(attention, query, key, value, attention.scaling, window, None)
         hidden_states = hidden_states + attention.o_proj(x.reshape(1, len(x), -1))
         x = gate_up(norm(hidden_states, layer.post_attention_layernorm))
-        return hidden_states + mlp.down_proj(gated(*x.chunk(2, -1)))
+        return hidden_states + mlp.down_proj(gated(x))
 
     return forward
 

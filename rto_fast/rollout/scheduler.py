@@ -55,7 +55,7 @@ class Scheduler:
         self.running = []  # in the order of their slots: 0, 1, …
         self.slots, self.device = len(state.rows), state.rows.device
         self.ages = count()
-        self.preemptions = self.decoded = self.slot_steps = 0
+        self.preemptions = self.slot_steps = 0
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
     def run(self):
@@ -89,14 +89,19 @@ class Scheduler:
         return wait
 
     def _decode(self):
+        # A sequence that may be as long as it can become needs no more steps, only a look.
+        steps = min(self.ahead, max(s.capacity - 1 - s.length for s in self.running))
+        if not steps:
+            return
         self._reserve()
         bucket = self.step.bucket(len(self.running))
         pages = self._row_of_pages() if bucket == len(self.running) else None
-        for _ in range(self.ahead):
-            self.step(bucket, max(s.length for s in self.running) + 1, pages)
-            for sequence in self.running:
-                sequence.length = min(sequence.length + 1, sequence.capacity - 1)
-        self.slot_steps += bucket * self.ahead
+        longest, most = max(s.length for s in self.running) + 1, max(s.capacity for s in self.running)
+        for step in range(steps):
+            self.step(bucket, min(longest + step, most), pages)
+        for sequence in self.running:
+            sequence.length = min(sequence.length + steps, sequence.capacity - 1)
+        self.slot_steps += bucket * steps
 
     def _retire(self, done, invalid):
         # The last row takes what idle slots write.
@@ -206,12 +211,11 @@ class Scheduler:
         own = self.cache.pages_for(len(prompt.tokens)) if prompt.pages is None else 0
         # One page is left to each sequence to grow into: else what begins now is soon preempted.
         spare = len(self.cache.free) - own - len(self.running)
-        if spare < 0:
-            return 0, False
-        # A page that is not full becomes each sample's own; the last one takes over the prompt's.
+        # A sample also needs one of its own: a copy of the prompt's last page, if that is not full, or the one after it.
+        # The copy is spared by the last sample, which takes over the prompt's pages.
         partial = bool(len(prompt.tokens) % self.cache.page_size)
-        number = min(free, len(prompt.rows), spare + 1 if partial else len(prompt.rows))
-        return number, number < len(prompt.rows) and number * partial <= spare
+        number = max(0, min(free, len(prompt.rows), spare + partial)) if spare >= 0 else 0
+        return number, number < len(prompt.rows) and number <= spare
 
     def _pages_of_samples(self, prompt, number, keep):
         """(pages of each sample, pages to be copied, where to)."""

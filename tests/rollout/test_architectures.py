@@ -12,6 +12,7 @@ GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
 
 def generate_alone(model, prompt, tokens):
     ids = torch.tensor([prompt])
+    model.set_attn_implementation("eager")  # of Gemma-2's softcap not every other one knows
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
 

@@ -1,0 +1,178 @@
+"""Cases of the decode kernels, `paged_attention` and `sample_tokens`, with the peers they are timed against."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Case
+from benchmarks.costs import DECODE_BATCH, SAMPLING_OPS, decode_shape
+from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, TINY
+from benchmarks.peers import adapt, compiled, load, torch_token_logps
+from benchmarks.shapes import MODELS, Shape, packed
+from rto_fast import ops
+from rto_fast.kernels import paged_attention as kernel
+from rto_fast.kernels import paged_reference
+from rto_fast.kernels.sampling_reference import philox_uniforms
+
+PAGE, FLASH_PAGE = 64, 256  # the native engine's default, and what FlashAttention 2 wants
+
+
+@dataclass
+class Cache:
+    """Pages [num_pages, heads, page, D] (`flash`: [num_pages, page, heads, D]) in no order, and where they are."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tables: torch.Tensor  # [B, blocks] int32
+    lengths: torch.Tensor  # [B] int32
+
+    @property
+    def addresses(self):
+        return torch.tensor([self.keys.data_ptr(), self.values.data_ptr()], device=self.keys.device)
+
+
+def paged(tokens, lengths, page, flash, generator):
+    """A `Cache` of the keys and values [2, all tokens, heads, D] of sequences that follow each other."""
+    device, counts = tokens.device, lengths.tolist()
+    blocks = [-(-count // page) for count in counts]
+    free = torch.randperm(sum(blocks), generator=generator)
+    pools = torch.zeros(2, len(free) * page, *tokens.shape[2:], device=device, dtype=tokens.dtype)
+    tables = torch.zeros(len(counts), max(blocks), dtype=torch.int32)
+    slots = []
+    for row, (count, pages) in enumerate(zip(counts, free.split(blocks))):
+        tables[row, : len(pages)] = pages
+        slots.append((pages[:, None] * page + torch.arange(page)).flatten()[:count])
+    pools[:, torch.cat(slots).to(device)] = tokens
+    pools = pools.unflatten(1, (-1, page))
+    keys, values = pools if flash else pools.transpose(2, 3).contiguous()
+    return Cache(keys, values, tables.to(device), lengths.int().to(device))
+
+
+def attention_inputs(shape, device, dtype):
+    """(query [B, heads, D], keys, values, tables, addresses, lengths, FlashAttention's keys, values and tables); the
+    sequences have 0.5 to 1.5 times the mean length."""
+    decoder = shape.decoder
+    generator = torch.Generator(device).manual_seed(0)
+    bounds = packed(shape.tokens, shape.sequences, "cpu")[0]
+    tokens = torch.randn(
+        2, shape.tokens, decoder.kv_heads, decoder.head_dim, generator=generator, device=device, dtype=dtype
+    )
+    query = torch.randn(
+        shape.sequences, decoder.heads, decoder.head_dim, generator=generator, device=device, dtype=dtype
+    )
+    order = torch.Generator().manual_seed(0)
+    cache = paged(tokens, bounds.diff(), PAGE, False, order)
+    flash = paged(tokens, bounds.diff(), FLASH_PAGE, True, order)
+    return (query, cache.keys, cache.values, cache.tables, cache.addresses, cache.lengths,
+            flash.keys, flash.values, flash.tables)  # fmt: skip
+
+
+def gather_sdpa(query, keys, values, tables, addresses, lengths, *flash):
+    """A rectangle of all sequences, copied out of the pages; as transformers' continuous batching without FlashAttention."""
+    longest = tables.shape[1] * keys.shape[2]
+    keys, values = (pool[tables].transpose(1, 2).flatten(2, 3) for pool in (keys, values))
+    mask = torch.arange(longest, device=query.device) < lengths[:, None]
+    out = F.scaled_dot_product_attention(
+        query[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=query.shape[1] != keys.shape[1]
+    )
+    return out[:, :, 0]
+
+
+def ours(query, keys, values, tables, addresses, lengths, *flash):
+    scale = query.shape[-1] ** -0.5
+    if not query.is_cuda:
+        return paged_reference.paged_attention(query, keys, values, tables, lengths, scale=scale)
+    return kernel.paged_attention(
+        query, addresses, tables, lengths, num_kv_heads=keys.shape[1], page_size=keys.shape[2], scale=scale
+    )
+
+
+def paged_attention(device):
+    def flash_attn(function):
+        def call(query, _keys, _values, _tables, _addresses, lengths, keys, values, tables):
+            return function(query[:, None], keys, values, cache_seqlens=lengths, block_table=tables)[:, 0]
+
+        return call
+
+    def varlen(function):
+        if "block_table" not in inspect.signature(function).parameters:
+            return f"torch {torch.__version__}: varlen_attn has no block_table"
+
+        def call(query, _keys, _values, _tables, _addresses, lengths, keys, values, tables):
+            bounds = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+            # Its own choice of splits gives wrong results with pages (torch 2.12, 2.13).
+            return function(
+                query, keys, values, bounds, None, 1, tables.shape[1] * keys.shape[1], seqused_k=lengths,
+                block_table=tables, enable_gqa=True, num_splits=1,
+            )  # fmt: skip
+
+        return call
+
+    return {
+        "ours": ours,
+        "gather + SDPA": gather_sdpa,
+        "torch varlen_attn": adapt(load("torch.nn.attention.varlen", "varlen_attn"), varlen, True, device),
+        "flash-attn with_kvcache": adapt(load("flash_attn", "flash_attn_with_kvcache"), flash_attn, True, device),
+    }
+
+
+def torch_sample(logits, uniforms):
+    logps = logits.float().log_softmax(-1)
+    tokens = torch.multinomial(logps.exp(), 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
+
+
+def top_p_sample(warper):
+    """transformers' way: a sort of the whole vocabulary, and two softmaxes."""
+    filtered = warper(0.9)
+
+    def sample(logits, uniforms):
+        tokens = torch.multinomial(filtered(None, logits).softmax(-1), 1)[:, 0]
+        return tokens, torch_token_logps(logits, tokens)
+
+    return sample
+
+
+def sampling_inputs(shape, device):
+    """(float32 logits [B, V], uniforms [B, 2]): of the logits a few hundred hold nine tenths of the probability."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape.tokens, shape.vocab_size, generator=generator, device=device)
+    samples = torch.arange(shape.tokens, device=device)
+    return logits.mul_(4), philox_uniforms(0, samples, torch.zeros_like(samples))
+
+
+def attention_cases(shape, device, dtype):
+    yield Case(
+        "paged_attention", "forward", shape, paged_attention(device), lambda: attention_inputs(shape, device, dtype),
+        graph=True,
+    )  # fmt: skip
+
+
+def sampling_cases(shape, device):
+    """`shape.tokens` sequences. Results are draws: they differ from one provider to the next."""
+    plain = {"ours": ops.sample_tokens, "torch": torch_sample, "torch.compile": compiled(torch_sample, device)}
+    filtered = {
+        "ours": lambda logits, uniforms: ops.sample_tokens(logits, uniforms, top_p=0.9),
+        "transformers' warper": adapt(
+            load("transformers.generation.logits_process", "TopPLogitsWarper"), top_p_sample, False, device
+        ),
+    }
+    for op, functions in zip(SAMPLING_OPS, (plain, filtered)):
+        yield Case(op, "forward", shape, functions, lambda: sampling_inputs(shape, device), graph=True, random=True)
+
+
+def decode_cases(device, small=False):
+    """What a step of 256 sequences asks of the kernels; `small`: for trying it on a CPU."""
+    for decoder in (TINY,) if small else (LLAMA3_8B, QWEN3_06B):
+        shape = decode_shape(decoder, 5, 40) if small else decode_shape(decoder)
+        yield from attention_cases(shape, device, torch.float32 if small else torch.bfloat16)
+    for shape in (Shape("tiny", 4, 16, 1000),) if small else (s.at(DECODE_BATCH) for s in MODELS[:2]):
+        yield from sampling_cases(shape, device)
+
+
+def cpu_cases():
+    """What the native engine draws with on a CPU; its attention there is its own (`rto_fast.rollout.attention`)."""
+    for name, vocab_size in (("20M Llama", 8192), ("embedded", 49)):
+        yield from sampling_cases(Shape(name, 64, 0, vocab_size), torch.device("cpu"))
