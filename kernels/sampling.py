@@ -6,10 +6,11 @@ the sums of tiles come out of the pass that the log-prob needs anyway; only the 
 owns a row and does all of it, so that a sample depends on its row alone, not on its slot or the size of the batch.
 
 Bytes are all there is: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. Filters come to one
-threshold a row. A pass collects the row's candidates, those above a bound that costs nothing (for top_k the k-th
-largest maximum of a tile; for top_p the logit below which even V of its like hold less than 1 - top_p), a bisection
-among these few finds the threshold, a third pass sums up the tiles that have something above it: at most 110 µs where
-candidates are few. Of a flat distribution all tokens are candidates, and a bisection is 16 more passes.
+threshold a row, found without sorting: a pass collects the row's candidates, those above a bound that costs nothing
+(for top_k the k-th largest maximum of a tile; for top_p the logit below which even V of its like hold less than
+1 - top_p), a bisection among these finds the threshold, bit by bit, and a last pass sums up the tiles that have
+something above it. That is three reads where candidates are few. Of a flat distribution, or for a top_k above the
+number of tiles, all tokens are candidates, and bisecting reads them another 16 times.
 """
 
 import math
@@ -147,7 +148,7 @@ def _bisect(values_ptr, count, low, high, target, m, scale, BY_MASS: tl.constexp
     return low
 
 
-@triton.jit(do_not_specialize=["stride_u_b", "stride_u_i", "num_stops", "top_k"])
+@triton.jit(do_not_specialize=["stride_u_b", "stride_u_i", "num_rows", "num_stops", "top_k"])
 def sample_tokens_kernel(
     x_ptr, uniforms_ptr, stop_ids_ptr, stop_allowed_ptr, tokens_ptr, logps_ptr, states_ptr, values_ptr, stride_x_b,
     stride_u_b, stride_u_i, num_rows, num_cols, num_stops, scale, cap, top_k, top_p, min_p_drop, GREEDY: tl.constexpr,
@@ -194,8 +195,7 @@ def sample_tokens_kernel(
             low = _to_key(tl.full((), float("-inf"), tl.float32))
             high = _to_key(m) + 1
             if top_k is not None:
-                if top_k <= num_tiles:
-                    low = _bisect(m_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
+                low = _bisect(m_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
             else:
                 # Half of (1 - top_p)·s / V, for what rounding takes.
                 low = _to_key(m + (tl.log2((1.0 - top_p) * s / num_cols) - 1.0) / scale)
@@ -267,6 +267,8 @@ def sample_tokens(
     if stop_allowed is None:
         stop_ids = None
     with torch.cuda.device_of(logits):
+        # Two programs fit an SM with 128 registers a thread, as 256 rows need. Left to itself, ptxas goes for more
+        # programs in some variants and spills.
         sample_tokens_kernel[(num_rows,)](
             logits, uniforms, stop_ids, None if stop_ids is None else stop_allowed, tokens, logps, states, values,
             logits.stride(0), uniforms.stride(0), uniforms.stride(1), num_rows, num_cols,

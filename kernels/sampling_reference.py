@@ -106,7 +106,7 @@ def _draw(log_probs, uniforms):
         return _invert(log_probs.exp(), uniforms[:, 1:])
     if log_probs.shape[1] % TILE:
         log_probs = F.pad(log_probs, (0, -log_probs.shape[1] % TILE), value=-math.inf)
-    tiles = log_probs.view(len(log_probs), -1, TILE)
+    tiles = log_probs.unflatten(1, (-1, TILE))
     tile = _invert(tiles.exp().sum(-1), uniforms[:, :1])
     inside = tiles.gather(1, tile.unsqueeze(-1).expand(-1, -1, TILE)).squeeze(1)
     # Measured from the tile's own maximum, so that the sum is at least 1: see below.

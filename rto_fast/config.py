@@ -263,6 +263,8 @@ class RolloutConfig:
     """Tokens in a page of that memory, a power of two; default: 64, and on a CPU a whole sequence. native."""
     prefill_tokens: int = 16384
     """Prompt tokens computed at once. native."""
+    cuda_graphs: bool = True
+    """Decode steps as CUDA graphs (not with ZeRO-3, whose weights move). native."""
     vllm: dict = field(default_factory=dict)
     """Further arguments of `vllm.LLM`, such as {tensor_parallel_size: 2}. vllm."""
 

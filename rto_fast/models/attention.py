@@ -66,12 +66,14 @@ def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
         mask = distance >= 0
         if window:
             mask &= distance < window
+    if gqa and (softcap or (mask is not None and query.is_cuda)):
+        # No kernel of CUDA takes a mask and unequal head counts: all scores at once would be in memory.
+        groups = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     if not softcap:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -51,14 +51,14 @@ class Prefill:
     """Pieces of prompts, packed. A piece that does not begin its prompt also sees what the cache holds of it.
 
     Args:
-        slots: [T] int64, where each token's key and value go: page · page_size + offset.
+        slot_mapping: [T] int64, where each token's key and value go: page · page_size + offset.
         cu_seqlens: [N + 1] int32 of the pieces. pages: for each piece None, or ([pages] int64, tokens in the cache
             when the piece is), where it continues a prompt.
     """
 
-    def __init__(self, cache, slots, cu_seqlens, max_seqlen, pages):
-        self.cache, self.slots, self.cu_seqlens, self.max_seqlen = cache, slots, cu_seqlens, max_seqlen
-        self.where = slots // cache.page_size, slice(None), slots % cache.page_size
+    def __init__(self, cache, slot_mapping, cu_seqlens, max_seqlen, pages):
+        self.cache, self.cu_seqlens, self.max_seqlen = cache, cu_seqlens, max_seqlen
+        self.where = slot_mapping // cache.page_size, slice(None), slot_mapping % cache.page_size
         self.pages, self.continues = pages, any(piece is not None for piece in pages)
         self.lengths = cu_seqlens.diff().tolist() if self.continues else None
 
@@ -88,21 +88,22 @@ class PagedDecode:
 
     Args:
         block_tables: [B, blocks] int32. lengths: [B] int64, tokens in the cache without the present one.
-        active: [B] bool; a slot without a sequence writes to the cache's idle page and attends to nothing.
+        active: [B] bool; a slot without a sequence stores nothing and attends to nothing.
     """
 
     def __init__(self, cache, block_tables, lengths, active):
         size = cache.page_size
         page = block_tables.gather(1, (lengths // size)[:, None])[:, 0]
         self.cache, self.block_tables = cache, block_tables
-        self.slots = torch.where(active, page * size + lengths % size, cache.idle_slot)
+        # Not stored where idle. A number that tells of the cache's size would stay in a graph when the size changes.
+        self.slot_mapping = torch.where(active, page * size + lengths % size, -1)
         self.lengths = torch.where(active, lengths + 1, 0).int()
 
     def attend(self, module, query, key, value, scaling, window, softcap):
         from rto_fast.kernels import paged_attention as kernels
 
         addresses, size = self.cache.addresses[module.layer_idx], self.cache.page_size
-        kernels.store_kv(key, value, addresses, self.slots, page_size=size)
+        kernels.store_kv(key, value, addresses, self.slot_mapping, page_size=size)
         return kernels.paged_attention(
             query, addresses, self.block_tables, self.lengths, num_kv_heads=key.shape[1], page_size=size, scale=scaling,
             window=window, softcap=softcap,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rto_fast.batch import pack
+from rto_fast.errors import RolloutError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,18 @@ class Sampling:
             tuple(stop_ids),
         )  # fmt: skip
 
+    def __post_init__(self):
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not valid:
+                raise RolloutError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
+
     @property
     def filters(self):
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
@@ -44,7 +57,7 @@ class RolloutBatch:
     finish_reasons: list[str]  # "stop": by a stop token; "length": by a limit
     logps: torch.Tensor | None = None  # of the policy at the sampling temperature, nothing filtered or forbidden
     sampling_logps: torch.Tensor | None = None  # of the distribution that was drawn from
-    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase; on a GPU the host's, which runs ahead
     stats: dict[str, float] = field(default_factory=dict)  # how the engine worked
 
     @property
@@ -71,3 +84,30 @@ class RolloutBatch:
 
 def finish_reasons(response_ids, stop_ids):
     return ["stop" if ids and ids[-1] in stop_ids else "length" for ids in response_ids]
+
+
+def check_request(prompt_ids, n, sampling, vocab_size, context, prompt_numbers, limits):
+    """The most tokens of each response: len(prompt_ids)·n numbers.
+
+    Raises:
+        RolloutError: names the prompt or the argument that cannot be.
+    """
+    if n < 1:
+        raise RolloutError(f"n: expected at least 1 sample of each prompt, got {n}")
+    if outside := [token for token in sampling.stop_ids if not 0 <= token < vocab_size]:
+        raise RolloutError(f"stop_ids: {outside} are no tokens of the model, whose vocabulary has {vocab_size}")
+    for index, ids in enumerate(prompt_ids):
+        if not ids or (context and len(ids) >= context):
+            room = f", and with a response at most {context}" if context else ""
+            raise RolloutError(f"prompt {index} has {len(ids)} tokens; the model takes at least 1{room}; see "
+                               "data.max_prompt_tokens")  # fmt: skip
+        if not (0 <= min(ids) and max(ids) < vocab_size):
+            raise RolloutError(f"prompt {index} has tokens outside of the model's vocabulary of {vocab_size}")
+    if prompt_numbers is not None and len(prompt_numbers) != len(prompt_ids):
+        raise RolloutError(f"prompt_numbers: expected {len(prompt_ids)} numbers, got {len(prompt_numbers)}")
+    count = len(prompt_ids) * n
+    if limits is not None and (len(limits) != count or any(limit < 1 for limit in limits)):
+        raise RolloutError(f"limits: expected {count} numbers of at least 1")
+    limits = limits or [sampling.max_new_tokens] * count
+    rooms = [context - len(ids) if context else sampling.max_new_tokens for ids in prompt_ids for _ in range(n)]
+    return [min(limit, sampling.max_new_tokens, room) for limit, room in zip(limits, rooms)]

@@ -3,6 +3,7 @@
 import heapq
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -11,22 +12,32 @@ from rto_fast.errors import RolloutError
 GIB = 1 << 30
 
 
+def to_device(values, dtype, device):
+    """A tensor of Python numbers; the host does not wait for what the device is doing, as for memory that is not pinned."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
 def memory_budget(device, gib):
     """Bytes the pool may have: what the configuration says, or a share of what is free."""
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
-        # Memory that torch holds but does not use is free too; a tenth is left to prefills and logits.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + cached))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        torch.cuda.empty_cache()  # what torch holds but does not use is free, apart from that of captured graphs
+        return int(0.85 * torch.cuda.mem_get_info(device)[0])  # the rest is for prefills and logits
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 class PagedCache:
     """Pages of `page_size` tokens: `keys[layer]`, `values[layer]` are [pages + 1, kv heads, page_size, head_dim].
 
-    The last page takes what idle slots write. `addresses` [layers, 2] int64 holds where the pools lie; it stays where
-    it is when the pools go and come, so that captured CUDA graphs, which read it, stay valid.
+    On a CPU the last page takes what idle slots write. `addresses` [layers, 2] int64 holds where the pools lie; it stays
+    where it is when the pools go and come, so that captured CUDA graphs, which read it, stay valid.
     """
 
     def __init__(self, layers, page_size, dtype, device):
@@ -47,26 +58,31 @@ class PagedCache:
         Raises:
             RolloutError: not even `least` pages, which one sequence needs, fit.
         """
+        self.release()
         pages = min(wanted, budget // self.page_bytes - 1)
-        while pages >= least:
+        if pages < least:
+            raise RolloutError(
+                f"rollout.kv_cache_gib: the longest sequence needs {least * self.page_bytes / GIB:.3g} GiB of KV cache, and "
+                f"{budget / GIB:.3g} GiB are given or free; give more, or shorten rollout.max_new_tokens"
+            )
+        while True:
             try:
-                self._allocate_pools(pages)
-                return
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-                    raise
+                return self._allocate_pools(pages)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
                 self.release()
-                smaller = pages // 2
-                warnings.warn(
-                    f"rollout: no memory for a KV cache of {pages * self.page_bytes / GIB:.2f} GiB; "
-                    f"trying {smaller * self.page_bytes / GIB:.2f} GiB (fewer responses are decoded at once)",
-                    stacklevel=2,
-                )  # fmt: skip
-                pages = smaller
-        raise RolloutError(
-            f"rollout.kv_cache_gib: the longest sequence needs {least * self.page_bytes / GIB:.3g} GiB of KV cache, and "
-            f"{budget / GIB:.3g} GiB are given or free; give more, or shorten rollout.max_new_tokens"
-        )
+                if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                if pages == least:
+                    raise RolloutError(
+                        f"rollout: no memory for the KV cache of one sequence, {least * self.page_bytes / GIB:.3g} GiB; "
+                        "shorten rollout.max_new_tokens"
+                    ) from error
+            smaller = max(pages // 2, least)
+            warnings.warn(
+                f"rollout: no memory for a KV cache of {pages * self.page_bytes / GIB:.2f} GiB; trying "
+                f"{smaller * self.page_bytes / GIB:.2f} GiB (fewer responses are decoded at once)", stacklevel=2,
+            )  # fmt: skip
+            pages = smaller
 
     def _allocate_pools(self, pages):
         for heads, dim in self.layers:
@@ -76,17 +92,15 @@ class PagedCache:
             self.values.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
         self.num_pages = pages
         self.free = list(range(pages))  # a heap: low pages first, so that few pages lie close together
-        self.users = [0] * pages
+        self.ref_counts = [0] * pages
         pools = [[k.data_ptr(), v.data_ptr()] for k, v in zip(self.keys, self.values)]
-        self.addresses.copy_(torch.tensor(pools, dtype=torch.int64))
+        self.addresses.copy_(to_device(pools, torch.int64, self.device))
 
     def release(self):
-        self.keys, self.values, self.free, self.users, self.num_pages = [], [], [], [], 0
-
-    @property
-    def idle_slot(self):
-        """Where a slot without a sequence writes."""
-        return self.num_pages * self.page_size
+        held = getattr(self, "keys", [])
+        self.keys, self.values, self.free, self.ref_counts, self.num_pages = [], [], [], [], 0
+        if held and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or what is allocated next lies in the middle of this memory, and holds it
 
     def take(self, count):
         """`count` pages, or None where there are not so many."""
@@ -98,17 +112,17 @@ class PagedCache:
 
     def share(self, pages):
         for page in pages:
-            self.users[page] += 1
+            self.ref_counts[page] += 1
 
     def give(self, pages):
         for page in pages:
-            self.users[page] -= 1
-            if not self.users[page]:
+            self.ref_counts[page] -= 1
+            if not self.ref_counts[page]:
                 heapq.heappush(self.free, page)
 
     def copy(self, sources, targets):
         """Copies pages, in every layer."""
         if sources:
-            sources, targets = (torch.tensor(pages, device=self.device) for pages in (sources, targets))
+            sources, targets = to_device([sources, targets], torch.int64, self.device)
             for pool in (*self.keys, *self.values):
                 pool[targets] = pool[sources]

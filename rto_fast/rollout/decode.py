@@ -6,11 +6,13 @@ from collections import Counter
 
 import torch
 
+from rto_fast.errors import RolloutError
 from rto_fast.ops import sample_tokens
 from rto_fast.rollout.attention import DenseDecode, PagedDecode
+from rto_fast.rollout.cache import to_device
 
 # Batch sizes that get a graph of their own; between them slots stay idle.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, *range(128, 1024, 64), *range(1024, 8193, 256))
 
 
 class DecodeState:
@@ -38,7 +40,7 @@ class DecodeState:
 
     def fits(self, slots, samples, max_new_tokens, blocks):
         return (
-            len(self.rows) == slots
+            len(self.rows) >= slots
             and self.idle_row >= samples
             and self.tokens.shape[1] > max_new_tokens
             and self.block_tables.shape[1] >= blocks
@@ -53,19 +55,21 @@ class DecodeState:
 
     def start(self, first, rows, lengths, limits, generated, pages):
         """Puts sequences into the slots from `first` on (lists of numbers; pages: a list of lists); returns the slots."""
-        slots, device, width = slice(first, first + len(rows)), self.rows.device, self.block_tables.shape[1]
-        for tensor, values in (
-            (self.rows, rows), (self.lengths, lengths), (self.limits, limits), (self.generated, generated),
-            (self.block_tables, [own + [0] * (width - len(own)) for own in pages]),
-        ):  # fmt: skip
-            tensor[slots] = torch.tensor(values, dtype=tensor.dtype, device=device)
+        slots, width = slice(first, first + len(rows)), self.block_tables.shape[1]
+        table = [
+            numbers + own + [0] * (width - len(own)) for *numbers, own in zip(rows, lengths, limits, generated, pages)
+        ]
+        table = to_device(table, torch.int64, self.rows.device)
+        for column, tensor in enumerate((self.rows, self.lengths, self.limits, self.generated)):
+            tensor[slots] = table[:, column]
+        self.block_tables[slots] = table[:, 4:]
         self.active[slots] = True
         return slots
 
     def reorder(self, order):
         """Slot i becomes what slot order[i] was; slots after them become idle."""
         count = len(order)
-        order = torch.tensor(order, dtype=torch.int64, device=self.rows.device)
+        order = to_device(order, torch.int64, self.rows.device)
         for tensor in (self.input_ids, self.lengths, self.generated, self.limits, self.block_tables, self.rows):
             tensor[:count] = tensor[order]
         self.active[:count] = self.active[order]
@@ -73,9 +77,8 @@ class DecodeState:
         self.rows[count:] = self.idle_row
 
     def add_pages(self, slots, blocks, pages):
-        device = self.rows.device
-        where = torch.tensor(slots, device=device), torch.tensor(blocks, device=device)
-        self.block_tables[where] = torch.tensor(pages, dtype=torch.int32, device=device)
+        slots, blocks, pages = to_device([slots, blocks, pages], torch.int64, self.rows.device)
+        self.block_tables[slots, blocks] = pages.int()
 
     def result(self, row):
         """Tokens so far of a row; waits for the device."""
@@ -130,26 +133,42 @@ class Sampler:
 class DecodeStep:
     """One step of the first `count` slots; on a GPU as CUDA graphs, one a bucket."""
 
-    def __init__(self, model, cache, state, sampler):
+    def __init__(self, model, cache, state, sampler, use_graphs):
         self.model, self.cache, self.state, self.sampler = model, cache, state, sampler
         self.steps, self.graphs, self.pool, self.capture_seconds = Counter(), {}, None, 0.0
-        self.use_graphs = state.rows.is_cuda
+        self.use_graphs = use_graphs and state.rows.is_cuda
 
     def bucket(self, count):
         if not self.state.rows.is_cuda:
             return count
-        return min((b for b in BUCKETS if b >= count), default=len(self.state.rows))
+        return min((b for b in BUCKETS if count <= b <= len(self.state.rows)), default=len(self.state.rows))
 
     def __call__(self, count, longest, pages=None):
         """`longest`, `pages`: see `DenseDecode`; nothing a graph knows of."""
         self.steps[count] += 1
         if count in self.graphs:
             self.graphs[count].replay()
-            return
-        # Eagerly the first time: this compiles kernels and initialises libraries, which a capture must not.
-        self.run(count, longest, pages)
+        elif self.use_graphs:
+            self._first(count)
+        else:
+            self.run(count, longest, pages)
+
+    def _first(self, count):
+        """A bucket's first step runs eagerly: it compiles kernels and initialises libraries, which a capture must not, and
+        shows whether something waits for the device, which a capture cannot survive."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.run(count)
+        except RuntimeError as error:  # an architecture that asks the host (experts routed by `nonzero`, say)
+            self.use_graphs = False
+            warnings.warn(f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         if self.use_graphs:
             self._capture(count)
+        else:
+            self.run(count)  # from the beginning: what a step changes, it changes last
 
     def run(self, count, longest=None, pages=None):
         state, slots = self.state, slice(0, count)
@@ -164,15 +183,17 @@ class DecodeStep:
         state.advance(slots, logits, self.sampler)
 
     def _capture(self, count):
-        start = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
+        start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # thread_local: what other threads do to the device (pinned memory, NCCL) is no part of it.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.run(count)
-        except RuntimeError as error:  # an architecture that asks the host (experts routed by `nonzero`, say)
-            self.use_graphs = False
-            warnings.warn(f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
-        else:
-            self.graphs[count] = graph
+        except RuntimeError as error:
+            # A capture that breaks off leaves torch's allocator and streams as they should not stay: no going on.
+            raise RolloutError(
+                f"the decode step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}); start again with "
+                "--rollout.cuda_graphs false"
+            ) from error
+        self.graphs[count] = graph
         self.capture_seconds += time.perf_counter() - start

@@ -25,14 +25,21 @@ def _layers(backbone):
     """The decoder layers, if the backbone is of the family and all its parts are what transformers made them."""
     if type(backbone).__name__ not in FAMILY or not type(backbone).__module__.startswith("transformers."):
         return []
-    # Somebody else (LoRA, a user's hook) wants to see a part's own forward.
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in backbone.modules()):
+    bypassed = [backbone, backbone.norm]
+    for layer in backbone.layers:
+        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        bypassed += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        bypassed += [norm for norm in norms if norm is not None]
+    # Not what others put in its place, Liger's layers say.
+    if any(type(module).__module__ != type(backbone).__module__ for module in bypassed):
         return []
-    plain = all(
-        type(linear) is nn.Linear and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        for layer in backbone.layers for group in _siblings(layer) for linear in group
-    )  # fmt: skip
-    return list(backbone.layers) if plain else []
+    linears = [linear for layer in backbone.layers for group in _siblings(layer) for linear in group]
+    # Nor where somebody wants to see a part's own forward: LoRA, hooks.
+    bypassed += linears
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in bypassed):
+        return []
+    silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in backbone.layers)
+    return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in linears) else []
 
 
 @torch.no_grad()

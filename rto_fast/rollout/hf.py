@@ -5,43 +5,44 @@ import time
 import torch
 
 from rto_fast.models.loading import attention_implementation
-from rto_fast.rollout.base import RolloutBatch, finish_reasons
+from rto_fast.rollout.base import RolloutBatch, check_request, finish_reasons
+from rto_fast.rollout.model import RolloutModel
 
 
 class HFEngine:
     def __init__(self, model, tokenizer, config):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
+        self.model = self.wrapped.causal_lm
 
     @torch.no_grad()
-    def generate(self, prompts, n=1, sampling=None, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
         """Samples `n` responses to each prompt; see `NativeEngine.generate`.
 
         Here a sample also depends on the batch it is decoded in, and a response's limit cuts it after the fact.
         """
         start = time.perf_counter()
         prompt_ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        limits = check_request(
+            prompt_ids, n, sampling, self.wrapped.vocab_size, self.wrapped.context, prompt_numbers, limits
+        )  # fmt: skip
         prompts = [ids for ids in prompt_ids for _ in range(n)]
         responses = [None] * len(prompts)
         # Alike lengths decode together: less padding, and batches that end together.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        training, defaults = self.model.training, self.model.generation_config
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
-        with torch.random.fork_rng(devices), attention_implementation(self.model, attention):
+        defaults = self.model.generation_config
+        with self.wrapped.evaluating(), torch.random.fork_rng(devices), attention_implementation(self.model, attention):
             torch.manual_seed(seed + 1_000_003 * (prompt_numbers[0] if prompt_numbers else 0))  # ranks draw differently
-            self.model.eval()
             try:
                 # What we leave unset, `generate` would take from here: a repetition penalty, say.
                 self.model.generation_config = self._generation_config(sampling)
                 for i in range(0, len(order), self.config.batch_size):
                     chosen = order[i : i + self.config.batch_size]
                     for index, response in zip(chosen, self._decode([prompts[j] for j in chosen], sampling)):
-                        responses[index] = response
+                        responses[index] = response[: limits[index]]
             finally:
-                self.model.train(training)
                 self.model.generation_config = defaults
-        if limits:
-            responses = [ids[:limit] for ids, limit in zip(responses, limits)]
         reasons = finish_reasons(responses, sampling.stop_ids)
         return RolloutBatch(prompts, responses, reasons, timings={"rollout": time.perf_counter() - start})
 
@@ -54,7 +55,7 @@ class HFEngine:
         return [self._until_stop(row, set(sampling.stop_ids)) for row in out]
 
     def _pad(self, sampling):
-        pad = self.tokenizer.pad_token_id
+        pad = getattr(self.tokenizer, "pad_token_id", None)  # there may be no tokenizer
         return (sampling.stop_ids or (0,))[0] if pad is None else pad
 
     def _generation_config(self, sampling):

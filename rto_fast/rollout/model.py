@@ -43,6 +43,11 @@ class RolloutModel:
         weight = self.causal_lm.get_output_embeddings().weight
         return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 empties its tensors between uses
 
+    @property
+    def context(self):
+        """Longest sequence the model has positions for, or None."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
     def addresses(self):
         """Where the weights lie: CUDA graphs hold these."""
         return tuple(p.data_ptr() for p in self.causal_lm.parameters())
@@ -70,7 +75,10 @@ class RolloutModel:
                 self.head = output_head(self.causal_lm)
                 if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
                     self.head = replace(self.head, weight=self.merged[linear])
-                yield self
+                try:
+                    yield self
+                finally:
+                    self.fused = self.head = None  # or they would hold weights that are moved elsewhere
 
     def hidden(self, input_ids, position_ids, paged):
         """Last hidden states, [T, D]."""
@@ -122,27 +130,28 @@ class RolloutModel:
     def _merged_lora(self):
         """Linear layers that LoRA adapts run on base weight + adapters, in one matrix of its own."""
         layers = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-        for layer in layers:
-            self._merge(layer)
-            layer.forward = _linear_forward(self.merged[layer], layer.base_layer.bias)
         try:
+            for layer in layers:
+                layer.forward = _linear_forward(self._merge(layer), layer.base_layer.bias)
             yield
         finally:
             for layer in layers:
-                del layer.forward
+                vars(layer).pop("forward", None)
 
     @torch.no_grad()
     def _merge(self, layer):
-        base = layer.base_layer
+        base = getattr(layer, "base_layer", None)
         active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
         odd = [a for a in active if getattr(layer, "use_dora", {}).get(a) or layer.lora_bias.get(a)]
         if type(base) is not torch.nn.Linear or layer.merged or odd:
             raise ModelError(f"{type(layer).__name__} of {type(base).__name__}: only plain LoRA on linear layers, not "
                              "merged, can be decoded natively")  # fmt: skip
-        weight = self.merged.setdefault(layer, torch.empty_like(base.weight))
-        weight.copy_(base.weight)
+        if layer not in self.merged:
+            self.merged[layer] = torch.empty_like(base.weight)
+        weight = self.merged[layer].copy_(base.weight)
         for adapter in active:
             weight += layer.get_delta_weight(adapter)
+        return weight
 
 
 @contextlib.contextmanager

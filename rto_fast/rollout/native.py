@@ -13,12 +13,12 @@ from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.ops import token_logps
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe
-from rto_fast.rollout.base import RolloutBatch, finish_reasons
+from rto_fast.rollout.base import RolloutBatch, check_request, finish_reasons
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.fuse import lay_side_by_side
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import Prompt, Scheduler, prefill_chunk
+from rto_fast.rollout.scheduler import Request, Scheduler, prefill_chunk
 
 
 class NativeEngine:
@@ -33,15 +33,17 @@ class NativeEngine:
     """
 
     def __init__(self, model, tokenizer, config):
-        self.tokenizer, self.config = tokenizer, config
-        self.model = RolloutModel(model)
-        if not self.model.is_zero3:
-            lay_side_by_side(self.model.causal_lm.base_model)
+        self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state = self.step = None
+        self._lay_side_by_side()
         self._check()
 
+    def _lay_side_by_side(self):
+        if not self.model.is_zero3:
+            lay_side_by_side(self.model.causal_lm.base_model)
+
     @torch.no_grad()
-    def generate(self, prompts, n=1, sampling=None, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
         """Samples `n` responses to each prompt.
 
         Args:
@@ -58,43 +60,31 @@ class NativeEngine:
         """
         start = time.perf_counter()
         prompt_ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
-        repeated = [ids for ids in prompt_ids for _ in range(n)]
-        context = self._check_input(prompt_ids, sampling)
-        limits = [
-            min(limit, context - len(ids))
-            for ids, limit in zip(repeated, limits or [sampling.max_new_tokens] * len(repeated), strict=True)
-        ]
+        limits = check_request(
+            prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
+        )  # fmt: skip
+        if not prompt_ids:
+            return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
+        self._lay_side_by_side()  # they may have been moved
         with self.model.decoding():
-            scheduler = self._scheduler(prompt_ids, n, limits, sampling)
             try:
+                scheduler = self._scheduler(prompt_ids, n, limits, sampling)
+                captured = self.step.capture_seconds
                 numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
                 self.state.reset(self._uniforms(seed, [number * n + i for number in numbers for i in range(n)], limits))
                 scheduler.run()
-                batch = self._batch(repeated, sampling)
+                batch = self._batch([ids for ids in prompt_ids for _ in range(n)], sampling)
             finally:
                 self.cache.release()
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
         batch.stats = {
-            "occupancy": (batch.num_tokens - len(repeated)) / max(scheduler.slot_steps, 1),
-            "preemptions": scheduler.preemptions, "capture_seconds": self.step.capture_seconds,
+            # Of the tokens that decode steps had room for.
+            "occupancy": (batch.num_tokens - len(limits)) / max(scheduler.slot_steps, 1),
+            "preemptions": scheduler.preemptions, "capture_seconds": self.step.capture_seconds - captured,
         }  # fmt: skip
         return batch
 
     # What one call needs
-
-    def _check_input(self, prompt_ids, sampling):
-        """The model's longest context."""
-        vocab_size = self.model.vocab_size
-        if outside := [token for token in sampling.stop_ids if not 0 <= token < vocab_size]:
-            raise RolloutError(f"stop_ids: {outside} are no tokens of the model, whose vocabulary has {vocab_size}")
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
-        for index, ids in enumerate(prompt_ids):
-            if not 1 <= len(ids) < context:
-                raise RolloutError(
-                    f"prompt {index} has {len(ids)} tokens; the model takes from 1 to {context - 1} and a response; "
-                    "shorten it with data.max_prompt_tokens"
-                )
-        return context
 
     def _scheduler(self, prompt_ids, n, limits, sampling):
         device, config = self.model.device, self.config
@@ -107,18 +97,21 @@ class NativeEngine:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None
         blocks = self.cache.pages_for(totals[0])
-        wanted = sum(map(self.cache.pages_for, totals[:slots])) + (n > 1) * blocks
-        self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
-        size = (slots, samples, max(limits), blocks)
+        # Graphs hold the state: a little more room, and the next rollout need not capture them anew.
+        size = (slots, samples, max(limits), 1 << (blocks - 1).bit_length())
         if self.state is None or not self.state.fits(*size):
             self.state, self.step = DecodeState(*size, device), None
         key = (sampling, self.model.addresses() if is_cuda else None)
         if self.step is None or key != self.step_key:
             sampler = Sampler(sampling, self.model.head, device)
-            self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler), key
-        prompts = [Prompt(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
+            # ZeRO-3 gathers the weights to other addresses every time.
+            use_graphs = config.cuda_graphs and not self.model.is_zero3
+            self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler, use_graphs), key
+        wanted = sum(map(self.cache.pages_for, totals[:slots])) + (n > 1) * blocks
+        self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
+        requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
-            self.model, self.cache, self.state, self.step, prompts, limits, ahead=8 if is_cuda else 4,
+            self.model, self.cache, self.state, self.step, requests, limits, slots=slots, ahead=8 if is_cuda else 4,
             prefill_tokens=config.prefill_tokens,
         )  # fmt: skip
 
@@ -144,30 +137,43 @@ class NativeEngine:
         """Finds the cache every layer needs, and compares log-probs of a prompt in two pieces and some decoded tokens with
         those of the model's own forward pass."""
         device, name = self.model.device, type(self.model.causal_lm).__name__
-        vocab_size = self.model.vocab_size
-        ids = [(7 * i + 1) % vocab_size for i in range(16)]
+        ids = [(7 * i + 1) % self.model.vocab_size for i in range(16)]
+        labels = torch.tensor(ids[10:], device=device)
+        try:
+            logits, dtype = self._decoded_logits(ids, name)
+            own = self.model.packed_logits(pack_whole([ids[:-1]], device))[9:].float()
+        except (ModelError, RolloutError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
+            raise ModelError(f"{name} cannot be decoded natively: {type(error).__name__}: {error}") from error
+        error = (token_logps(logits, labels) - token_logps(own, labels)).abs().mean().item()
+        if not error < (1e-3 if dtype.itemsize >= 4 else 0.1):
+            raise ModelError(f"{name}: decoded log-probs differ from those of its forward pass by {error:.3g} nats")
+
+    def _decoded_logits(self, ids, name):
+        """(logits [6, V] of tokens 9 to 14, dtype of the weights)."""
         with self.model.decoding():
             layers, dtype = self._probe(ids, name)
+            device = self.model.device
             self.cache = PagedCache(layers, self.config.page_size or 64, dtype, device)
             self.cache.allocate(1, 1, memory_budget(device, self.config.kv_cache_gib))
             try:
-                logits = self.model.logits(self._decode(ids)).float()
+                logits = self.model.logits(self._decode(ids))
             finally:
                 self.cache.release()
             softcap, divisor = self.model.head.softcap, self.model.head.divisor
-        logits = softcap * torch.tanh(logits / softcap) if softcap else logits / divisor
-        labels = torch.tensor(ids[10:], device=device)
-        found = token_logps(logits, labels)
-        expected = token_logps(self.model.packed_logits(pack_whole([ids[:-1]], device))[9:].float(), labels)
-        error = (found - expected).abs().mean().item()
-        if not error < (1e-3 if dtype.itemsize >= 4 else 0.1):
-            raise ModelError(f"{name}: decoded log-probs differ from those of its forward pass by {error:.3g} nats")
+            return softcap * torch.tanh(logits / softcap) if softcap else logits / divisor, dtype
 
     def _probe(self, ids, name):
         """([(kv heads, head_dim)] of the layers, dtype), from a forward pass."""
         device = self.model.device
         batch = pack_whole([ids], device)
         probe = Probe(batch.cu_seqlens, batch.max_seqlen)
+        for module in self.model.causal_lm.modules():
+            kinds = getattr(module, "rope_type", None)
+            if {"longrope", "dynamic"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+                raise ModelError(f"{name}: its RoPE ({kinds}) changes with the longest sequence of a batch, so a sample "
+                                 "would depend on its neighbours")  # fmt: skip
         hidden = self.model.hidden(batch.input_ids, batch.position_ids, probe)
         if sorted(probe.layers) != list(range(self.model.config.get_text_config().num_hidden_layers)):
             raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
@@ -175,7 +181,7 @@ class NativeEngine:
 
     def _decode(self, ids):
         """[6, D] last hidden states of tokens 9 to 14: a prompt of ten in two pieces, then one token at a time."""
-        prompt, device = Prompt(ids[:10], [0]), self.model.device
+        prompt, device = Request(ids[:10], [0]), self.model.device
         for begin, end in ((0, 6), (6, 10)):
             prefill_chunk(self.model, self.cache, [(prompt, [0], begin, end)])
         hidden = [prompt.hidden]

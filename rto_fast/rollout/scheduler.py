@@ -2,16 +2,17 @@
 
 import time
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 
 import torch
 
 from rto_fast.errors import RolloutError
 from rto_fast.rollout.attention import Prefill
+from rto_fast.rollout.cache import to_device
 
 
 @dataclass(eq=False)
-class Prompt:
+class Request:
     """A prompt with the samples of it that wait. Its keys and values are computed once for all that begin together, and
     kept while others wait and pages are not short."""
 
@@ -21,9 +22,8 @@ class Prompt:
     pages: list[int] | None = None
     hidden: torch.Tensor | None = None  # [D] of the last token
 
-    @property
-    def tokens(self):
-        return self.ids + self.response
+    def __post_init__(self):
+        self.tokens = self.ids + self.response
 
 
 @dataclass(eq=False)
@@ -44,16 +44,17 @@ class Scheduler:
 
     Args:
         model: `RolloutModel` that is `decoding`. step: `DecodeStep`. limits: for each row the most tokens.
-        ahead: steps between two looks at what is done. prefill_tokens: prompt tokens computed at once.
+        slots: sequences decoded at once. ahead: steps between two looks at what is done. prefill_tokens: prompt tokens
+            computed at once.
     """
 
-    def __init__(self, model, cache, state, step, prompts, limits, *, ahead, prefill_tokens):
+    def __init__(self, model, cache, state, step, requests, limits, *, slots, ahead, prefill_tokens):
         self.model, self.cache, self.state, self.step = model, cache, state, step
         self.limits, self.ahead, self.prefill_tokens = limits, ahead, prefill_tokens
         # Long ones first: begun last, they would decode alone at the end.
-        self.waiting = sorted(prompts, key=lambda p: -len(p.ids))
+        self.waiting = sorted(requests, key=lambda r: -len(r.ids))
         self.running = []  # in the order of their slots: 0, 1, …
-        self.slots, self.device = len(state.rows), state.rows.device
+        self.slots, self.device = slots, state.rows.device
         self.ages = count()
         self.preemptions = self.slot_steps = 0
         self.seconds = {"prefill": 0.0, "decode": 0.0}
@@ -121,7 +122,7 @@ class Scheduler:
         """Closes the gaps between slots and, for a CPU, those between pages where each sequence has one."""
         moved = []
         if self.device.type != "cuda" and all(len(s.pages) == 1 for s in self.running):
-            holes = [page for page in range(len(self.running)) if not self.cache.users[page]]
+            holes = [page for page in range(len(self.running)) if not self.cache.ref_counts[page]]
             moved = [s for s in self.running if s.pages[0] >= len(self.running)][: len(holes)]
             self.cache.copy([s.pages[0] for s in moved], holes[: len(moved)])
             for sequence in moved:
@@ -175,7 +176,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.cache.give(sequence.pages)
         if not self.state.done[sequence.row]:
-            self.waiting.insert(0, Prompt(sequence.ids, [sequence.row], self.state.result(sequence.row)))
+            self.waiting.insert(0, Request(sequence.ids, [sequence.row], self.state.result(sequence.row)))
 
     # Beginning
 
@@ -209,8 +210,9 @@ class Scheduler:
     def _fitting(self, prompt, free):
         """(number of samples there are pages for, whether the prompt can be kept for the others)."""
         own = self.cache.pages_for(len(prompt.tokens)) if prompt.pages is None else 0
-        # One page is left to each sequence to grow into: else what begins now is soon preempted.
-        spare = len(self.cache.free) - own - len(self.running)
+        # A page is left to each sequence that grows on: else what begins now is soon preempted.
+        growing = sum(len(s.pages) < self.cache.pages_for(s.capacity) for s in self.running)
+        spare = len(self.cache.free) - own - growing
         # A sample also needs one of its own: a copy of the prompt's last page, if that is not full, or the one after it.
         # The copy is spared by the last sample, which takes over the prompt's pages.
         partial = bool(len(prompt.tokens) % self.cache.page_size)
@@ -237,12 +239,13 @@ class Scheduler:
         """Computes (prompt, pages), `prefill_tokens` at a time: a longer prompt goes in pieces."""
         chunks, room = [[]], self.prefill_tokens
         for prompt, pages in fresh:
-            begin = 0
-            while begin < len(prompt.tokens):
-                if not room:
+            begin, length = 0, len(prompt.tokens)
+            while begin < length:
+                # A prompt that fits a chunk is not split over two: the rest of one needs slower attention.
+                if room < min(length - begin, self.prefill_tokens):
                     chunks.append([])
                     room = self.prefill_tokens
-                end = min(begin + room, len(prompt.tokens))
+                end = min(begin + room, length)
                 chunks[-1].append((prompt, pages, begin, end))
                 room -= end - begin
                 begin = end
@@ -273,17 +276,18 @@ class Scheduler:
 
 def prefill_chunk(model, cache, pieces):
     """Runs pieces (prompt, pages, begin, end) of prompts; a prompt's last piece leaves its `hidden`."""
-    slots, ids, positions, lengths, earlier = [], [], [], [], []
+    slot_mapping, ids, positions, lengths, earlier = [], [], [], [], []
     for prompt, pages, begin, end in pieces:
-        slots += [pages[i // cache.page_size] * cache.page_size + i % cache.page_size for i in range(begin, end)]
+        slot_mapping += [pages[i // cache.page_size] * cache.page_size + i % cache.page_size for i in range(begin, end)]
         ids += prompt.tokens[begin:end]
         positions += range(begin, end)
         lengths.append(end - begin)
         used = pages[: cache.pages_for(end)]
-        earlier.append((torch.tensor(used, device=cache.device), end) if begin else None)
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    prefill = Prefill(cache, torch.tensor(slots).to(cache.device), bounds.int().to(cache.device), max(lengths), earlier)
-    hidden = model.hidden(torch.tensor(ids).to(cache.device), torch.tensor(positions).to(cache.device), prefill)
-    for (prompt, _, _, end), last in zip(pieces, bounds[1:].tolist()):
+        earlier.append((to_device(used, torch.int64, cache.device), end) if begin else None)
+    slot_mapping, ids, positions = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
+    bounds = list(accumulate(lengths, initial=0))
+    cu_seqlens = to_device(bounds, torch.int32, cache.device)
+    hidden = model.hidden(ids, positions, Prefill(cache, slot_mapping, cu_seqlens, max(lengths), earlier))
+    for (prompt, _, _, end), last in zip(pieces, bounds[1:]):
         if end == len(prompt.tokens):
-            prompt.hidden = hidden[last - 1]
+            prompt.hidden = hidden[last - 1].clone()  # a view would keep all of them

@@ -81,7 +81,7 @@ class VLLMEngine:
                 raise ConfigError(f"rollout.vllm: {in_one_line(error)}") from error
         self._sleep()
 
-    def generate(self, prompts, n=1, sampling=None, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
         """Samples `n` responses to each prompt, with the weights that the model has now.
 
         Args: as of `NativeEngine.generate`. A sample's random numbers depend on nothing else here either, but how vLLM's

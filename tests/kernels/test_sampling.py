@@ -9,11 +9,14 @@ import torch
 from rto_fast.kernels import sampling, sampling_reference
 from rto_fast.kernels.sampling_reference import TILE, philox4x32, philox_uniforms
 
+# NumPy under Triton's interpreter tells of the -inf and NaN that these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow)")
+
 INF = float("inf")
 LAST = 1 - 2.0**-24  # the highest uniform
 FILTERS = (
-    {"top_k": 1}, {"top_k": 6}, {"top_k": 40}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1e-6}, {"min_p": 0.05},
-    {"min_p": 1.0}, {"top_k": 12, "top_p": 0.8}, {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "temperature": 1.7},
+    {"top_k": 1}, {"top_k": 20}, {"top_p": 0.9}, {"top_p": 1e-6}, {"min_p": 0.05}, {"min_p": 1.0},
+    {"top_k": 12, "top_p": 0.8}, {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "temperature": 1.7},
 )  # fmt: skip
 
 
@@ -83,27 +86,27 @@ def check(sample, logits, uniforms, atol=1e-5, **options):
 
 @pytest.mark.parametrize("vocab", [1, 7, 900, 1024, 32000, 128256])
 def test_vocabularies(vocab, sample, device):
-    check(sample, *make(2 if vocab > 1024 else 12, vocab, device))
+    check(sample, *make(2 if vocab > 1024 else 6, vocab, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [900, 20000])
 def test_dtypes(vocab, dtype, sample, device):
-    check(sample, *make(3, vocab, device, dtype), temperature=0.8, top_k=20)
-    check(sample, *make(3, vocab, device, dtype), softcap=5.0)
+    check(sample, *make(2, vocab, device, dtype), temperature=0.8, top_k=20)
+    check(sample, *make(2, vocab, device, dtype), softcap=5.0)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7, 0.0])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_temperature_and_softcap(temperature, softcap, sample, device):
-    check(sample, *make(12, 1500, device), temperature=temperature, softcap=softcap)
+    check(sample, *make(6, 1500, device), temperature=temperature, softcap=softcap)
 
 
 @pytest.mark.parametrize("offset", [-120.0, 120.0])
 def test_offsets(offset, sample, device):
     logits, uniforms = make(8, 1024, device)
     check(sample, logits + offset, uniforms)
-    check(sample, logits[:3] + offset, uniforms[:3], top_p=0.9, temperature=1.3)
+    check(sample, logits[:2] + offset, uniforms[:2], top_p=0.9, temperature=1.3)
 
 
 def test_confident_rows(sample, device):
@@ -136,11 +139,13 @@ def test_never_draws_what_has_no_probability(u, vocab, first, last, sample, devi
     outside[first : last + 1] = False
     expected = first if u == 0 else last
     uniforms = torch.full((4, 2), u, device=device)
-    assert (check(sample, logits.masked_fill(outside, -INF), uniforms)[0] == expected).all()
+    impossible = logits.masked_fill(outside, -INF)
+    assert (check(sample, impossible, uniforms)[0] == expected).all()
+    stop_ids = torch.tensor([first - 1, last + 1], device=device)
+    impossible[:, stop_ids] = torch.tensor([90.0, 1.0], device=device)
+    stops = {"stop_ids": stop_ids, "stop_allowed": torch.zeros(4, dtype=torch.bool, device=device)}
+    assert (check(sample, impossible, uniforms, **stops)[0] == expected).all()
     logits = logits.masked_fill(outside, -8.0)
-    stops = {"stop_ids": outside.nonzero()[:, 0], "stop_allowed": torch.zeros(4, dtype=torch.bool, device=device)}
-    if vocab < 5000:  # so many stop ids take long
-        assert (check(sample, logits, uniforms, **stops)[0] == expected).all()
     assert (check(sample, logits, uniforms, min_p=0.05)[0] == expected).all()
     assert (check(sample, logits[:1], uniforms[:1], top_k=last - first + 1)[0] == expected).all()
     check(sample, logits.masked_fill(outside, -95.0), uniforms)  # subnormal in float32: drawn or not
@@ -150,61 +155,70 @@ def test_never_draws_what_has_no_probability(u, vocab, first, last, sample, devi
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_filters(options, sample, device):
     """Kept sets by their mass (the log-probs' difference), with ties around every threshold in the first rows."""
-    logits, uniforms = make(4, 700, device)
+    logits, uniforms = make(3, 700, device)
     logits[:2] = logits[:2].round()
     logits[1] = logits[1].clamp(max=2)
     check(sample, logits, uniforms, **options)
     check(sample, logits[2:, :50], uniforms[2:], **options)
 
 
+def test_thresholds_are_exact(sample, device):
+    """Neighbouring floats are told apart, of either sign; 0 and -0 are equal."""
+    logits = torch.full((4, 600), -30.0, device=device)
+    for row, value in enumerate((1.5, -1.5, 2.0**-100)):
+        logits[row, 17] = value
+        logits[row, 550] = torch.tensor(value).nextafter(torch.tensor(-INF))
+    logits[3, 17], logits[3, 550] = -0.0, 0.0
+    sampling_logps = check(sample, logits, make(4, 1, device)[1], top_k=1)[2]
+    torch.testing.assert_close(sampling_logps, torch.tensor([0.0, 0.0, 0.0, -math.log(2)], device=device))
+
+
 @pytest.mark.parametrize("options", [{"top_k": 100}, {"top_p": 0.95}, {"top_k": 10, "top_p": 0.5}], ids=str)
 @pytest.mark.parametrize("vocab", [6000, 60000])
 def test_filters_of_long_rows(vocab, options, sample, device):
     """top_k below and above the number of tiles; distributions so flat that most of the row is a candidate."""
-    logits, uniforms = make(3, vocab, device, scale=4.0)
+    logits, uniforms = make(2, vocab, device, scale=4.0)
     logits[1] *= 0.01
     check(sample, logits, uniforms, **options)
 
 
 def test_kept_sets(device):
-    """Many draws by torch from rows with ties are the kept set, no less, no more."""
+    """Many draws by torch from a row with ties are the kept set: all of it that is not too rare, and nothing else."""
     logits = make(1, 40, device, scale=1.5)[0].round().expand(4000, 40)
     uniforms = ((torch.arange(4000, device=device) + 0.5) / 4000)[:, None].expand(-1, 2)
     for options in FILTERS:
         tokens, _, _ = sampling_reference.sample_tokens(logits, uniforms, **options)
-        probable = truth(logits[:1], **options)[1][0] > math.log(1 / 2000)
-        assert set(tokens.tolist()) == set(probable.nonzero()[:, 0].tolist()), options
+        drawn_from = truth(logits[:1], **options)[1][0]
+        kept, probable = (set((drawn_from > bound).nonzero()[:, 0].tolist()) for bound in (-INF, math.log(1 / 2000)))
+        assert probable <= set(tokens.tolist()) <= kept, options
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_agrees_with_transformers(options, sample, device):
+def test_truth_agrees_with_transformers(options):
+    """Whole distributions; and what agrees with the truth agrees with transformers. Without ties, which it breaks."""
     process = pytest.importorskip("transformers.generation.logits_process")
-    logits, uniforms = make(3, 900, device, seed=1)
-    scores = logits / options.get("temperature", 1.0)
+    logits, _ = make(20, 900, "cpu", seed=1)
+    scores = logits.double() / options.get("temperature", 1.0)
     warpers = {
         "top_k": process.TopKLogitsWarper, "top_p": process.TopPLogitsWarper, "min_p": process.MinPLogitsWarper
     }  # fmt: skip
     for name, warper in warpers.items():
         if name in options:
             scores = warper(options[name])(None, scores)
-    tokens, _, sampling_logps = sample(logits, uniforms, **options)
-    expected = scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(sampling_logps, expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(truth(logits, **options)[1], scores.log_softmax(-1))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
 def test_stop_ids(options, sample, device):
     """Rows that may not stop never do, however much they want to; the policy's log-probs know nothing of it."""
-    logits, uniforms = make(6, 9000, device)
-    stop_ids = torch.tensor([3, 8999, 4, 5000], device=device)
-    logits[:4, stop_ids] = torch.tensor([100.0, 99.0, 30.0, 99.5], device=device)
-    allowed = torch.arange(6, device=device) % 2 == 0
+    logits, uniforms = make(4, 4000, device)
+    stop_ids = torch.tensor([3, 3999, 4, 2500], device=device)
+    logits[:3, stop_ids] = torch.tensor([100.0, 99.0, 30.0, 99.5], device=device)
+    allowed = torch.arange(4, device=device) % 2 == 0
     tokens, logps, sampling_logps = check(sample, logits, uniforms, stop_ids=stop_ids, stop_allowed=allowed, **options)
-    assert torch.isin(tokens, stop_ids).tolist()[:4] == [True, False, True, False]
+    assert torch.isin(tokens, stop_ids).tolist()[:3] == [True, False, True]
     assert (logps[1] < -60) and (sampling_logps[1] > -30)
-    free = sample(logits, uniforms, stop_ids=stop_ids, **options)
-    for value, other in zip(sample(logits, uniforms, **options), free):
-        assert torch.equal(value, other)
+    free = check(sample, logits, uniforms, stop_ids=stop_ids, **options)
     for value, other in zip((tokens, logps, sampling_logps), free):
         assert torch.equal(value[allowed], other[allowed])
 
@@ -227,42 +241,40 @@ def test_greedy_takes_the_first_of_equals(sample, device):
 )
 def test_rows_without_a_distribution(options, sample, device):
     """NaN in NaN out, in its own row only: also where the NaN is forbidden, +inf, nothing but -inf, all forbidden."""
-    logits, uniforms = make(8, 1100, device)
-    logits[5, :1024] = -INF
-    stop_ids = torch.arange(1024, 1100, device=device)
+    logits, uniforms = make(8, 600, device)
+    logits[5, :597] = -INF
+    stop_ids = torch.arange(597, 600, device=device)
     allowed = torch.tensor([True] * 3 + [False] * 3 + [True] * 2, device=device)
-    options = options | {"stop_ids": stop_ids, "stop_allowed": allowed}
-    before = sample(logits, uniforms, **options)
-    logits[0, 0] = logits[2, 1099] = logits[3, 1050] = float("nan")
-    logits[1] = -INF
-    if "softcap" not in options:  # which makes it finite
+    whole = torch.tensor([4, 7], device=device)
+    before = sample(logits[whole], uniforms[whole], stop_ids=stop_ids, stop_allowed=allowed[whole], **options)
+    logits[0, 0] = logits[2, 599] = logits[3, 598] = float("nan")
+    if "softcap" not in options:  # which makes these finite
+        logits[1] = -INF
         logits[6, 17] = INF
-    after = sample(logits, uniforms, **options)
-    broken = [0, 1, 2, 3, 5] + [6] * ("softcap" not in options)
-    for row in range(8):
-        if row in broken:
-            assert after[0][row] == 0 and after[1][row].isnan() and after[2][row].isnan(), row
-        else:
-            assert all(torch.equal(a[row], b[row]) for a, b in zip(after, before)), row
+    after = sample(logits, uniforms, stop_ids=stop_ids, stop_allowed=allowed, **options)
+    assert all(torch.equal(a[whole], b) for a, b in zip(after, before))
+    for row in [0, 2, 3] if "softcap" in options else [0, 1, 2, 3, 5, 6]:
+        assert after[0][row] == 0 and after[1][row].isnan() and after[2][row].isnan(), row
 
 
 def test_shapes_and_strides(sample, device):
     base, uniforms = make(12, 1208, device)
     wide = make(2, 6, device)[1].expand(2, 2).t()
-    for logits in (base[:, 5:905], base[::3, :901], base[:, :1], base[0].expand(3, 1208), base[:0]):
+    for logits in (base[:, 5:905], base[::3, :901], base[:, :1], base[0].expand(3, 1208)):
         check(sample, logits, uniforms[: len(logits)])
     check(sample, base[:2, :900], wide)
-    check(sample, base[:2, 3:903], uniforms.flip(0)[4:8:2], top_p=0.7)
+    check(sample, base[:2, 3:903], uniforms[4:8:2], top_p=0.7)
+    assert all(x.shape == (0,) for x in sample(base[:0], uniforms[:0]))
 
 
 def test_rows_depend_on_nothing_else(sample, device):
     """Bitwise: repeated, alone, at another place in a batch of another size."""
-    logits, uniforms = make(5, 9000, device, torch.bfloat16)
-    allowed = torch.arange(5, device=device) % 2 == 0
-    options = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "stop_ids": torch.tensor([3, 8000], device=device)}
-    for options in ({}, options):
+    logits, uniforms = make(3, 2500, device, torch.bfloat16)
+    allowed = torch.arange(3, device=device) % 2 == 0
+    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "stop_ids": torch.tensor([3, 2000], device=device)}
+    for options in ({}, filters):
         whole = sample(logits, uniforms, stop_allowed=allowed, **options)
-        for rows in (slice(0, 5), slice(3, 4), slice(1, 3)):
+        for rows in (slice(0, 3), slice(1, 2)):
             part = sample(logits[rows], uniforms[rows], stop_allowed=allowed[rows], **options)
             assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
 
@@ -335,7 +347,7 @@ def assert_distributed(counts, probs):
 )
 def test_frequencies(vocab, options):
     logits, _ = make(1, vocab, "cpu", scale=1.5, seed=3)
-    draws = 20000
+    draws = 10000
     uniforms = philox_uniforms(11, torch.arange(draws), torch.tensor(0))
     tokens, _, _ = sampling_reference.sample_tokens(logits.expand(draws, vocab), uniforms, **options)
     counts = torch.bincount(tokens, minlength=vocab).double()

@@ -46,3 +46,10 @@ def tiny(name="llama", **extra):
 def prompts(lengths=(5, 23, 17, 9, 40), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_same(found, expected):
+    """Two RolloutBatches, up to the rounding of their log-probs."""
+    assert found.response_ids == expected.response_ids and found.finish_reasons == expected.finish_reasons
+    for name in ("logps", "sampling_logps"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import ARCHITECTURES, prompts, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
@@ -51,3 +52,20 @@ def test_a_model_that_decodes_otherwise_than_it_trains_falls_back(monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", shifted)
     with pytest.warns(UserWarning, match="decoded log-probs differ from those of its forward pass by"):
         assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
+
+
+@pytest.mark.parametrize("name, reason", [("stablelm", "ValueError"), ("deepseek_v2", "RuntimeError")])
+def test_an_architecture_that_does_not_run_on_a_paged_cache_falls_back(name, reason):
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(first_k_dense_replace=2) if name == "deepseek_v2" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    with pytest.warns(UserWarning, match=f"falls back to hf.*cannot be decoded natively: {reason}"):
+        engine = build_engine(model, None, RolloutConfig())
+    assert isinstance(engine, HFEngine) and model.config._attn_implementation != "rto_paged"
+
+
+def test_positions_that_depend_on_the_batch_fall_back():
+    scaling = {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0,
+               "factor": 2.0, "original_max_position_embeddings": 32}  # fmt: skip
+    with pytest.warns(UserWarning, match="falls back to hf.*its RoPE .longrope. changes with the longest sequence"):
+        assert isinstance(build_engine(tiny("phi3", rope_parameters=scaling), None, RolloutConfig()), HFEngine)

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from models import ARCHITECTURES, SIZES, prompts, tiny
+from models import ARCHITECTURES, SIZES, assert_same, prompts, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
+from rto_fast.errors import RolloutError
 from rto_fast.rollout import NativeEngine, Sampling, decode
 from rto_fast.rollout.attention import PagedDecode
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
+from rto_fast.rollout.scheduler import Scheduler
 
 
 class ShapesOnly:
@@ -41,7 +43,7 @@ def meta_step(name, monkeypatch, patch=None):
     state = DecodeState(8, 8, 16, 2, device)
     with torch.no_grad(), model.decoding():
         sampler = Sampler(Sampling(16, 2, top_p=0.9, stop_ids=(1, 2)), model.head, device)
-        DecodeStep(model, cache, state, sampler).run(4)
+        DecodeStep(model, cache, state, sampler, False).run(4)
 
 
 # Mixtral's experts are chosen by what the host is told.
@@ -89,73 +91,131 @@ def test_the_triton_kernels_decode_as_the_plain_path_does(name, triton_decode, m
     torch.testing.assert_close(found.sampling_logps, expected.sampling_logps, atol=2e-5, rtol=0)
 
 
-class Recorder:
-    """A `torch.cuda.CUDAGraph` that runs again what it saw captured."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for what a GPU does")
+class TestGraphs:
+    """What is captured when, on a CPU: a graph runs the captured call again, with the captured arguments."""
 
-    def replay(self):
-        self.captured()
+    sampling = Sampling(20, stop_ids=(1, 7, 8, 9))
+    config = RolloutConfig(page_size=16, batch_size=16)
+
+    @pytest.fixture
+    def captures(self, monkeypatch):
+        buckets = []
+
+        class Graph:
+            def __init__(self, step, count):
+                longest = step.state.block_tables.shape[1] * step.cache.page_size
+                self.replay = lambda: step.run(count, longest)
+
+        def first(self, count):
+            self.graphs[count] = Graph(self, count)
+            buckets.append(count)
+            self.graphs[count].replay()
+
+        def bucket(self, count):
+            return min(b for b in decode.BUCKETS if b >= count)
+
+        def with_graphs(self, *args, init=DecodeStep.__init__):
+            init(self, *args)
+            self.use_graphs = True
+
+        monkeypatch.setattr(DecodeStep, "_first", first)
+        monkeypatch.setattr(DecodeStep, "bucket", bucket)
+        monkeypatch.setattr(DecodeStep, "__init__", with_graphs)
+        return buckets
+
+    def test_each_bucket_is_captured_once_and_kept_while_the_shapes_fit(self, captures):
+        engine = NativeEngine(tiny(), None, self.config)
+        first = engine.generate(prompts(), 3, self.sampling, 0)
+        assert captures[0] == 16 and len(set(captures)) == len(captures)
+        again = engine.generate(prompts(), 3, self.sampling, 0)
+        fewer = engine.generate(prompts()[:4], 3, self.sampling, 0)  # other prompts, samples and slots
+        assert len(set(captures)) == len(captures)
+        assert first.response_ids == again.response_ids and fewer.response_ids == first.response_ids[:12]
+        engine.generate(prompts(), 3, Sampling(20, top_p=0.9), 0)  # another kernel
+        assert len(set(captures)) < len(captures)
+
+    def test_idle_slots_change_nothing(self, captures, monkeypatch):
+        found = NativeEngine(tiny(), None, self.config).generate(prompts(), 3, self.sampling, 0)
+        assert captures
+        monkeypatch.undo()
+        assert_same(
+            found, NativeEngine(tiny(), None, RolloutConfig(batch_size=5)).generate(prompts(), 3, self.sampling)
+        )
+
+    @pytest.mark.parametrize("way", [{}, dict(batch_size=4), dict(kv_cache_gib=6 * 16384 / (1 << 30))], ids=str)
+    def test_looking_one_burst_late_changes_nothing(self, captures, monkeypatch, way):
+        """As on a GPU: what is done is known only after the next steps have begun."""
+        expected = NativeEngine(tiny(), None, RolloutConfig()).generate(prompts(), 3, self.sampling, 0)
+
+        class Device:
+            type = "cuda"
+
+        def late(self, *args, init=Scheduler.__init__, **options):
+            init(self, *args, **options)
+            self.device = Device()
+
+        monkeypatch.setattr(Scheduler, "__init__", late)
+        config = RolloutConfig(**{"page_size": 16, "batch_size": 16} | way)
+        assert_same(NativeEngine(tiny(), None, config).generate(prompts(), 3, self.sampling, 0), expected)
+
+    @pytest.fixture
+    def sync_modes(self, monkeypatch):
+        modes = ["default"]
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        return modes
+
+    def test_a_model_that_asks_the_host_decodes_without_graphs(self, monkeypatch, sync_modes):
+        engine = NativeEngine(tiny(), None, RolloutConfig())
+        expected = engine.generate(prompts(), 1, self.sampling, 0)
+        run = DecodeStep.run
+
+        def asks(self, count, longest=None, pages=None):
+            if sync_modes[-1] == "error":
+                raise RuntimeError("called a synchronizing CUDA operation\nmore")
+            run(self, count, self.state.block_tables.shape[1] * self.cache.page_size, pages)
+
+        monkeypatch.setattr(DecodeStep, "run", asks)
+        engine.step.use_graphs = True
+        with pytest.warns(UserWarning, match="decodes without CUDA graphs: called a synchronizing") as caught:
+            found = engine.generate(prompts(), 1, self.sampling, 0)
+        assert_same(found, expected)
+        assert len(caught) == 1 and sync_modes == ["default", "error", "default"]
+
+    def test_a_capture_that_breaks_off_ends_the_rollout_and_tells_the_way_out(self, monkeypatch, sync_modes):
+        class Refusing:
+            def __enter__(self):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            def __exit__(self, *_):
+                return False
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refusing())
+        run = DecodeStep.run
+        monkeypatch.setattr(DecodeStep, "run", lambda self, count: run(self, count, self.cache.page_size))
+        engine = NativeEngine(tiny(), None, RolloutConfig())
+        plain = engine._scheduler
+
+        def graphs(*args):
+            scheduler = plain(*args)
+            engine.step.use_graphs = True
+            return scheduler
+
+        monkeypatch.setattr(engine, "_scheduler", graphs)
+        with pytest.raises(RolloutError, match="not permitted .*start again with --rollout.cuda_graphs false"):
+            engine.generate(prompts((5,)), 1, self.sampling, 0)
+        assert engine.cache.keys == []
 
 
-@pytest.fixture
-def fake_graphs(monkeypatch):
-    """CUDA graphs and buckets on the CPU: what is replayed is the captured call, with the captured arguments."""
-    captures = []
-
-    def capture(self, count):
-        graph, longest = Recorder(), self.state.block_tables.shape[1] * self.cache.page_size
-        graph.captured = lambda: self.run(count, longest)
-        self.graphs[count] = graph
-        captures.append(count)
-
-    monkeypatch.setattr(DecodeStep, "_capture", capture)
-    monkeypatch.setattr(DecodeStep, "bucket", lambda self, n: min((b for b in decode.BUCKETS if b >= n)))
-    init = DecodeStep.__init__
-
-    def with_graphs(self, *args):
-        init(self, *args)
-        self.use_graphs = True
-
-    monkeypatch.setattr(DecodeStep, "__init__", with_graphs)
-    return captures
-
-
-def test_graphs_by_bucket_are_captured_once_and_kept_while_the_shapes_last(fake_graphs):
-    model, sampling = tiny(), Sampling(20, stop_ids=(1, 7, 8, 9))
-    engine = NativeEngine(model, None, RolloutConfig(page_size=16, batch_size=16))
-    first = engine.generate(prompts(), 3, sampling, 0)
-    assert fake_graphs[0] == 16 and sorted(set(fake_graphs)) == sorted(fake_graphs)
-    again = engine.generate(prompts(), 3, sampling, 0)
-    assert len(set(fake_graphs)) == len(fake_graphs)  # nothing was captured twice
-    fewer = engine.generate(prompts()[:2], 3, sampling, 0)  # other prompts, fewer samples
-    assert first.response_ids == again.response_ids and fewer.response_ids == first.response_ids[:6]
-
-
-def test_idle_slots_change_nothing(fake_graphs):
-    model, sampling = tiny(), Sampling(20, stop_ids=(1, 7, 8, 9))
-    engine = NativeEngine(model, None, RolloutConfig(page_size=16, batch_size=16))
-    found = engine.generate(prompts(), 3, sampling, 0)
-    assert 16 in engine.step.graphs and found.num_tokens
-    del fake_graphs
-    plain = NativeEngine(model, None, RolloutConfig(batch_size=5)).generate(prompts(), 3, sampling, 0)
-    assert found.response_ids == plain.response_ids
-    torch.testing.assert_close(found.logps, plain.logps, atol=2e-5, rtol=0)
-
-
-def test_a_model_whose_capture_fails_decodes_without_graphs(monkeypatch):
-    class Refusing:
-        def __enter__(self):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-        def __exit__(self, *_):
-            return False
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refusing())
-    model, sampling = tiny(), Sampling(8, stop_ids=(1,))
-    engine = NativeEngine(model, None, RolloutConfig())
-    expected = engine.generate(prompts(), 1, sampling, 0)
-    engine.step.use_graphs = True
-    with pytest.warns(UserWarning, match="decodes without CUDA graphs: operation not permitted") as caught:
-        found = engine.generate(prompts(), 1, sampling, 0)
-    assert found.response_ids == expected.response_ids and len(caught) == 1
+def test_what_a_graph_holds_does_not_depend_on_the_size_of_the_cache():
+    device = torch.device("cpu")
+    mappings = []
+    for pages in (4, 9):
+        cache = PagedCache([(2, 8)], 16, torch.float32, device)
+        cache.allocate(pages, 1, 1 << 20)
+        active = torch.tensor([True, False])
+        mappings.append(PagedDecode(cache, torch.tensor([[3], [2]]).int(), torch.tensor([5, 7]), active).slot_mapping)
+    assert mappings[0].tolist() == mappings[1].tolist() == [3 * 16 + 5, -1]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from models import prompts, tiny  # noqa: E402
+from models import assert_same, prompts, tiny  # noqa: E402
 from ranks import join_deepspeed, run_ranks  # noqa: E402
 
 from rto_fast.config import RolloutConfig  # noqa: E402
@@ -24,11 +24,6 @@ FAMILY = ["llama", "qwen2", "qwen3", "mistral"]
 
 def generate(model):
     return NativeEngine(model, None, RolloutConfig(batch_size=4)).generate(prompts(), 2, SAMPLING, 0)
-
-
-def assert_same(found, expected):
-    assert found.response_ids == expected.response_ids
-    torch.testing.assert_close(found.logps, expected.logps, atol=3e-5, rtol=0)
 
 
 # Fused layers
@@ -98,10 +93,20 @@ def test_a_model_that_somebody_hooks_runs_as_it_is():
     model, seen = tiny(), []
     fuse.lay_side_by_side(model.model)
     expected = generate(tiny())
-    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+    model.enable_input_require_grads()  # what gradient checkpointing hooks is called as it is
+    assert is_fused(model)
+    model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: seen.append(1))
     assert not is_fused(model)
     assert_same(generate(model), expected)
     assert seen
+
+
+def test_parts_that_somebody_replaced_run_as_they_are():
+    model = tiny()
+    fuse.lay_side_by_side(model.model)
+    model.model.norm = nn.Sequential(model.model.norm)
+    assert not is_fused(model)
+    assert_same(generate(model), generate(tiny()))
 
 
 # Wrappers
@@ -157,6 +162,31 @@ def test_adapters_that_are_more_than_lora_fall_back():
         assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
 
 
+def test_an_adapter_that_cannot_be_merged_leaves_the_others_as_they_are(lora, monkeypatch):
+    engine = NativeEngine(lora, None, RolloutConfig())
+    merge = RolloutModel._merge
+
+    def fails(self, layer):
+        if layer is list(engine.model.merged)[2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return merge(self, layer)
+
+    monkeypatch.setattr(RolloutModel, "_merge", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(prompts(), 1, SAMPLING, 0)
+    assert not any("forward" in vars(module) for module in lora.modules())
+
+
+def test_the_fallback_takes_the_same_wrappers_and_restores_every_mode():
+    model = tiny().train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    engine = HFEngine(Wrapper(model), None, RolloutConfig(engine="hf"))
+    rollout = engine.generate(prompts(), 1, Sampling(30, temperature=0.0, stop_ids=(1,)), 0)
+    assert max(map(len, rollout.response_ids)) == 30  # not the 20 of `generate`'s default
+    assert [module.training for module in model.modules()] == modes
+
+
 # DeepSpeed, two real processes
 
 
@@ -194,7 +224,7 @@ def step_and_generate(rank, stage, dtype):
 
 def main(rank, store):
     join_deepspeed(rank, store)
-    for stage, dtype in ((0, torch.float32), (1, torch.float32), (2, torch.float32), (3, torch.float32)):
+    for stage, dtype in ((0, torch.float32), (1, torch.float32), (2, torch.bfloat16), (3, torch.float32)):
         step_and_generate(rank, stage, dtype)
 
 

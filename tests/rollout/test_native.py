@@ -1,8 +1,10 @@
 """The native engine: what a sample depends on and what not, its log-probs, its faults."""
 
+import warnings
+
 import pytest
 import torch
-from models import prompts, tiny
+from models import assert_same, prompts, tiny
 from torch import nn
 
 from rto_fast.batch import pack
@@ -10,7 +12,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps
-from rto_fast.rollout import NativeEngine, Sampling, cache
+from rto_fast.rollout import NativeEngine, Sampling, cache, native
 
 SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
 
@@ -19,12 +21,6 @@ def generate(model, way=None, sampling=SAMPLING, seed=0, n=3, ids=None, **option
     return NativeEngine(model, None, RolloutConfig(**way or {})).generate(
         ids or prompts(), n, sampling, seed, **options
     )
-
-
-def assert_same(a, b):
-    assert a.response_ids == b.response_ids and a.finish_reasons == b.finish_reasons
-    torch.testing.assert_close(a.logps, b.logps, atol=2e-5, rtol=0)
-    torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +219,9 @@ def test_the_model_is_restored_whatever_happens(error, monkeypatch):
 
 def test_a_prompt_that_fills_the_context_is_refused():
     model = tiny(max_position_embeddings=40)
-    with pytest.raises(RolloutError, match="prompt 4 has 40 tokens; the model takes from 1 to 39"):
+    with pytest.raises(
+        RolloutError, match="prompt 4 has 40 tokens; the model takes at least 1, and with a response at most 40"
+    ):
         generate(model)
     with pytest.raises(RolloutError, match="prompt 1 has 0 tokens"):
         generate(model, ids=[[3], []])
@@ -243,12 +241,15 @@ def test_a_budget_too_small_for_one_sequence_is_refused():
 def test_nan_logits_name_the_response_and_the_token(batch_size):
     model = tiny()
     expected = generate(model)
-    row = max(range(15), key=lambda i: len(expected.response_ids[i]))
-    model.model.embed_tokens.weight.data[expected.response_ids[row][6]] = torch.nan
-    with pytest.raises(RolloutError, match=r"logits are NaN: response \d+ .*, token \d+"):
+    # A token that one response says, and no other and no prompt: what follows on it is NaN.
+    said = [(token, row, i) for row, r in enumerate(expected.response_ids) for i, token in enumerate(r[:-1])]
+    elsewhere = sum(prompts(), [])
+    token, row, step = next(x for x in said if [t for t, *_ in said].count(x[0]) == 1 and x[0] not in elsewhere)
+    model.model.embed_tokens.weight.data[token] = torch.nan
+    with pytest.raises(RolloutError, match=rf"logits are NaN: response {row} \(.*\), token {step + 1};"):
         generate(model, dict(batch_size=batch_size))
     with pytest.raises(RolloutError, match="response 0 .*, token 0"):
-        generate(model, n=1, ids=[[expected.response_ids[row][6]]])
+        generate(model, n=1, ids=[[token]])
 
 
 def test_out_of_memory_shrinks_the_cache_and_says_so(monkeypatch):
@@ -268,6 +269,84 @@ def test_out_of_memory_shrinks_the_cache_and_says_so(monkeypatch):
         rollout = engine.generate(prompts(), 3, SAMPLING, 0)
     assert failed
     assert_same(rollout, expected)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()], ids=str)
+def test_a_fault_while_memory_is_taken_leaves_an_engine_that_works(error, monkeypatch):
+    model = tiny()
+    engine = NativeEngine(model, None, RolloutConfig())
+    before = state_of(model)
+
+    def fail(*_, **__):
+        raise error
+
+    for owner, name in ((native, "DecodeState"), (cache.PagedCache, "_allocate_pools"), (native, "Scheduler")):
+        with monkeypatch.context() as patch, pytest.raises((type(error), RolloutError)):
+            patch.setattr(owner, name, fail)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the cache shrinks
+                engine.generate(prompts(), 3, SAMPLING, 0)
+        assert engine.cache.keys == [] and state_of(model) == before
+    assert_same(engine.generate(prompts(), 3, SAMPLING, 0), generate(model))
+
+
+def test_the_cache_shrinks_no_further_than_one_sequence_needs(monkeypatch):
+    found = cache.PagedCache([(2, 8)], 16, torch.float32, torch.device("cpu"))
+    allocate = cache.PagedCache._allocate_pools
+
+    def scarce(self, pages):
+        if pages > 7:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        allocate(self, pages)
+
+    monkeypatch.setattr(cache.PagedCache, "_allocate_pools", scarce)
+    with pytest.warns(UserWarning, match="trying"):
+        found.allocate(10, 6, 1 << 20)
+    assert found.num_pages == 6
+    with pytest.warns(UserWarning), pytest.raises(RolloutError, match="no memory for the KV cache of one sequence"):
+        found.allocate(10, 8, 1 << 20)
+    with pytest.raises(RolloutError, match="kv_cache_gib: the longest sequence needs"):
+        found.allocate(10, 8, 1000)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n=0), "n: expected at least 1 sample"),
+        (dict(limits=[1] * 14), "limits: expected 15 numbers of at least 1"),
+        (dict(limits=[0] * 15), "limits: expected 15 numbers of at least 1"),
+        (dict(prompt_numbers=[0]), "prompt_numbers: expected 5 numbers, got 1"),
+        (dict(ids=[[3, 97]]), "prompt 0 has tokens outside of the model's vocabulary of 97"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_are_refused(options, message):
+    with pytest.raises(RolloutError, match=message):
+        generate(tiny(), **options)
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0)])
+def test_sampling_that_cannot_be_is_refused(name, value):
+    with pytest.raises(RolloutError, match=f"{name}: expected a number .*, got {value}"):
+        Sampling(**{"max_new_tokens": 4} | {name: value})
+
+
+def test_no_prompts_give_no_responses():
+    rollout = NativeEngine(tiny(), None, RolloutConfig()).generate([], 3, SAMPLING, 0)
+    assert rollout.response_ids == [] and rollout.logps.shape == (0,)
+
+
+def test_limits_do_not_exceed_max_new_tokens():
+    rollout = generate(tiny(), sampling=Sampling(3), n=1, limits=[9] * 5)
+    assert [len(r) for r in rollout.response_ids] == [3] * 5
+
+
+def test_free_slots_are_refilled_while_others_have_all_they_need():
+    """One page a sequence, as a CPU has it: what runs holds nothing back that it does not need."""
+    engine = NativeEngine(tiny(), None, RolloutConfig(batch_size=8))
+    engine.generate(prompts((6,) * 48), 1, SAMPLING, 0)
+    steps = engine.step.steps
+    assert steps[8] > 0.5 * sum(steps.values()), steps
 
 
 def test_strings_are_encoded():
