@@ -85,12 +85,15 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
     # Neighbours of one length go as one batch: prompts, sorted by length, above all.
     runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
-    pieces = zip(*(x.split([length * count for length, count in runs]) for x in (query, key, value)))
+    pieces = zip(*(x.transpose(0, 1).split([n * length for length, n in runs], 1) for x in (query, key, value)))
     outputs = []
     for (length, count), piece in zip(runs, pieces):
-        batch = (x.unflatten(0, (count, length)).transpose(1, 2) for x in piece)
-        outputs.append(sdpa_causal(*batch, scaling, window, softcap).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+        if count == 1:
+            outputs.append(sdpa_causal(*(x[None] for x in piece), scaling, window, softcap)[0])
+        else:
+            batch = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
+            outputs.append(sdpa_causal(*batch, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, 1).transpose(0, 1)
 
 
 def packed_attention(

@@ -2,9 +2,10 @@
 
 The sampler decodes with other kernels than the training forward runs, so in 16 bits its log-probs are a little off from
 those that PPO's first step computes. The difference is measured on some of the responses of every rollout. While it is
-small the sampler's log-probs are the old log-probs, which saves a forward pass. When it is not, the old log-probs are
-recomputed, the loss is weighted with min(π_training/π_sampler, cap) (truncated importance sampling, Espeholt et al.,
-arXiv 1802.01561, section 4.1), and both sides of the KL penalty come from the same forward path.
+small the sampler's log-probs are the old log-probs, which saves a forward pass; the KL penalty then has that difference
+in it, for the reference's come from the training forward. When it is not small, the old log-probs are recomputed, the loss
+is weighted with min(π_training/π_sampler, cap) (truncated importance sampling, Espeholt et al., arXiv 1802.01561, section
+4.1), and both sides of the KL penalty come from the same forward path.
 """
 
 import torch
