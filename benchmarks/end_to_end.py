@@ -66,7 +66,7 @@ def measure(device, *, small, iterations):
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    history = [trainer.iterate() for _ in range(iterations + 1)][1:]
+    history = [trainer.step() for _ in range(iterations + 1)][1:]
     keys = ("tokens_per_second", "rollout_tokens_per_second", "seconds_rollout", "seconds_score", "seconds_update")
     return {key: statistics.median(float(h[key]) for h in history) for key in keys} | {
         "parameters": sum(p.numel() for p in models.policy.parameters()), "responses": prompts_per_rollout,

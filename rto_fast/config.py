@@ -57,7 +57,11 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
     limit: int | None = None
-    """Read at most this many examples of each source."""
+    """Read at most this many examples of each source; of local files no more is read than that takes."""
+    streaming: bool = False
+    """Read HF datasets as a stream: only the first `limit` examples are downloaded."""
+    deduplicate: bool = True
+    """Drop all but the first of examples whose prompt and responses are equal to the letter."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """chat: a prompt given as text becomes one user message; text: it is used as it is; auto: chat if the tokenizer
     has a chat template."""
@@ -69,6 +73,10 @@ class DataConfig:
     """Drop examples with too long prompts, or keep the prompt's last tokens."""
     held_out: int = 256
     """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
+    cache_dir: str | None = "~/.cache/rto_fast"
+    """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
+    max_unpacked_gib: float = 4.0
+    """A compressed file that unpacks to more is refused."""
 
 
 @dataclass
@@ -93,6 +101,8 @@ class TrainingConfig:
     """Examples in one optimizer step."""
     micro_batch_tokens: int = 16384
     """Tokens in one forward and backward pass: sequences are packed, never padded, up to this many."""
+    save_every: int = 0
+    """Steps (RTO: iterations) between checkpoints to resume from; 0: only where the run is stopped."""
 
 
 @dataclass
@@ -281,6 +291,8 @@ class EvalConfig:
     """Also evaluate the RTO policy every this many iterations; 0: only at the end."""
     show: int = 2
     """Completions printed per evaluation."""
+    keep_best: bool = False
+    """Keep the RTO policy with the best evaluation so far in `rto_best` (needs eval.every)."""
 
 
 @dataclass
@@ -289,6 +301,10 @@ class Config:
 
     output_dir: str = "runs/default"
     """Folder of everything the run writes; must be new or empty."""
+    resume: str | None = None
+    """Folder of an interrupted run to go on with. Its configuration is the run's; options given besides override it."""
+    keep_checkpoints: int = 1
+    """Checkpoints of the stage under way that are kept."""
     seed: int = 0
     """Seed of initial weights, data order and sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -327,18 +343,19 @@ def _of_each_stage(*names):
 ABOVE_0 = (
     _of_each_stage("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens")
     + (
-        "data.max_prompt_tokens data.max_response_tokens dpo.beta rto.prompts_per_rollout rto.samples_per_prompt "
-        "rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size rollout.prefill_tokens "
-        "eval.prompts rto.importance_cap"
+        "data.max_prompt_tokens data.max_response_tokens data.max_unpacked_gib dpo.beta rto.prompts_per_rollout "
+        "rto.samples_per_prompt rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size "
+        "rollout.prefill_tokens eval.prompts rto.importance_cap"
     ).split()
 )
 ABOVE_0_OR_NULL = (
-    "threads data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
+    "threads keep_checkpoints data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
     "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
 ).split()
 AT_LEAST_0 = (
     "data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
-    "rto.max_mismatch rollout.top_k eval.every eval.show"
+    "rto.max_mismatch rollout.top_k eval.every eval.show sft.save_every reward_model.save_every dpo.save_every "
+    "rto.save_every"
 ).split()
 FROM_0_TO_1 = [*_of_each_stage("warmup_ratio", "min_lr_ratio"), "rto.gamma", "rto.gae_lambda"]
 
@@ -360,6 +377,8 @@ def _validate(config):
     for key in FROM_0_TO_1:
         require(0 <= value(key) <= 1, key, "a number from 0 to 1")
     rto, rollout, dpo = config.rto, config.rollout, config.dpo
+    require(not config.data.streaming or config.data.limit, "data.limit",
+            "a number with data.streaming: so many examples are read")  # fmt: skip
     require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
     require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
             "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
@@ -419,6 +438,18 @@ def _check_yaml(path, keys):
     _check_known(_yaml_names(tree, keys), path, keys)
 
 
+def _resumed(arguments):
+    """The folder that `--resume` names, or None."""
+    for option, value in zip(arguments, [*arguments[1:], ""]):
+        name, _, joined = option.partition("=")
+        if name == "--resume":
+            folder = Path(joined or value)
+            if not (folder / "progress.json").is_file() or not (folder / "config.yaml").is_file():
+                raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
+            return folder
+    return None
+
+
 def load_config(arguments):
     """Parses command-line `arguments` (a list of strings) into a `Config`.
 
@@ -441,7 +472,9 @@ def load_config(arguments):
     options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
     known = {f"--{key}" for key in keys} | {"--config", "--print_config", "--help"}
     _check_known(options, "command line", sorted(known))
-    if "--config" not in options:
+    if folder := _resumed(arguments):
+        arguments = ["--config", str(folder / "config.yaml"), *arguments, "--output_dir", str(folder)]
+    elif "--config" not in options:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
     for option, value in zip(arguments, arguments[1:] + [""]):
         if option == "--config" or option.startswith("--config="):

@@ -27,3 +27,17 @@ class TrainingError(UserError):
 
 class RolloutError(UserError):
     """Responses that cannot be generated."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or read."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, its state saved."""
+
+    def __init__(self, stage, step, folder, signal):
+        super().__init__(
+            f"stopped in {stage} after step {step}; go on with: python -m rto_fast.train --resume {folder}"
+        )  # fmt: skip
+        self.signal = signal

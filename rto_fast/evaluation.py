@@ -1,8 +1,13 @@
-"""How good a policy is: the judge's score of sampled responses to held-out prompts, with its standard error."""
+"""How good a policy is: the judge's score of sampled responses to held-out prompts, with its standard error, and how far
+it has moved from the reference. `rto_fast.evaluate` measures more, on the same draws."""
 
 from dataclasses import asdict, dataclass
 
+import torch
+
+from rto_fast.batch import pack, segment_sum
 from rto_fast.rewards import completions_of
+from rto_fast.stages.common import response_logps
 
 EVALUATION_SEED = 20_240_418  # the same draws for every policy and every run, apart from all training seeds
 
@@ -14,18 +19,45 @@ class Evaluation:
     length: float  # tokens
     finished: float  # share of responses ended by a stop token
     responses: int
+    kl: float | None = None  # to the reference, nats a response; None where it was not measured
 
 
-def evaluate(engine, prompts, sampling, judge, tokenizer):
+def respond(engine, prompts, sampling, tokenizer, seed=EVALUATION_SEED):
+    """One response to each `Prompt`: (RolloutBatch, completions)."""
+    rollout = engine.generate([p.prompt_ids for p in prompts], 1, sampling, seed)
+    return rollout, completions_of(prompts, rollout.response_ids, rollout.finished, tokenizer)
+
+
+def kl_terms(policy_logps, reference_logps, batch):
+    """Each response's terms of two unbiased estimates of KL(policy ‖ reference), in nats a response, from its own samples.
+
+    Args:
+        policy_logps, reference_logps: [T] in the alignment of `batch`, at the temperature of sampling.
+    Returns:
+        (k1 [N], k3 [N]) float64: Σ log(π/π_ref), and Σ (π_ref/π − 1 + log(π/π_ref)), which is never negative and varies
+        less while the two are close (http://joschu.net/blog/kl-approx.html).
+    """
+    ratio = torch.where(batch.response_mask, policy_logps.double() - reference_logps.double(), 0.0)
+    return segment_sum(ratio, batch.cu_seqlens), segment_sum(torch.expm1(-ratio) + ratio, batch.cu_seqlens)
+
+
+def measured_kl(policy, reference, rollout, temperature, max_tokens):
+    """Mean k1 of a rollout in nats a response, both sides from forward passes of `max_tokens`."""
+    ids = rollout.prompt_ids, rollout.response_ids
+    logps = [response_logps(model, *ids, max_tokens, temperature) for model in (policy, reference)]
+    return kl_terms(*logps, pack(*ids, logps[0].device))[0].mean().item()
+
+
+def evaluate(engine, prompts, sampling, judge, tokenizer, kl=None):
     """Samples one response to each prompt and judges it.
 
     Args:
-        engine: rollout engine of the policy. prompts: list of `Prompt`. judge: completions → [N] scores.
+        engine: rollout engine of the policy. prompts: list of `Prompt`. judge: completions → [N] scores. kl: called with
+            the `RolloutBatch` for `Evaluation.kl`, or None.
     Returns:
         (Evaluation, completions, scores [N])
     """
-    rollout = engine.generate([p.prompt_ids for p in prompts], 1, sampling, EVALUATION_SEED)
-    completions = completions_of(prompts, rollout.response_ids, rollout.finished, tokenizer)
+    rollout, completions = respond(engine, prompts, sampling, tokenizer)
     scores = judge(completions).double()
     count = len(prompts)
     result = Evaluation(
@@ -34,6 +66,7 @@ def evaluate(engine, prompts, sampling, judge, tokenizer):
         length=rollout.num_tokens / count,
         finished=sum(rollout.finished) / count,
         responses=count,
+        kl=None if kl is None else kl(rollout),
     )
     return result, completions, scores
 

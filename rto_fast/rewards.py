@@ -9,6 +9,7 @@ import torch
 from rto_fast.batch import micro_batches, pack_whole
 from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, stop_token_ids
 from rto_fast.errors import ConfigError, RewardError
+from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
 
 

@@ -12,13 +12,14 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
-from rto_fast.evaluation import evaluate, samples
+from rto_fast.evaluation import evaluate, measured_kl, samples
 from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
 from rto_fast.reporting.log import RunLog
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
+from rto_fast.training.checkpoint import Checkpoints
 
 
 def prepare_output(path):
@@ -37,6 +38,13 @@ def resolve_device(name):
     return "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
 
 
+def generation_config(path, trust_remote_code):
+    try:
+        return GenerationConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError:  # many models have none: the tokenizer's EOS is then the only stop token
+        return None
+
+
 def quiet_libraries(device):
     """One progress line is enough: no bars for files of a model, no notice that there is no GPU."""
     logging.disable_progress_bar()
@@ -49,9 +57,15 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        self.folder = prepare_output(config.output_dir)
-        (self.folder / "config.yaml").write_text(dump_config(config))
+        if config.resume:
+            self.folder = Path(config.resume)
+        else:
+            self.folder = prepare_output(config.output_dir)
+            (self.folder / "config.yaml").write_text(dump_config(config))
         self.log = RunLog(self.folder)
+        self.checkpoints = Checkpoints(
+            self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume)
+        )  # fmt: skip
         device = resolve_device(config.device)
         quiet_libraries(device)
         torch.manual_seed(config.seed)
@@ -66,7 +80,7 @@ class Run:
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
         self._check_models(trust)
-        self.stop_ids = stop_token_ids(self.tokenizer, self._generation_config(trust))
+        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust))
         self.sampling = Sampling.of(config.rollout, self.stop_ids)
         self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say)
         # Mistakes in functions and data show now, not after the first stages.
@@ -76,12 +90,6 @@ class Run:
 
     def _embedded(self):
         return save_model(build_model(self.config.seed), build_tokenizer(), self.folder / "base")
-
-    def _generation_config(self, trust_remote_code):
-        try:
-            return GenerationConfig.from_pretrained(self.base, trust_remote_code=trust_remote_code)
-        except OSError:  # many models have none: the tokenizer's EOS is then the only stop token
-            return None
 
     def _check_models(self, trust_remote_code):
         """Supplied models must be there, and know the policy's tokens as the policy does if they are given them."""
@@ -122,30 +130,34 @@ class Run:
     def _judged(self):
         return self.eval_function is not None or self.config.needs_reward_model
 
+    def _trained(self, name, stage, *data, **options):
+        """The directory of a stage's model: trained now, or before a resumed run was interrupted."""
+        output = self.folder / name
+        if self.checkpoints.is_done(name):
+            self.log.say(f"{name}: done before")
+            return str(output)
+        options |= {"output": output, "log": self.log, "checkpoints": self.checkpoints}
+        path = stage.main(self.config, *data, **options)
+        self.checkpoints.finish(name)
+        return path
+
     def train_sft(self):
         if self.config.sft.model:
             return self.config.sft.model
-        return sft.main(
-            self.config, self.base, self.tokenizer, self.data.sft, output=self.folder / "sft", log=self.log,
-            **self.placement,
-        )  # fmt: skip
+        return self._trained("sft", sft, self.base, self.tokenizer, self.data.sft, **self.placement)
 
     def train_reward_model(self, sft_path):
         """A directory, or None where scores come from a function or from nowhere."""
         if not self._trains_reward_model:
             return self.config.reward_model.model
-        return reward_model.main(
-            self.config, sft_path, self.tokenizer, self.data.pairs, self.data.held_out_pairs,
-            output=self.folder / "reward_model", log=self.log, **self.placement,
-        )  # fmt: skip
+        pairs, held_out = self.data.pairs, self.data.held_out_pairs
+        return self._trained("reward_model", reward_model, sft_path, self.tokenizer, pairs, held_out, **self.placement)
 
     def train_dpo(self, sft_path):
         if not self._trains_dpo:
             return self.config.dpo.model if self.config.needs_dpo_model else None
-        return dpo.main(
-            self.config, sft_path, self.tokenizer, self.data.pairs, self.data.held_out_pairs,
-            output=self.folder / "dpo", log=self.log, **self.placement,
-        )  # fmt: skip
+        pairs, held_out = self.data.pairs, self.data.held_out_pairs
+        return self._trained("dpo", dpo, sft_path, self.tokenizer, pairs, held_out, **self.placement)
 
     def scorer(self, reward_path):
         """`NormalizedScores`, or None."""
@@ -195,10 +207,10 @@ class Run:
             return self.eval_function, self.config.eval.function.partition(":")[2]
         return scorer, "normalised score"
 
-    def evaluate(self, name, engine, judge, step=0):
-        """Judges a policy on the held-out prompts and writes samples; returns the `Evaluation`."""
+    def evaluate(self, name, engine, judge, step=0, kl=None):
+        """Judges a policy on the held-out prompts and writes samples; returns the `Evaluation`. kl: see `evaluate`."""
         prompts = self.data.eval_prompts[: self.config.eval.prompts]
-        result, completions, scores = evaluate(engine, prompts, self.sampling, judge, self.tokenizer)
+        result, completions, scores = evaluate(engine, prompts, self.sampling, judge, self.tokenizer, kl)
         shown = samples(completions, scores, self.config.eval.show)
         self.log.metrics(f"eval_{name}", step, vars(result))
         self.log.samples(name, step, shown)
@@ -211,15 +223,36 @@ class Run:
         model = load_causal_lm(path, trainable=False, **self.placement)
         return self.evaluate(name, build_engine(model, self.tokenizer, self.config.rollout), judge)
 
+    def report(self):
+        """Writes report.html; returns its path, or None: a report that fails costs a line and never the run."""
+        try:
+            from rto_fast.reporting.report import write_report  # matplotlib is needed here and nowhere else
+
+            return write_report([self.folder])
+        except Exception as error:
+            self.log.say(f"report: not written ({type(error).__name__}: {error})")
+            return None
+
     def train_rto(self, name, sft_path, dpo_path, reward_path, scorer, judge):
+        if self.checkpoints.is_done("rto"):
+            return self._trained("rto", rto)
         critic = self.critic_start(sft_path, reward_path, scorer)
         models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, **self.placement)
 
-        def evaluate_policy(engine, iteration):
-            result = self.evaluate(name, engine, judge, iteration)
-            self.log.say(f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}")
+        def kl(rollout):  # both models are there, and two forward passes cost little beside the sampling
+            settings = self.config.rollout.temperature, self.config.rto.micro_batch_tokens
+            return measured_kl(models.policy, models.reference, rollout, *settings)
 
-        return rto.main(
-            self.config, models, self.tokenizer, self.sampling, self.data.prompts, output=self.folder / "rto",
-            log=self.log, device=self.placement["device"], evaluate=evaluate_policy if judge else None,
+        def evaluate_policy(engine, iteration):
+            result = self.evaluate(name, engine, judge, iteration, kl)
+            self.log.say(f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}, "
+                         f"KL {result.kl:.3g} nats, {result.length:.1f} tokens")  # fmt: skip
+            best = self.checkpoints.best
+            if self.config.eval.keep_best and (best is None or result.score > best):
+                save_model(models.policy, self.tokenizer, self.folder / "rto_best")
+                self.checkpoints.keep_best(result.score)
+
+        return self._trained(
+            "rto", rto, models, self.tokenizer, self.sampling, self.data.prompts, device=self.placement["device"],
+            evaluate=evaluate_policy if judge else None,
         )  # fmt: skip

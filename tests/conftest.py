@@ -8,9 +8,11 @@ where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses wo
 import os
 from importlib.util import find_spec
 
-import numpy
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests run beside each other
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"

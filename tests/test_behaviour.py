@@ -121,6 +121,6 @@ def test_an_iteration_says_how_far_sampler_and_forward_are_apart(policy):
     reference.set_attn_implementation(PACKED)
     models = rto.Models(policy, reference, None, None, None, lambda completions: torch.ones(len(completions)))
     trainer = rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), prompts, "cpu")
-    first, second = trainer.iterate(), trainer.iterate()
+    first, second = trainer.step(), trainer.step()
     assert first["mismatch_mean"] < 1e-5 and abs(first["kl"]) < 1e-4
     assert second["mismatch_mean"] < 1e-5 and {"seconds_prefill", "seconds_decode"} <= second.keys()

@@ -80,7 +80,7 @@ def test_the_example_for_openrlhf():
 
 
 def test_ci_runs_the_readmes_test_command():
-    command = 'pip install -e ".[dev]" && pytest'
+    command = 'pip install -e ".[dev]" && pytest -n 2 --dist loadfile'
     assert f"\n{command}\n" in README
     pattern = re.search(r"grep -m1 -E '(.*?)' README.md", (ROOT / ".ci" / "run").read_text())[1]
     assert [line for line in README.splitlines() if re.search(pattern, line)] == [command]

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from rto_fast.evaluate import main as evaluate
 from rto_fast.train import main
 
 MODEL, DATA = os.environ.get("RTO_FAST_SMOLLM2"), os.environ.get("RTO_FAST_DATA")
@@ -26,3 +27,15 @@ def test_smollm2_learns_from_hh(tmp_path):
     rto, dpo = ([r for r in records if r["stage"] == stage] for stage in ("rto", "dpo"))
     assert dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the policy is its own reference at first
     assert abs(rto[0]["kl"]) < 1e-3 and rto[0]["clip_fraction"] == 0 and rto[0]["entropy"] > 0.5
+
+
+@pytest.mark.skipif(not MODEL, reason="RTO_FAST_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+@pytest.mark.skipif(not DATA, reason="RTO_FAST_DATA names no folder with real data")
+def test_smollm2_is_evaluated_on_gsm8k(tmp_path):
+    results = evaluate([
+        "--model", MODEL, "--data", os.path.join(DATA, "gsm8k_sft.jsonl.gz"), "--prompts", "2", "--limit", "200",
+        "--preferences", os.path.join(DATA, "gsm8k_pref.jsonl.gz"), "--reward", "rto_fast.rewards:gsm8k",
+        "--rollout.max_new_tokens", "8", "--output", str(tmp_path / "out.json"),
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "out.json").read_text())["rewards"]["gsm8k"]["score"]["count"] == 2
+    assert results["rewards"]["gsm8k"]["preference_accuracy"]["value"] == 1.0  # right against wrong solutions

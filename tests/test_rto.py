@@ -281,16 +281,16 @@ def trainer(*overrides):
 def test_a_restored_trainer_goes_on_bitwise():
     first = trainer()
     for _ in range(2):
-        first.iterate()
+        first.step()
     state = copy.deepcopy(first.state_dict())
     for _ in range(2):
-        first.iterate()
+        first.step()
     second = trainer()
     second.load_state_dict(state)
     torch.manual_seed(123)  # the global random state plays no part
     for _ in range(2):
-        second.iterate()
-    assert first.iteration == second.iteration == 4 and first.kl_coef == second.kl_coef
+        second.step()
+    assert first.step_count == second.step_count == 4 and first.kl_coef == second.kl_coef
     for name in ("policy", "critic"):
         pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -140,10 +140,10 @@ def test_a_restored_trainer_goes_on_bitwise():
     for _ in range(3):
         first.step()
     state = copy.deepcopy(first.state_dict())
-    while not first.finished:
+    while first.step_count < first.steps:
         first.step()
     second.load_state_dict(state)
-    while not second.finished:
+    while second.step_count < second.steps:
         second.step()
     assert torch.equal(first.model.weight, second.model.weight) and first.optimizer.steps == second.optimizer.steps == 7
 

@@ -91,6 +91,8 @@ def to_example(row, layout, origin, columns=None):
             _need(present, (name,), row, origin)
             response = _text(_after(prompt, present[name], name, origin), name, origin)
     _check_prompt(prompt, origin)
+    for name, text in (("response", response), ("chosen", chosen), ("rejected", rejected)):
+        _check_unicode(text or "", name, origin)
     return Example(prompt, response, chosen, rejected, origin, extra)
 
 
@@ -221,6 +223,17 @@ def _check_prompt(prompt, origin):
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     if not text.strip():
         raise DataError(f"{origin}: empty prompt: {text!r}; remove the row")
+    for text in (prompt,) if isinstance(prompt, str) else (message["content"] for message in prompt):
+        _check_unicode(text, "prompt", origin)
+
+
+def _check_unicode(text, name, origin):
+    """JSON can hold what no tokenizer takes: half of a character beyond 16 bits."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{text[error.start]!a} at character {error.start}"
+        raise DataError(f"{origin}: {name} holds half of a surrogate pair, {where}; mend or remove the row") from None
 
 
 def _listing(row):

@@ -4,8 +4,11 @@ import random
 import re
 from functools import cached_property
 
+from rto_fast.data.cache import CachingTokenizer
+from rto_fast.data.cleaning import without_duplicates, without_prompts_of
 from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences
+from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
 
 # The columns that a mapping may name for each use; a file of prompts has no chosen responses to map.
@@ -13,47 +16,71 @@ SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen")
 PROMPT_ROLES = ("prompt", "messages")
 
 
+def split_of_source(source, default="train"):
+    """(name, split) of a source that may name its split: `name[test]`, `name[test[:500]]`."""
+    name, split = re.fullmatch(r"(.*?)(?:\[([^\[\]]+(?:\[[^\[\]]*\])?)\])?", source, re.S).groups()
+    return name, split or default
+
+
 class RunData:
     """Loads what a stage asks for, when it asks; every builder's report goes to `say`.
 
     Args:
-        config: `DataConfig`. tokenizer: the policy's. stop_ids: ids that end a response. say: called with one line of text.
+        config: `DataConfig`. tokenizer: the policy's; without one there are only examples. stop_ids: ids that end a
+            response. say: called with one line of text.
     """
 
     def __init__(self, config, tokenizer, stop_ids, say):
         self.config, self.tokenizer, self.stop_ids, self.say = config, tokenizer, stop_ids, say
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
+        self.read = {}  # {source: usable rows}
 
     def _examples(self, source, split="train", roles=None):
         config = self.config
-        name, named_split = re.fullmatch(r"(.*?)(?:\[([^\[\]]+)\])?", source).groups()
+        name, split = split_of_source(source, split)
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
-        return load_examples(
-            name, split=named_split or split, columns=columns or None, limit=config.limit, invalid=config.invalid
-        )
+        examples = load_examples(
+            name, split=split, columns=columns or None, limit=config.limit, invalid=config.invalid,
+            streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib,
+        )  # fmt: skip
+        self.read[source] = len(examples)
+        unique = without_duplicates(examples)
+        if len(unique) < len(examples):
+            done = "dropped" if config.deduplicate else "kept (data.deduplicate)"
+            self.say(f"{source}: exact duplicates {done}: {len(examples) - len(unique)}")
+        return unique if config.deduplicate else examples
+
+    @cached_property
+    def _caching(self):
+        return CachingTokenizer(self.tokenizer, self.config.cache_dir)
+
+    def caching_tokenizer(self, examples):
+        """The tokenizer, with what is on disk (`data.cache_dir`) of these examples' ids."""
+        embedded = examples[0].origin.startswith(str(EMBEDDED))  # tokenised in a moment
+        return self._caching if self.config.cache_dir and not embedded else self.tokenizer
 
     def _build(self, builder, examples, what, *options):
-        built, report = builder(examples, self.tokenizer, self.limits, self.config.prompt_format, *options)
+        tokenizer = self.caching_tokenizer(examples)
+        built, report = builder(examples, tokenizer, self.limits, self.config.prompt_format, *options)
         self.say(f"{what}: {report}")
         return built
 
-    def _hold_out(self, examples):
+    def _hold_out(self, examples, what):
         """(training examples, held-out examples): no held-out prompt occurs in training."""
         count = min(self.config.held_out, max(len(examples) // 10, len(examples) > 1))
         # A fixed seed: which examples are held out must not change from run to run.
         held_out = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), count))]
-        return self._without(examples, held_out), held_out
-
-    @staticmethod
-    def _without(examples, others):
-        seen = {repr(e.prompt) for e in others}
-        return [e for e in examples if repr(e.prompt) not in seen]
+        training = without_prompts_of(examples, held_out)
+        shared = len(examples) - len(held_out) - len(training)
+        if shared:
+            self.say(f"{what}: {shared} examples left out, they share a prompt with the {count} held out")
+        return training, held_out
 
     @cached_property
     def _preferences(self):
         if not self.config.preferences:
             raise DataError("data.preferences: no preference data is given, and this run needs some")
-        return self._hold_out(self._examples(self.config.preferences, self.config.split))
+        return self._hold_out(self._examples(self.config.preferences, self.config.split), "preferences")
 
     @cached_property
     def _prompts(self):
@@ -61,16 +88,24 @@ class RunData:
         if not self.config.prompts:
             return self._preferences
         examples = self._examples(self.config.prompts, roles=PROMPT_ROLES)
-        return self._hold_out(examples) if not self.config.preferences else (examples, self._preferences[1])
+        return self._hold_out(examples, "prompts") if not self.config.preferences else (examples, self._preferences[1])
 
     @cached_property
-    def _eval_examples(self):
-        source = self.config.eval_prompts
-        return self._examples(source, roles=PROMPT_ROLES) if source else self._prompts[1]
+    def eval_examples(self):
+        """What policies are judged on."""
+        config = self.config
+        if config.eval_prompts:
+            return self._examples(config.eval_prompts, roles=PROMPT_ROLES)
+        return self._prompts[1] if config.prompts or config.preferences else []
+
+    @cached_property
+    def held_out_examples(self):
+        """What preference accuracy is measured on."""
+        return self._preferences[1] if self.config.preferences else []
 
     def _train(self, examples, what):
-        """`examples` without those whose prompts policies are judged by."""
-        kept = self._without(examples, self._eval_examples)
+        """`examples` without those whose prompts policies or rewards are judged by."""
+        kept = without_prompts_of(examples, self.eval_examples + self.held_out_examples)
         if len(kept) < len(examples):
             self.say(f"{what}: {len(examples) - len(kept)} examples left out, their prompts are for evaluation")
         if not kept:
@@ -78,33 +113,43 @@ class RunData:
         return kept
 
     @cached_property
-    def sft(self):
+    def sft_examples(self):
         source = self.config.sft
         examples = self._examples(source, roles=SFT_ROLES) if source else self._preferences[0]
-        return self._build(sft_sequences, self._train(examples, "demonstrations"), "demonstrations", self.stop_ids)
+        return self._train(examples, "demonstrations")
+
+    @cached_property
+    def pair_examples(self):
+        return self._train(self._preferences[0], "preferences")
+
+    @cached_property
+    def prompt_examples(self):
+        return self._train(self._prompts[0], "prompts")
+
+    @cached_property
+    def sft(self):
+        return self._build(sft_sequences, self.sft_examples, "demonstrations", self.stop_ids)
 
     @cached_property
     def pairs(self):
-        examples = self._train(self._preferences[0], "preferences")
-        return self._build(preference_pairs, examples, "preferences", self.stop_ids)
+        return self._build(preference_pairs, self.pair_examples, "preferences", self.stop_ids)
 
     @cached_property
     def held_out_pairs(self):
         """May be empty: little data, or none of the few held out within the limits."""
-        if not self._preferences[1]:
+        if not self.held_out_examples:
             return []
         try:
-            return self._build(preference_pairs, self._preferences[1], "held-out preferences", self.stop_ids)
+            return self._build(preference_pairs, self.held_out_examples, "held-out preferences", self.stop_ids)
         except DataError as error:
             self.say(f"held-out preferences: none ({error})")
             return []
 
     @cached_property
     def prompts(self):
-        return self._build(prompts, self._train(self._prompts[0], "prompts"), "prompts")
+        return self._build(prompts, self.prompt_examples, "prompts")
 
     @cached_property
     def eval_prompts(self):
         """May be empty: then policies are not compared."""
-        examples = self._eval_examples
-        return self._build(prompts, examples, "evaluation prompts") if examples else []
+        return self._build(prompts, self.eval_examples, "evaluation prompts") if self.eval_examples else []

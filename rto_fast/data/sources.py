@@ -11,42 +11,45 @@
 `split` is a name and perhaps a range of rows: `train`, `test[:500]`, `train[90%:]`. In a folder, a split's files carry
 its name as a word (`test.jsonl`, `train-00000-of-00002.parquet`); files without any split's name are `train`. A single
 file is `train`.
+
+Rows are read one by one: a limit, or a range that ends early, leaves the rest of a local file unread. A data set of the
+hub is downloaded whole, unless it is streamed.
 """
 
-import csv
-import gzip
-import json
+import contextlib
 import re
+import sys
 import warnings
 from importlib.resources import files
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-from rto_fast.data.layouts import DataError, Example, check_columns, detect_layout, to_example
+from rto_fast.data.files import SUFFIXES, rows_of_file
+from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, detect_layout, to_example
 
 __all__ = ["DataError", "Example", "load_examples", "read_rows"]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
-def load_examples(source, *, split="train", columns=None, limit=None, invalid="error") -> list[Example]:
+def load_examples(
+    source, *, split="train", columns=None, limit=None, invalid="error", streaming=False, max_unpacked_gib=4.0
+) -> list[Example]:
     """The examples of a source (see the module's table), at most `limit`.
 
     columns: {ours: theirs} for layouts that are not detected, ours being prompt, response, chosen, rejected, messages.
     invalid: "error" raises `DataError` at the first row that is unusable (empty or missing response, wrong type, ...),
         "skip" leaves such rows out and warns once with their number and the first reason.
+    streaming: of a hub data set only download what is read.
     Raises DataError: one line that names the file and line (or row) and the remedy.
     """
     if invalid not in ("error", "skip"):
         raise DataError(f"invalid: {invalid!r} is not 'error' or 'skip'")
     check_columns(columns)
-    examples, skipped, layout = [], [], None
-    for origin, row in read_rows(source, split):
-        if len(examples) == limit:
-            break
+    examples, skipped, unread, layout = [], [], [], None
+    for origin, row in () if limit == 0 else read_rows(source, split, streaming, max_unpacked_gib):
         layout = layout or detect_layout(row, columns, origin)
         try:
             examples.append(to_example(row, layout, origin, columns))
@@ -54,35 +57,54 @@ def load_examples(source, *, split="train", columns=None, limit=None, invalid="e
             if invalid == "error":
                 raise
             skipped.append(error)
+        if layout == "prompt only" and any(row.get(name) for name in ROLES if name != "prompt"):
+            unread.append(origin)
+        if len(examples) == limit:
+            break
+    if unread:
+        warnings.warn(
+            f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: the very first row, which "
+            "decides the layout, has only a prompt", stacklevel=2,
+        )  # fmt: skip
     if skipped:
         warnings.warn(f"{source}: {len(skipped)} unusable rows skipped, the first: {skipped[0]}", stacklevel=2)
     if not examples:
-        raise DataError(f"{source}: no examples in split {split!r}{' (limit 0)' if limit == 0 else ''}")
+        remedy = "all its rows are unusable" if skipped else "it is empty; give other data, or another split"
+        raise DataError(f"{source}: no examples in split {split!r}{' (limit 0)' if limit == 0 else f': {remedy}'}")
     return examples
 
 
-def read_rows(source, split="train"):
+def read_rows(source, split="train", streaming=False, max_unpacked_gib=4.0):
     """Iterate over (origin, row) of a source's split, row being a dict as it stands in the file."""
     source = str(source)
     match = _SPLIT.fullmatch(split)
     if not match:
         raise DataError(f"split: {split!r} is not like 'train', 'test[:500]' or 'train[90%:]'")
     name, *bounds = match.groups()
+    streamed = False
     path = Path(source).expanduser()
     if source.startswith("embedded:"):
         path = _embedded(source.removeprefix("embedded:"))
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        rows = _saved_rows(path, name) if saved else [row for file in _split_files(path, name) for row in _read(file)]
+        found = [] if saved else _split_files(path, name)
+        each = (rows_of_file(file, max_unpacked_gib) for file in found)
+        rows = _saved_rows(path, name) if saved else chain.from_iterable(each)
     elif path.is_file():
         if name != "train":
             raise DataError(f"{source}: a single file is split 'train', not {name!r}; ranges work: train[90%:]")
-        rows = _read(path)
+        rows = rows_of_file(path, max_unpacked_gib)
     elif _looks_like_path(source):
         raise DataError(f"{source}: no such file or folder (from {Path.cwd()}); hub data sets are named org/name")
     else:
-        rows = _hub_rows(source, name)
-    start, stop = (_position(bound, len(rows), default) for bound, default in zip(bounds, (0, len(rows)), strict=True))
+        rows = _hub_rows(source, name, streaming)
+        streamed = streaming
+    if any(bound and not bound.isdigit() for bound in bounds) and not hasattr(rows, "__len__"):
+        if streamed:
+            raise DataError(f"split: {split!r} needs the number of rows, which a stream does not tell; as in [:500]")
+        rows = list(rows)
+    total = len(rows) if hasattr(rows, "__len__") else sys.maxsize
+    start, stop = (_position(bound, total, default) for bound, default in zip(bounds, (0, total), strict=True))
     return islice(rows, start, max(start, stop))
 
 
@@ -132,78 +154,6 @@ def _split_files(folder, split):
     return chosen
 
 
-def _read(path):
-    """All (origin, row) of one local file."""
-    name = path.name.lower()
-    try:
-        if name.endswith(".parquet"):
-            import pyarrow.parquet
-
-            return [(f"{path}[{i}]", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-        if not name.endswith(SUFFIXES):
-            raise DataError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}")
-        # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first column's name
-        opener = gzip.open if name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="" if name.endswith(".csv") else None) as file:
-            if name.endswith(".csv"):
-                return _csv_rows(file, path)
-            if ".jsonl" in name:
-                return _json_lines(file, path)
-            return _json_rows(file.read(), path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
-    except (OSError, EOFError) as error:  # a damaged gzip raises either
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
-        if isinstance(error, DataError) or not name.endswith(".parquet"):
-            raise
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error  # pyarrow.ArrowInvalid
-
-
-def _json_lines(lines, path):
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line.strip())
-            except json.JSONDecodeError as error:
-                where = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
-                raise DataError(f"{path}:{number}: malformed JSON: {where}") from None
-            rows.append((f"{path}:{number}", _object(row, f"{path}:{number}")))
-    return rows
-
-
-def _json_rows(text, path):
-    """A list of objects; or, as often under this suffix, one object a line."""
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{"):
-            return _json_lines(text.split("\n"), path)  # splitlines() would also split at U+2028
-        raise DataError(f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}") from None
-    rows = rows if isinstance(rows, list) else [rows]
-    return [(f"{path}[{i}]", _object(row, f"{path}[{i}]")) for i, row in enumerate(rows)]
-
-
-def _object(row, origin):
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: expected a JSON object with columns, found {type(row).__name__}")
-    return row
-
-
-def _csv_rows(file, path):
-    reader, rows, start = csv.DictReader(file, strict=True), [], 2
-    try:
-        for row in reader:
-            origin, start = f"{path}:{start}", reader.line_num + 1
-            if None in row or None in row.values():
-                raise DataError(f"{origin}: the row does not have the {len(reader.fieldnames)} fields of the header")
-            rows.append((origin, row))
-    except csv.Error as error:
-        raise DataError(f"{path}:{start}: malformed csv: {error}") from None
-    return rows
-
-
 class _DatasetRows:
     """(origin, row) of a `datasets.Dataset`, which stays on disk."""
 
@@ -230,15 +180,30 @@ def _saved_rows(folder, split):
     return _DatasetRows(dataset, str(folder))
 
 
-def _hub_rows(source, split):
+@contextlib.contextmanager
+def _hub_errors(source, split):
     import datasets
 
-    name, _, config = source.partition(":")
     try:
-        dataset = datasets.load_dataset(name, config or None, split=split)
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {reason}"
+            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {reason}; "
+            "check the name, the split and the network, or give a local copy"
         ) from error
-    return _DatasetRows(dataset, source)
+
+
+def _hub_rows(source, split, streaming):
+    import datasets
+
+    name, _, config = source.partition(":")
+    with _hub_errors(source, split):
+        dataset = datasets.load_dataset(name, config or None, split=split, **{"streaming": True} if streaming else {})
+    return _streamed_rows(dataset, source, split) if streaming else _DatasetRows(dataset, source)
+
+
+def _streamed_rows(dataset, source, split):
+    with _hub_errors(source, split):  # the download happens here
+        for index, row in enumerate(dataset):
+            yield f"{source}[{index}]", row

@@ -1,4 +1,4 @@
-"""What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl."""
+"""What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl, tokens.jsonl."""
 
 import json
 import math
@@ -38,18 +38,29 @@ class RunLog:
     def say(self, text):
         tqdm.write(text, file=sys.stdout)
 
-    def stage(self, name, total):
-        return StageLog(self, name, total)
+    def seconds(self):
+        """Since the run began, without the time between its sessions."""
+        return time.perf_counter() - self.start
+
+    def stage(self, name, total, done=0):
+        return StageLog(self, name, total, done)
 
     def metrics(self, stage, step, values):
         values = {key: _number(value) for key, value in values.items()}
-        seconds = round(time.perf_counter() - self.start, 3)
+        seconds = round(self.seconds(), 3)
         self._append("metrics.jsonl", {"stage": stage, "step": step, "seconds": seconds} | values)
         return values
 
     def samples(self, stage, step, samples):
         for sample in samples:
             self._append("samples.jsonl", {"stage": stage, "step": step} | sample)
+
+    def tokens(self, stage, step, records):
+        """What single tokens earned, see `rto_fast.stages.tokens`."""
+        for record in records:
+            record = {key: [_number(v) for v in value] if isinstance(value, list) else _number(value)
+                      for key, value in record.items()}  # fmt: skip
+            self._append("tokens.jsonl", {"stage": stage, "step": step} | record)
 
 
 class StageLog:
@@ -58,8 +69,8 @@ class StageLog:
     On a terminal one line is redrawn; in a file or a CI log a line is printed for every fifth of the stage.
     """
 
-    def __init__(self, log, name, total):
-        self.log, self.name, self.total, self.count = log, name, total, 0
+    def __init__(self, log, name, total, done=0):
+        self.log, self.name, self.total, self.count, self.done = log, name, total, done, done
         self.live = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
         self.start = self.last = time.perf_counter()
         self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
@@ -85,6 +96,6 @@ class StageLog:
 
     def _line(self, values):
         elapsed = time.perf_counter() - self.start
-        left = elapsed / self.count * (self.total - self.count)
+        left = elapsed / (self.count - self.done) * (self.total - self.count)
         figures = "  ".join(f"{ON_THE_LINE.get(key, key)} {short(value)}" for key, value in values.items())
         return f"{self.name:<12} {self.count:>5}/{self.total} {elapsed:>5.0f} s, {left:.0f} s left  {figures}"

@@ -6,6 +6,7 @@ from rto_fast.batch import micro_batches, pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps, load_causal_lm
 from rto_fast.stages.common import save_model
+from rto_fast.training.loop import train
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -23,7 +24,7 @@ def pair_logps(model, pairs, max_tokens):
     return torch.cat([torch.stack(_side_logps(model, [pairs[i] for i in run]), 1).cpu() for run in runs])
 
 
-def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
+def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
     """Trains `base` (a directory), which is also the reference, and returns the directory of the result."""
     stage = config.dpo
     model = load_causal_lm(
@@ -44,9 +45,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
         return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config.seed)
-    with log.stage("dpo", trainer.steps) as progress:
-        while not trainer.finished:
-            progress.step(trainer.step(), show=("loss", "accuracy", "margin", "lr", "tokens_per_second"))
+    train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
     model.eval()
     if held_out:
         change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference

@@ -5,6 +5,7 @@ from rto_fast.losses import bradley_terry
 from rto_fast.models.loading import load_scorer, token_scores
 from rto_fast.rewards import score_sequences, score_statistics
 from rto_fast.stages.common import save_model
+from rto_fast.training.loop import train
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -13,7 +14,7 @@ def _sides(pairs):
     return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
 
 
-def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
+def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
     """Trains a reward model on the backbone of `base` (a directory) and returns the directory of the result.
 
     The mean and standard deviation of its scores over `held_out` (chosen and rejected; over `pairs` if there are none) are
@@ -31,9 +32,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, **placement):
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config.seed)
-    with log.stage("reward_model", trainer.steps) as progress:
-        while not trainer.finished:
-            progress.step(trainer.step(), show=("loss", "accuracy", "lr", "tokens_per_second"))
+    train("reward_model", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
     model.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)
     scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)

@@ -20,6 +20,8 @@ from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
 from rto_fast.stages.behaviour import behaviour_logps
 from rto_fast.stages.common import response_logps, save_model
+from rto_fast.stages.tokens import recorded_iterations, reward_parts, token_records
+from rto_fast.training.loop import train
 from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices
 
@@ -46,6 +48,7 @@ class Experience:
     advantages: torch.Tensor
     returns: torch.Tensor
     importance: torch.Tensor | None = None  # weights of the policy's loss, see `behaviour_logps`
+    reward_parts: dict[str, torch.Tensor] | None = None  # what the token rewards are made of, for the report
 
     @property
     def lengths(self):
@@ -169,7 +172,8 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         shaping=rto.shaping, bootstrap_values=bootstrap, whiten=rto.whiten,
     )  # fmt: skip
     experience = Experience(
-        prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns, importance
+        prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns, importance,
+        reward_parts(result, kl_coef, paid_scores, rto.score_scale or 1.0, rto.score_clip, batch),
     )  # fmt: skip
 
     per_response = {k: v / batch.num_sequences for k, v in result.stats.items() if k.endswith("_sum")}
@@ -291,10 +295,11 @@ class RTOTrainer:
     def __init__(self, config, models, tokenizer, sampling, prompts, device):
         self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
         self.sampling, rto = sampling, config.rto
-        self.iterations = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
-        self.iteration, self.kl_coef = 0, rto.kl_coef
+        self.steps = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
+        self.step_count, self.kl_coef = 0, rto.kl_coef
+        self.token_records = []  # of the last iteration, if it is one of those that are recorded
         self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
-        steps = self.iterations * rto.ppo_epochs * -(-self.responses // rto.batch_size)
+        steps = self.steps * rto.ppo_epochs * -(-self.responses // rto.batch_size)
         self.optimizers = {"policy": Optimizer(models.policy, rto, steps)}
         if models.critic is not None:
             self.optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
@@ -305,10 +310,10 @@ class RTOTrainer:
             vocab_size = len(models.policy.get_output_embeddings().weight)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
-    def iterate(self):
+    def step(self):
         """Rollout, scores, PPO; returns the iteration's metrics."""
         rto = self.config.rto
-        seed = self.config.seed * 1_000_003 + self.iteration
+        seed = self.config.seed * 1_000_003 + self.step_count
         start = time.perf_counter()
         chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
         rollout = self.engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, self.sampling, seed)
@@ -318,12 +323,14 @@ class RTOTrainer:
             self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
         )
         scored = time.perf_counter()
+        recorded = self.step_count in recorded_iterations(self.steps)
+        self.token_records = token_records(experience, repeated, self.tokenizer) if recorded else []
         metrics |= update(self.config, self.models, self.optimizers, experience, seed)
         end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.responses, rto.kl_target, rto.kl_horizon)
-        self.iteration += 1
+        self.step_count += 1
         seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
         return metrics | {
@@ -339,15 +346,15 @@ class RTOTrainer:
 
     def state_dict(self):
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"iteration": self.iteration, "kl_coef": self.kl_coef}
+        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state):
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
 
 
-def main(config, models, tokenizer, sampling, prompts, *, output, log, device, evaluate=None):
+def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
     """Trains `models.policy` and saves it to `output` (the critic beside it); returns that directory.
 
     Args:
@@ -357,12 +364,14 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, device, e
     trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device)
     if len(prompts) < config.rto.prompts_per_rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
-    with log.stage("rto", trainer.iterations) as progress:
-        while trainer.iteration < trainer.iterations:
-            shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
-            progress.step(trainer.iterate(), show=shown)
-            if evaluate and config.eval.every and trainer.iteration % config.eval.every == 0:
-                evaluate(trainer.engine, trainer.iteration)
+
+    def after_step(step):
+        log.tokens("rto", step, trainer.token_records)
+        if evaluate and config.eval.every and step % config.eval.every == 0:
+            evaluate(trainer.engine, step)
+
+    shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
+    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic")
     return save_model(models.policy, tokenizer, output)

@@ -3,10 +3,11 @@
 from rto_fast.batch import pack
 from rto_fast.models.loading import causal_logps, load_causal_lm
 from rto_fast.stages.common import save_model
+from rto_fast.training.loop import train
 from rto_fast.training.supervised import SupervisedTrainer
 
 
-def main(config, base, tokenizer, sequences, *, output, log, **placement):
+def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **placement):
     """Trains `base` (a directory) on `sequences` (prompt_ids, response_ids) and returns the directory of the result."""
     stage = config.sft
     model = load_causal_lm(
@@ -23,7 +24,5 @@ def main(config, base, tokenizer, sequences, *, output, log, **placement):
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config.seed)
-    with log.stage("sft", trainer.steps) as progress:
-        while not trainer.finished:
-            progress.step(trainer.step(), show=("loss", "lr", "tokens_per_second"))
+    train("sft", trainer, log, checkpoints, stage.save_every, ("loss", "lr", "tokens_per_second"))
     return save_model(model, tokenizer, output)

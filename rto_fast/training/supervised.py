@@ -25,8 +25,9 @@ class SupervisedTrainer:
         self.order = ShuffledIndices(len(lengths), seed)
 
     @property
-    def finished(self):
-        return self.optimizer.steps >= self.steps
+    def step_count(self):
+        """Steps done."""
+        return self.optimizer.steps
 
     def step(self):
         """One optimizer step; returns its metrics."""

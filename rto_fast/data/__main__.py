@@ -1,0 +1,189 @@
+"""`python -m rto_fast.data SOURCE [--tokenizer DIR]`: what a run would load from a source, seen before the run.
+
+Detected layout, counts, duplicates and leaks, lengths, what the limits cut, and examples as the model will see them. It
+loads through `RunData`, as a run does: what is said here is what happens there.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+
+from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
+from rto_fast.data.cleaning import repeated_prompts
+from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram, visible
+from rto_fast.data.layouts import detect_layout
+from rto_fast.data.run_data import RunData, split_of_source
+from rto_fast.data.sources import load_examples, read_rows
+from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
+from rto_fast.errors import ConfigError, UserError
+
+UNLIMITED = Limits(2**40, 2**40)
+
+
+def parse(arguments):
+    """(options, DataConfig)."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m rto_fast.data", exit_on_error=False,
+        description="Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, "
+        "and examples as the model will see them.",
+    )  # fmt: skip
+    parser.add_argument("source", help="File, folder, HF dataset name or embedded:NAME, perhaps with a split: x[test].")
+    parser.add_argument("--tokenizer", type=str | None, default=None,
+                        help="Directory or hub id of the model or tokenizer; without, words are shown.")  # fmt: skip
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="As model.trust_remote_code.")
+    parser.add_argument("--examples", type=int, default=3, help="Examples shown.")
+    parser.add_class_arguments(DataConfig, "data")
+    keys = [f"--data.{field.name}" for field in dataclasses.fields(DataConfig)]
+    known = [*keys, "--tokenizer", "--trust_remote_code", "--examples", "--data", "--help"]
+    _check_known([a.split("=", 1)[0] for a in arguments if a.startswith("--")], "command line", known)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments))
+        return options, Config(model=ModelConfig(path="any"), data=options.data).data
+    except ConfigError:
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def load_tokenizer_and_stops(path, trust_remote_code):
+    """(tokenizer, ids that end a response), as a run has them."""
+    from rto_fast.data.world import build_tokenizer
+    from rto_fast.models.loading import load_tokenizer
+
+    if path == "embedded":
+        return build_tokenizer(), stop_token_ids(build_tokenizer())
+    from transformers import GenerationConfig
+
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    try:
+        generation = GenerationConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError:
+        generation = None
+    return tokenizer, stop_token_ids(tokenizer, generation)
+
+
+def look(options, config, page, say):
+    """Says everything there is to say about `options.source`."""
+    name, split = split_of_source(options.source, config.split)
+    reading = {"streaming": config.streaming, "max_unpacked_gib": config.max_unpacked_gib}
+    columns = config.columns or None
+    (first,) = load_examples(name, split=split, columns=columns, limit=1, invalid=config.invalid, **reading)
+    origin, row = next(iter(read_rows(name, split, **reading)))
+    layout = detect_layout(row, columns, origin)
+    say(f"{page.title('layout')}  {layout}")
+    say("\n".join(columns_table(layout, row, config.columns, first)))
+
+    kind = "pairs" if first.chosen is not None else "sft" if first.response is not None else "prompts"
+    field = {"pairs": "preferences", "sft": "sft", "prompts": "prompts"}[kind]
+    given = {"preferences": None, "sft": None, "prompts": None, field: options.source}
+    if kind != "pairs" and split != "train":  # data.split is of data.preferences; here the split is part of the name
+        given[field] = f"{name}[{split}]"
+    path = options.tokenizer or ("embedded" if name.startswith("embedded:") else None)
+    tokenizer, stop_ids = load_tokenizer_and_stops(path, options.trust_remote_code) if path else (None, [])
+
+    said = []
+    data = RunData(dataclasses.replace(config, **given), tokenizer, stop_ids, said.append)
+    kept = {"pairs": "pair_examples", "sft": "sft_examples", "prompts": "prompt_examples"}[kind]
+    training = getattr(data, kept)
+    held_out = data.held_out_examples if kind == "pairs" else [] if kind == "sft" else data.eval_examples
+    examples = training + held_out
+    say(f"\n{page.title('examples')}  {data.read[given[field]]:,} read: as data.{field} {len(training):,} to train on"
+        + (f", {len(held_out):,} held out" if held_out else ""))  # fmt: skip
+    repeated = repeated_prompts(examples)
+    duplicates = [] if any("exact duplicates" in line for line in said) else ["no exact duplicates"]
+    if repeated:
+        duplicates.append(f"prompts with more than one example: {repeated:,}")
+    shown = _show(page, data, kind, tokenizer, examples, options.examples)
+    for line in [*duplicates, *said]:
+        say(f"  {visible(line)}")
+    unit = "tokens" if tokenizer else "words"
+    say(f"\n{page.title('lengths')} in {unit}, before anything is cut")
+    say("\n".join(_lengths(data, kind, tokenizer, examples)))
+    if not tokenizer:
+        say("  --tokenizer DIR (the model's directory or hub id) shows tokens, what the limits cut, and the loss mask")
+    _say_examples(shown, page, tokenizer, say)
+
+
+def _lengths(data, kind, tokenizer, examples):
+    sides = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
+    if not tokenizer:
+        texts = [e.prompt if isinstance(e.prompt, str) else " ".join(m["content"] for m in e.prompt) for e in examples]
+        words = {"prompt": [len(text.split()) for text in texts]}
+        words |= {side: [len((getattr(e, side) or e.chosen).split()) for e in examples] for side in sides}
+        return histogram(words)
+    builder = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}[kind]
+    options = () if kind == "prompts" else (data.stop_ids,)
+    built, _ = builder(examples, data.caching_tokenizer(examples), UNLIMITED, data.config.prompt_format, *options)
+    lengths = {"prompt": [len(item.prompt_ids) for item in built]}
+    lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in sides}
+    limits = {name: data.limits.max_response_tokens for name in lengths} | {"prompt": data.limits.max_prompt_tokens}
+    return histogram(lengths, limits)
+
+
+def _show(page, data, kind, tokenizer, examples, count):
+    """The lines of each of `count` examples from all over the data; tokenises, so that `data` says what is cut."""
+    items = getattr(data, kind) if tokenizer else examples
+    if tokenizer and kind == "pairs":
+        data.held_out_pairs  # noqa: B018 (for what it says)
+    if tokenizer and kind == "prompts":
+        data.eval_prompts  # noqa: B018
+    count = max(0, min(count, len(items)))
+    chosen = [items[i * (len(items) - 1) // max(count - 1, 1)] for i in range(count)]
+    if not tokenizer:
+        return [as_roles(page, example) for example in chosen]
+    sides = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
+    return [
+        as_tokens(page, tokenizer, item.prompt_ids, {s: getattr(item, f"{s}_ids") for s in sides}, data.stop_ids)
+        for item in chosen
+    ]
+
+
+def _say_examples(shown, page, tokenizer, say):
+    if not shown:
+        return
+    mask = f"{page.paint('trained on', 'loss')} (the loss mask; with sft.loss_on_prompt the prompt too)"
+    say(f"\n{page.title('examples as the model sees them' if tokenizer else 'examples')}: context, {mask}")
+    for number, lines in enumerate(shown, 1):
+        say(f"\n{page.title(f'── {number} ──')}\n" + "\n".join(lines))
+
+
+def wants_colour(stream):
+    """https://no-color.org"""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def main(arguments=None):
+    options, config = parse(sys.argv[1:] if arguments is None else list(arguments))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        look(options, config, Page(wants_colour(sys.stdout)), print)
+    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        print(f"\nnote: {visible(message)}")
+
+
+def command():
+    """The command line: mistakes of the user end in one line and exit code 2, unless --debug asks for the traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no blocks gets question marks
+    try:
+        main([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"rto_fast: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head`
+        sys.stdout = None
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,116 @@
+"""Token ids on disk by content: what was tokenised once is read the next time.
+
+The key of an entry is a hash of the texts themselves (after the chat template, so a template that prints today's date is
+never stale), of the tokenizer and of the versions that tokenise. Nothing else can make an entry wrong: files, splits,
+limits and options only decide which texts there are. An entry is a safetensors file; one whose checksum or bounds are not
+right is warned of and written again.
+"""
+
+import hashlib
+import itertools
+import os
+import tempfile
+import warnings
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+FORMAT = 1  # raise it when entries are laid out differently
+FEWEST_TEXTS = 64  # below, tokenising is faster than a file
+
+
+class CachingTokenizer:
+    """A Hugging Face tokenizer whose calls with many texts are answered from `folder`; else the tokenizer itself."""
+
+    def __init__(self, tokenizer, folder):
+        self._tokenizer, self._folder = tokenizer, Path(folder).expanduser()
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def __call__(self, texts, **options):
+        # Of a tokenizer written in Python nobody can say what its ids depend on.
+        if isinstance(texts, str) or len(texts) < FEWEST_TEXTS or not self._tokenizer.is_fast:
+            return self._tokenizer(texts, **options)
+        key = self._key(texts, options)
+        path = self._folder / f"{key}.safetensors"
+        ids = self._read(path, key, len(texts))
+        if ids is None:
+            ids = self._tokenizer(texts, **options).input_ids
+            self._write(path, key, ids)
+        return SimpleNamespace(input_ids=ids)
+
+    @cached_property
+    def _fingerprint(self):
+        """Of everything that turns text into ids."""
+        import tokenizers
+        import transformers
+
+        tokenizer = self._tokenizer
+        tokenizer("")  # resets padding and truncation, which are part of the text below and of no call here
+        parts = (FORMAT, tokenizers.__version__, transformers.__version__, type(tokenizer).__name__,
+                 tokenizer.backend_tokenizer.to_str())  # fmt: skip
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _key(self, texts, options):
+        digest = hashlib.sha256(f"{self._fingerprint}{sorted(options.items())}".encode())
+        for text in texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))  # ["ab", "c"] is not ["a", "bc"]
+            digest.update(encoded)
+        return digest.hexdigest()
+
+    def _read(self, path, key, count):
+        """The entry's ids, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata, ids, sizes = file.metadata(), file.get_tensor("ids"), file.get_tensor("sizes")
+            sound = (
+                metadata == {"key": key, "checksum": _checksum(ids, sizes)}
+                and ids.ndim == sizes.ndim == 1
+                and ids.dtype == sizes.dtype == np.int32
+                and len(sizes) == count
+                and sizes.min() >= 0
+                and sizes.sum(dtype=np.int64) == len(ids)
+                and (not len(ids) or 0 <= ids.min() <= ids.max() < len(self))
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            sound = False
+        if not sound:
+            warnings.warn(f"{path}: a damaged cache entry; its texts are tokenised again", stacklevel=2)
+            return None
+        flat, ends = ids.tolist(), itertools.accumulate(sizes.tolist())
+        return [flat[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
+
+    def _write(self, path, key, encoded):
+        from safetensors.numpy import save
+
+        sizes = np.array([len(ids) for ids in encoded], np.int32)
+        ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, int(sizes.sum(dtype=np.int64)))
+        content = save({"ids": ids, "sizes": sizes}, {"key": key, "checksum": _checksum(ids, sizes)})
+        temporary = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the user's data
+            # Under another name first: a killed run leaves no half of an entry, and runs side by side do not mix.
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+                file.write(content)
+            os.replace(temporary, path)
+        except OSError as error:  # a full or read-only disk costs the cache, not the run
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+            reason = error.strerror or error
+            warnings.warn(f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached", stacklevel=2)
+
+
+def _checksum(ids, sizes):
+    return hashlib.sha256(sizes.tobytes() + ids.tobytes()).hexdigest()

@@ -1,0 +1,116 @@
+"""Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model."""
+
+import functools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+Z = NormalDist().inv_cdf(0.975)
+# Of the slope's Gaussian prior, in log-odds: wide (its scale is that of Gelman et al. 2008, arXiv 0901.4011), but a slope
+# stays finite where the length difference happens to separate wins from losses.
+SLOPE_DEVIATION = 2.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or a rate; `low` and `high` bound its 95 % confidence interval (NaN where there is none)."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@functools.cache
+def t_quantile(degrees):
+    """97.5 % quantile of Student's t: with x = √ν·tan θ its density is cos^(ν−1) θ on a bounded interval."""
+    if degrees > 1000:
+        return Z
+    theta = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    area = torch.cumulative_trapezoid(theta.cos() ** (degrees - 1), theta)
+    index = int(torch.searchsorted(area, 0.95 * area[-1]))
+    return math.sqrt(degrees) * math.tan(theta[index + 1])
+
+
+def mean(values):
+    """Mean of [N] values with Student's t interval; of outcomes that are all 0 or 1, with `rate`'s, which does not shrink
+    to a point when they are all alike."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    count, value = len(values), values.mean().item()
+    if ((values == 0) | (values == 1)).all():
+        return rate(values)
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, count)
+    half = t_quantile(count - 1) * values.std(correction=1).item() / math.sqrt(count)
+    return Estimate(value, value - half, value + half, count)
+
+
+def rate(outcomes):
+    """Mean of [N] outcomes in [0, 1] with Wilson's score interval (JASA 22, 1927). Outcomes between 0 and 1, such as ties,
+    vary less than a coin of the same mean, which makes the interval conservative."""
+    outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
+    count, value = len(outcomes), outcomes.mean().item()
+    shrink = 1 + Z**2 / count
+    middle = (value + Z**2 / (2 * count)) / shrink
+    half = Z / shrink * math.sqrt(value * (1 - value) / count + Z**2 / (4 * count**2))
+    return Estimate(value, max(middle - half, 0.0), min(middle + half, 1.0), count)
+
+
+def wins(ours, theirs):
+    """[N] float64: 1 where ours is higher, ½ where they tie, 0 elsewhere."""
+    ours, theirs = torch.as_tensor(ours).double().cpu(), torch.as_tensor(theirs).double().cpu()
+    return (ours > theirs).double() + 0.5 * (ours == theirs)
+
+
+def logistic_regression(features, outcomes, precision):
+    """Penalised maximum likelihood by Newton's method, steps halved until they gain.
+
+    Args:
+        features: [N, K]. outcomes: [N] in [0, 1]; ½ is half a win. precision: [K] of each coefficient's Gaussian prior, 0
+            for none. All float64.
+    Returns:
+        (coefficients [K], their covariance [K, K]).
+    """
+    weights = features.new_zeros(features.shape[1])
+
+    def objective(w):
+        logits = features @ w
+        return (outcomes * logits - torch.nn.functional.softplus(logits)).sum() - 0.5 * (precision * w * w).sum()
+
+    def curvature(w):
+        p = torch.sigmoid(features @ w)
+        return (features * (p * (1 - p))[:, None]).T @ features + torch.diag(precision)
+
+    for _ in range(100):
+        gradient = features.T @ (outcomes - torch.sigmoid(features @ weights)) - precision * weights
+        step = torch.linalg.solve(curvature(weights), gradient)
+        if step.abs().max() < 1e-10:
+            break
+        while objective(weights + step) < objective(weights) and step.abs().max() > 1e-12:
+            step = step / 2
+        weights = weights + step
+    return weights, torch.linalg.inv(curvature(weights))
+
+
+def length_controlled_win_rate(outcomes, lengths, reference_lengths):
+    """The win rate had both answers been of one length: P(win) at no difference in a logistic regression of the win on
+    tanh(Δlength / std Δlength), the length term of length-controlled AlpacaEval 2 (arXiv 2404.04475; its term for each
+    instruction's difficulty is left out: it needs many models on the same instructions).
+
+    Args:
+        outcomes: [N] of `wins`. lengths, reference_lengths: [N] numbers.
+    """
+    outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
+    if (outcomes == 0).all() or (outcomes == 1).all():  # the log-odds are infinite whatever the lengths
+        return rate(outcomes)
+    difference = torch.as_tensor(lengths, dtype=torch.float64) - torch.as_tensor(reference_lengths, dtype=torch.float64)
+    scale = difference.std(correction=0)
+    length_term = torch.tanh(difference / scale) if scale > 0 else torch.zeros_like(difference)
+    features = torch.stack([torch.ones_like(length_term), length_term], 1)
+    prior = features.new_tensor([0.0, SLOPE_DEVIATION**-2])
+    weights, covariance = logistic_regression(features, outcomes, prior)
+    half = Z * covariance[0, 0].sqrt()
+    value, low, high = torch.sigmoid(torch.stack([weights[0], weights[0] - half, weights[0] + half])).tolist()
+    return Estimate(value, low, high, len(outcomes))

@@ -1,0 +1,250 @@
+"""`python -m rto_fast.evaluate`: how good a policy is, by every measure at hand, each with its 95 % confidence interval.
+
+    python -m rto_fast.evaluate --model runs/default/rto --reference runs/default/sft --data embedded:eval_prompts \\
+        --reward rto_fast.data.world:gold_reward --rollout.max_new_tokens 60 --output evaluation.json
+
+| given                        | measured                                                                        |
+|------------------------------|---------------------------------------------------------------------------------|
+| model, data                  | length of the responses, share that ended                                       |
+| reward and/or reward_model   | mean score of the responses                                                     |
+| … and reference              | win rate over the reference's responses to the same prompts, ties half;         |
+|                              | the same with length controlled for                                             |
+| reference                    | KL(model ‖ reference)                                                           |
+| preferences, and a reward    | share of the pairs that the reward ranks right, ties half                       |
+| preferences, and dpo_model   | the same of the implicit reward Σ log(π_dpo/π_ref) over a response              |
+
+What each is exactly is in `rto_fast.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation_run`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig, _check_known, _keys
+from rto_fast.errors import ConfigError, UserError
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured, and how."""
+
+    model: str | None = None
+    """Directory or hub id of the policy that is evaluated."""
+    data: str | None = None
+    """Prompts: a file, a folder, the name of an HF dataset or `embedded:eval_prompts`; `name[test]` names a split."""
+    prompts: int = 256
+    """Prompts used, the first of the data."""
+    reward: str | None = None
+    """`module:function`, called with (prompts, responses) and the columns of the data that it names; GSM8K's exact-answer
+    reward is rto_fast.rewards:gsm8k."""
+    reward_model: str | None = None
+    """HF sequence classification model with one label, of any tokenizer. May be given beside `reward`."""
+    reference: str | None = None
+    """The policy to win against, and of the KL; a model of the same vocabulary."""
+    preferences: str | None = None
+    """Pairs (as `data`) on which the rewards' rankings are judged: such as no model was trained on."""
+    held_out: int = 0
+    """Use only the pairs that a training run with this data.held_out kept out of `preferences`; 0: all pairs."""
+    dpo_model: str | None = None
+    """Model trained with DPO, for its implicit reward."""
+    dpo_reference: str | None = None
+    """The reference that `dpo_model` was trained against; default: `reference`."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    greedy: bool = False
+    """Take the most likely token instead of sampling (temperature 0). The KL is then not estimated: it needs samples."""
+    seed: int | None = None
+    """Of sampling; default: that of the evaluations during training, the same for every policy."""
+    output: str | None = None
+    """JSON file to write."""
+    show: int = 2
+    """Responses printed."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of your columns where they are not detected, e.g. {"prompt": "question"}."""
+    prompt_format: Literal["auto", "chat", "text"] = "auto"
+    """See data.prompt_format of rto_fast.train."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out."""
+    max_response_tokens: int = 1024
+    """Longer responses of `preferences` are cut."""
+    limit: int | None = None
+    """Read at most this many rows of `data` and of `preferences`."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; default: the model's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is bfloat16 on a GPU, float32 on a CPU."""
+    micro_batch_tokens: int = 16384
+    """Tokens in one forward pass."""
+    trust_remote_code: bool = False
+    """Allow a model directory to run its own Python code. Leave off for models you did not write."""
+
+    def __post_init__(self):
+        def require(condition, key, expected):
+            if not condition:
+                raise ConfigError(f"--{key}: expected {expected}")
+
+        require(self.model, "model", "the directory or hub id of the model to evaluate")
+        require(self.data or self.preferences, "data", "prompts to respond to (or --preferences, to rank)")
+        require(not self.reference or self.data or self.dpo_model, "reference", "--data: prompts to compare on")
+        for key in ("prompts", "max_prompt_tokens", "max_response_tokens", "micro_batch_tokens"):
+            require(getattr(self, key) > 0, key, f"a number above 0, got {getattr(self, key)}")
+        for key in ("held_out", "show"):
+            require(getattr(self, key) >= 0, key, f"a number of at least 0, got {getattr(self, key)}")
+        for key in ("threads", "limit"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, f"a number above 0, or null, got {value}")
+        require(not self.dpo_model or self.preferences, "dpo_model", "--preferences beside it: pairs to rank")
+        require(not self.dpo_model or self.dpo_reference or self.reference, "dpo_model",
+                "--reference or --dpo_reference beside it: the model that its DPO started from")  # fmt: skip
+        require(not self.dpo_reference or self.dpo_model, "dpo_reference", "--dpo_model beside it")
+        if self.preferences and not (self.reward or self.reward_model or self.dpo_model):
+            raise ConfigError("--preferences: expected --reward, --reward_model or --dpo_model, which rank the pairs")
+
+    def as_config(self):
+        """The part of a run's `Config` that the data and the rollout are made from; validates it."""
+        data = DataConfig(
+            preferences=self.preferences, eval_prompts=self.data, columns=self.columns, limit=self.limit,
+            prompt_format=self.prompt_format, max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens, held_out=self.held_out,
+        )  # fmt: skip
+        return Config(
+            model=ModelConfig(path=self.model), data=data, rollout=self.rollout,
+            rto=RTOConfig(micro_batch_tokens=self.micro_batch_tokens),
+        )  # fmt: skip
+
+
+def load_options(arguments):
+    """Parses command-line `arguments` (a list of strings) into a validated `EvaluateConfig`."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m rto_fast.evaluate", exit_on_error=False,
+        description="Scores, win rates, preference accuracies and KL of a policy, with 95 % confidence intervals.",
+    )  # fmt: skip
+    parser.add_class_arguments(EvaluateConfig, None)
+    keys = _keys(EvaluateConfig)
+    options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
+    _check_known(options, "command line", sorted({f"--{key}" for key in keys} | {"--help"}))
+    try:
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
+        options = EvaluateConfig(**{f.name: values[f.name] for f in dataclasses.fields(EvaluateConfig)})
+        options.as_config()
+        return options
+    except ConfigError:
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def check_output(path):
+    """Refuses, before hours of work, a file that cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot make the folder {path.parent}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--output: {path} is a folder or in one that cannot be written to; name a file")
+
+
+def write_json(results, path):
+    """All of it or nothing: written aside, then renamed. JSON has no NaN, it becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
+def rows(results):
+    """(name, estimate, unit) of everything that was measured, in the order of the table."""
+    for name, sections in (("model", "responses"), ("reference", "reference_responses")):
+        if part := results.get(sections):
+            yield f"{name}: length", part["length"], "tokens"
+            yield f"{name}: ended by itself", part["finished"], "%"
+    for source, part in results["rewards"].items():
+        for key, label, unit in (
+            ("score", "mean score", ""),
+            ("reference_score", "reference's mean score", ""),
+            ("win_rate", "win rate over the reference", "%"),
+            ("length_controlled_win_rate", "win rate, length controlled", "%"),
+            ("preference_accuracy", "pairs ranked right", "%"),
+        ):
+            if key in part:
+                yield f"{source}: {label}", part[key], unit
+    if "dpo" in results:
+        yield "DPO's implicit reward: pairs ranked right", results["dpo"]["preference_accuracy"], "%"
+        yield "DPO's implicit reward: mean margin", results["dpo"]["margin"], "nats"
+    for key, label in (("k1", "mean log-ratio (k1)"), ("k3", "k3")):
+        if "kl" in results:
+            yield f"KL to the reference: {label}", results["kl"][key], "nats"
+
+
+def table(results):
+    """The results as text."""
+    entries = list(rows(results))
+    width = max([len(name) for name, *_ in entries], default=0) + 2
+    lines = [f"{'':<{width}}{'mean':>9}   {'95 % interval':<18}{'unit':<7}{'n':>6}"]
+    for name, estimate, unit in entries:
+        scale, digits = (100, 1) if unit == "%" else (1, 3 if unit == "" else 2)
+        value, low, high = (
+            "-" if not math.isfinite(v) else f"{scale * v:.{digits}f}"
+            for v in (estimate["value"], estimate["low"], estimate["high"])
+        )
+        lines.append(f"{name:<{width}}{value:>9}   {f'[{low}, {high}]':<18}{unit:<7}{estimate['count']:>6}")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """Measures what the options ask for; prints the table, writes the JSON, returns the results (a dict)."""
+    options = load_options(sys.argv[1:] if arguments is None else list(arguments))
+    if options.output:
+        check_output(options.output)
+    from rto_fast.evaluation_run import measure  # after the options: --help and mistakes in them need no torch
+
+    results = measure(options, say=lambda text: print(text, flush=True))
+    print("\n" + table(results))
+    if options.output:
+        write_json(results, options.output)
+        print(f"\nwritten to {options.output}")
+    return results
+
+
+def command():
+    """The command line: mistakes of the user end in one line and exit code 2, unless --debug asks for the traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"rto_fast: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rto_fast: interrupted, nothing is written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,204 @@
+"""The measurements of `python -m rto_fast.evaluate`, one model in memory at a time."""
+
+import dataclasses
+import inspect
+from dataclasses import asdict
+
+import torch
+
+from rto_fast.batch import pack
+from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.errors import DataError
+from rto_fast.estimates import length_controlled_win_rate, mean, rate, wins
+from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
+from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
+from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
+from rto_fast.rollout import Sampling, build_engine
+from rto_fast.run import generation_config, quiet_libraries, resolve_device
+from rto_fast.stages.common import response_logps
+from rto_fast.stages.dpo import pair_logps
+
+
+def measure(options, say):
+    """All that `EvaluateConfig` asks for: a dict of plain values, estimates as {value, low, high, count}."""
+    return Measurement(options, say).results()
+
+
+class Measurement:
+    """Models of the same path are loaded once for all they are needed for, and never two at once."""
+
+    def __init__(self, options, say):
+        self.options, self.say, self.config = options, say, options.as_config()
+        device = resolve_device(options.device)
+        quiet_libraries(device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        trust = options.trust_remote_code
+        self.placement = {"device": device, "dtype": resolve_dtype(options.dtype, device), "trust_remote_code": trust}
+        # Mistakes show before the first response is sampled.
+        self.function = RewardFunction(options.reward, "--reward", device) if options.reward else None
+        self.tokenizer = load_tokenizer(options.tokenizer or options.model, trust_remote_code=trust)
+        for key in ("model", "reference", "dpo_model", "dpo_reference"):
+            if path := getattr(options, key):
+                check_vocabulary(path, self.tokenizer, f"--{key}", trust_remote_code=trust)
+        if options.reward_model:
+            load_tokenizer(options.reward_model, trust_remote_code=trust)
+        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(options.model, trust))
+        self.sampling = Sampling.of(options.rollout, self.stop_ids)
+        if options.greedy:
+            self.sampling = dataclasses.replace(self.sampling, temperature=0.0)
+        data = RunData(self.config.data, self.tokenizer, self.stop_ids, say)
+        self.prompts = data.eval_prompts[: options.prompts] if options.data else []
+        self.pairs = []
+        if options.preferences and options.held_out:
+            self.pairs = data.held_out_pairs
+        elif options.preferences:  # all of them: beside prompts to be judged by, training data would leave those out
+            alone = dataclasses.replace(self.config.data, eval_prompts=None)
+            self.pairs = RunData(alone, self.tokenizer, self.stop_ids, say).pairs
+        if options.preferences and not self.pairs:
+            raise DataError(
+                "--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs"
+            )
+        self._check_columns()
+
+    def _check_columns(self):
+        """A column that the function cannot do without shows now, not when all responses are there."""
+        if not self.function or self.function.takes_all:
+            return
+        examples = self.prompts[:1] + [pair.example for pair in self.pairs[:1]]
+        parameters = [*inspect.signature(self.function.function).parameters.values()][2:]  # after prompts and responses
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
+        for name in needed:
+            for example in examples:
+                if name not in {*example.extra, "finished"}:
+                    has = ", ".join(example.extra) or "none beside those that are read as text"
+                    function = self.options.reward.partition(":")[2]
+                    raise DataError(f"--reward: {function} takes the column `{name}`, which the data does not have "
+                                    f"({example.origin}; its columns: {has})")  # fmt: skip
+
+    def results(self):
+        options = self.options
+        self.rollouts, self.completions, self.logps, self.pair_logps = {}, {}, {}, {}
+        for path in dict.fromkeys([options.model, options.reference, options.dpo_model, options.dpo_reference]):
+            if path:
+                self._use(path)
+        results = {
+            "options": {key: value for key, value in asdict(options).items() if value is not None},
+            "seed": self._seed, "prompts": len(self.prompts), "pairs": len(self.pairs), "rewards": {},
+        }  # fmt: skip
+        for name, key in (("responses", options.model), ("reference_responses", options.reference)):
+            if key in self.rollouts:
+                results[name] = self._responses(self.rollouts[key])
+        if options.reference in self.logps:
+            results["kl"] = self._kl()
+        scores = {}
+        for name, judge in self._judges():
+            results["rewards"][name] = self._reward(judge, scores.setdefault(name, {}))
+        if options.dpo_model:
+            results["dpo"] = self._implicit_reward()
+        results["samples"] = self._samples(scores)
+        return results
+
+    @property
+    def _seed(self):
+        return EVALUATION_SEED if self.options.seed is None else self.options.seed
+
+    def _use(self, path):
+        """Loads a model and takes from it all that is needed of it."""
+        options, max_tokens = self.options, self.options.micro_batch_tokens
+        speaks = bool(self.prompts) and path in (options.model, options.reference)
+        ranks = options.dpo_model and path in (options.dpo_model, options.dpo_reference or options.reference)
+        if not speaks and not ranks:
+            return
+        model = load_causal_lm(path, trainable=False, **self.placement)
+        if speaks:
+            self.say(f"{path}: responds to {len(self.prompts)} prompts")
+            engine = build_engine(model, self.tokenizer, options.rollout)
+            rollout, completions = respond(engine, self.prompts, self.sampling, self.tokenizer, self._seed)
+            self.rollouts[path], self.completions[path] = rollout, completions
+            if options.reference and not options.greedy:
+                ours = self.rollouts[options.model]  # the model comes before its reference
+                self.logps[path] = response_logps(
+                    model, ours.prompt_ids, ours.response_ids, max_tokens, self.sampling.temperature
+                ).cpu()  # fmt: skip
+        if ranks:
+            self.say(f"{path}: log-probs of {len(self.pairs)} pairs")
+            self.pair_logps[path] = pair_logps(model, self.pairs, max_tokens)
+
+    @staticmethod
+    def _responses(rollout):
+        return {"length": asdict(mean(_lengths(rollout))), "finished": asdict(rate(rollout.finished))}
+
+    def _kl(self):
+        ours = self.rollouts[self.options.model]
+        logps = self.logps[self.options.model], self.logps[self.options.reference]
+        k1, k3 = kl_terms(*logps, pack(ours.prompt_ids, ours.response_ids))
+        kl = {"k1": asdict(mean(k1)), "k3": asdict(mean(k3)), "per_token": k1.sum().item() / ours.num_tokens}
+        if self.sampling.filters:
+            kl["note"] = "top_k, top_p or min_p is on: the samples are not the model's own, the estimates are biased"
+            self.say(f"KL: {kl['note']}")
+        return kl
+
+    def _judges(self):
+        """(name, completions → scores) of each reward source; a reward model is loaded when its turn comes."""
+        options = self.options
+        if self.function:
+            yield options.reward.partition(":")[2], self.function
+        if options.reward_model:
+            self.say(f"{options.reward_model}: scores")
+            model = load_scorer(options.reward_model, trainable=False, **self.placement)
+            source = RewardModel(
+                model, load_tokenizer(options.reward_model, trust_remote_code=options.trust_remote_code),
+                self.tokenizer, prompt_format=options.prompt_format, max_tokens=options.micro_batch_tokens,
+            )  # fmt: skip
+            if deviation := getattr(
+                model.config, "score_std", None
+            ):  # as in training, where policies meet these scores
+                source = NormalizedScores(source, options.reward_model, model.config.score_mean, deviation)
+            yield "reward_model", source
+
+    def _reward(self, judge, scores):
+        """Scores, win rates and preference accuracy by one reward source; `scores` takes {path: [N]}."""
+        options, out = self.options, {}
+        for path, completions in self.completions.items():
+            scores[path] = judge(completions).double().cpu()
+        if options.model in scores:
+            out["score"] = asdict(mean(scores[options.model]))
+        if options.reference in scores:
+            outcomes = wins(scores[options.model], scores[options.reference])
+            lengths = (_lengths(self.rollouts[path]) for path in (options.model, options.reference))
+            out |= {
+                "reference_score": asdict(mean(scores[options.reference])),
+                "win_rate": asdict(rate(outcomes)) | {"ties": (outcomes == 0.5).double().mean().item()},
+                "length_controlled_win_rate": asdict(length_controlled_win_rate(outcomes, *lengths)),
+            }
+        if self.pairs:
+            ranked = judge(completions_of_pairs(self.pairs, self.stop_ids, self.tokenizer)).view(-1, 2)
+            outcomes = wins(ranked[:, 0], ranked[:, 1])
+            out["preference_accuracy"] = asdict(rate(outcomes)) | {"ties": (outcomes == 0.5).double().mean().item()}
+        return out
+
+    def _implicit_reward(self):
+        options = self.options
+        reward = self.pair_logps[options.dpo_model] - self.pair_logps[options.dpo_reference or options.reference]
+        chosen, rejected = reward.unbind(1)
+        return {
+            "preference_accuracy": asdict(rate(wins(chosen, rejected))),
+            "margin": asdict(mean(chosen - rejected)),
+        }
+
+    def _samples(self, scores):
+        """The first `show` responses, printed and returned."""
+        path, shown = self.options.model, []
+        for index, completion in enumerate(self.completions.get(path, [])[: self.options.show]):
+            given = {name: values[path][index].item() for name, values in scores.items()}
+            figures = ", ".join(f"{name} {value:.2f}" for name, value in given.items())
+            self.say(f"  [{figures}] {completion.text!r}{'' if completion.finished else ' (cut)'}")
+            shown.append({"prompt": completion.prompt.prompt, "response": completion.text,
+                          "finished": completion.finished, "scores": given})  # fmt: skip
+        return shown
+
+
+def _lengths(rollout):
+    return [len(ids) for ids in rollout.response_ids]

@@ -1,0 +1,36 @@
+"""`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
+
+import argparse
+import sys
+
+from rto_fast.errors import UserError
+
+
+def main(arguments=None):
+    """Writes the report; returns its path."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rto_fast.report",
+        description="Writes a run's report (RUN_DIR/report.html), or one page that compares several runs "
+        "(compare.html in the first one's folder). One file, no network; its figures as PNG beside it.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
+    parser.add_argument("--output", metavar="FILE", help="where to write the page instead")
+    options = parser.parse_args(arguments)
+    from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
+
+    path = write_report(options.runs, options.output)
+    print(f"report: {path}")
+    return path
+
+
+def command():
+    """The command line: mistakes of the user end in one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"rto_fast: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,222 @@
+"""A run that is killed at any step of any stage and resumed ends as one that was not, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.training import checkpoint
+from rto_fast.training.checkpoint import Checkpoints, load_state, save_state
+
+OPTIONS = [
+    "--threads", "1", "--data.limit", "64", "--data.held_out", "8", "--eval.prompts", "16",
+    "--rollout.max_new_tokens", "12", "--sft.max_steps", "4", "--reward_model.max_steps", "4", "--dpo.max_steps", "4",
+    "--dpo.batch_size", "8", "--rto.iterations", "4", "--rto.prompts_per_rollout", "8", "--rto.batch_size", "4",
+    "--eval.every", "2", "--eval.keep_best", "true",
+]  # fmt: skip
+EVERY_STEP = [f"--{stage}.save_every=1" for stage in ("sft", "reward_model", "dpo", "rto")]
+# Kills the process with SIGKILL after so many steps of all stages together; the run's own code is unchanged.
+KILLER = """
+import os, signal, sys
+from rto_fast.reporting.log import StageLog
+steps, step = int(sys.argv.pop(1)), StageLog.step
+def counted(self, *args, **options):
+    global steps
+    if not steps:
+        os.kill(os.getpid(), {signal})
+    steps -= 1
+    return step(self, *args, **options)
+StageLog.step = counted
+from rto_fast.train import command
+command()
+"""
+
+
+def run(*arguments, code=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    start = ["-c", code] if code else ["-m", "rto_fast.train"]
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+def weights(folder):
+    return {path.parent.name: load_file(path) for path in sorted(Path(folder).glob("*/model.safetensors"))}
+
+
+def records(folder, name="metrics.jsonl"):
+    """Without what is measured in seconds."""
+    lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def assert_same_run(found, expected):
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys() >= {"sft", "reward_model", "dpo", "rto", "rto_critic", "rto_best"}
+    for name, tensors in theirs.items():
+        assert all(torch.equal(ours[name][key], value) for key, value in tensors.items()), name
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert records(found, name) == records(expected, name)
+    assert (Path(found) / "results.json").read_text() == (Path(expected) / "results.json").read_text()
+    assert not (Path(found) / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    process = run(*OPTIONS, "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+# Together these kill in every stage: SFT has steps 1–4, the reward model 5–8, DPO 9–12, RTO 13–16.
+@pytest.mark.parametrize("steps", [(2, 5), (6,), (10, 4)], ids=str)
+def test_killed_and_resumed_is_the_same_run(steps, uninterrupted, tmp_path):
+    folder, killer = tmp_path / "killed", KILLER.format(signal=int(signal.SIGKILL))
+    process = run(steps[0], *OPTIONS, *EVERY_STEP, "--output_dir", folder, code=killer)
+    assert process.returncode == -signal.SIGKILL
+    for more in steps[1:]:
+        assert run(more, "--resume", folder, code=killer).returncode == -signal.SIGKILL
+    process = run("--resume", folder)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(folder, uninterrupted)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
+    folder = tmp_path / "stopped"
+    process = run(9, *OPTIONS, "--output_dir", folder, code=KILLER.format(signal=int(signal.SIGINT)))
+    assert process.returncode == 130
+    command = f"python -m rto_fast.train --resume {folder}"
+    assert f"rto_fast: stopped in dpo after step 2; go on with: {command}" in process.stderr
+    assert "Traceback" not in process.stderr
+    process = run(3, "--resume", folder, code=KILLER.format(signal=int(signal.SIGTERM)))
+    assert process.returncode == 0 and "stopped in rto after step 2" in process.stderr
+    assert run("--resume", folder).returncode == 0
+    assert_same_run(folder, uninterrupted)
+
+
+def test_there_must_be_something_to_resume(tmp_path):
+    process = run("--resume", tmp_path)
+    assert process.returncode == 2
+    assert (
+        process.stderr
+        == f"rto_fast: --resume {tmp_path}: no run to go on with (no progress.json and config.yaml there)\n"
+    )
+
+
+# The files
+
+
+STATE = {
+    "a": torch.arange(6.0).view(2, 3).t(), "b": [torch.zeros(0), 3, None, ("x", 1.5)],
+    "adam": {0: {"step": torch.tensor(2)}, 1: {}}, "half": torch.ones(3, dtype=torch.bfloat16),
+}  # fmt: skip
+
+
+def assert_state(found):
+    assert torch.equal(found["a"], STATE["a"]) and found["half"].dtype == torch.bfloat16
+    assert found["b"][1:] == STATE["b"][1:] and found["adam"].keys() == {0, 1}
+    assert torch.equal(found["adam"][0]["step"], torch.tensor(2))
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    shared = torch.arange(8.0)
+    save_state(tmp_path / "state", STATE | {"views": [shared[:4], shared[2:]]})
+    found = load_state(tmp_path / "state")
+    assert_state(found)
+    assert torch.equal(found["views"][1], shared[2:])
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        save_state(tmp_path / "odd", {"x": {1}})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save_state(tmp_path / "state", STATE)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("save_file", "_sync"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
+            patch.setattr(checkpoint, name, full)
+            save_state(tmp_path / "state", {"other": 1})
+        assert_state(load_state(tmp_path / "state"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    save_state(tmp_path / "state", STATE)
+    path = tmp_path / "state" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+        load_state(tmp_path / "state")
+
+
+class Trainer:
+    def __init__(self):
+        self.step_count = 0
+
+    def state_dict(self):
+        return {"steps": self.step_count}
+
+    def load_state_dict(self, state):
+        self.step_count = state["steps"]
+
+
+class Log:
+    start = 0.0
+
+    def say(self, text):
+        pass
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+
+def test_so_many_checkpoints_are_kept_as_asked(tmp_path):
+    checkpoints, trainer = Checkpoints(tmp_path, Log(), keep=2), Trainer()
+    for trainer.step_count in range(1, 6):
+        checkpoints.save("sft", trainer)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["sft-00000004", "sft-00000005"]
+    again, other = Trainer(), Trainer()
+    resumed = Checkpoints(tmp_path, Log(), keep=2, resume=True)
+    resumed.restore("sft", again)
+    resumed.restore("dpo", other)
+    assert (again.step_count, other.step_count) == (5, 0)
+    with pytest.raises(CheckpointError, match="nothing to go on from"):
+        Checkpoints(tmp_path / "nowhere", Log(), resume=True)
+
+
+def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("one\n")
+    Checkpoints(tmp_path, Log()).save("sft", Trainer())
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("two\nthr")
+    (tmp_path / "samples.jsonl").write_text("late\n")
+    Checkpoints(tmp_path, Log(), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n" and (tmp_path / "samples.jsonl").read_text() == ""
+
+
+def test_resume_is_an_option_like_others(tmp_path):
+    from rto_fast.config import load_config
+
+    with pytest.raises(ConfigError, match="no run to go on with"):
+        load_config(["--resume", str(tmp_path)])
+    (tmp_path / "progress.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(
+        "seed: 5\noutput_dir: elsewhere\nmodel: {path: embedded}\ndata: {preferences: embedded:preferences}\n"
+    )
+    config = load_config(["--resume", str(tmp_path), "--rto.save_every", "3"])
+    assert (config.seed, config.output_dir, config.resume, config.rto.save_every) == (
+        5,
+        str(tmp_path),
+        str(tmp_path),
+        3,
+    )
