@@ -133,6 +133,9 @@ class RewardModelConfig(StageConfig):
     """HF sequence classification model with one label, of any tokenizer; skips the stage."""
     function: str | None = None
     """`module:function`, called with (prompts, responses), lists of text, returning one score each; skips the stage."""
+    timeout: float | None = None
+    """Seconds that `function` (and eval.function) may take for one call; one that hangs then ends the run, its state as of
+    the last checkpoint. The function runs in a thread of its own."""
     lr: float = 1e-6
     """Peak learning rate (AdamW)."""
 
@@ -296,6 +299,16 @@ class EvalConfig:
 
 
 @dataclass
+class TrackConfig:
+    """Where metrics go besides the run's folder (metrics.jsonl, TensorBoard's event files)."""
+
+    service: Literal["wandb", "trackio"] | None = None
+    """Weights & Biases, or trackio, which needs no account; to be installed by you."""
+    project: str = "rto-fast"
+    """The project there; the run is named after output_dir."""
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -319,6 +332,7 @@ class Config:
     rto: RTOConfig = field(default_factory=RTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self):
         _validate(self)
@@ -349,7 +363,7 @@ ABOVE_0 = (
     ).split()
 )
 ABOVE_0_OR_NULL = (
-    "threads keep_checkpoints data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
+    "threads keep_checkpoints reward_model.timeout data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
     "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
 ).split()
 AT_LEAST_0 = (

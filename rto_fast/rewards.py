@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,8 @@ class RewardFunction:
     the name of another column of the data (such as `answer`), is given those lists by keyword.
     """
 
-    def __init__(self, path, key, device="cpu"):
-        self.path, self.device = path, device
+    def __init__(self, path, key, device="cpu", timeout=None):
+        self.path, self.device, self.timeout = path, device, timeout
         self.function = import_function(path, key)
         parameters = inspect.signature(self.function).parameters.values()
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -118,13 +119,37 @@ class RewardFunction:
         extra = {name: values for name, values in extra.items() if self.takes_all or name in self.names}
         prompts = [p if isinstance(p, str) else list(p) for p in (c.prompt.prompt for c in completions)]
         try:
-            scores = self.function(prompts, [c.text for c in completions], **extra)
+            scores = self._in_time(prompts, [c.text for c in completions], extra)
             scores = torch.as_tensor(scores, dtype=torch.float32).to(self.device)
+        except RewardError:
+            raise
         except Exception as error:  # somebody else's code: whatever it raises is told with its name
             raise RewardError(f"{self.path}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
         return _finite(scores, completions, self.path)
+
+    def _in_time(self, prompts, responses, extra):
+        if self.timeout is None:
+            return self.function(prompts, responses, **extra)
+        outcome, grad = {}, torch.is_grad_enabled()
+
+        def call():
+            try:
+                with torch.set_grad_enabled(grad):  # a setting of each thread
+                    outcome["scores"] = self.function(prompts, responses, **extra)
+            except BaseException as error:  # handed to the thread that waits
+                outcome["error"] = error
+
+        thread = threading.Thread(target=call, daemon=True)  # one that hangs must not keep the process alive
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            raise RewardError(f"{self.path}: no scores for {len(responses)} responses within {self.timeout:g} s "
+                              "(reward_model.timeout)")  # fmt: skip
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["scores"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A run: what its stages share, and each stage called with it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rto_fast.errors import ConfigError
 from rto_fast.evaluation import evaluate, measured_kl, samples
 from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
@@ -62,7 +64,7 @@ class Run:
         else:
             self.folder = prepare_output(config.output_dir)
             (self.folder / "config.yaml").write_text(dump_config(config))
-        self.log = RunLog(self.folder)
+        self.log = RunLog(self.folder, self._trackers())
         self.checkpoints = Checkpoints(
             self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume)
         )  # fmt: skip
@@ -88,6 +90,13 @@ class Run:
         self.eval_function = self._function("eval.function")
         self._load_data()
 
+    def _trackers(self):
+        trackers, track = [TensorBoard(self.folder / "tensorboard")], self.config.track
+        if track.service:
+            name = self.folder.resolve().name
+            trackers.append(Service(track.service, track.project, name, dataclasses.asdict(self.config)))
+        return trackers
+
     def _embedded(self):
         return save_model(build_model(self.config.seed), build_tokenizer(), self.folder / "base")
 
@@ -107,7 +116,8 @@ class Run:
     def _function(self, key):
         stage, name = key.split(".")
         path = getattr(getattr(self.config, stage), name)
-        return RewardFunction(path, key, self.placement["device"]) if path else None
+        timeout = self.config.reward_model.timeout
+        return RewardFunction(path, key, self.placement["device"], timeout) if path else None
 
     def _load_data(self):
         config, data = self.config, self.data

@@ -33,6 +33,7 @@ def main(arguments=None):
         summary = {name: vars(result) for name, result in results.items()}
         (run.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
         run.log.say("\n" + table(results, judge_name))
+    run.log.close()
     if report := run.report():
         run.log.say(f"\nreport: {report}")
     seconds = time.perf_counter() - start

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
@@ -148,3 +150,28 @@ def test_completions_carry_text_without_special_tokens():
     better, worse = completions_of_pairs([pair], [1], TOKENIZER)
     assert (better.text, better.finished, worse.text, worse.finished) == ("one red cup .", True, "one red cup", False)
     assert worse.prompt.extra == {"answer": 1}
+
+
+TIMED = """
+import time
+def hangs(prompts, responses): time.sleep(30)
+def counts(prompts, responses): return [float(len(text)) for text in responses]
+def raises(prompts, responses): raise KeyError("colour")
+"""
+
+
+def test_a_function_that_hangs_ends_in_time(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, TIMED)
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=r"hangs: no scores for 1 responses within 0.2 s \(reward_model.timeout\)"):
+        RewardFunction("my_rewards:hangs", "reward_model.function", timeout=0.2)([completion()])
+    assert time.perf_counter() - start < 5
+
+
+def test_a_time_limit_changes_nothing_else(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, TIMED)
+    completions = [completion(), completion("two boxes .")]
+    plain, limited = (RewardFunction("my_rewards:counts", "k", timeout=t)(completions) for t in (None, 9.0))
+    assert torch.equal(plain, limited)
+    with pytest.raises(RewardError, match="raises: KeyError: 'colour'"):
+        RewardFunction("my_rewards:raises", "k", timeout=9.0)(completions)

@@ -1,4 +1,4 @@
-"""What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl, tokens.jsonl."""
+"""What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl, tokens.jsonl, trackers."""
 
 import json
 import math
@@ -27,8 +27,8 @@ def short(value):
 class RunLog:
     """Writes to `output_dir`; every record holds the stage, the step and the seconds since the run began."""
 
-    def __init__(self, output_dir):
-        self.folder = Path(output_dir)
+    def __init__(self, output_dir, trackers=()):
+        self.folder, self.trackers = Path(output_dir), trackers
         self.start = time.perf_counter()
 
     def _append(self, name, record):
@@ -49,7 +49,14 @@ class RunLog:
         values = {key: _number(value) for key, value in values.items()}
         seconds = round(self.seconds(), 3)
         self._append("metrics.jsonl", {"stage": stage, "step": step, "seconds": seconds} | values)
+        finite = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(stage, step, finite)
         return values
+
+    def close(self):
+        for tracker in self.trackers:
+            tracker.close()
 
     def samples(self, stage, step, samples):
         for sample in samples:

@@ -1,0 +1,64 @@
+"""TensorBoard's event files, and services that speak wandb's interface."""
+
+import sys
+import types
+
+import pytest
+
+from rto_fast.errors import ConfigError
+from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.trackers import Service, TensorBoard
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_finite_number_of_a_stage(tmp_path):
+    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard")])
+    log.metrics("sft", 1, {"loss": 2.0, "grad_norm": float("nan")})
+    log.metrics("sft", 2, {"loss": 1.5, "tokens": 7})
+    log.metrics("dpo", 1, {"accuracy": 0.5})
+    log.close()
+    assert scalars(tmp_path / "tensorboard" / "sft") == {"loss": [(1, 2.0), (2, 1.5)], "tokens": [(2, 7.0)]}
+    assert scalars(tmp_path / "tensorboard" / "dpo") == {"accuracy": [(1, 0.5)]}
+
+
+def test_steps_that_a_resumed_run_repeats_appear_once(tmp_path):
+    first = TensorBoard(tmp_path)
+    for step in (1, 2, 3):
+        first.log("rto", step, {"kl": float(step)})
+    first.close()
+    resumed = TensorBoard(tmp_path)
+    for step in (2, 3):
+        resumed.log("rto", step, {"kl": 10.0 * step})
+    resumed.close()
+    assert scalars(tmp_path / "rto") == {"kl": [(1, 1.0), (2, 20.0), (3, 30.0)]}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_is_started_told_and_ended(name, monkeypatch, tmp_path):
+    said = []
+    module = types.ModuleType(name)
+    module.init = lambda **options: said.append(("init", options))
+    module.log = lambda values: said.append(("log", values))
+    module.finish = lambda: said.append(("finish",))
+    monkeypatch.setitem(sys.modules, name, module)
+    log = RunLog(tmp_path, [Service(name, "project", "run", {"seed": 0})])
+    log.metrics("sft", 3, {"loss": 2.0})
+    log.close()
+    assert said == [
+        ("init", {"project": "project", "name": "run", "config": {"seed": 0}}),
+        ("log", {"sft/loss": 2.0, "sft/step": 3}),
+        ("finish",),
+    ]
+
+
+def test_a_service_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match="track.service: trackio cannot be imported .*pip install trackio"):
+        Service("trackio", "project", "run", {})
