@@ -363,7 +363,8 @@ ABOVE_0 = (
     ).split()
 )
 ABOVE_0_OR_NULL = (
-    "threads keep_checkpoints reward_model.timeout data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
+    "threads keep_checkpoints reward_model.timeout "
+    "data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
     "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
 ).split()
 AT_LEAST_0 = (
