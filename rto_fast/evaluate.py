@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig, _check_known, _keys
 from rto_fast.errors import ConfigError, UserError
 
@@ -232,18 +233,7 @@ def main(arguments=None):
 
 
 def command():
-    """The command line: mistakes of the user end in one line and exit code 2, unless --debug asks for the traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"rto_fast: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("rto_fast: interrupted, nothing is written", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, interrupted="interrupted, nothing is written")
 
 
 if __name__ == "__main__":

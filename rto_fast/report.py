@@ -1,9 +1,8 @@
 """`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
 
 import argparse
-import sys
 
-from rto_fast.errors import UserError
+from rto_fast.command_line import run_command
 
 
 def main(arguments=None):
@@ -24,12 +23,7 @@ def main(arguments=None):
 
 
 def command():
-    """The command line: mistakes of the user end in one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"rto_fast: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
 
 import json
-import os
-import signal
 import sys
 import time
 
+from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.errors import Interrupted, UserError
 
 
 def main(arguments=None):
@@ -42,22 +40,7 @@ def main(arguments=None):
 
 
 def command():
-    """The command line: mistakes of the user end in one line and exit code 2, unless --debug asks for the traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        main(arguments)
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"rto_fast: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
-        print(f"rto_fast: {stop}", file=sys.stderr)
-        sys.exit(130 if stop.signal == signal.SIGINT else 0)  # a scheduler that asks for an end gets one
-    except KeyboardInterrupt:
-        print("rto_fast: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, interrupted="interrupted; --resume goes on from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":

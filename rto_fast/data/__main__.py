@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 
+from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram, visible
@@ -17,7 +18,7 @@ from rto_fast.data.layouts import detect_layout
 from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import load_examples, read_rows
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
-from rto_fast.errors import ConfigError, UserError
+from rto_fast.errors import ConfigError
 
 UNLIMITED = Limits(2**40, 2**40)
 
@@ -167,19 +168,10 @@ def main(arguments=None):
 
 
 def command():
-    """The command line: mistakes of the user end in one line and exit code 2, unless --debug asks for the traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no blocks gets question marks
     try:
-        main([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"rto_fast: {visible(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        run_command(main, tell=lambda error: visible(" ".join(str(error).split())))
     except BrokenPipeError:  # `| head`
         sys.stdout = None
         sys.exit(0)
