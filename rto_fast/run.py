@@ -91,7 +91,7 @@ class Run:
         self._load_data()
 
     def _trackers(self):
-        trackers, track = [TensorBoard(self.folder / "tensorboard")], self.config.track
+        trackers, track = [TensorBoard(self.folder / "tensorboard", self.folder / "metrics.jsonl")], self.config.track
         if track.service:
             name = self.folder.resolve().name
             trackers.append(Service(track.service, track.project, name, dataclasses.asdict(self.config)))

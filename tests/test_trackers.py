@@ -1,6 +1,7 @@
 """TensorBoard's event files, and services that speak wandb's interface."""
 
 import sys
+import time
 import types
 
 import pytest
@@ -19,7 +20,7 @@ def scalars(folder):
 
 
 def test_tensorboard_gets_every_finite_number_of_a_stage(tmp_path):
-    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard")])
+    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl")])
     log.metrics("sft", 1, {"loss": 2.0, "grad_norm": float("nan")})
     log.metrics("sft", 2, {"loss": 1.5, "tokens": 7})
     log.metrics("dpo", 1, {"accuracy": 0.5})
@@ -28,16 +29,21 @@ def test_tensorboard_gets_every_finite_number_of_a_stage(tmp_path):
     assert scalars(tmp_path / "tensorboard" / "dpo") == {"accuracy": [(1, 0.5)]}
 
 
-def test_steps_that_a_resumed_run_repeats_appear_once(tmp_path):
-    first = TensorBoard(tmp_path)
-    for step in (1, 2, 3):
-        first.log("rto", step, {"kl": float(step)})
-    first.close()
-    resumed = TensorBoard(tmp_path)
-    for step in (2, 3):
-        resumed.log("rto", step, {"kl": 10.0 * step})
-    resumed.close()
-    assert scalars(tmp_path / "rto") == {"kl": [(1, 1.0), (2, 20.0), (3, 30.0)]}
+def test_a_resumed_run_shows_each_step_once_whatever_the_clock_says(tmp_path, monkeypatch):
+    record = tmp_path / "metrics.jsonl"
+
+    def run(steps):
+        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", record)])
+        for step, value in steps.items():
+            log.metrics("rto", step, {"kl": value})
+        log.close()
+
+    run({1: 1.0, 2: 2.0, 3: 3.0})
+    record.write_text(record.read_text().splitlines(keepends=True)[0])  # the checkpoint was after step 1
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)  # the clock was set back
+    run({2: 20.0, 3: 30.0})
+    assert scalars(tmp_path / "tensorboard" / "rto") == {"kl": [(1, 1.0), (2, 20.0), (3, 30.0)]}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
