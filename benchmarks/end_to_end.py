@@ -62,7 +62,7 @@ def measure(device, *, small, iterations):
     prompts = [Prompt(row, "", {}) for row in ids.tolist()]
     models, tokenizer = _models(device, sizes), build_tokenizer()
     sampling = Sampling.of(config.rollout, [tokenizer.eos_token_id])
-    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device)
+    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, print)
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -299,6 +299,22 @@ class EvalConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """Training on several GPUs, one process each, as torchrun or deepspeed start them."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What is spread over the processes (ZeRO): 1: optimizer states; 2: gradients too; 3: weights too. 0: nothing, and no
+    DeepSpeed: torch adds up the gradients. Default: 2, with a single process 0."""
+    offload_optimizer: bool = False
+    """Keep float32 weights and moments in the CPU's memory and update there (ZeRO 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep weights in the CPU's memory while they are not needed (ZeRO 3)."""
+    frozen: Literal["resident", "offloaded", "sharded"] = "resident"
+    """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
+    with ZeRO 3."""
+
+
+@dataclass
 class TrackConfig:
     """Where metrics go besides the run's folder (metrics.jsonl, TensorBoard's event files)."""
 
@@ -316,8 +332,8 @@ class Config:
     """Folder of everything the run writes; must be new or empty."""
     resume: str | None = None
     """Folder of an interrupted run to go on with. Its configuration is the run's; options given besides override it."""
-    keep_checkpoints: int = 1
-    """Checkpoints of the stage under way that are kept."""
+    keep_checkpoints: int = 2
+    """Checkpoints of the stage under way that are kept; one that is found damaged gives way to the one before it."""
     seed: int = 0
     """Seed of initial weights, data order and sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -332,6 +348,7 @@ class Config:
     rto: RTOConfig = field(default_factory=RTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self):
@@ -391,7 +408,11 @@ def _validate(config):
         require(value(key) >= 0, key, "a number of at least 0")
     for key in FROM_0_TO_1:
         require(0 <= value(key) <= 1, key, "a number from 0 to 1")
-    rto, rollout, dpo = config.rto, config.rollout, config.dpo
+    rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
+    require(not deepspeed.offload_optimizer or deepspeed.zero_stage != 0, "deepspeed.offload_optimizer",
+            "false with deepspeed.zero_stage: 0")  # fmt: skip
+    require(not deepspeed.offload_parameters or deepspeed.zero_stage == 3, "deepspeed.offload_parameters",
+            "false without deepspeed.zero_stage: 3")  # fmt: skip
     require(not config.data.streaming or config.data.limit, "data.limit",
             "a number with data.streaming: so many examples are read")  # fmt: skip
     require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")

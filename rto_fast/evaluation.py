@@ -7,6 +7,7 @@ import torch
 
 from rto_fast.batch import pack, segment_sum
 from rto_fast.rewards import completions_of
+from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.common import response_logps
 
 EVALUATION_SEED = 20_240_418  # the same draws for every policy and every run, apart from all training seeds
@@ -24,7 +25,7 @@ class Evaluation:
 
 def respond(engine, prompts, sampling, tokenizer, seed=EVALUATION_SEED):
     """One response to each `Prompt`: (RolloutBatch, completions)."""
-    rollout = engine.generate([p.prompt_ids for p in prompts], 1, sampling, seed)
+    rollout = generate_shared(engine, [p.prompt_ids for p in prompts], 1, sampling, seed)
     return rollout, completions_of(prompts, rollout.response_ids, rollout.finished, tokenizer)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rto_fast.batch import micro_batches, pack_whole
+from rto_fast.batch import pack_whole
 from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, stop_token_ids
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
+from rto_fast.training import ranks
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,13 @@ def _finite(scores, completions, source):
 @torch.no_grad()
 def score_sequences(model, sequences, max_tokens):
     """Score of each sequence's last token, [N] float32, packed `max_tokens` at a time."""
-    device, scores = next(model.parameters()).device, []
-    for run in micro_batches([len(ids) for ids in sequences], max_tokens):
+    device = next(model.parameters()).device
+
+    def scores(run):
         batch = pack_whole([sequences[i] for i in run], device)
-        scores.append(token_scores(model, batch)[batch.last])
-    return torch.cat(scores)
+        return token_scores(model, batch)[batch.last]
+
+    return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
 
 
 def import_function(path, key):
@@ -118,9 +121,20 @@ class RewardFunction:
         extra["finished"] = [c.finished for c in completions]
         extra = {name: values for name, values in extra.items() if self.takes_all or name in self.names}
         prompts = [p if isinstance(p, str) else list(p) for p in (c.prompt.prompt for c in completions)]
+        scores, failure = torch.zeros(len(completions)), None
+        if ranks.is_main():  # once, with all responses: it may compare them, cost money, or count its calls
+            try:
+                scores = self._call(prompts, completions, extra)
+            except RewardError as error:
+                failure = error
+        if ranks.any_rank(failure is not None):
+            raise failure or RewardError(f"{self.path} failed on rank 0")
+        return ranks.from_main(scores).to(self.device)
+
+    def _call(self, prompts, completions, extra):
         try:
             scores = self._in_time(prompts, [c.text for c in completions], extra)
-            scores = torch.as_tensor(scores, dtype=torch.float32).to(self.device)
+            scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
         except RewardError:
             raise
         except Exception as error:  # somebody else's code: whatever it raises is told with its name

@@ -21,7 +21,9 @@ from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, comp
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
+from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.launch import local_rank
 
 
 def prepare_output(path):
@@ -37,7 +39,12 @@ def prepare_output(path):
 def resolve_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for and there is none; use --device cpu")
-    return "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if use_cuda and local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: process {local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}"
+        )
+    return f"cuda:{local_rank()}" if use_cuda else "cpu"
 
 
 def generation_config(path, trust_remote_code):
@@ -59,12 +66,13 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        if config.resume:
-            self.folder = Path(config.resume)
-        else:
-            self.folder = prepare_output(config.output_dir)
+        self.folder = Path(config.resume or config.output_dir)
+        if ranks.is_main() and not config.resume:
+            prepare_output(self.folder)
             (self.folder / "config.yaml").write_text(dump_config(config))
-        self.log = RunLog(self.folder, self._trackers())
+        ranks.barrier()
+        is_main = ranks.is_main()
+        self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
         self.checkpoints = Checkpoints(
             self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume)
         )  # fmt: skip
@@ -235,6 +243,8 @@ class Run:
 
     def report(self):
         """Writes report.html; returns its path, or None: a report that fails costs a line and never the run."""
+        if not ranks.is_main():
+            return None
         try:
             from rto_fast.reporting.report import write_report  # matplotlib is needed here and nowhere else
 

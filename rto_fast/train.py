@@ -10,10 +10,20 @@ from rto_fast.config import load_config
 
 def main(arguments=None):
     """Runs the configured stages; returns {policy name: Evaluation}."""
-    config = load_config(sys.argv[1:] if arguments is None else list(arguments))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
+    from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
+
+    with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
+        return train(config)
+
+
+def train(config):
+    """Runs the stages of `config` as one of its ranks."""
     start = time.perf_counter()
-    from rto_fast.evaluation import table  # after the configuration: --help and its mistakes need no torch
+    from rto_fast.evaluation import table
     from rto_fast.run import Run
+    from rto_fast.training.ranks import is_main
 
     run = Run(config)
     sft = run.train_sft()
@@ -29,7 +39,8 @@ def main(arguments=None):
     if judge:
         results = {name: run.evaluate_directory(name, path, judge) for name, path in policies.items() if path}
         summary = {name: vars(result) for name, result in results.items()}
-        (run.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if is_main():
+            (run.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
         run.log.say("\n" + table(results, judge_name))
     run.log.close()
     if report := run.report():

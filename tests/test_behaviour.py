@@ -10,6 +10,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.stages import behaviour, rto
+from rto_fast.training.accumulate import Accumulator
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -88,6 +89,14 @@ def test_an_engine_without_log_probs_needs_a_forward_pass(policy, rollout, forwa
     assert weights is None and metrics == {} and forwards == [24]
 
 
+class Recorder:
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        return {}
+
+
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, monkeypatch, normalization):
     config = load_config(["--rto.loss_normalization", normalization, "--rto.batch_size", "24", "--rto.ppo_epochs", "1"])
@@ -103,7 +112,7 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
     models = rto.Models(policy, None, None, None, None, None)
     # The advantages tell each token's place; its weight is 2 + place.
     experience = rto.Experience(rollout.prompt_ids, rollout.response_ids, batch, zeros, zeros, ids, zeros, 2 + ids)
-    rto.update(config, models, {}, experience, 0)
+    rto.update(config, models, {"policy": Recorder()}, experience, 0, Accumulator(10_000, print))
     for places, weights, part in seen:
         expected = 2 + places
         if normalization == "sequence":
@@ -120,7 +129,7 @@ def test_an_iteration_says_how_far_sampler_and_forward_are_apart(policy):
     reference = build_model(0)
     reference.set_attn_implementation(PACKED)
     models = rto.Models(policy, reference, None, None, None, lambda completions: torch.ones(len(completions)))
-    trainer = rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), prompts, "cpu")
+    trainer = rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), prompts, "cpu", print)
     first, second = trainer.step(), trainer.step()
     assert first["mismatch_mean"] < 1e-5 and abs(first["kl"]) < 1e-4
     assert second["mismatch_mean"] < 1e-5 and {"seconds_prefill", "seconds_decode"} <= second.keys()

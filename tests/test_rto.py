@@ -17,6 +17,7 @@ from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
 from rto_fast.stages import rto
+from rto_fast.training.accumulate import Accumulator
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -155,13 +156,18 @@ def gradients(models, settings, experience):
         def __init__(self, name, model):
             self.name, self.model = name, model
 
+        def backward(self, loss):
+            loss.backward()
+
         def step(self):
             seen[self.name] = [p.grad.clone() for p in self.model.parameters()]
             self.model.zero_grad()
             return {}
 
     recorders = {name: Recorder(name, getattr(models, name)) for name in ("policy", "critic")}
-    metrics = rto.update(settings, models, recorders, experience, seed=0)
+    metrics = rto.update(
+        settings, models, recorders, experience, 0, Accumulator(settings.rto.micro_batch_tokens, print)
+    )
     return seen, metrics
 
 
@@ -275,7 +281,7 @@ def trainer(*overrides):
     settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
     models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS * 2]
-    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu")
+    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu", print)
 
 
 def test_a_restored_trainer_goes_on_bitwise():

@@ -2,11 +2,12 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rto_fast.config import StageConfig
+from rto_fast.config import DeepSpeedConfig, StageConfig
 from rto_fast.errors import TrainingError
 from rto_fast.training.optimizer import Optimizer, learning_rate_factor
 from rto_fast.training.order import ShuffledIndices
@@ -124,7 +125,8 @@ def linear_trainer(**options):
         return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
 
     stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
-    return SupervisedTrainer(model, stage, [5] * 10, loss, seed=0)
+    config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig())
+    return SupervisedTrainer(model, stage, [5] * 10, loss, config, print)
 
 
 def test_a_step_is_the_same_whatever_its_micro_batches():

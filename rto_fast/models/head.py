@@ -14,25 +14,28 @@ class OpLinear(nn.Linear):
     `lm_head.weight` does not trigger; a weight tied to the embedding likewise.
     """
 
-    def forward(self, hidden_states, op=None, **arguments):
+    def forward(self, hidden_states, op=None, args=(), **options):
         if op is None:
             return super().forward(hidden_states)
         if self.bias is not None:
-            arguments["bias"] = self.bias
-        return op(hidden_states, self.weight, **arguments)
+            options["bias"] = self.bias
+        return op(hidden_states, self.weight, *args, **options)
 
 
-def use_op_linear(model):
-    """Turns the output layer of a Hugging Face causal LM into an `OpLinear`, parameters and names unchanged.
+def use_op_linear(model, head=None):
+    """Turns the output layer of a Hugging Face model into an `OpLinear`, parameters and names unchanged.
 
     Called before `deepspeed.initialize`.
+
+    Args:
+        head: the layer, default a causal LM's.
 
     Returns:
         the layer.
     Raises:
         ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if head is None else head
     if type(head) not in (nn.Linear, OpLinear):
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     head.__class__ = OpLinear

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from rto_fast.batch import pack
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
+from rto_fast.models.head import OpLinear
+from rto_fast.models.sharded import whole_forward
 from rto_fast.ops import linear_token_logps, token_logps
 
 
@@ -21,6 +23,21 @@ class Head:
     bias: torch.Tensor | None
     divisor: float  # Granite divides its logits, Cohere multiplies them
     softcap: float | None  # Gemma-2
+    linear: torch.nn.Module  # the layer they belong to
+
+    def run(self, op, hidden, labels, *args, temperature=1.0, **options):
+        """A linear op of `rto_fast.ops` on this head."""
+        options |= {"temperature": temperature * self.divisor, "softcap": self.softcap}
+        return run_linear(self.linear, op, hidden, labels, *args, **options)
+
+
+def run_linear(linear, op, hidden, *args, **options):
+    """`op(hidden, weight, ...)` of a linear layer, as its own forward pass where hooks gather its weight."""
+    if isinstance(linear, OpLinear):
+        return linear(hidden, op=op, args=args, **options)
+    if linear.bias is not None:
+        options["bias"] = linear.bias
+    return op(hidden, linear.weight, *args, **options)
 
 
 def resolve_dtype(name, device):
@@ -165,7 +182,7 @@ def output_head(model):
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap and divisor != 1.0:  # the divisor joins the temperature, which comes after the softcap
         raise ModelError(f"{type(model).__name__}: both a logit scale and a softcap; not supported")
-    return Head(linear.weight, getattr(linear, "bias", None), divisor, softcap)
+    return Head(linear.weight, getattr(linear, "bias", None), divisor, softcap, linear)
 
 
 def forward_hidden(model, batch):
@@ -181,24 +198,21 @@ def forward_hidden(model, batch):
     ).last_hidden_state[0]
 
 
+@whole_forward
 def causal_logps(model, batch, *, temperature=1.0):
     """Log-prob of each label, [T] float32 (0 where the label is ignored), never holding [T, V] logits."""
-    head = output_head(model)
-    return linear_token_logps(
-        forward_hidden(model, batch),
-        head.weight,
-        batch.labels,
-        bias=head.bias,
-        temperature=temperature * head.divisor,
-        softcap=head.softcap,
-    )
+    hidden = forward_hidden(model, batch)
+    return output_head(model).run(linear_token_logps, hidden, batch.labels, temperature=temperature)
 
 
+def _float_linear(hidden, weight, bias=None):
+    return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+@whole_forward
 def token_scores(model, batch):
     """The score head at every position, [T], in float32: at 20 a bfloat16 score has steps of an eighth."""
-    head, hidden = score_head(model), forward_hidden(model, batch)
-    bias = None if head.bias is None else head.bias.float()
-    return F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+    return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
 
 
 @torch.no_grad()

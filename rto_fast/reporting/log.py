@@ -25,18 +25,25 @@ def short(value):
 
 
 class RunLog:
-    """Writes to `output_dir`; every record holds the stage, the step and the seconds since the run began."""
+    """Writes to `output_dir`; every record holds the stage, the step and the seconds since the run began.
 
-    def __init__(self, output_dir, trackers=()):
-        self.folder, self.trackers = Path(output_dir), trackers
+    Args:
+        silent: says and writes nothing, as on all ranks but one.
+    """
+
+    def __init__(self, output_dir, trackers=(), silent=False):
+        self.folder, self.trackers, self.silent = Path(output_dir), trackers, silent
         self.start = time.perf_counter()
 
     def _append(self, name, record):
+        if self.silent:
+            return
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def say(self, text):
-        tqdm.write(text, file=sys.stdout)
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
 
     def seconds(self):
         """Since the run began, without the time between its sessions."""
@@ -78,7 +85,7 @@ class StageLog:
 
     def __init__(self, log, name, total, done=0):
         self.log, self.name, self.total, self.count, self.done = log, name, total, done, done
-        self.live = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+        self.live = not log.silent and sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
         self.start = self.last = time.perf_counter()
         self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
 

@@ -1,7 +1,6 @@
 """The training model as the engine sees it: its own weights, in evaluation mode for the time of a rollout."""
 
 import contextlib
-from collections import OrderedDict
 from dataclasses import replace
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
+from rto_fast.models.sharded import is_zero3, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone
 
@@ -22,7 +22,7 @@ class RolloutModel:
     """
 
     def __init__(self, model):
-        self.is_zero3 = getattr(model, "zero_optimization_stage", lambda: 0)() == 3
+        self.is_zero3 = is_zero3(model)
         if isinstance(getattr(model, "module", None), torch.nn.Module):  # DeepSpeed, DistributedDataParallel
             model = model.module
         if hasattr(model, "get_base_model"):  # PEFT
@@ -56,7 +56,8 @@ class RolloutModel:
     def evaluating(self):
         """Evaluation mode and whole weights, as they were afterwards."""
         modes = [(module, module.training) for module in self.causal_lm.modules()]
-        with self._gathered():
+        # ZeRO-3 would gather once a layer and decode step; so it is once a rollout.
+        with whole_weights(self.causal_lm) if self.is_zero3 else contextlib.nullcontext():
             self.causal_lm.eval()
             try:
                 yield self
@@ -105,26 +106,6 @@ class RolloutModel:
             logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
             return logits if bias is None else logits.add_(bias)
         return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-
-    @contextlib.contextmanager
-    def _gathered(self):
-        """ZeRO-3: the whole weights on every rank, once a rollout instead of once a layer and step. Its hooks, which gather
-        and release around every forward, are out of the way: ranks need not decode equally many steps."""
-        if not self.is_zero3:
-            yield
-            return
-        import deepspeed
-
-        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        with deepspeed.zero.GatheredParameters(list(self.causal_lm.parameters())):
-            hooks = [(module, kind, getattr(module, kind)) for module in self.causal_lm.modules() for kind in kinds]
-            for module, kind, _ in hooks:
-                setattr(module, kind, OrderedDict())
-            try:
-                yield
-            finally:
-                for module, kind, own in hooks:
-                    setattr(module, kind, own)
 
     @contextlib.contextmanager
     def _merged_lora(self):

@@ -1,25 +1,31 @@
 """What the stages share: saving a model, and log-probs without gradients."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
 
-from rto_fast.batch import micro_batches, pack
+from rto_fast.batch import pack
 from rto_fast.models.loading import causal_logps
+from rto_fast.models.sharded import is_zero3, whole_weights
+from rto_fast.training import ranks
 
 
 def save_model(model, tokenizer, folder):
-    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed)."""
+    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed); every rank calls it."""
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(aside, folder)
+    with whole_weights(model) if is_zero3(model) else contextlib.nullcontext():
+        if ranks.is_main():
+            aside = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        ranks.barrier()
     return str(folder)
 
 
@@ -27,9 +33,10 @@ def save_model(model, tokenizer, folder):
 def response_logps(model, prompt_ids, response_ids, max_tokens, temperature=1.0):
     """Log-probs of many responses: one packed [T] float32 tensor in the alignment of `pack`, made `max_tokens` at a time."""
     device = next(model.parameters()).device
-    runs = micro_batches([len(p) + len(r) for p, r in zip(prompt_ids, response_ids)], max_tokens)
-    return torch.cat([
-        causal_logps(model, pack([prompt_ids[i] for i in run], [response_ids[i] for i in run], device),
-                     temperature=temperature)
-        for run in runs
-    ])  # fmt: skip
+
+    def logps(run):
+        batch = pack([prompt_ids[i] for i in run], [response_ids[i] for i in run], device)
+        return causal_logps(model, batch, temperature=temperature)
+
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
+    return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)

@@ -2,11 +2,12 @@
 
 import torch
 
-from rto_fast.batch import micro_batches, pack, segment_sum
+from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps, load_causal_lm
 from rto_fast.stages.common import save_model
 from rto_fast.training.loop import train
+from rto_fast.training.ranks import map_items
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -20,8 +21,11 @@ def _side_logps(model, pairs):
 @torch.no_grad()
 def pair_logps(model, pairs, max_tokens):
     """[len(pairs), 2] float32 on the CPU: summed log-probs of chosen and rejected."""
-    runs = micro_batches([p.num_tokens for p in pairs], max_tokens)
-    return torch.cat([torch.stack(_side_logps(model, [pairs[i] for i in run]), 1).cpu() for run in runs])
+
+    def logps(run):
+        return torch.stack(_side_logps(model, [pairs[i] for i in run]), 1).cpu()
+
+    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
 
 
 def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
@@ -44,7 +48,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         margin = stage.beta * (better - worse).detach()
         return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config.seed)
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say)
     train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
     model.eval()
     if held_out:

@@ -31,7 +31,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         share = 1.0 / len(step_indices)
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config.seed)
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say)
     train("reward_model", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
     model.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)

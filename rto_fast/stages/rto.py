@@ -13,17 +13,22 @@ from dataclasses import dataclass
 
 import torch
 
-from rto_fast.batch import PackedBatch, micro_batches, pack, pack_whole, segment_sum
+from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
 from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
+from rto_fast.models.sharded import whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
+from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.behaviour import behaviour_logps
 from rto_fast.stages.common import response_logps, save_model
 from rto_fast.stages.tokens import recorded_iterations, reward_parts, token_records
+from rto_fast.training import ranks
+from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.loop import train
-from rto_fast.training.optimizer import Optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.ranks import map_items
 
 
 @dataclass
@@ -96,14 +101,15 @@ def critic_values(critic, batch):
 def rollout_values(critic, prompt_ids, response_ids, max_tokens, device):
     """(values [T] in the alignment of `pack`, value after the last token of each sequence [N])."""
     sequences = [p + r for p, r in zip(prompt_ids, response_ids)]
-    values, after = [], []
-    for run in micro_batches([len(s) for s in sequences], max_tokens):
-        batch = pack_whole([sequences[i] for i in run], device)
-        whole = critic_values(critic, batch)
-        is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, batch.last, False)
-        values.append(whole[is_state])
-        after.append(whole[batch.last])
-    return torch.cat(values), torch.cat(after)
+
+    def values(run):
+        return critic_values(critic, pack_whole([sequences[i] for i in run], device))
+
+    lengths = [len(s) for s in sequences]
+    whole = map_items(values, lengths, lengths, max_tokens)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, last, False)
+    return whole[is_state], whole[last]
 
 
 def delimiter_table(tokenizer, vocab_size, characters, device):
@@ -206,28 +212,27 @@ def _explained_variance(values, returns):
     return 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
+@whole_forward
 def policy_loss(model, batch, old_logps, advantages, *, temperature, entropy_coef, **options):
     """The PPO loss of a packed batch and its metrics; see `rto_fast.ops.linear_ppo_loss`."""
     hidden, head, mask = forward_hidden(model, batch), output_head(model), batch.response_mask
-    temperature = temperature * head.divisor
     if head.bias is None:
-        return linear_ppo_loss(
-            hidden, head.weight, batch.labels, old_logps, advantages, mask, entropy_coef=entropy_coef,
-            temperature=temperature, softcap=head.softcap, **options,
+        return head.run(
+            linear_ppo_loss, hidden, batch.labels, old_logps, advantages, mask, entropy_coef=entropy_coef,
+            temperature=temperature, **options,
         )  # fmt: skip
-    logps, entropy = linear_token_logps(
-        hidden, head.weight, batch.labels, bias=head.bias, temperature=temperature, softcap=head.softcap,
-        return_entropy=True,
-    )  # fmt: skip
+    logps, entropy = head.run(linear_token_logps, hidden, batch.labels, temperature=temperature, return_entropy=True)
     loss, metrics = ppo_policy_loss(logps, old_logps, advantages, mask, **options)
     weights = mask if options["weights"] is None else options["weights"] * mask
     mean_entropy = (entropy * weights).sum() / options["num_items"]
     return loss - entropy_coef * mean_entropy, metrics | {"entropy": mean_entropy.detach()}
 
 
-def update(config, models, optimizers, experience, seed):
+def update(config, models, optimizers, experience, seed, accumulator):
     """PPO epochs over an `Experience`.
 
+    Args:
+        optimizers: {"policy": …, "critic": …}. accumulator: `Accumulator`.
     Returns:
         metrics averaged over the optimizer steps.
     """
@@ -246,7 +251,8 @@ def update(config, models, optimizers, experience, seed):
             chosen = chosen.tolist()
             # What the means are over is known before the first micro-batch: their gradients add up exactly.
             num_items = float(len(chosen) if per_sequence else sum(len(experience.response_ids[i]) for i in chosen))
-            for run in micro_batches([lengths[i] for i in chosen], rto.micro_batch_tokens):
+
+            def passes(run, factor, chosen=chosen, num_items=num_items):
                 rows = [chosen[i] for i in run]
                 batch = pack(
                     [experience.prompt_ids[i] for i in rows], [experience.response_ids[i] for i in rows], device
@@ -266,15 +272,19 @@ def update(config, models, optimizers, experience, seed):
                     models.policy, batch, old_logps, advantages, temperature=config.rollout.temperature,
                     weights=policy_weights, num_items=num_items, **policy_options,
                 )  # fmt: skip
-                loss.backward()
+                optimizers["policy"].backward(factor * loss)
                 if models.critic is not None:
                     value_loss, value_metrics = ppo_value_loss(
                         critic_values(models.critic, batch), old_values, returns, batch.response_mask, weights=weights,
                         num_items=num_items, value_clip_eps=rto.value_clip_eps,
                     )  # fmt: skip
-                    (rto.value_coef * value_loss).backward()
+                    optimizers["critic"].backward(factor * rto.value_coef * value_loss)
                     metrics |= value_metrics
-                totals.update(metrics)
+                return metrics
+
+            totals.update(accumulator.run(passes, [lengths[i] for i in chosen], optimizers.values()))
+            if ranks.world_size() > 1:
+                totals["imbalance"] += ranks.imbalance([lengths[i] for i in chosen])
             for name, optimizer in optimizers.items():
                 prefix = "" if name == "policy" else f"{name}_"
                 totals.update({prefix + key: value for key, value in optimizer.step().items()})
@@ -292,7 +302,7 @@ class RTOTrainer:
     """The stage's state and one iteration of it. All randomness derives from the seed and the iteration's number, so
     `state_dict` is everything that a restored run needs to go on exactly as this one would have."""
 
-    def __init__(self, config, models, tokenizer, sampling, prompts, device):
+    def __init__(self, config, models, tokenizer, sampling, prompts, device, say):
         self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
         self.sampling, rto = sampling, config.rto
         self.steps = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
@@ -300,9 +310,10 @@ class RTOTrainer:
         self.token_records = []  # of the last iteration, if it is one of those that are recorded
         self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
         steps = self.steps * rto.ppo_epochs * -(-self.responses // rto.batch_size)
-        self.optimizers = {"policy": Optimizer(models.policy, rto, steps)}
+        self.optimizers = {"policy": build_optimizer(models.policy, rto, steps, config.deepspeed)}
         if models.critic is not None:
-            self.optimizers["critic"] = Optimizer(models.critic, rto, steps, lr=rto.critic_lr)
+            self.optimizers["critic"] = build_optimizer(models.critic, rto, steps, config.deepspeed, rto.critic_lr)
+        self.accumulator = Accumulator(rto.micro_batch_tokens, say)
         self.order = ShuffledIndices(len(prompts), config.seed)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
@@ -310,13 +321,18 @@ class RTOTrainer:
             vocab_size = len(models.policy.get_output_embeddings().weight)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
+    @property
+    def skipped(self):
+        return sum(o.skipped for o in self.optimizers.values())
+
     def step(self):
         """Rollout, scores, PPO; returns the iteration's metrics."""
         rto = self.config.rto
         seed = self.config.seed * 1_000_003 + self.step_count
         start = time.perf_counter()
         chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
-        rollout = self.engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, self.sampling, seed)
+        prompt_ids = [p.prompt_ids for p in chosen]
+        rollout = generate_shared(self.engine, prompt_ids, rto.samples_per_prompt, self.sampling, seed)
         generated = time.perf_counter()
         repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
         experience, metrics = collect(
@@ -325,7 +341,7 @@ class RTOTrainer:
         scored = time.perf_counter()
         recorded = self.step_count in recorded_iterations(self.steps)
         self.token_records = token_records(experience, repeated, self.tokenizer) if recorded else []
-        metrics |= update(self.config, self.models, self.optimizers, experience, seed)
+        metrics |= update(self.config, self.models, self.optimizers, experience, seed, self.accumulator)
         end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
@@ -333,6 +349,8 @@ class RTOTrainer:
         self.step_count += 1
         seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        if ranks.world_size() > 1:
+            metrics["rollout_imbalance"] = rollout.stats["rollout_imbalance"]
         return metrics | {
             "tokens": rollout.num_tokens,
             "tokens_per_second": rollout.num_tokens / (end - start),
@@ -340,18 +358,18 @@ class RTOTrainer:
         }
 
     def _parts(self):
-        trained = {"policy": self.models.policy, "critic": self.models.critic}
-        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
-        return {k: v for k, v in trained.items() if v is not None} | optimizers | {"order": self.order}
+        return {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()} | {"order": self.order}
 
     def state_dict(self):
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
+        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "micro_batch_tokens": self.accumulator.tokens}
+        return parts | own
 
     def load_state_dict(self, state):
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.accumulator.tokens = state["micro_batch_tokens"]
 
 
 def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
@@ -361,7 +379,7 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
         sampling: `Sampling` of the rollouts. prompts: list of `Prompt`. evaluate: called with the policy's engine and the
             iteration, every `eval.every`.
     """
-    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device)
+    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, log.say)
     if len(prompts) < config.rto.prompts_per_rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
 

@@ -1,164 +1,148 @@
-"""Checkpoints of a run: what is done, the state of the stage under way, and how long its logs were then.
+"""Checkpoints of a run: what is done, the states of the stage under way, and how long its logs were at each of them."""
 
-Nothing is pickled: tensors are safetensors, the rest JSON. Everything is written aside and renamed, so that a kill at any
-moment leaves the last good checkpoint.
-"""
-
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from rto_fast.errors import CheckpointError
+from rto_fast.errors import CheckpointError, UserError
+from rto_fast.reporting.log import RunLog
+from rto_fast.training import ranks
+from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
 
 
-def _flatten(value, tensors):
-    """`value` as JSON can hold it; tensors go into `tensors`, numbered."""
-    if isinstance(value, torch.Tensor):
-        tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": str(len(tensors) - 1)}
-    if isinstance(value, dict):  # as pairs: JSON's keys are strings, the optimizer's are numbers
-        return {"dict": [[key, _flatten(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {"list" if isinstance(value, list) else "tuple": [_flatten(item, tensors) for item in value]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+class Trainer(Protocol):
+    """What a stage steps, and a checkpoint holds."""
 
+    steps: int
 
-def _restore(value, tensors):
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _restore(item, tensors) for key, item in content}
-    items = [_restore(item, tensors) for item in content]
-    return items if kind == "list" else tuple(items)
+    @property
+    def step_count(self) -> int:
+        """Steps done."""
 
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps whose gradient was not finite."""
 
-def _sync(path):
-    """Waits until a file or folder is on the disk: a name must not get there before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def step(self) -> dict:
+        """One step; returns its metrics."""
 
-
-def write_json(path, value):
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value))
-    _sync(aside)
-    os.replace(aside, path)
-    _sync(path.parent)
-
-
-def save_state(folder, state):
-    """Writes a tree of dicts, lists, tensors and plain values as a new folder, all of it or nothing.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder cannot be written; what was there before is untouched.
-    """
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        tensors = {}
-        tree = _flatten(state, tensors)
-        save_file(tensors, aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(tree))
-        for path in (aside / "state.safetensors", aside / "state.json", aside):
-            _sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: the checkpoint could not be written: {error}; the last one is as it was"
-        ) from error
-
-
-def load_state(folder):
-    """What `save_state` wrote, tensors on the CPU."""
-    folder = Path(folder)
-    try:
-        tree = json.loads((folder / "state.json").read_text())
-        return _restore(tree, load_file(folder / "state.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint that can be read: {error}") from error
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`.
+    """The checkpoints of a run in `folder`. Every rank calls the same methods at the same time; the main one writes.
 
-    `progress.json` is the run's memory: stages that are done, the last checkpoint of the one under way, and the sizes of
-    the logs at that moment, to which a resumed run cuts them: no record appears twice.
+    `progress.json` is the run's memory: stages that are done, and the points from which the one under way can go on, oldest
+    first: its beginning, then each checkpoint that is kept. With each are the sizes of the logs at that moment, to which a
+    resumed run cuts them: no record appears twice.
     """
 
-    def __init__(self, folder, log, *, keep=1, resume=False):
+    def __init__(self, folder: str | Path, log: RunLog, *, keep: int = 2, resume: bool = False):
         self.folder, self.log, self.keep = Path(folder), log, keep
         self.path = self.folder / "progress.json"
-        self.progress = {"done": [], "checkpoint": None, "logs": {}, "seconds": 0.0, "best": None}
+        self.done: list[str] = []
+        self.points: list[dict[str, Any]] = []
+        self.best: float | None = None  # evaluation so far
         if resume:
             self._read()
 
     def _read(self):
         try:
-            self.progress |= json.loads(self.path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"--resume: {self.path} cannot be read ({error}): nothing to go on from") from error
-        for name in LOGS:
+            progress = json.loads(self.path.read_text())
+            self.done, self.points = progress["done"], progress["points"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"--resume: {self.path} cannot be read ({error!r}): nothing to go on from") from error
+        self._drop_damaged()
+        point = self.points[-1]
+        for name in LOGS if ranks.is_main() else ():
             path = self.folder / name
             if path.exists():
-                os.truncate(path, min(path.stat().st_size, self.progress["logs"].get(name, 0)))
-        self.log.start -= self.progress["seconds"]
+                os.truncate(path, min(path.stat().st_size, point["logs"].get(name, 0)))
+        self.best = point["best"]
+        self.log.start -= point["seconds"]
 
-    def _write(self, **changes):
-        sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-        for name in sizes:
-            _sync(self.folder / name)
-        self.progress |= {"logs": sizes, "seconds": self.log.seconds()} | changes
-        write_json(self.path, self.progress)
+    def _drop_damaged(self):
+        """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""
+        good = len(self.points)
+        while ranks.is_main() and (name := self.points[good - 1]["checkpoint"]):
+            damage = find_damage(self.folder / "checkpoints" / name)
+            if damage is None:
+                break
+            good -= 1
+            before = self.points[good - 1]["checkpoint"] or "the beginning of the stage"
+            self.log.say(f"checkpoint {name} is damaged ({damage}); goes on from {before}")
+        self.points = self.points[: int(ranks.from_main(torch.tensor(good)))]
 
-    def is_done(self, stage):
-        return stage in self.progress["done"]
+    def _point(self, checkpoint):
+        """A point from which the run can go on: this moment."""
+        paths = [self.folder / name for name in LOGS if (self.folder / name).exists()]
+        for path in paths if ranks.is_main() else ():
+            sync(path)
+        sizes = {path.name: path.stat().st_size for path in paths}
+        return {"checkpoint": checkpoint, "logs": sizes, "seconds": self.log.seconds(), "best": self.best}
 
-    def finish(self, stage):
+    def _write(self):
+        if ranks.is_main():
+            write_text(self.path, json.dumps({"done": self.done, "points": self.points}))
+        ranks.barrier()
+
+    @contextlib.contextmanager
+    def resumable(self) -> Iterator[None]:
+        """From here on the run can be resumed, be it from its beginning; what ends it says how."""
+        if not self.points:
+            self.points = [self._point(None)]
+            self._write()
+        try:
+            yield
+        except (UserError, OSError) as error:
+            error.add_note(f"once that is mended, go on with: python -m rto_fast.train --resume {self.folder}")
+            raise
+
+    def is_done(self, stage: str) -> bool:
+        return stage in self.done
+
+    def finish(self, stage: str) -> None:
         """`stage` has written its model: its checkpoints are of no more use."""
-        self._write(done=[*self.progress["done"], stage], checkpoint=None)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self.done, self.points = [*self.done, stage], [self._point(None)]
+        self._write()
+        if ranks.is_main():
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def save(self, stage, trainer):
+    def save(self, stage: str, trainer: Trainer) -> None:
         """The state of `trainer` after its last whole step."""
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
         save_state(folder / name, trainer.state_dict())
-        self._write(checkpoint=name)
-        saved = sorted(path.name for path in folder.glob(f"{stage}-*"))
-        for old in saved[: max(0, len(saved) - self.keep)]:
-            shutil.rmtree(folder / old, ignore_errors=True)
+        beginning, *others = [point for point in self.points if point["checkpoint"] != name]
+        self.points = [beginning, *others[max(0, len(others) - self.keep + 1) :], self._point(name)]
+        self._write()
+        kept = {point["checkpoint"] for point in self.points}
+        for path in folder.glob("*") if ranks.is_main() else ():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def restore(self, stage, trainer):
+    def restore(self, stage: str, trainer: Trainer) -> None:
         """Puts `trainer` where the last checkpoint of `stage` was, if there is one."""
-        name = self.progress["checkpoint"]
+        name = self.points[-1]["checkpoint"] if self.points else None
         if name and name.rpartition("-")[0] == stage:
-            trainer.load_state_dict(load_state(self.folder / "checkpoints" / name))
+            folder = self.folder / "checkpoints" / name
+            state = load_state(folder)
+            try:
+                trainer.load_state_dict(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
+                                      "options it was begun with") from error  # fmt: skip
             self.log.say(f"{stage}: goes on after step {trainer.step_count}")
 
-    @property
-    def best(self):
-        """The best evaluation so far, or None."""
-        return self.progress["best"]
-
-    def keep_best(self, score):
-        self.progress["best"] = score
+    def keep_best(self, score: float) -> None:
+        self.best = score

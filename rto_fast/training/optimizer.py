@@ -7,10 +7,13 @@ of a bfloat16 weight and would be lost. Gradients are added up in float32 too, a
 import math
 
 import torch
+import torch.distributed as dist
 
 from rto_fast.errors import TrainingError
+from rto_fast.training import ranks
 
-MAX_SKIPPED = 10  # optimizer steps in a row with a non-finite gradient, after which nothing good can follow
+MOMENTS = "exp_avg", "exp_avg_sq"
+MAX_SKIPPED = 10
 
 
 def learning_rate_factor(step, total_steps, warmup_ratio, min_lr_ratio):
@@ -22,31 +25,78 @@ def learning_rate_factor(step, total_steps, warmup_ratio, min_lr_ratio):
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class Optimizer:
-    """One model's optimizer.
+def named_trainable(model):
+    """[(name, parameter)], a tied parameter once."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def parameter_groups(parameters, weight_decay):
+    """AdamW's groups. Norm weights and biases are vectors; decay would only shrink them."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Schedule:
+    """What every optimizer has: the learning rate's course, and the count of steps done and skipped.
 
     Args:
-        model: its trainable parameters are optimised. stage: `StageConfig`. total_steps: length of the schedule.
-        lr: peak learning rate, default the stage's.
+        stage: `StageConfig`. total_steps: length of the schedule. lr: peak learning rate, default the stage's.
     """
 
-    def __init__(self, model, stage, total_steps, lr=None):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, stage, total_steps, lr=None):
         self.stage, self.total_steps = stage, total_steps
         self.peak_lr = stage.lr if lr is None else lr
         self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.max_skipped = min(MAX_SKIPPED, max(1, total_steps // 2))
+
+    def step(self):
+        """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
+
+        Returns:
+            {"lr", "grad_norm", "skipped"}, the last 0 or 1.
+        Raises:
+            TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
+        """
+        lr = self.peak_lr * learning_rate_factor(
+            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
+        )  # fmt: skip
+        norm = self._update(lr)
+        skipped = not math.isfinite(norm)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise TrainingError(f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
+                                "learning rate, or look for NaN in the weights it started from")  # fmt: skip
+        self.steps += 1
+        return {"lr": lr, "grad_norm": norm, "skipped": int(skipped)}
+
+    def _counts(self):
+        return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
+
+    def _load_counts(self, state):
+        for name in self._counts():
+            setattr(self, name, state[name])
+
+
+class Optimizer(Schedule):
+    """One model's optimizer: its trainable parameters, on every rank whole.
+
+    Args: model, and those of `Schedule`.
+    """
+
+    def __init__(self, model, stage, total_steps, lr=None):
+        super().__init__(stage, total_steps, lr)
+        named = named_trainable(model)
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(self._collect(master))
-        # Norm weights and biases are vectors; decay would only shrink them.
-        groups = [
-            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": stage.weight_decay},
-            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.peak_lr, betas=stage.adam_betas, eps=1e-8, fused=True
-        )
+        groups = parameter_groups(self.masters, stage.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=stage.adam_betas, eps=1e-8, fused=True)
 
     @staticmethod
     def _collect(master):
@@ -57,46 +107,69 @@ class Optimizer:
 
         return hook
 
-    def step(self):
-        """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
+    def backward(self, loss):
+        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+        loss.backward()
 
-        Returns:
-            {"lr", "grad_norm", "skipped"}, the last 0 or 1.
-        Raises:
-            TrainingError: MAX_SKIPPED steps in a row were skipped.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
-        factor = learning_rate_factor(
-            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
-        )  # fmt: skip
-        for group in self.adam.param_groups:
-            group["lr"] = self.peak_lr * factor
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            self.adam.step()
-            with torch.no_grad():
-                for parameter, master in zip(self.parameters, self.masters):
-                    if master is not parameter:
-                        parameter.copy_(master)
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= MAX_SKIPPED:
-                raise TrainingError(f"the gradient was not finite in {MAX_SKIPPED} steps in a row: lower the learning rate, "
-                                    "or look for NaN in the data's scores")  # fmt: skip
+    def zero_grad(self):
         self.adam.zero_grad(set_to_none=True)
-        self.steps += 1
-        return {"lr": self.peak_lr * factor, "grad_norm": norm, "skipped": int(not math.isfinite(norm))}
+
+    def _update(self, lr):
+        if ranks.world_size() > 1:
+            gradients = [m.grad for m in self.masters if m.grad is not None]
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):
+            self.adam.step()
+            self._copy_masters()
+        self.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def _copy_masters(self):
+        for parameter, master in zip(self.parameters, self.masters):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    # The weights are in it too, in float32: those of the model are these, rounded.
 
     def state_dict(self):
-        """Everything but the model: moments, master weights, position in the schedule."""
-        masters = [m for p, m in zip(self.parameters, self.masters) if m is not p]
-        return {"adam": self.adam.state_dict(), "masters": masters, "steps": self.steps, "skipped": self.skipped}
+        """All that training changes: float32 weights and moments by parameter name, and the position in the schedule."""
+        state = self._counts() | {"weights": dict(zip(self.names, self.masters))}
+        for key in MOMENTS if self.adam.state else ():
+            state[key] = {name: self.adam.state[m][key] for name, m in zip(self.names, self.masters)}
+        return state
 
     def load_state_dict(self, state):
-        self.adam.load_state_dict(state["adam"])
+        self._load_counts(state)
         with torch.no_grad():
-            own = [m for p, m in zip(self.parameters, self.masters) if m is not p]
-            for master, saved in zip(own, state["masters"], strict=True):
-                master.copy_(saved)
-        self.steps, self.skipped = state["steps"], state["skipped"]
+            for name, master in zip(self.names, self.masters):
+                master.copy_(state["weights"][name])
+        self._copy_masters()
+        step = torch.tensor(float(self.steps - self.skipped))
+        self.adam.state.clear()
+        if MOMENTS[0] in state:
+            for name, master in zip(self.names, self.masters):
+                moments = {key: state[key][name].to(master.device, copy=True) for key in MOMENTS}
+                self.adam.state[master] = {"step": step.to(master.device, copy=True)} | moments
+
+
+def zero_stage(deepspeed):
+    """The stage that a `DeepSpeedConfig` means here; 0: no DeepSpeed."""
+    return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
+
+
+def build_optimizer(model, stage, total_steps, deepspeed, lr=None):
+    """`Optimizer`, or `ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank.
+
+    Args:
+        deepspeed: `DeepSpeedConfig`.
+    """
+    if not zero_stage(deepspeed):
+        return Optimizer(model, stage, total_steps, lr)
+    from rto_fast.training.zero import ZeroOptimizer  # imports DeepSpeed
+
+    return ZeroOptimizer(model, stage, total_steps, deepspeed, lr)

@@ -1,9 +1,8 @@
 """The training loop's step that SFT, the reward model and DPO share: draw, pack, accumulate, update."""
 
-from collections import Counter
-
-from rto_fast.batch import micro_batches
-from rto_fast.training.optimizer import Optimizer
+from rto_fast.training import ranks
+from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
 
 
@@ -14,39 +13,50 @@ class SupervisedTrainer:
         stage: `StageConfig`. lengths: tokens of each item. loss: called with the items' indices of one micro-batch and
             those of the whole optimizer step; returns (loss, metrics), sums that add up to the step's over its
             micro-batches.
-        seed: of the order.
+        config: `Config`. say: see `Accumulator`.
     """
 
-    def __init__(self, model, stage, lengths, loss, seed):
+    def __init__(self, model, stage, lengths, loss, config, say):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         steps = max(1, len(lengths) * stage.epochs // stage.batch_size)
         self.steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
-        self.optimizer = Optimizer(model, stage, self.steps)
-        self.order = ShuffledIndices(len(lengths), seed)
+        self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)
+        self.order = ShuffledIndices(len(lengths), config.seed)
+        self.accumulator = Accumulator(stage.micro_batch_tokens, say)
 
     @property
     def step_count(self):
         """Steps done."""
         return self.optimizer.steps
 
+    @property
+    def skipped(self):
+        """Steps of those whose gradient was not finite."""
+        return self.optimizer.skipped
+
     def step(self):
         """One optimizer step; returns its metrics."""
         chosen = self.order.take(self.stage.batch_size)
         lengths = [self.lengths[i] for i in chosen]
-        totals = Counter()
-        for run in micro_batches(lengths, self.stage.micro_batch_tokens):
+
+        def passes(run, factor):
             loss, metrics = self.loss([chosen[i] for i in run], chosen)
-            loss.backward()
-            totals.update({"loss": loss.detach()} | metrics)
-        return dict(totals) | {"tokens": sum(lengths)} | self.optimizer.step()
+            self.optimizer.backward(loss * factor)
+            return {"loss": loss.detach()} | metrics
+
+        metrics = self.accumulator.run(passes, lengths, [self.optimizer])
+        balance = {"imbalance": ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
+        return metrics | {"tokens": sum(lengths)} | balance | self.optimizer.step()
 
     def _parts(self):
-        return {"model": self.model, "optimizer": self.optimizer, "order": self.order}
+        return {"optimizer": self.optimizer, "order": self.order}
 
     def state_dict(self):
         """All that a restored trainer needs to go on exactly as this one would have."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"micro_batch_tokens": self.accumulator.tokens}
 
     def load_state_dict(self, state):
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        self.accumulator.tokens = state["micro_batch_tokens"]

@@ -1,0 +1,61 @@
+"""Models inside DeepSpeed, which knows a model by its forward pass: hooks gather what ZeRO-3 keeps in pieces.
+
+The model stays the Hugging Face model it was, with its engine in `zero_engine`; functions of `model` that are a whole
+forward pass are declared as such and run as the engine's.
+"""
+
+import contextlib
+import functools
+from collections import OrderedDict
+
+import torch
+
+
+class WholeForward(torch.nn.Module):
+    """The module that DeepSpeed is given: its forward pass is any function of the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *args, **options):
+        return function(self.model, *args, **options)
+
+
+def attach_engine(model, engine):
+    model.__dict__["zero_engine"] = engine  # not as a submodule: the engine holds the model
+
+
+def whole_forward(function):
+    """Declares `function(model, ...)` as a forward pass of `model` from its inputs to all that needs its weights."""
+
+    @functools.wraps(function)
+    def run(model, *args, **options):
+        engine = getattr(model, "zero_engine", None)
+        return function(model, *args, **options) if engine is None else engine(function, *args, **options)
+
+    return run
+
+
+def is_zero3(model):
+    """Whether the model, or the DeepSpeed engine around it, keeps only pieces of its weights."""
+    engine = getattr(model, "zero_engine", None) or model
+    return getattr(engine, "zero_optimization_stage", lambda: 0)() == 3
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """ZeRO-3: all weights whole on every rank, for a time. Its hooks, which gather and release around every forward, are out
+    of the way: ranks need not run equally many passes."""
+    import deepspeed
+
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        hooks = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
+        for module, kind, _ in hooks:
+            setattr(module, kind, OrderedDict())
+        try:
+            yield
+        finally:
+            for module, kind, own in hooks:
+                setattr(module, kind, own)

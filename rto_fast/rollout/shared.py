@@ -1,0 +1,54 @@
+"""A rollout shared out among the ranks: each samples some of the prompts, all hold all responses afterwards."""
+
+import torch
+
+from rto_fast.rollout.base import RolloutBatch, finish_reasons
+from rto_fast.training import ranks
+
+
+def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
+    """`engine.generate`, called by every rank with the same arguments and giving the same on each: with the native engine
+    what one rank alone would have sampled.
+
+    Args:
+        engine: the rank's own. prompt_ids: lists of token ids.
+    """
+    size = ranks.world_size()
+    if size == 1:
+        return engine.generate(prompt_ids, n, sampling, seed)
+    shares = ranks.share([len(ids) for ids in prompt_ids], size)
+    # A rank without a prompt of its own samples too: sharded weights are gathered by all.
+    own = shares[ranks.rank()] or [0]
+    part = engine.generate([prompt_ids[i] for i in own], n, sampling, seed, prompt_numbers=own)
+    counts = [len(share) * n for share in shares]
+    lengths = torch.tensor([len(ids) for ids in part.response_ids])[: counts[ranks.rank()]]
+    lengths_of = ranks.gather(lengths, counts)
+    tokens = [int(lengths.sum()) for lengths in lengths_of]
+    in_order = _Order(shares, n, lengths_of)
+
+    def gathered(values):
+        return in_order(ranks.gather(values[: tokens[ranks.rank()]], tokens))
+
+    ids = gathered(torch.tensor([token for response in part.response_ids for token in response]))
+    responses = [response.tolist() for response in ids]
+    logps = [
+        None if values is None else torch.cat(gathered(values)) for values in (part.logps, part.sampling_logps)
+    ]  # fmt: skip
+    prompts = [ids for ids in prompt_ids for _ in range(n)]
+    return RolloutBatch(
+        prompts, responses, finish_reasons(responses, sampling.stop_ids), *logps, part.timings,
+        part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
+    )  # fmt: skip
+
+
+class _Order:
+    """Puts the ranks' responses into the order of the prompts."""
+
+    def __init__(self, shares, n, lengths):
+        self.lengths = [part.tolist() for part in lengths]
+        samples = [prompt * n + j for share in shares for prompt in share for j in range(n)]
+        self.places = sorted(range(len(samples)), key=samples.__getitem__)
+
+    def __call__(self, parts):
+        pieces = [piece for part, lengths in zip(parts, self.lengths) for piece in part.split(lengths)]
+        return [pieces[i] for i in self.places]

@@ -1,0 +1,148 @@
+"""Becoming one of the ranks that torchrun, deepspeed or srun started, and not waiting for one that is gone.
+
+A rank that dies leaves the others in a collective that never ends. So each writes a heartbeat into the store by which they
+found each other; the main rank looks at all of them, the others at the main rank's and for a failure that somebody reported.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from rto_fast.errors import ConfigError, Interrupted, UserError
+
+INTERVAL = 1.0  # seconds between heartbeats
+PATIENCE = 30.0  # seconds without one after which a rank is gone
+WAIT = datetime.timedelta(
+    days=7
+)  # a collective's own limit: ranks wait for slow reward functions, `Watch` for dead ranks
+LEFT = "left"
+
+
+def started_by_launcher():
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextlib.contextmanager
+def joined(use_deepspeed=False):
+    """Joins the other ranks for the time of the context.
+
+    Args:
+        use_deepspeed: also where this is the only process.
+    Raises:
+        ConfigError: the launcher's environment is incomplete, or nobody answers.
+    """
+    if not started_by_launcher():
+        if use_deepspeed:
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
+    except (ValueError, RuntimeError, dist.DistError) as error:
+        raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
+                          f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})") from error  # fmt: skip
+    store.set_timeout(WAIT)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group(
+        _backend(), store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=WAIT
+    )
+    # A connection of its own: a group's creation waits on the other one for as long as it takes.
+    watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
+    try:
+        yield
+        watch.leave()
+    except Interrupted:  # all ranks stop together
+        watch.leave()
+        raise
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    dist.destroy_process_group()
+
+
+def _backend():
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+class Watch:
+    """A thread that ends this process when another rank failed or is gone.
+
+    Args:
+        store: of c10d, this class's own keys.
+    """
+
+    def __init__(self, store, rank, size):
+        self.store, self.rank = store, rank
+        self.others = [other for other in range(size) if other != rank] if rank == 0 else [0]
+        self.stopped = threading.Event()
+        self.seen = {other: ("", time.monotonic()) for other in self.others}
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        beats = 0
+        while not self.stopped.wait(INTERVAL):
+            beats += 1
+            try:
+                self.store.set(f"beat{self.rank}", str(beats))
+                if self.store.check(["failure"]):
+                    self._end(self.store.get("failure").decode())
+                for other in self.others:
+                    self._look_at(other)
+            except (RuntimeError, dist.DistError):
+                if not self.stopped.is_set():
+                    self._end("rank 0 is gone")
+
+    def _look_at(self, other):
+        key, now = f"beat{other}", time.monotonic()
+        beat = self.store.get(key).decode() if self.store.check([key]) else ""
+        if beat == LEFT or beat != self.seen[other][0]:
+            self.seen[other] = beat, now
+        elif now - self.seen[other][1] > PATIENCE:
+            failure = f"rank {other} is gone: no sign of life for {PATIENCE:.0f} s"
+            self.store.set("failure", failure)
+            self._end(failure)
+
+    def _end(self, failure):
+        """Without cleaning up: this process is likely to hang in a collective with the rank that is gone."""
+        if self.stopped.is_set():
+            return
+        if self.rank != 0:  # the main rank speaks, also to its launcher: it goes first
+            time.sleep(5 * INTERVAL)
+        else:
+            end = "the run stopped, --resume goes on from its last checkpoint"
+            print(f"rto_fast: {failure}; {end}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def fail(self, error):
+        """Tells the other ranks why this one ends."""
+        self.stopped.set()
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            if not self.store.check(["failure"]):  # the first one is the cause
+                self.store.set("failure", f"rank {self.rank}: {kind}{error}")
+
+    def leave(self):
+        """All ranks are done: after this no sign of life is no bad sign."""
+        dist.barrier()
+        self.stopped.set()
+        self.thread.join()
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self.store.set(f"beat{self.rank}", LEFT)
+        dist.barrier()

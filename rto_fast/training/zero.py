@@ -1,0 +1,152 @@
+"""Training on DeepSpeed ZeRO: optimizer states (1), gradients (2) and weights (3) in pieces, one a rank.
+
+Of DeepSpeed's behaviours that would surprise: it divides gradients by the number of ranks (ours add up: their normalisers
+are global), clips at 1.0 unless told otherwise, compiles its own optimizers for minutes (so it is given torch's AdamW).
+"""
+
+import functools
+import logging
+import warnings
+
+import torch
+
+from rto_fast.batch import pack_whole
+from rto_fast.errors import TrainingError
+from rto_fast.models.head import use_op_linear
+from rto_fast.models.loading import forward_hidden, score_head
+from rto_fast.models.sharded import WholeForward, attach_engine
+from rto_fast.training import ranks
+from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
+
+
+def engine_config(settings, stage, dtype, max_grad_norm=0.0):
+    """DeepSpeed's configuration.
+
+    Args:
+        settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights.
+    """
+    zero = {"stage": stage}
+    if settings.offload_optimizer and max_grad_norm:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    is_bf16 = dtype == torch.bfloat16
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches are packed by tokens
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step ends where `step` is called, whatever the number of backwards
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # As without DeepSpeed: gradients of bfloat16 weights are added up in float32, and a step with inf or NaN is skipped.
+        "bf16": {"enabled": is_bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+    }
+
+
+def _initialize(model, config, optimizer=None):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first, for a minute
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # DeepSpeed's own calls
+    engine, *_ = deepspeed.initialize(model=WholeForward(model), optimizer=optimizer, config=config)
+    attach_engine(model, engine)
+    return engine
+
+
+def _prepare_heads(model):
+    if model.get_output_embeddings() is not None:
+        use_op_linear(model, model.get_output_embeddings())
+    else:
+        use_op_linear(model, score_head(model))
+
+
+def shard_frozen(model, settings):
+    """Spreads the weights of a model that is only evaluated over the ranks (ZeRO-3)."""
+    _prepare_heads(model)
+    _initialize(model, engine_config(settings, 3, model.dtype))
+
+
+class ZeroOptimizer(Schedule):
+    """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
+    from then on (`whole_forward`).
+
+    Args: as of `Optimizer`. settings: `DeepSpeedConfig`.
+    """
+
+    def __init__(self, model, stage, total_steps, settings, lr=None):
+        super().__init__(stage, total_steps, lr)
+        level = zero_stage(settings)
+        if level == 3:
+            _prepare_heads(model)
+        self.model, self.named, self.is_zero3 = model, named_trainable(model), level == 3
+        groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8)
+        self.engine = _initialize(model, engine_config(settings, level, model.dtype, stage.max_grad_norm), self.adam)
+
+    def backward(self, loss):
+        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+        self.engine.backward(loss * ranks.world_size())
+
+    def zero_grad(self):
+        raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
+
+    def _update(self, lr):
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
+
+    def state_dict(self):
+        """As `Optimizer.state_dict`; each tensor is a function that every rank has to call to put it together."""
+        import deepspeed.utils as ds
+
+        state = self._counts()
+        state["weights"] = {name: functools.partial(ds.safe_get_full_fp32_param, p) for name, p in self.named}
+        moments = MOMENTS if self.steps > self.skipped else ()
+        if moments:
+            self._link_moments()
+        for key in moments:
+            get = ds.safe_get_full_optimizer_state
+            state[key] = {name: functools.partial(get, p, key) for name, p in self.named}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        import deepspeed
+        import deepspeed.utils as ds
+
+        self._load_counts(state)
+        moments = MOMENTS if MOMENTS[0] in state else ()
+        if moments:
+            self._make_moments()
+        for name, parameter in self.named:
+            value = state["weights"][name].to(self.engine.device)
+            ds.safe_set_full_fp32_param(parameter, value)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.is_zero3):
+                parameter.copy_(value)
+            for key in moments:
+                ds.safe_set_full_optimizer_state(parameter, state[key][name].to(self.engine.device), key)
+        for values in self.adam.state.values():
+            values["step"].fill_(self.steps - self.skipped)
+
+    @torch.enable_grad()
+    def _make_moments(self):
+        """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
+        hidden = self.engine(forward_hidden, pack_whole([[0, 1]], self.engine.device))
+        self.engine.backward(0.0 * hidden.sum())
+        self._update(0.0)
+        self._link_moments()
+
+    def _link_moments(self):
+        """DeepSpeed's accessors of ZeRO 1 and 2 learn where the moments are after the first step of the first parameter
+        group, when the other group has none yet."""
+        if not self.is_zero3:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
