@@ -12,6 +12,7 @@ from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, sto
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
+from rto_fast.models.placement import device_of, resident
 from rto_fast.training import ranks
 
 
@@ -80,13 +81,14 @@ def _finite(scores, completions, source):
 @torch.no_grad()
 def score_sequences(model, sequences, max_tokens):
     """Score of each sequence's last token, [N] float32, packed `max_tokens` at a time."""
-    device = next(model.parameters()).device
+    with resident(model):
+        device = device_of(model)
 
-    def scores(run):
-        batch = pack_whole([sequences[i] for i in run], device)
-        return token_scores(model, batch)[batch.last]
+        def scores(run):
+            batch = pack_whole([sequences[i] for i in run], device)
+            return token_scores(model, batch)[batch.last]
 
-    return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
+        return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
 
 
 def import_function(path, key):

@@ -20,7 +20,7 @@ from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
-from rto_fast.stages.common import save_model
+from rto_fast.stages.common import load_frozen, save_model
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -185,7 +185,7 @@ class Run:
         if self.reward_function:
             source, path, statistics = self.reward_function, config.reward_model.function, None
         else:
-            model = load_scorer(reward_path, trainable=False, **self.placement)
+            model = load_frozen(load_scorer, reward_path, config, **self.placement)
             source, path = self._reward_model(model, reward_path), reward_path
             statistics = (getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", None))
         if not config.rto.normalize_scores:

@@ -11,7 +11,7 @@ from rto_fast.batch import pack
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.head import OpLinear
-from rto_fast.models.sharded import whole_forward
+from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_token_logps, token_logps
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
-from rto_fast.models.sharded import is_zero3, whole_weights
+from rto_fast.models.placement import device_of, is_zero3, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone
 
@@ -36,7 +36,7 @@ class RolloutModel:
 
     @property
     def device(self):
-        return next(self.causal_lm.parameters()).device
+        return device_of(self.causal_lm)
 
     @property
     def vocab_size(self):

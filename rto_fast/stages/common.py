@@ -9,12 +9,20 @@ import torch
 
 from rto_fast.batch import pack
 from rto_fast.models.loading import causal_logps
-from rto_fast.models.sharded import is_zero3, whole_weights
+from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.training import ranks
+from rto_fast.training.zero import place_frozen
+
+
+def load_frozen(loader, path, config, *, device, **placement):
+    """A model that is only evaluated, by `load_causal_lm` or `load_scorer`, placed as `deepspeed.frozen` says."""
+    first = device if config.deepspeed.frozen == "resident" else "cpu"
+    model = loader(path, trainable=False, device=first, **placement)
+    return place_frozen(model, config.deepspeed, device)
 
 
 def save_model(model, tokenizer, folder):
-    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed); every rank calls it."""
+    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed). All ranks call it."""
     folder = Path(folder)
     with whole_weights(model) if is_zero3(model) else contextlib.nullcontext():
         if ranks.is_main():
@@ -32,11 +40,12 @@ def save_model(model, tokenizer, folder):
 @torch.no_grad()
 def response_logps(model, prompt_ids, response_ids, max_tokens, temperature=1.0):
     """Log-probs of many responses: one packed [T] float32 tensor in the alignment of `pack`, made `max_tokens` at a time."""
-    device = next(model.parameters()).device
-
-    def logps(run):
-        batch = pack([prompt_ids[i] for i in run], [response_ids[i] for i in run], device)
-        return causal_logps(model, batch, temperature=temperature)
-
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
-    return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)
+    with resident(model):
+        device = device_of(model)
+
+        def logps(run):
+            batch = pack([prompt_ids[i] for i in run], [response_ids[i] for i in run], device)
+            return causal_logps(model, batch, temperature=temperature)
+
+        return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)

@@ -5,6 +5,7 @@ import torch
 from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps, load_causal_lm
+from rto_fast.models.placement import device_of
 from rto_fast.stages.common import save_model
 from rto_fast.training.loop import train
 from rto_fast.training.ranks import map_items
@@ -13,7 +14,7 @@ from rto_fast.training.supervised import SupervisedTrainer
 
 def _side_logps(model, pairs):
     """(chosen [N], rejected [N]): summed response log-probs, EOS included."""
-    prompts, device = [p.prompt_ids for p in pairs], next(model.parameters()).device
+    prompts, device = [p.prompt_ids for p in pairs], device_of(model)
     batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
     return segment_sum(causal_logps(model, batch), batch.cu_seqlens).chunk(2)
 

@@ -14,7 +14,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.errors import TrainingError
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden, score_head
-from rto_fast.models.sharded import WholeForward, attach_engine
+from rto_fast.models.placement import WholeForward, attach_engine, offload
 from rto_fast.training import ranks
 from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
 
@@ -65,8 +65,19 @@ def _prepare_heads(model):
         use_op_linear(model, score_head(model))
 
 
-def shard_frozen(model, settings):
-    """Spreads the weights of a model that is only evaluated over the ranks (ZeRO-3)."""
+def place_frozen(model, settings, device):
+    """Puts a model that is only evaluated where `settings.frozen` says: on `device`, in the CPU's memory but for its use, or
+    in pieces on all ranks. All ranks call it."""
+    if settings.frozen == "offloaded":
+        offload(model, device)
+    elif settings.frozen == "sharded" and ranks.world_size() > 1:
+        _shard(model, settings)
+    else:
+        model.to(device)
+    return model
+
+
+def _shard(model, settings):
     _prepare_heads(model)
     _initialize(model, engine_config(settings, 3, model.dtype))
 

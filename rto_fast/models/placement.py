@@ -1,7 +1,8 @@
-"""Models inside DeepSpeed, which knows a model by its forward pass: hooks gather what ZeRO-3 keeps in pieces.
+"""Where a model's weights are: here, in pieces on all ranks (ZeRO-3), or in the CPU's memory until they are needed.
 
-The model stays the Hugging Face model it was, with its engine in `zero_engine`; functions of `model` that are a whole
-forward pass are declared as such and run as the engine's.
+DeepSpeed knows a model by its forward pass: hooks gather what ZeRO-3 keeps in pieces. The model stays the Hugging Face model
+it was, with its engine in `zero_engine`; functions of `model` that are a whole forward pass are declared as such and run as
+the engine's.
 """
 
 import contextlib
@@ -43,6 +44,12 @@ def is_zero3(model):
     return getattr(engine, "zero_optimization_stage", lambda: 0)() == 3
 
 
+def device_of(model):
+    """Where a model computes (ZeRO-3 with offloaded weights keeps them elsewhere)."""
+    engine = getattr(model, "zero_engine", None)
+    return next(model.parameters()).device if engine is None else engine.device
+
+
 @contextlib.contextmanager
 def whole_weights(model):
     """ZeRO-3: all weights whole on every rank, for a time. Its hooks, which gather and release around every forward, are out
@@ -59,3 +66,32 @@ def whole_weights(model):
         finally:
             for module, kind, own in hooks:
                 setattr(module, kind, own)
+
+
+def offload(model, device):
+    """Keeps the weights of a frozen model in the CPU's memory; `resident` brings them to `device`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.cpu()
+        if torch.cuda.is_available():
+            parameter.data = parameter.data.pin_memory()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)  # few, and needed to build inputs
+    model.__dict__["offloaded_from"] = torch.device(device)
+
+
+@contextlib.contextmanager
+def resident(model):
+    """A model with its weights where it computes; those of an offloaded one are brought there, and dropped afterwards."""
+    device = getattr(model, "offloaded_from", None)
+    if device is None:
+        yield
+        return
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(device, non_blocking=True)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
