@@ -1,8 +1,14 @@
 """The output layer as a place to run the linear ops in."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from rto_fast.errors import ModelError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and the layer needs only torch
+    from transformers import PreTrainedModel
 
 
 class OpLinear(nn.Linear):
@@ -14,7 +20,8 @@ class OpLinear(nn.Linear):
     `lm_head.weight` does not trigger; a weight tied to the embedding likewise.
     """
 
-    def forward(self, hidden_states, op=None, **arguments):
+    # nn.Linear's name for the first argument is `input`.
+    def forward(self, hidden_states: Tensor, op: Callable | None = None, **arguments: Any) -> Any:  # type: ignore[override]
         if op is None:
             return super().forward(hidden_states)
         if self.bias is not None:
@@ -22,7 +29,7 @@ class OpLinear(nn.Linear):
         return op(hidden_states, self.weight, **arguments)
 
 
-def use_op_linear(model):
+def use_op_linear(model: "PreTrainedModel") -> OpLinear:
     """Turns the output layer of a Hugging Face causal LM into an `OpLinear`, parameters and names unchanged.
 
     Called before `deepspeed.initialize`.

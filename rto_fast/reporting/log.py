@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rto_fast.errors import CheckpointError
+
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
 
@@ -32,8 +34,11 @@ class RunLog:
         self.start = time.perf_counter()
 
     def _append(self, name, record):
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name} could not be written: {error.strerror}") from error
 
     def say(self, text):
         tqdm.write(text, file=sys.stdout)

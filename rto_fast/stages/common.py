@@ -7,19 +7,28 @@ from pathlib import Path
 import torch
 
 from rto_fast.batch import micro_batches, pack
+from rto_fast.errors import CheckpointError
 from rto_fast.models.loading import causal_logps
 
 
 def save_model(model, tokenizer, folder):
-    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed)."""
+    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed).
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(aside, folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
     return str(folder)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rto_fast.batch import PackedBatch, micro_batches, pack, pack_whole, segment_sum
+from rto_fast.errors import RewardError
 from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
@@ -310,18 +311,27 @@ class RTOTrainer:
             vocab_size = len(models.policy.get_output_embeddings().weight)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps whose gradient was not finite."""
+        return sum(optimizer.skipped for optimizer in self.optimizers.values())
+
     def step(self):
-        """Rollout, scores, PPO; returns the iteration's metrics."""
-        rto = self.config.rto
+        """Rollout, scores, PPO; returns the iteration's metrics. A RewardError leaves the state as it was."""
+        rto, drawn = self.config.rto, self.order.state_dict()
         seed = self.config.seed * 1_000_003 + self.step_count
         start = time.perf_counter()
         chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
         rollout = self.engine.generate([p.prompt_ids for p in chosen], rto.samples_per_prompt, self.sampling, seed)
         generated = time.perf_counter()
         repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
-        experience, metrics = collect(
-            self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
-        )
+        try:
+            experience, metrics = collect(
+                self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
+            )
+        except RewardError:
+            self.order.load_state_dict(drawn)
+            raise
         scored = time.perf_counter()
         recorded = self.step_count in recorded_iterations(self.steps)
         self.token_records = token_records(experience, repeated, self.tokenizer) if recorded else []

@@ -4,16 +4,20 @@ Nothing is pickled: tensors are safetensors, the rest JSON. Everything is writte
 moment leaves the last good checkpoint.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rto_fast.errors import CheckpointError
+from rto_fast.errors import CheckpointError, UserError
+from rto_fast.reporting.log import RunLog
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
 
@@ -53,15 +57,24 @@ def _sync(path):
         os.close(descriptor)
 
 
-def write_json(path, value):
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value))
-    _sync(aside)
-    os.replace(aside, path)
-    _sync(path.parent)
+    try:
+        aside.write_text(text)
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
 
 
-def save_state(folder, state):
+def save_state(folder: str | Path, state: dict) -> None:
     """Writes a tree of dicts, lists, tensors and plain values as a new folder, all of it or nothing.
 
     Raises:
@@ -72,7 +85,7 @@ def save_state(folder, state):
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         tree = _flatten(state, tensors)
         save_file(tensors, aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps(tree))
@@ -88,14 +101,37 @@ def save_state(folder, state):
         ) from error
 
 
-def load_state(folder):
+def load_state(folder: str | Path) -> dict:
     """What `save_state` wrote, tensors on the CPU."""
     folder = Path(folder)
     try:
         tree = json.loads((folder / "state.json").read_text())
         return _restore(tree, load_file(folder / "state.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint that can be read: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: not a checkpoint that can be read: {error}; begin another run, finished stages given as "
+            "--sft.model, --reward_model.model and --dpo.model"
+        ) from error
+
+
+class Trainer(Protocol):
+    """What a stage steps, and a checkpoint holds."""
+
+    steps: int
+
+    @property
+    def step_count(self) -> int:
+        """Steps done."""
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps whose gradient was not finite."""
+
+    def step(self) -> dict:
+        """One step; returns its metrics."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Checkpoints:
@@ -105,17 +141,17 @@ class Checkpoints:
     the logs at that moment, to which a resumed run cuts them: no record appears twice.
     """
 
-    def __init__(self, folder, log, *, keep=1, resume=False):
+    def __init__(self, folder: str | Path, log: RunLog, *, keep: int = 1, resume: bool = False):
         self.folder, self.log, self.keep = Path(folder), log, keep
         self.path = self.folder / "progress.json"
-        self.progress = {"done": [], "checkpoint": None, "logs": {}, "seconds": 0.0, "best": None}
+        self.progress: dict[str, Any] = {"done": [], "checkpoint": None, "logs": {}, "seconds": 0.0, "best": None}
         if resume:
             self._read()
 
     def _read(self):
         try:
             self.progress |= json.loads(self.path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"--resume: {self.path} cannot be read ({error}): nothing to go on from") from error
         for name in LOGS:
             path = self.folder / name
@@ -128,17 +164,28 @@ class Checkpoints:
         for name in sizes:
             _sync(self.folder / name)
         self.progress |= {"logs": sizes, "seconds": self.log.seconds()} | changes
-        write_json(self.path, self.progress)
+        write_text(self.path, json.dumps(self.progress))
 
-    def is_done(self, stage):
+    @contextlib.contextmanager
+    def resumable(self) -> Iterator[None]:
+        """From here on the run can be resumed, be it from its beginning; what ends it says how."""
+        if not self.path.exists():
+            self._write()
+        try:
+            yield
+        except (UserError, OSError) as error:
+            error.add_note(f"once that is mended, go on with: python -m rto_fast.train --resume {self.folder}")
+            raise
+
+    def is_done(self, stage: str) -> bool:
         return stage in self.progress["done"]
 
-    def finish(self, stage):
+    def finish(self, stage: str) -> None:
         """`stage` has written its model: its checkpoints are of no more use."""
         self._write(done=[*self.progress["done"], stage], checkpoint=None)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def save(self, stage, trainer):
+    def save(self, stage: str, trainer: Trainer) -> None:
         """The state of `trainer` after its last whole step."""
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
@@ -148,17 +195,24 @@ class Checkpoints:
         for old in saved[: max(0, len(saved) - self.keep)]:
             shutil.rmtree(folder / old, ignore_errors=True)
 
-    def restore(self, stage, trainer):
+    def restore(self, stage: str, trainer: Trainer) -> None:
         """Puts `trainer` where the last checkpoint of `stage` was, if there is one."""
         name = self.progress["checkpoint"]
         if name and name.rpartition("-")[0] == stage:
-            trainer.load_state_dict(load_state(self.folder / "checkpoints" / name))
+            folder = self.folder / "checkpoints" / name
+            state = load_state(folder)
+            try:
+                trainer.load_state_dict(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
+                                      "options it was begun with") from error  # fmt: skip
             self.log.say(f"{stage}: goes on after step {trainer.step_count}")
 
     @property
-    def best(self):
+    def best(self) -> float | None:
         """The best evaluation so far, or None."""
         return self.progress["best"]
 
-    def keep_best(self, score):
+    def keep_best(self, score: float) -> None:
         self.progress["best"] = score

@@ -2,8 +2,13 @@
 
 import signal
 import threading
+from collections.abc import Callable, Sequence
 
-from rto_fast.errors import Interrupted
+import torch
+
+from rto_fast.errors import Interrupted, RewardError, TrainingError
+from rto_fast.reporting.log import RunLog
+from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 
 class StopRequest:
@@ -29,24 +34,40 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def train(name, trainer, log, checkpoints, save_every, show, after_step=None):
+def train(
+    name: str, trainer: Trainer, log: RunLog, checkpoints: Checkpoints, save_every: int, show: Sequence[str],
+    after_step: Callable[[int], object] | None = None,
+) -> None:  # fmt: skip
     """Steps `trainer` to its end, from its last checkpoint if there is one.
 
     Args:
-        trainer: has `step_count`, `steps`, `step()`, `state_dict()` and `load_state_dict()`.
         save_every: steps between checkpoints; 0: only when the run is stopped. show: metrics on the live line.
         after_step: called with the number of steps done, before the checkpoint.
     Raises:
         Interrupted: after a signal; the state is saved.
+        RewardError: from a step, which must then have changed nothing, or from `after_step`; the state is saved.
+        TrainingError: names the stage; also where memory runs out.
     """
     checkpoints.restore(name, trainer)
     with StopRequest() as stop, log.stage(name, trainer.steps, trainer.step_count) as progress:
         while trainer.step_count < trainer.steps:
-            progress.step(trainer.step(), show=show)
-            if after_step:
-                after_step(trainer.step_count)
+            try:
+                progress.step(trainer.step(), show=show)
+                if after_step:
+                    after_step(trainer.step_count)
+            except RewardError:  # somebody else's function or server: no reason to lose what was trained
+                checkpoints.save(name, trainer)
+                raise
+            except TrainingError as error:
+                raise TrainingError(f"{name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                raise TrainingError(f"{name}: out of memory: {reason} Lower {name}.micro_batch_tokens or "
+                                    "rollout.batch_size, or set model.gradient_checkpointing") from error  # fmt: skip
             if stop.signal is not None:
                 checkpoints.save(name, trainer)
                 raise Interrupted(name, trainer.step_count, checkpoints.folder, stop.signal)
             if save_every and trainer.step_count % save_every == 0 and trainer.step_count < trainer.steps:
                 checkpoints.save(name, trainer)
+    if trainer.skipped:
+        log.say(f"{name}: optimizer steps skipped for a gradient that was not finite: {trainer.skipped}")
