@@ -298,6 +298,7 @@ def _rto_advantages(
     """(token_rewards, kl, advantages, returns, the statistics named by STATS)."""
     num_tokens, num_sequences = len(old_logps), len(cu_seqlens) - 1
     outputs = [torch.empty(num_tokens, dtype=torch.float32, device=old_logps.device) for _ in range(4)]
+    token_rewards, kl, advantages, returns = outputs
     stats = torch.empty(len(STATS), dtype=torch.float32, device=old_logps.device)
     partials = torch.empty(len(STATS), num_sequences, dtype=torch.float32, device=old_logps.device)
     response_mask = response_mask.contiguous()
@@ -312,10 +313,10 @@ def _rto_advantages(
             )  # fmt: skip
         programs = triton.cdiv(num_tokens, BLOCK_WHITEN) if whiten else 1
         rto_whiten_kernel[(max(programs, 1),)](
-            outputs[2], response_mask, partials, stats, num_tokens, num_sequences, WHITEN=whiten, BLOCK_T=BLOCK_WHITEN,
+            advantages, response_mask, partials, stats, num_tokens, num_sequences, WHITEN=whiten, BLOCK_T=BLOCK_WHITEN,
             BLOCK_N=BLOCK_N, num_warps=8,
         )  # fmt: skip
-    return *outputs, stats
+    return token_rewards, kl, advantages, returns, stats
 
 
 @_rto_advantages.register_fake
@@ -335,9 +336,9 @@ def rto_advantages(
     gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
 ):  # fmt: skip
     """See `rto_fast.ops.rto_advantages`. Not differentiable, like `gae`."""
-    *outputs, stats = _rto_advantages(
+    token_rewards, kl, advantages, returns, stats = _rto_advantages(
         old_logps, ref_logps, dpo_logps, ref_logps if dpo_ref_logps is None else dpo_ref_logps, values, scores,
         cu_seqlens, response_mask, delimiter_mask, bootstrap_values, dpo_reward_scale, dpo_reward_clip, kl_coef,
         score_scale, score_clip, gamma, gae_lambda, granularity, shaping, whiten,
     )  # fmt: skip
-    return RTOAdvantages(*outputs, dict(zip(STATS, stats.unbind())))
+    return RTOAdvantages(token_rewards, kl, advantages, returns, dict(zip(STATS, stats.unbind())))

@@ -132,7 +132,7 @@ def linear_token_logps_bwd(
     vocab_size = len(weight)
     new = torch.empty_like if len(rows) else torch.zeros_like
     dweight = new(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0)
-    dbias = new(bias) if need_dbias else weight.new_empty(0)
+    dbias = new(bias) if bias is not None and need_dbias else weight.new_empty(0)
     if not len(rows):
         return torch.zeros_like(hidden_states) if need_dhidden else hidden.new_empty(0), dweight, dbias
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -44,7 +44,7 @@ class _TokenLogps(torch.autograd.Function):
             log_probs = _scaled(logits[rows], temperature, dtype).log_softmax(-1)
             valid, label = labels[rows] >= 0, labels[rows].clamp(min=0)
             logps[rows] = log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
-            if with_entropy:
+            if entropy is not None:
                 probs = log_probs.exp()
                 entropy[rows] = -(probs * _finite(log_probs)).sum(-1).where(valid, 0.0)
         ctx.save_for_backward(logits, labels, entropy)

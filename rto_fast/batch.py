@@ -5,6 +5,7 @@ Index t is the state s_t and the action `labels[t]`, so log-probs, values, rewar
 the same action. Sequences lie back to back without padding; `cu_seqlens` marks their bounds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,19 +22,19 @@ class PackedBatch:
     max_seqlen: int
 
     @property
-    def response_mask(self):
+    def response_mask(self) -> torch.Tensor:
         return self.labels != IGNORE_INDEX
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         return len(self.input_ids)
 
     @property
-    def num_sequences(self):
+    def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
 
     @property
-    def last(self):
+    def last(self) -> torch.Tensor:
         """Index of each sequence's last position, [N] int64."""
         return self.cu_seqlens[1:].long() - 1
 
@@ -54,8 +55,14 @@ def _pack(inputs, labels, device):
     )
 
 
-def pack(prompt_ids, response_ids, device="cpu", *, loss_on_prompt=False):
-    """Packs prompts and responses (lists of lists of token ids) as states and actions: L − 1 positions each."""
+def pack(
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    *,
+    loss_on_prompt: bool = False,
+) -> PackedBatch:
+    """Packs prompts and responses (token ids) as states and actions: L − 1 positions each."""
     inputs, labels = [], []
     for prompt, response in zip(prompt_ids, response_ids, strict=True):
         raw = list(prompt) + list(response)
@@ -65,23 +72,21 @@ def pack(prompt_ids, response_ids, device="cpu", *, loss_on_prompt=False):
     return _pack(inputs, labels, device)
 
 
-def pack_whole(sequences, device="cpu"):
+def pack_whole(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedBatch:
     """Packs sequences with all L tokens as inputs (no labels): what a model needs that scores the whole sequence."""
     return _pack(sequences, [[IGNORE_INDEX] * len(ids) for ids in sequences], device)
 
 
-def segment_sum(values, cu_seqlens):
+def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Sum of each sequence's values, [T] → [N]; differentiable, in a fixed order."""
     return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
 
 
-def micro_batches(lengths, max_tokens):
-    """Splits items of these token counts, in order, into runs of at most `max_tokens` (a longer item stands alone).
-
-    Returns:
-        list of lists of indices.
-    """
-    runs, total = [[]], 0
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Splits items of these token counts, in order, into runs (of indices) of at most `max_tokens`; a longer item stands
+    alone."""
+    runs: list[list[int]] = [[]]
+    total = 0
     for index, length in enumerate(lengths):
         if runs[-1] and total + length > max_tokens:
             runs.append([])

@@ -3,29 +3,45 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 
+from rto_fast.data.inspection import visible
 from rto_fast.errors import Interrupted, UserError
 
 
-def run_command(main, *, interrupted=None, tell=str):
+def one_line(error: Exception) -> str:
+    """What is said of an error, its notes included. Messages quote data, files and other people's errors: no line breaks,
+    nothing that a terminal would obey."""
+    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+    return visible(" ".join(text.split()))
+
+
+def _tell(text):
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"rto_fast: {text}", file=sys.stderr)
+
+
+def run_command(main: Callable[[list[str]], object], *, interrupted: str | None = None) -> None:
     """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
 
     Args:
-        interrupted: what is said after Ctrl-C. tell: a mistake → its line. `--debug`, taken from the arguments, shows the
-            traceback instead.
+        interrupted: what is said after Ctrl-C. `--debug`, taken from the arguments, shows the traceback of a mistake instead
+            of one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except UserError as error:
+    except BrokenPipeError:  # `| head`
+        raise
+    except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
         if "--debug" in sys.argv:
             raise
-        print(f"rto_fast: {tell(error)}", file=sys.stderr)
+        _tell(one_line(error))
         sys.exit(2)
     except Interrupted as stop:
-        print(f"rto_fast: {stop}", file=sys.stderr)
+        _tell(str(stop))
         sys.exit(130 if stop.signal == signal.SIGINT else 0)  # a scheduler that asks for an end gets one
     except KeyboardInterrupt:
         if interrupted:
-            print(f"rto_fast: {interrupted}", file=sys.stderr)
+            _tell(interrupted)
         sys.exit(130)

@@ -134,8 +134,8 @@ class RewardModelConfig(StageConfig):
     function: str | None = None
     """`module:function`, called with (prompts, responses), lists of text, returning one score each; skips the stage."""
     timeout: float | None = None
-    """Seconds that `function` (and eval.function) may take for one call; one that hangs then ends the run, its state as of
-    the last checkpoint. The function runs in a thread of its own."""
+    """Seconds that `function` (and eval.function) may take for one call; one that hangs then ends the run, its state saved.
+    The function runs in a thread of its own."""
     lr: float = 1e-6
     """Peak learning rate (AdamW)."""
 
@@ -325,6 +325,16 @@ class TrackConfig:
 
 
 @dataclass
+class HubConfig:
+    """The final model on the Hugging Face Hub."""
+
+    repo: str | None = None
+    """OWNER/NAME where the model is pushed when the run ends; `python -m rto_fast.push` does it later."""
+    private: bool = True
+    """A repository that is made for it is private."""
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -350,20 +360,21 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self):
         _validate(self)
 
     @property
-    def needs_reward_model(self):
+    def needs_reward_model(self) -> bool:
         return self.rto.enabled and self.rto.score_scale != 0
 
     @property
-    def pays_dense_reward(self):
+    def pays_dense_reward(self) -> bool:
         return self.rto.enabled and (self.rto.dpo_reward_scale != 0 or self.rto.compat == "paper_code")
 
     @property
-    def needs_dpo_model(self):
+    def needs_dpo_model(self) -> bool:
         return self.pays_dense_reward or self.rto.init_from == "dpo" or not self.rto.enabled
 
 
@@ -433,6 +444,21 @@ def _validate(config):
     require(size >= 16 and not size & (size - 1), "rollout.page_size", "a power of two of at least 16, or null")
     require(1 <= rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
             "a number from 1 to rollout.max_new_tokens")  # fmt: skip
+    if config.hub.repo:
+        check_repo(config.hub.repo, "hub.repo")
+
+
+def check_repo(name: str, key: str) -> None:
+    """Raises ConfigError unless `name` is OWNER/NAME as the Hub allows it."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = "/" in name
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{key}: expected OWNER/NAME (letters, digits, '-', '_' and '.'), got {name!r}")
 
 
 def _keys(cls, prefix=""):
@@ -463,8 +489,8 @@ def _yaml_names(tree, keys, prefix=""):
 def _check_yaml(path, keys):
     try:
         tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -486,8 +512,8 @@ def _resumed(arguments):
     return None
 
 
-def load_config(arguments):
-    """Parses command-line `arguments` (a list of strings) into a `Config`.
+def load_config(arguments: list[str]) -> Config:
+    """Parses command-line `arguments`.
 
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
@@ -524,7 +550,7 @@ def load_config(arguments):
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def dump_config(config):
+def dump_config(config: Config) -> str:
     """The resolved configuration as YAML text that `--config` reads back."""
 
     def plain(value):

@@ -30,7 +30,11 @@ class RolloutError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint, or another file of the run, that cannot be written or read."""
+
+
+class HubError(UserError):
+    """A model that cannot be pushed to the Hub."""
 
 
 class Interrupted(Exception):

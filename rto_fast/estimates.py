@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -11,6 +12,8 @@ Z = NormalDist().inv_cdf(0.975)
 # Of the slope's Gaussian prior, in log-odds: wide (its scale is that of Gelman et al. 2008, arXiv 0901.4011), but a slope
 # stays finite where the length difference happens to separate wins from losses.
 SLOPE_DEVIATION = 2.5
+
+Numbers = torch.Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Estimate:
 
 
 @functools.cache
-def t_quantile(degrees):
+def t_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t: with x = √ν·tan θ its density is cos^(ν−1) θ on a bounded interval."""
     if degrees > 1000:
         return Z
@@ -34,7 +37,7 @@ def t_quantile(degrees):
     return math.sqrt(degrees) * math.tan(theta[index + 1])
 
 
-def mean(values):
+def mean(values: Numbers) -> Estimate:
     """Mean of [N] values with Student's t interval; of outcomes that are all 0 or 1, with `rate`'s, which does not shrink
     to a point when they are all alike."""
     values = torch.as_tensor(values, dtype=torch.float64)
@@ -47,7 +50,7 @@ def mean(values):
     return Estimate(value, value - half, value + half, count)
 
 
-def rate(outcomes):
+def rate(outcomes: Numbers) -> Estimate:
     """Mean of [N] outcomes in [0, 1] with Wilson's score interval (JASA 22, 1927). Outcomes between 0 and 1, such as ties,
     vary less than a coin of the same mean, which makes the interval conservative."""
     outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
@@ -58,13 +61,15 @@ def rate(outcomes):
     return Estimate(value, max(middle - half, 0.0), min(middle + half, 1.0), count)
 
 
-def wins(ours, theirs):
+def wins(ours: Numbers, theirs: Numbers) -> torch.Tensor:
     """[N] float64: 1 where ours is higher, ½ where they tie, 0 elsewhere."""
     ours, theirs = torch.as_tensor(ours).double().cpu(), torch.as_tensor(theirs).double().cpu()
     return (ours > theirs).double() + 0.5 * (ours == theirs)
 
 
-def logistic_regression(features, outcomes, precision):
+def logistic_regression(
+    features: torch.Tensor, outcomes: torch.Tensor, precision: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Penalised maximum likelihood by Newton's method, steps halved until they gain.
 
     Args:
@@ -94,7 +99,7 @@ def logistic_regression(features, outcomes, precision):
     return weights, torch.linalg.inv(curvature(weights))
 
 
-def length_controlled_win_rate(outcomes, lengths, reference_lengths):
+def length_controlled_win_rate(outcomes: Numbers, lengths: Numbers, reference_lengths: Numbers) -> Estimate:
     """The win rate had both answers been of one length: P(win) at no difference in a logistic regression of the win on
     tanh(Δlength / std Δlength), the length term of length-controlled AlpacaEval 2 (arXiv 2404.04475; its term for each
     instruction's difficulty is left out: it needs many models on the same instructions).

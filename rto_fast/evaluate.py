@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,7 @@ class EvaluateConfig:
         if self.preferences and not (self.reward or self.reward_model or self.dpo_model):
             raise ConfigError("--preferences: expected --reward, --reward_model or --dpo_model, which rank the pairs")
 
-    def as_config(self):
+    def as_config(self) -> Config:
         """The part of a run's `Config` that the data and the rollout are made from; validates it."""
         data = DataConfig(
             preferences=self.preferences, eval_prompts=self.data, columns=self.columns, limit=self.limit,
@@ -123,8 +124,8 @@ class EvaluateConfig:
         )  # fmt: skip
 
 
-def load_options(arguments):
-    """Parses command-line `arguments` (a list of strings) into a validated `EvaluateConfig`."""
+def load_options(arguments: list[str]) -> EvaluateConfig:
+    """Parses and validates command-line `arguments`."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -147,7 +148,7 @@ def load_options(arguments):
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def check_output(path):
+def check_output(path: str | Path) -> None:
     """Refuses, before hours of work, a file that cannot be written."""
     path = Path(path)
     try:
@@ -158,7 +159,7 @@ def check_output(path):
         raise ConfigError(f"--output: {path} is a folder or in one that cannot be written to; name a file")
 
 
-def write_json(results, path):
+def write_json(results: dict, path: str | Path) -> None:
     """All of it or nothing: written aside, then renamed. JSON has no NaN, it becomes null."""
 
     def plain(value):
@@ -178,7 +179,7 @@ def write_json(results, path):
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
 
-def rows(results):
+def rows(results: dict) -> Iterator[tuple[str, dict, str]]:
     """(name, estimate, unit) of everything that was measured, in the order of the table."""
     for name, sections in (("model", "responses"), ("reference", "reference_responses")):
         if part := results.get(sections):
@@ -202,7 +203,7 @@ def rows(results):
             yield f"KL to the reference: {label}", results["kl"][key], "nats"
 
 
-def table(results):
+def table(results: dict) -> str:
     """The results as text."""
     entries = list(rows(results))
     width = max([len(name) for name, *_ in entries], default=0) + 2
@@ -217,8 +218,8 @@ def table(results):
     return "\n".join(lines)
 
 
-def main(arguments=None):
-    """Measures what the options ask for; prints the table, writes the JSON, returns the results (a dict)."""
+def main(arguments: list[str] | None = None) -> dict:
+    """Measures what the options ask for; prints the table, writes the JSON, returns the results."""
     options = load_options(sys.argv[1:] if arguments is None else list(arguments))
     if options.output:
         check_output(options.output)
@@ -232,7 +233,7 @@ def main(arguments=None):
     return results
 
 
-def command():
+def command() -> None:
     run_command(main, interrupted="interrupted, nothing is written")
 
 

@@ -1,12 +1,16 @@
 """How good a policy is: the judge's score of sampled responses to held-out prompts, with its standard error, and how far
 it has moved from the reference. `rto_fast.evaluate` measures more, on the same draws."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rto_fast.batch import pack, segment_sum
-from rto_fast.rewards import completions_of
+from rto_fast.batch import PackedBatch, pack, segment_sum
+from rto_fast.data.tokenizing import Prompt
+from rto_fast.rewards import Completion, Judge, completions_of
+from rto_fast.rollout import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.common import response_logps
 
@@ -23,13 +27,18 @@ class Evaluation:
     kl: float | None = None  # to the reference, nats a response; None where it was not measured
 
 
-def respond(engine, prompts, sampling, tokenizer, seed=EVALUATION_SEED):
-    """One response to each `Prompt`: (RolloutBatch, completions)."""
+def respond(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
+    seed: int = EVALUATION_SEED,
+) -> tuple[RolloutBatch, list[Completion]]:  # fmt: skip
+    """One response to each prompt."""
     rollout = generate_shared(engine, [p.prompt_ids for p in prompts], 1, sampling, seed)
     return rollout, completions_of(prompts, rollout.response_ids, rollout.finished, tokenizer)
 
 
-def kl_terms(policy_logps, reference_logps, batch):
+def kl_terms(
+    policy_logps: torch.Tensor, reference_logps: torch.Tensor, batch: PackedBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each response's terms of two unbiased estimates of KL(policy ‖ reference), in nats a response, from its own samples.
 
     Args:
@@ -42,19 +51,23 @@ def kl_terms(policy_logps, reference_logps, batch):
     return segment_sum(ratio, batch.cu_seqlens), segment_sum(torch.expm1(-ratio) + ratio, batch.cu_seqlens)
 
 
-def measured_kl(policy, reference, rollout, temperature, max_tokens):
+def measured_kl(
+    policy: PreTrainedModel, reference: PreTrainedModel, rollout: RolloutBatch, temperature: float, max_tokens: int
+) -> float:
     """Mean k1 of a rollout in nats a response, both sides from forward passes of `max_tokens`."""
     ids = rollout.prompt_ids, rollout.response_ids
-    logps = [response_logps(model, *ids, max_tokens, temperature) for model in (policy, reference)]
-    return kl_terms(*logps, pack(*ids, logps[0].device))[0].mean().item()
+    ours, theirs = (response_logps(model, *ids, max_tokens, temperature) for model in (policy, reference))
+    return kl_terms(ours, theirs, pack(*ids, ours.device))[0].mean().item()
 
 
-def evaluate(engine, prompts, sampling, judge, tokenizer, kl=None):
+def evaluate(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge, tokenizer: PreTrainedTokenizerBase,
+    kl: Callable[[RolloutBatch], float] | None = None,
+) -> tuple[Evaluation, list[Completion], torch.Tensor]:  # fmt: skip
     """Samples one response to each prompt and judges it.
 
     Args:
-        engine: rollout engine of the policy. prompts: list of `Prompt`. judge: completions → [N] scores. kl: called with
-            the `RolloutBatch` for `Evaluation.kl`, or None.
+        engine: rollout engine of the policy. kl: measures `Evaluation.kl`.
     Returns:
         (Evaluation, completions, scores [N])
     """
@@ -72,7 +85,7 @@ def evaluate(engine, prompts, sampling, judge, tokenizer, kl=None):
     return result, completions, scores
 
 
-def samples(completions, scores, count):
+def samples(completions: list[Completion], scores: torch.Tensor, count: int) -> list[dict]:
     """The first `count` completions as plain records."""
     return [
         {"prompt": c.prompt.prompt, "response": c.text, "finished": c.finished, "score": s.item()}
@@ -80,8 +93,8 @@ def samples(completions, scores, count):
     ]
 
 
-def table(rows, judge_name):
-    """A text table of {policy name: Evaluation}."""
+def table(rows: dict[str, Evaluation], judge_name: str) -> str:
+    """A text table of the policies."""
     lines = [f"{'policy':<8}{judge_name:>22}{'std. error':>12}{'length':>9}{'finished':>10}{'responses':>11}"]
     for name, e in rows.items():
         e = asdict(e)

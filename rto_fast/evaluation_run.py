@@ -1,7 +1,7 @@
 """The measurements of `python -m rto_fast.evaluate`, one model in memory at a time."""
 
 import dataclasses
-import inspect
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -11,6 +11,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.errors import DataError
 from rto_fast.estimates import length_controlled_win_rate, mean, rate, wins
+from rto_fast.evaluate import EvaluateConfig
 from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
 from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
@@ -20,7 +21,7 @@ from rto_fast.stages.common import response_logps
 from rto_fast.stages.dpo import pair_logps
 
 
-def measure(options, say):
+def measure(options: EvaluateConfig, say: Callable[[str], None]) -> dict:
     """All that `EvaluateConfig` asks for: a dict of plain values, estimates as {value, low, high, count}."""
     return Measurement(options, say).results()
 
@@ -60,22 +61,8 @@ class Measurement:
             raise DataError(
                 "--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs"
             )
-        self._check_columns()
-
-    def _check_columns(self):
-        """A column that the function cannot do without shows now, not when all responses are there."""
-        if not self.function or self.function.takes_all:
-            return
-        examples = self.prompts[:1] + [pair.example for pair in self.pairs[:1]]
-        parameters = [*inspect.signature(self.function.function).parameters.values()][2:]  # after prompts and responses
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
-        for name in needed:
-            for example in examples:
-                if name not in {*example.extra, "finished"}:
-                    has = ", ".join(example.extra) or "none beside those that are read as text"
-                    function = self.options.reward.partition(":")[2]
-                    raise DataError(f"--reward: {function} takes the column `{name}`, which the data does not have "
-                                    f"({example.origin}; its columns: {has})")  # fmt: skip
+        if self.function:
+            self.function.check_columns(self.prompts[:1] + [pair.example for pair in self.pairs[:1]])
 
     def results(self):
         options = self.options

@@ -13,7 +13,7 @@ _BOXED = re.compile(r"\\?boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 LONGEST = 100  # characters of a number that can be an answer; what runs on ("0.3333…") is none
 
 
-def final_number(text):
+def final_number(text: str) -> Fraction | None:
     """The number that a solution ends with, exactly (`Fraction`), or None.
 
     It is the first number after the last `####` (GSM8K's own mark), else the last one in the last `\\boxed{}`, else the last
@@ -26,11 +26,11 @@ def final_number(text):
         return _value(found)
     if boxed := _BOXED.findall(text):
         text = boxed[-1]
-    found = [*_NUMBER.finditer(text)]
-    return _value(found[-1]) if found else None
+    numbers = [*_NUMBER.finditer(text)]
+    return _value(numbers[-1]) if numbers else None
 
 
-def _value(found):
+def _value(found: re.Match[str]) -> Fraction | None:
     sign, inner_sign, top, bottom = found.groups()
     if len(found[0]) > LONGEST:
         return None
@@ -43,7 +43,7 @@ def _value(found):
     return -value if sign or inner_sign else value
 
 
-def gsm8k(prompts, responses, answer):
+def gsm8k(prompts: list, responses: list[str], answer: list) -> list[float]:
     """Exact-answer reward: 1 if the response's final number (see `final_number`) equals the row's `answer`, else 0.
 
     A reward function as `reward_model.function`, `eval.function` and `rto_fast.evaluate --reward` take it, by the name

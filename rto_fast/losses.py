@@ -1,14 +1,24 @@
 """Losses of the stages before RTO. RTO's own are kernels (`rto_fast.ops`)."""
 
+from typing import Literal
+
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def bradley_terry(chosen_scores, rejected_scores):
+def bradley_terry(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """−log σ(s_chosen − s_rejected), [N] each → [N]."""
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
-def dpo(chosen_log_ratios, rejected_log_ratios, *, beta, loss="sigmoid", label_smoothing=0.0):
+def dpo(
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    *,
+    beta: float,
+    loss: Literal["sigmoid", "ipo"] = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Direct preference optimisation from log(π/π_ref) of whole responses (summed over tokens, EOS included).
 
     Args:

@@ -17,8 +17,10 @@ embedding lets go of the weight in between.
 """
 
 import os
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
 from rto_fast.kernels import reference, sampling_reference
 from rto_fast.kernels.reference import RTOAdvantages
@@ -114,6 +116,16 @@ def _check_ppo(like, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, **t
         raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
 
 
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[False] = ..., inplace_backward: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[True], inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def token_logps(
     logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False
 ):  # fmt: skip
@@ -140,6 +152,16 @@ def token_logps(
     )  # fmt: skip
 
 
+@overload
+def linear_token_logps(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ..., return_entropy: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logps(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ..., return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_token_logps(
     hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
     return_entropy=False,
@@ -161,9 +183,11 @@ def linear_token_logps(
 
 
 def linear_ppo_loss(
-    hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, *, weights=None, num_items=None,
-    clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
-):  # fmt: skip
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor,
+    loss_mask: Tensor, *, weights: Tensor | None = None, num_items: float | Tensor | None = None, clip_eps: float = 0.2,
+    clip_eps_high: float | None = None, dual_clip: float | None = None, entropy_coef: float = 0.0,
+    temperature: float = 1.0, softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Clipped PPO loss straight from hidden states: `linear_token_logps` and `ppo_policy_loss` in one sweep.
 
     The loss is Σ weights·(policy loss − entropy_coef·entropy) / num_items over `loss_mask`; see `ppo_policy_loss`.
@@ -185,9 +209,10 @@ def linear_ppo_loss(
 
 
 def ppo_policy_loss(
-    logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
-    dual_clip=None,
-):  # fmt: skip
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, *, weights: Tensor | None = None,
+    num_items: float | Tensor | None = None, clip_eps: float = 0.2, clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Clipped PPO policy loss (arXiv 1707.06347, eq. 7), with clip-higher and dual clip.
 
     Args:
@@ -210,7 +235,10 @@ def ppo_policy_loss(
     )  # fmt: skip
 
 
-def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, *, weights: Tensor | None = None,
+    num_items: float | Tensor | None = None, value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Clipped value loss ½·max((v − R)², (clip(v, old ± value_clip_eps) − R)²), averaged like `ppo_policy_loss`.
 
     Args:
@@ -226,7 +254,10 @@ def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_
     )
 
 
-def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+def gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95,
+    mask: Tensor | None = None, bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over packed sequences.
 
     Args:
@@ -248,10 +279,13 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
 
 
 def rto_advantages(
-    old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, *, dpo_ref_logps=None,
-    dpo_reward_scale=0.05, dpo_reward_clip=0.05, kl_coef=0.01, score_scale=1.0, score_clip=10.0, gamma=1.0,
-    gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
-):  # fmt: skip
+    old_logps: Tensor, ref_logps: Tensor, dpo_logps: Tensor, values: Tensor, scores: Tensor, cu_seqlens: Tensor,
+    response_mask: Tensor, *, dpo_ref_logps: Tensor | None = None, dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05, kl_coef: float = 0.01, score_scale: float = 1.0, score_clip: float = 10.0,
+    gamma: float = 1.0, gae_lambda: float = 0.95, granularity: Literal["token", "sentence", "sequence"] = "token",
+    delimiter_mask: Tensor | None = None, shaping: bool = False, bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+) -> RTOAdvantages:  # fmt: skip
     """RTO's token rewards (arXiv 2404.18922, eq. 4.7), their GAE and whitening.
 
     token reward = clip(dpo_reward_scale·(dpo_logps − dpo_ref_logps), ±dpo_reward_clip)
@@ -292,8 +326,10 @@ def rto_advantages(
 
 
 def sample_tokens(
-    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):  # fmt: skip
+    logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    min_p: float = 0.0, softcap: float | None = None, stop_ids: Tensor | None = None,
+    stop_allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draws a token per row from softmax(logits / temperature), filtered, and gives its log-probabilities.
 
     Two random numbers a row invert the distribution function, one over tiles of the vocabulary, one over the tokens of

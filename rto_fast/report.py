@@ -1,11 +1,12 @@
 """`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
 
 import argparse
+from pathlib import Path
 
 from rto_fast.command_line import run_command
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> Path:
     """Writes the report; returns its path."""
     parser = argparse.ArgumentParser(
         prog="python -m rto_fast.report",
@@ -22,7 +23,7 @@ def main(arguments=None):
     return path
 
 
-def command():
+def command() -> None:
     run_command(main)
 
 

@@ -3,13 +3,17 @@
 import importlib
 import inspect
 import threading
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
-from rto_fast.data.tokenizing import Prompt, encode_prompt, encode_response, stop_token_ids
-from rto_fast.errors import ConfigError, RewardError
+from rto_fast.data.layouts import Example
+from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response, stop_token_ids
+from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
 from rto_fast.models.placement import device_of, resident
@@ -26,13 +30,20 @@ class Completion:
     finished: bool  # ended by a stop token
 
 
-def completions_of(prompts, response_ids, finished, tokenizer):
+Judge = Callable[[list[Completion]], torch.Tensor]  # [N] scores
+
+
+def completions_of(
+    prompts: Sequence[Prompt], response_ids: list[list[int]], finished: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> list[Completion]:
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
 
 
-def completions_of_pairs(pairs, stop_ids, tokenizer):
-    """The chosen and the rejected response of each `Pair` as completions."""
+def completions_of_pairs(
+    pairs: Sequence[Pair], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Completion]:
+    """The chosen and the rejected response of each pair as completions."""
     prompts = [
         Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin) for p in pairs for _ in range(2)
     ]
@@ -49,7 +60,10 @@ class RewardModel:
             forward pass.
     """
 
-    def __init__(self, model, tokenizer, policy_tokenizer, *, prompt_format, max_tokens):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, *,
+        prompt_format: str, max_tokens: int,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.prompt_format = prompt_format
         self.same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -65,7 +79,7 @@ class RewardModel:
             response = response[:-1]  # the stop token that encode_response adds was never sampled
         return encode_prompt(self.tokenizer, prompt.prompt, self.prompt_format) + response
 
-    def __call__(self, completions):
+    def __call__(self, completions: list[Completion]) -> torch.Tensor:
         """[N] float32 scores on the model's device."""
         scores = score_sequences(self.model, [self._ids(c) for c in completions], self.max_tokens)
         return _finite(scores, completions, "reward model")
@@ -74,12 +88,12 @@ class RewardModel:
 def _finite(scores, completions, source):
     if not scores.isfinite().all():
         index = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(f"{source}: score {scores[index].item()} for the response {completions[index].text!r}")
+        raise RewardError(f"{source}: score {scores[index].item()} for the response {completions[index].text[:80]!r}")
     return scores
 
 
 @torch.no_grad()
-def score_sequences(model, sequences, max_tokens):
+def score_sequences(model: PreTrainedModel, sequences: list[list[int]], max_tokens: int) -> torch.Tensor:
     """Score of each sequence's last token, [N] float32, packed `max_tokens` at a time."""
     with resident(model):
         device = device_of(model)
@@ -91,13 +105,20 @@ def score_sequences(model, sequences, max_tokens):
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
 
 
-def import_function(path, key):
+def _told(error: BaseException) -> str:
+    """Somebody else's error: its kind, what it says, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def import_function(path: str, key: str) -> Callable:
     """The function that `module:function` names; `key` is the configuration key for messages."""
     module_name, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {error}") from error
+    except (Exception, SystemExit) as error:  # the module is somebody else's code, and a script may end itself
+        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
     if not callable(function):
         raise ConfigError(f"{key}: {path!r} is not a function")
     return function
@@ -110,14 +131,32 @@ class RewardFunction:
     the name of another column of the data (such as `answer`), is given those lists by keyword.
     """
 
-    def __init__(self, path, key, device="cpu", timeout=None):
-        self.path, self.device, self.timeout = path, device, timeout
+    def __init__(self, path: str, key: str, device: torch.device | str = "cpu", timeout: float | None = None):
+        self.path, self.key, self.device, self.timeout = path, key, device, timeout
         self.function = import_function(path, key)
-        parameters = inspect.signature(self.function).parameters.values()
+        try:
+            parameters = [*inspect.signature(self.function).parameters.values()]
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}; give a function written in Python") from None
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         self.names = {p.name for p in parameters}
+        self.required = [p.name for p in parameters[2:] if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
 
-    def __call__(self, completions):
+    def check_columns(self, examples: Sequence[Prompt | Example]) -> None:
+        """A column that the function cannot do without shows now, not when the first responses are there.
+
+        Args:
+            examples: one of each source that is scored.
+        """
+        for name in [] if self.takes_all else self.required:
+            for example in examples:
+                if name not in {*example.extra, "finished"}:
+                    has = ", ".join(example.extra) or "none beside those that are read as text"
+                    function = self.path.partition(":")[2]
+                    raise DataError(f"{self.key}: {function} takes the column `{name}`, which the data does not have "
+                                    f"({example.origin}; its columns: {has})")  # fmt: skip
+
+    def __call__(self, completions: list[Completion]) -> torch.Tensor:
         columns = {name for c in completions for name in c.prompt.extra} - {"prompts", "responses"}
         extra = {name: [c.prompt.extra.get(name) for c in completions] for name in columns}
         extra["finished"] = [c.finished for c in completions]
@@ -139,8 +178,8 @@ class RewardFunction:
             scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
         except RewardError:
             raise
-        except Exception as error:  # somebody else's code: whatever it raises is told with its name
-            raise RewardError(f"{self.path}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # somebody else's code
+            raise RewardError(f"{self.path}: {_told(error)}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
         return _finite(scores, completions, self.path)
@@ -177,11 +216,11 @@ class NormalizedScores:
     mean: float = 0.0
     std: float = 1.0
 
-    def __call__(self, completions):
+    def __call__(self, completions: list[Completion]) -> torch.Tensor:
         return (self.source(completions) - self.mean) / self.std
 
 
-def score_statistics(scores):
+def score_statistics(scores: torch.Tensor) -> tuple[float, float]:
     """(mean, std) of [N] scores; a constant score is only centred."""
     std = scores.std(correction=0).item()
     return scores.mean().item(), std if std > 1e-6 else 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
 from rto_fast.evaluation import evaluate, measured_kl, samples
-from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
+from rto_fast.models.loading import (
+    check_vocabulary,
+    check_weights,
+    load_causal_lm,
+    load_scorer,
+    load_tokenizer,
+    resolve_dtype,
+    vocabulary_size,
+)
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
@@ -24,15 +33,19 @@ from rto_fast.stages.common import load_frozen, save_model
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
+from rto_fast.training.state_files import write_text
 
 
 def prepare_output(path):
     """Creates the run's folder; one that holds results, or anything of somebody else's, is refused."""
     folder = Path(path)
     unstarted = {"config.yaml", "base"}  # what a run leaves that stopped at a mistake before its first step
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - unstarted):
-        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - unstarted):
+            raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror}; give another one") from None
     return folder
 
 
@@ -69,7 +82,7 @@ class Run:
         self.folder = Path(config.resume or config.output_dir)
         if ranks.is_main() and not config.resume:
             prepare_output(self.folder)
-            (self.folder / "config.yaml").write_text(dump_config(config))
+            write_text(self.folder / "config.yaml", dump_config(config))
         ranks.barrier()
         is_main = ranks.is_main()
         self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
@@ -92,14 +105,17 @@ class Run:
         self._check_models(trust)
         self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust))
         self.sampling = Sampling.of(config.rollout, self.stop_ids)
-        self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say)
+        size = vocabulary_size(self.base, trust_remote_code=trust)
+        self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say, size)
         # Mistakes in functions and data show now, not after the first stages.
         self.reward_function = self._function("reward_model.function")
         self.eval_function = self._function("eval.function")
         self._load_data()
+        self._check_functions()
 
     def _trackers(self):
-        trackers, track = [TensorBoard(self.folder / "tensorboard", self.folder / "metrics.jsonl")], self.config.track
+        record, track = self.folder / "metrics.jsonl", self.config.track
+        trackers: list[TensorBoard | Service] = [TensorBoard(self.folder / "tensorboard", record)]
         if track.service:
             name = self.folder.resolve().name
             trackers.append(Service(track.service, track.project, name, dataclasses.asdict(self.config)))
@@ -112,6 +128,7 @@ class Run:
         """Supplied models must be there, and know the policy's tokens as the policy does if they are given them."""
         config = self.config
         supplied = {
+            "model.path": config.model.tokenizer and not config.sft.model and self.base,
             "sft.model": config.sft.model, "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model,
             "rto.ref_model": config.rto.ref_model, "rto.critic": config.rto.critic,
         }  # fmt: skip
@@ -120,6 +137,8 @@ class Run:
                 check_vocabulary(path, self.tokenizer, key, trust_remote_code=trust_remote_code)
         if config.reward_model.model:
             load_tokenizer(config.reward_model.model, trust_remote_code=trust_remote_code)
+        for path in filter(None, [self.base, config.reward_model.model, *supplied.values()]):
+            check_weights(path)
 
     def _function(self, key):
         stage, name = key.split(".")
@@ -134,6 +153,17 @@ class Run:
         for is_used, name in used:
             if is_used:
                 getattr(data, name)
+
+    def _check_functions(self) -> None:
+        """Functions find their columns in every source that they score."""
+        config, data = self.config, self.data
+        if self.eval_function:
+            self.eval_function.check_columns(data.eval_prompts[:1])
+        if self.reward_function and config.needs_reward_model:
+            scored = data.prompts[:1] + ([] if self.eval_function else data.eval_prompts[:1])
+            if config.rto.normalize_scores and config.data.preferences:  # see `scorer`
+                scored += [pair.example for pair in (data.held_out_pairs or data.pairs)[:1]]
+            self.reward_function.check_columns(scored)
 
     @property
     def _trains_reward_model(self):
@@ -252,6 +282,27 @@ class Run:
         except Exception as error:
             self.log.say(f"report: not written ({type(error).__name__}: {error})")
             return None
+
+    def publish(self) -> None:
+        """Writes the final model's card, and pushes the model where `hub.repo` says so; failing costs a line, as above."""
+        if not ranks.is_main():
+            return
+        hub = self.config.hub
+        try:
+            from rto_fast.reporting.model_card import write_model_card
+
+            self.log.say(f"model card: {write_model_card(self.folder)}")
+        except Exception as error:
+            self.log.say(f"model card: not written ({type(error).__name__}: {error})")
+        if not hub.repo:
+            return
+        try:
+            from rto_fast.push import push
+
+            self.log.say(f"pushed: {push(self.folder, hub.repo, private=hub.private)}")
+        except Exception as error:
+            again = shlex.join(["python", "-m", "rto_fast.push", str(self.folder), "--repo", hub.repo])
+            self.log.say(f"push: {error}; again with: {again}{'' if hub.private else ' --private false'}")
 
     def train_rto(self, name, sft_path, dpo_path, reward_path, scorer, judge):
         if self.checkpoints.is_done("rto"):

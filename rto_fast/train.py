@@ -8,7 +8,7 @@ from rto_fast.command_line import run_command
 from rto_fast.config import load_config
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> dict:
     """Runs the configured stages; returns {policy name: Evaluation}."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
@@ -24,33 +24,36 @@ def train(config):
     from rto_fast.evaluation import table
     from rto_fast.run import Run
     from rto_fast.training.ranks import is_main
+    from rto_fast.training.state_files import write_text
 
     run = Run(config)
-    sft = run.train_sft()
-    reward_model = run.train_reward_model(sft)
-    dpo = run.train_dpo(sft)
-    scorer = run.scorer(reward_model)
-    judge, judge_name = run.judge(scorer)
-    policies, last = {"SFT": sft, "DPO": dpo}, "DPO"
-    if config.rto.enabled:
-        last = "RTO" if config.pays_dense_reward else "PPO"
-        policies[last] = run.train_rto(last, sft, dpo, reward_model, scorer, judge)
-    results = {}
-    if judge:
-        results = {name: run.evaluate_directory(name, path, judge) for name, path in policies.items() if path}
-        summary = {name: vars(result) for name, result in results.items()}
-        if is_main():
-            (run.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-        run.log.say("\n" + table(results, judge_name))
-    run.log.close()
+    with run.checkpoints.resumable():
+        sft = run.train_sft()
+        reward_model = run.train_reward_model(sft)
+        dpo = run.train_dpo(sft)
+        scorer = run.scorer(reward_model)
+        judge, judge_name = run.judge(scorer)
+        policies, last = {"SFT": sft, "DPO": dpo}, "DPO"
+        if config.rto.enabled:
+            last = "RTO" if config.pays_dense_reward else "PPO"
+            policies[last] = run.train_rto(last, sft, dpo, reward_model, scorer, judge)
+        results = {}
+        if judge:
+            results = {name: run.evaluate_directory(name, path, judge) for name, path in policies.items() if path}
+            summary = {name: vars(result) for name, result in results.items()}
+            if is_main():
+                write_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
+            run.log.say("\n" + table(results, judge_name))
+        run.log.close()
     if report := run.report():
         run.log.say(f"\nreport: {report}")
+    run.publish()
     seconds = time.perf_counter() - start
     run.log.say(f"\n{seconds:.0f} s; the aligned model is an ordinary Hugging Face checkpoint in {policies[last]}")
     return results
 
 
-def command():
+def command() -> None:
     run_command(main, interrupted="interrupted; --resume goes on from the last checkpoint, if there is one")
 
 

@@ -457,15 +457,6 @@ def test_a_hub_name_without_network():
     )
 
 
-@pytest.mark.parametrize("kind", ["malformed", "bomb"])
-def test_training_refuses_bad_data_before_it_starts(tmp_path, kind):
-    (tmp_path / "a.jsonl").write_text(LINE + "{")
-    source = tmp_path / "a.jsonl" if kind == "malformed" else bomb(tmp_path / "b.jsonl.gz")
-    options = ["--data.max_unpacked_gib", "0.004", "--data.preferences", source, "--output_dir", tmp_path / "out"]
-    message = "a.jsonl:2: malformed JSON" if kind == "malformed" else "raise data.max_unpacked_gib"
-    assert_refused(command(*options, module="rto_fast.train"), message)
-
-
 @pytest.mark.skipif("RTO_FAST_DATA" not in os.environ, reason="RTO_FAST_DATA names no folder with real data")
 @pytest.mark.skipif("RTO_FAST_SMOLLM2" not in os.environ, reason="RTO_FAST_SMOLLM2 names no tokenizer")
 def test_real_data_with_a_real_tokenizer(capsys, tmp_path):

@@ -103,15 +103,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert_same_run(folder, uninterrupted)
 
 
-def test_there_must_be_something_to_resume(tmp_path):
-    process = run("--resume", tmp_path)
-    assert process.returncode == 2
-    assert (
-        process.stderr
-        == f"rto_fast: --resume {tmp_path}: no run to go on with (no progress.json and config.yaml there)\n"
-    )
-
-
 # The files
 
 

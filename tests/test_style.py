@@ -1,4 +1,4 @@
-"""ruff's rules and format hold in all code."""
+"""ruff's rules and format hold in all code, mypy's types in the package."""
 
 import subprocess
 import sys
@@ -18,3 +18,9 @@ def test_ruff(command):
         [sys.executable, "-m", "ruff", *command, *folders], cwd=ROOT, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stdout
+
+
+@pytest.mark.skipif(find_spec("mypy") is None, reason="needs mypy (the dev extra)")
+def test_mypy():
+    process = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr

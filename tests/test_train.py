@@ -6,13 +6,10 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from rto_fast.data.world import build_model, build_tokenizer, prompt_rows
-from rto_fast.errors import UserError
 from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
@@ -132,41 +129,26 @@ def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, p
     assert ("rto_critic" in made) == (policies != {"SFT", "DPO"} and "reinforce_pp" not in overrides)
 
 
-def foreign(folder, kind):
-    """A model with its own, other vocabulary."""
+def foreign_reward_model(folder):
+    """With its own, other vocabulary."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])
     config = build_model(0).config
     config.vocab_size, config.num_labels = len(tokenizer), 1
-    kind.from_config(config).save_pretrained(folder)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def test_a_reward_model_of_another_vocabulary_scores_but_is_no_critic(run, tmp_path, capsys):
-    reward_model = foreign(tmp_path / "rm", AutoModelForSequenceClassification)
+    reward_model = foreign_reward_model(tmp_path / "rm")
     arguments = [*SHORT, "--sft.model", str(run[0] / "sft"), "--reward_model.model", reward_model]
     assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
     out = capsys.readouterr().out
     assert "starts from the SFT model, since the reward model has another vocabulary" in out and "scores: mean" in out
 
 
-def test_a_policy_side_model_of_another_vocabulary_is_refused(run, tmp_path):
-    other = foreign(tmp_path / "dpo", AutoModelForCausalLM)
-    arguments = [
-        *SHORT,
-        "--sft.model",
-        str(run[0] / "sft"),
-        "--dpo.model",
-        other,
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    with pytest.raises(UserError, match="dpo.model: .* vocabulary of 50 tokens that is not the policy's"):
-        main(arguments)
-
-
-def test_a_supplied_model_needs_no_tokenizer_of_its_own_but_must_be_there(run, tmp_path):
+def test_a_supplied_model_needs_no_tokenizer_of_its_own(run, tmp_path):
     shutil.copytree(run[0] / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     arguments = [
         *SHORT,
@@ -178,8 +160,6 @@ def test_a_supplied_model_needs_no_tokenizer_of_its_own_but_must_be_there(run, t
         "0",
     ]
     assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
-    with pytest.raises(UserError, match="absent: cannot load a tokenizer"):
-        main([*SHORT, "--reward_model.model", str(tmp_path / "absent"), "--output_dir", str(tmp_path / "other")])
 
 
 def test_a_run_on_prompts_alone(run, tmp_path):
@@ -192,36 +172,3 @@ def test_a_run_on_prompts_alone(run, tmp_path):
     ]  # fmt: skip
     results = main([str(a) for a in arguments])
     assert set(results) == ALL and results["RTO"].responses == 6  # a tenth of the prompts, held out
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--sft.model", "nowhere/at-all"], "nowhere/at-all: cannot load a"),
-        (["--data.preferences", "null"], "data.preferences: no preference data"),
-        (["--eval.function", "os:nothing"], "eval.function: cannot import"),
-        (["--data.sft", "missing.jsonl"], "missing.jsonl"),
-        (["--output_dir", "."], "exists and is not empty"),
-        (["--reward_model.function", "os:nothing", *SHORT], "reward_model.function: cannot import"),
-    ],
-)
-def test_mistakes_are_named(run, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    if "--output_dir" not in arguments:
-        arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=message):
-        main(arguments)
-
-
-def test_a_mistake_ends_in_one_line_and_exit_code_2_and_can_be_mended(tmp_path):
-    out = ["--output_dir", str(tmp_path / "out")]
-    done = command("--data.sft", "missing.jsonl", *out)
-    assert done.returncode == 2 and done.stderr.startswith("rto_fast: missing.jsonl") and done.stderr.count("\n") == 1
-    with pytest.raises(UserError, match="other.jsonl"):  # not: the folder is in use
-        main(["--data.sft", "other.jsonl", *out])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="device: cuda was asked for"):
-        main(["--device", "cuda", "--output_dir", str(tmp_path / "out")])

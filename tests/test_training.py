@@ -165,3 +165,14 @@ def test_training_stops_when_no_gradient_is_finite_any_more():
             (model(data[0]).mean() * math.nan).backward()
             assert optimizer.step()["skipped"] == 1
     assert optimizer.steps == 9
+    _, restored, _ = regression(torch.float32)
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.skipped_in_a_row == 10
+
+
+def test_in_a_short_stage_half_of_the_steps_are_enough_to_stop():
+    model, optimizer, data = regression(torch.float32, steps=4)
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        for _ in range(4):
+            (model(data[0]).mean() * math.nan).backward()
+            optimizer.step()

@@ -6,9 +6,11 @@ loads through `RunData`, as a run does: what is said here is what happens there.
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
@@ -117,9 +119,10 @@ def _lengths(data, kind, tokenizer, examples):
         words = {"prompt": [len(text.split()) for text in texts]}
         words |= {side: [len((getattr(e, side) or e.chosen).split()) for e in examples] for side in sides}
         return histogram(words)
-    builder = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}[kind]
+    builders: dict[str, Callable] = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}
     options = () if kind == "prompts" else (data.stop_ids,)
-    built, _ = builder(examples, data.caching_tokenizer(examples), UNLIMITED, data.config.prompt_format, *options)
+    tokenizer = data.caching_tokenizer(examples)
+    built, _ = builders[kind](examples, tokenizer, UNLIMITED, data.config.prompt_format, *options)
     lengths = {"prompt": [len(item.prompt_ids) for item in built]}
     lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in sides}
     limits = {name: data.limits.max_response_tokens for name in lengths} | {"prompt": data.limits.max_prompt_tokens}
@@ -169,9 +172,10 @@ def main(arguments=None):
 
 def command():
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows no blocks gets question marks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no blocks gets question marks
     try:
-        run_command(main, tell=lambda error: visible(" ".join(str(error).split())))
+        run_command(main)
     except BrokenPipeError:  # `| head`
         sys.stdout = None
         sys.exit(0)

@@ -138,7 +138,8 @@ def _csv_rows(lines, path):
         for row in reader:
             origin, start = f"{path}:{start}", reader.line_num + 1
             if None in row or None in row.values():
-                raise DataError(f"{origin}: the row does not have the {len(reader.fieldnames)} fields of the header")
+                fields = len(reader.fieldnames or ())
+                raise DataError(f"{origin}: the row does not have the {fields} fields of the header")
             yield origin, row
     except csv.Error as error:
         raise DataError(f"{path}:{start}: malformed csv: {error}") from None

@@ -61,8 +61,9 @@ def detect_layout(row, columns=None, origin="data"):
             return "messages"
         if "prompt" in present:
             return "prompt/response" if "response" in present or "completion" in present else "prompt only"
+    header = " (a csv begins with a line of their names)" if ".csv:" in origin else ""
     raise DataError(
-        f"{origin}: no known layout in columns {_listing(row)}; map them with columns, such as "
+        f"{origin}: no known layout in columns {_listing(row)}{header}; map them with columns, such as "
         'columns={"prompt": "question", "chosen": "better", "rejected": "worse"}'
     )
 
@@ -237,7 +238,8 @@ def _check_unicode(text, name, origin):
 
 
 def _listing(row):
-    return ", ".join(map(str, row)) or "none"
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, row)]
+    return ", ".join(names[:12] + [f"{len(names) - 12} more"] * (len(names) > 12)) or "none"
 
 
 def _kind(value):

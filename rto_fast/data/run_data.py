@@ -18,7 +18,8 @@ PROMPT_ROLES = ("prompt", "messages")
 
 def split_of_source(source, default="train"):
     """(name, split) of a source that may name its split: `name[test]`, `name[test[:500]]`."""
-    name, split = re.fullmatch(r"(.*?)(?:\[([^\[\]]+(?:\[[^\[\]]*\])?)\])?", source, re.S).groups()
+    found = re.fullmatch(r"(.*?)(?:\[([^\[\]]+(?:\[[^\[\]]*\])?)\])?", source, re.S)
+    name, split = found.groups()  # type: ignore[union-attr]  # any text matches
     return name, split or default
 
 
@@ -27,11 +28,12 @@ class RunData:
 
     Args:
         config: `DataConfig`. tokenizer: the policy's; without one there are only examples. stop_ids: ids that end a
-            response. say: called with one line of text.
+            response. say: called with one line of text. vocabulary_size: of the model, which must know every token.
     """
 
-    def __init__(self, config, tokenizer, stop_ids, say):
+    def __init__(self, config, tokenizer, stop_ids, say, vocabulary_size=None):
         self.config, self.tokenizer, self.stop_ids, self.say = config, tokenizer, stop_ids, say
+        self.vocabulary_size = vocabulary_size
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
         self.read = {}  # {source: usable rows}
 
@@ -63,7 +65,18 @@ class RunData:
         tokenizer = self.caching_tokenizer(examples)
         built, report = builder(examples, tokenizer, self.limits, self.config.prompt_format, *options)
         self.say(f"{what}: {report}")
+        if self.vocabulary_size:
+            self._check_tokens(built, what)
         return built
+
+    def _check_tokens(self, built, what):
+        """A token that the model does not know would end a GPU run in a device-side assertion, far from its cause."""
+        lists = (ids for item in built for ids in vars(item).values() if isinstance(ids, list) and ids)
+        if (largest := max(map(max, lists), default=0)) >= self.vocabulary_size:
+            raise DataError(
+                f"{what}: the tokenizer makes token {largest} of {self.tokenizer.decode([largest])!r}, the model has "
+                f"{self.vocabulary_size} tokens; give the model's own tokenizer, or resize_token_embeddings"
+            )
 
     def _hold_out(self, examples, what):
         """(training examples, held-out examples): no held-out prompt occurs in training."""

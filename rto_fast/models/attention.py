@@ -89,10 +89,11 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
     outputs = []
     for (length, count), piece in zip(runs, pieces):
         if count == 1:
-            outputs.append(sdpa_causal(*(x[None] for x in piece), scaling, window, softcap)[0])
+            q, k, v = (x[None] for x in piece)
+            outputs.append(sdpa_causal(q, k, v, scaling, window, softcap)[0])
         else:
-            batch = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
-            outputs.append(sdpa_causal(*batch, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
+            q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
+            outputs.append(sdpa_causal(q, k, v, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
     return torch.cat(outputs, 1).transpose(0, 1)
 
 

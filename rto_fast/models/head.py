@@ -1,8 +1,14 @@
 """The output layer as a place to run the linear ops in."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
 
 from rto_fast.errors import ModelError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and the layer needs only torch
+    from transformers import PreTrainedModel
 
 
 class OpLinear(nn.Linear):
@@ -14,7 +20,10 @@ class OpLinear(nn.Linear):
     `lm_head.weight` does not trigger; a weight tied to the embedding likewise.
     """
 
-    def forward(self, hidden_states, op=None, args=(), **options):
+    # nn.Linear's name for the first argument is `input`.
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, op: Callable | None = None, args: tuple = (), **options: Any
+    ) -> Any:
         if op is None:
             return super().forward(hidden_states)
         if self.bias is not None:
@@ -22,7 +31,7 @@ class OpLinear(nn.Linear):
         return op(hidden_states, self.weight, *args, **options)
 
 
-def use_op_linear(model, head=None):
+def use_op_linear(model: "PreTrainedModel", head: nn.Module | None = None) -> OpLinear:
     """Turns the output layer of a Hugging Face model into an `OpLinear`, parameters and names unchanged.
 
     Called before `deepspeed.initialize`.
@@ -35,8 +44,8 @@ def use_op_linear(model, head=None):
     Raises:
         ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
     """
-    head = model.get_output_embeddings() if head is None else head
+    head = cast(nn.Linear, model.get_output_embeddings() if head is None else head)
     if type(head) not in (nn.Linear, OpLinear):
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     head.__class__ = OpLinear
-    return head
+    return cast(OpLinear, head)

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rto_fast.batch import pack
+from rto_fast.batch import PackedBatch, pack
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.head import OpLinear
@@ -40,7 +45,7 @@ def run_linear(linear, op, hidden, *args, **options):
     return op(hidden, linear.weight, *args, **options)
 
 
-def resolve_dtype(name, device):
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return getattr(torch, name)
@@ -50,18 +55,26 @@ def _from_pretrained(auto_class, what, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        place = "this directory" if os.path.isdir(path) else "this name (no such directory; tried as a hub id)"
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}") from error
+        is_local, reason = os.path.isdir(path), str(error).strip().splitlines()[0]
+        place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
+        remedy = "" if is_local else "; check the name and the network, or give a local directory"
+        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
 
 
-def check_vocabulary(path, tokenizer, key, *, trust_remote_code=False):
-    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
-    of a model without a tokenizer of its own only the number of embeddings is known."""
+def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
+    """Embeddings of the model at `path`."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
-    size = config.get_text_config().vocab_size
+    return config.get_text_config().vocab_size
+
+
+def check_vocabulary(
+    path: str, tokenizer: PreTrainedTokenizerBase, key: str, *, trust_remote_code: bool = False
+) -> None:
+    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
+    of a model without a tokenizer of its own only the number of embeddings is known."""
+    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
     try:
         same = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab() == tokenizer.get_vocab()
     except ModelError:
@@ -69,12 +82,30 @@ def check_vocabulary(path, tokenizer, key, *, trust_remote_code=False):
     if not same or size < len(tokenizer):
         raise ModelError(
             f"{key}: {path} has a vocabulary of {size} tokens that is not the policy's ({len(tokenizer)} tokens); "
-            "its log-probs of the policy's tokens would mean nothing"
+            "its log-probs of the policy's tokens would mean nothing; give models that share one tokenizer"
         )
+
+
+def check_weights(path: str) -> None:
+    """Raises ModelError unless a directory holds whole safetensors; of a name on the hub nothing is known yet."""
+    if not os.path.isdir(path):
+        return
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
+        reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
+        raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: damaged weights: {error}; copy the file again") from error
 
 
 def _load_weights(auto_class, what, path, **options):
     """(model, names of the parameters that the checkpoint does not hold)."""
+    check_weights(path)
     with _quiet():  # transformers only warns of missing weights; here they are wanted or refused
         model, info = _from_pretrained(
             auto_class, what, path, use_safetensors=True, output_loading_info=True, **options
@@ -82,7 +113,7 @@ def _load_weights(auto_class, what, path, **options):
     return model, set(info["missing_keys"])
 
 
-def load_tokenizer(path, *, trust_remote_code=False):
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
@@ -107,11 +138,14 @@ def _prepare(model, path, device, trainable, gradient_checkpointing):
     return model
 
 
-def load_causal_lm(path, *, device, dtype, trainable, gradient_checkpointing=False, trust_remote_code=False):
+def load_causal_lm(
+    path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """A causal language model ready for packed sequences, its logits checked against `causal_logps`.
 
     Args:
-        path: directory or hub id. dtype: torch dtype of the weights. trainable: train mode and gradients, or neither.
+        path: directory or hub id. dtype: of the weights. trainable: train mode and gradients, or neither.
     Raises:
         ModelError: nothing usable at `path`, or an architecture that cannot be packed.
     """
@@ -126,7 +160,10 @@ def load_causal_lm(path, *, device, dtype, trainable, gradient_checkpointing=Fal
     return model
 
 
-def load_scorer(path, *, device, dtype, trainable, gradient_checkpointing=False, trust_remote_code=False):
+def load_scorer(
+    path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """A sequence classification model with one label: a reward model (its score of the last token) or a critic (its
     score of every token). From a causal language model directory the backbone is taken and the head starts at 0."""
     from transformers import AutoModelForSequenceClassification
@@ -166,7 +203,7 @@ def _quiet():
         logging.set_verbosity(before)
 
 
-def score_head(model):
+def score_head(model: PreTrainedModel) -> nn.Linear:
     head = getattr(model, "score", None)
     if head is None:
         raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
@@ -174,7 +211,7 @@ def score_head(model):
     return head
 
 
-def output_head(model):
+def output_head(model: PreTrainedModel) -> Head:
     """The language model's `Head`, from its modules and configuration."""
     linear = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -185,7 +222,7 @@ def output_head(model):
     return Head(linear.weight, getattr(linear, "bias", None), divisor, softcap, linear)
 
 
-def forward_hidden(model, batch):
+def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states of a packed batch, [T, D]: the backbone only, no logits."""
     return model.base_model(
         input_ids=batch.input_ids[None],
@@ -199,7 +236,7 @@ def forward_hidden(model, batch):
 
 
 @whole_forward
-def causal_logps(model, batch, *, temperature=1.0):
+def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """Log-prob of each label, [T] float32 (0 where the label is ignored), never holding [T, V] logits."""
     hidden = forward_hidden(model, batch)
     return output_head(model).run(linear_token_logps, hidden, batch.labels, temperature=temperature)
@@ -210,13 +247,13 @@ def _float_linear(hidden, weight, bias=None):
 
 
 @whole_forward
-def token_scores(model, batch):
+def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The score head at every position, [T], in float32: at 20 a bfloat16 score has steps of an eighth."""
     return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
 
 
 @torch.no_grad()
-def check_causal_lm(model, name):
+def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     """Compares `causal_logps` of two packed sequences with the model's own logits of each alone.
 
     Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak.
@@ -243,7 +280,7 @@ def check_causal_lm(model, name):
 
 
 @contextlib.contextmanager
-def attention_implementation(model, name):
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
     """The model with another attention implementation, restored whatever happens."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rto_fast.errors import CheckpointError
+
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
 
@@ -38,8 +40,11 @@ class RunLog:
     def _append(self, name, record):
         if self.silent:
             return
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name} could not be written: {error.strerror}") from error
 
     def say(self, text):
         if not self.silent:

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
 import shutil
+import socket
+import time
 
-from rto_fast.errors import ConfigError
+from rto_fast.errors import CheckpointError, ConfigError
 
 
 class TensorBoard:
@@ -20,13 +23,24 @@ class TensorBoard:
 
     def log(self, stage, step, values):
         """`record` holds these values already."""
-        if stage in self.writers:
-            self._add(stage, step, values)
-            return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: not before there is something to say
+        try:
+            if stage in self.writers:
+                self._add(stage, step, values)
+            else:
+                self._begin(stage)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / stage} could not be written: {error.strerror}") from error
+
+    def _begin(self, stage):
+        # Not torch's SummaryWriter: it writes in a thread, which would die of a full disk with a traceback of its own.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         shutil.rmtree(self.folder / stage, ignore_errors=True)
-        self.writers[stage] = SummaryWriter(str(self.folder / stage), flush_secs=10)
+        (self.folder / stage).mkdir(parents=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
+        self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         with open(self.record) as lines:
             for line in map(json.loads, lines):
                 if line["stage"] == stage:
@@ -35,9 +49,13 @@ class TensorBoard:
                     )
 
     def _add(self, stage, step, values):
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writers[stage].add_scalar(name, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = [(name, value) for name, value in values.items() if isinstance(value, (int, float))]
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in numbers]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        self.writers[stage].write(event.SerializeToString())
 
     def close(self):
         for writer in self.writers.values():

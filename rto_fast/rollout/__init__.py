@@ -2,16 +2,20 @@
 
 import warnings
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
-from rto_fast.rollout.base import RolloutBatch, Sampling
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
 
-__all__ = ["HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
+__all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
 
 
-def build_engine(model, tokenizer, config):
-    """The engine that `config.engine` names (`RolloutConfig`); it decodes with what `model`'s weights are at each call.
+def build_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> Engine:
+    """The engine that `config.engine` names; it decodes with what `model`'s weights are at each call.
 
     A model that the native engine cannot decode gets transformers' `generate`, with a warning.
     """

@@ -1,11 +1,20 @@
 """What every rollout engine takes and returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import pack
+from rto_fast.batch import PackedBatch, pack
+from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
+
+
+def nan_logits(where: str) -> RolloutError:
+    return RolloutError(f"the policy's logits are NaN: {where}; its weights or activations are not finite: lower the "
+                        "learning rate that made them so")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config, stop_ids):
-        """From a `RolloutConfig`."""
+    def of(cls, config: RolloutConfig, stop_ids: Sequence[int]) -> Self:
         return cls(
             config.max_new_tokens, config.min_new_tokens, config.temperature, config.top_p, config.top_k, config.min_p,
             tuple(stop_ids),
@@ -41,7 +49,7 @@ class Sampling:
                 raise RolloutError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
 
     @property
-    def filters(self):
+    def filters(self) -> bool:
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
@@ -61,20 +69,20 @@ class RolloutBatch:
     stats: dict[str, float] = field(default_factory=dict)  # how the engine worked
 
     @property
-    def finished(self):
+    def finished(self) -> list[bool]:
         return [reason == "stop" for reason in self.finish_reasons]
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         return sum(map(len, self.response_ids))
 
-    def pack(self, device="cpu"):
+    def pack(self, device: torch.device | str = "cpu") -> tuple[PackedBatch, torch.Tensor | None, torch.Tensor | None]:
         """(PackedBatch, logps [T], sampling_logps [T]) in the alignment of `rto_fast.batch`; 0 outside of responses."""
         batch = pack(self.prompt_ids, self.response_ids, device)
         return batch, self.aligned(self.logps, batch), self.aligned(self.sampling_logps, batch)
 
     @staticmethod
-    def aligned(values, batch):
+    def aligned(values: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor | None:
         """Values of response tokens, [total response tokens] → [T] of their packed batch, 0 elsewhere."""
         if values is None:
             return None
@@ -82,11 +90,35 @@ class RolloutBatch:
         return out.masked_scatter_(batch.response_mask, values.to(out.device))
 
 
-def finish_reasons(response_ids, stop_ids):
+class Engine(Protocol):
+    """What `build_engine` gives; see `NativeEngine.generate`."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
+        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+    ) -> RolloutBatch: ...  # fmt: skip
+
+
+def token_ids(prompts: Sequence[Sequence[int] | str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    ids = []
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            ids.append(list(prompt))
+        elif tokenizer is None:
+            raise RolloutError(f"prompt {index} is text and the engine has no tokenizer: give token ids")
+        else:
+            ids.append(tokenizer(prompt)["input_ids"])
+    return ids
+
+
+def finish_reasons(response_ids: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
     return ["stop" if ids and ids[-1] in stop_ids else "length" for ids in response_ids]
 
 
-def check_request(prompt_ids, n, sampling, vocab_size, context, prompt_numbers, limits):
+def check_request(
+    prompt_ids: list[list[int]], n: int, sampling: Sampling, vocab_size: int, context: int | None,
+    prompt_numbers: Sequence[int] | None, limits: Sequence[int] | None,
+) -> list[int]:  # fmt: skip
     """The most tokens of each response: len(prompt_ids)·n numbers.
 
     Raises:

@@ -1,34 +1,49 @@
 """Rollouts by transformers' `generate`: works for every model, pads inside a decoding batch."""
 
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
+from rto_fast.config import RolloutConfig
 from rto_fast.models.loading import attention_implementation
-from rto_fast.rollout.base import RolloutBatch, check_request, finish_reasons
+from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
 
 
+def _refuse_nan(input_ids, scores):
+    """A logits processor. Without it torch names no cause, and on a GPU not even the place."""
+    valid = (scores < torch.inf).all(1)
+    if not valid.all():
+        raise nan_logits(f"sequence {int(valid.int().argmin())} of a batch, position {input_ids.shape[1]}")
+    return scores
+
+
 class HFEngine:
-    def __init__(self, model, tokenizer, config):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.model = self.wrapped.causal_lm
 
     @torch.no_grad()
-    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(
+        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
+        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Samples `n` responses to each prompt; see `NativeEngine.generate`.
 
         Here a sample also depends on the batch it is decoded in, and a response's limit cuts it after the fact.
         """
         start = time.perf_counter()
-        prompt_ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        prompt_ids = token_ids(prompts, self.tokenizer)
         limits = check_request(
             prompt_ids, n, sampling, self.wrapped.vocab_size, self.wrapped.context, prompt_numbers, limits
         )  # fmt: skip
-        prompts = [ids for ids in prompt_ids for _ in range(n)]
-        responses = [None] * len(prompts)
+        prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
+        responses: list[list[int]] = [[] for _ in prompt_ids]
         # Alike lengths decode together: less padding, and batches that end together.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
         defaults = self.model.generation_config
@@ -39,19 +54,20 @@ class HFEngine:
                 self.model.generation_config = self._generation_config(sampling)
                 for i in range(0, len(order), self.config.batch_size):
                     chosen = order[i : i + self.config.batch_size]
-                    for index, response in zip(chosen, self._decode([prompts[j] for j in chosen], sampling)):
+                    for index, response in zip(chosen, self._decode([prompt_ids[j] for j in chosen], sampling)):
                         responses[index] = response[: limits[index]]
             finally:
                 self.model.generation_config = defaults
         reasons = finish_reasons(responses, sampling.stop_ids)
-        return RolloutBatch(prompts, responses, reasons, timings={"rollout": time.perf_counter() - start})
+        return RolloutBatch(prompt_ids, responses, reasons, timings={"rollout": time.perf_counter() - start})
 
     def _decode(self, prompts, sampling):
         device, width = self.model.device, max(map(len, prompts))
         pad = self._pad(sampling)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = self.model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        checks = LogitsProcessorList([_refuse_nan])
+        out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=checks)[:, width:].tolist()
         return [self._until_stop(row, set(sampling.stop_ids)) for row in out]
 
     def _pad(self, sampling):

@@ -79,7 +79,7 @@ class RolloutModel:
                 try:
                     yield self
                 finally:
-                    self.fused = self.head = None  # or they would hold weights that are moved elsewhere
+                    del self.fused, self.head  # or they would hold weights that are moved elsewhere
 
     def hidden(self, input_ids, position_ids, paged):
         """Last hidden states, [T, D]."""

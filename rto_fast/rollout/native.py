@@ -5,15 +5,19 @@ are the behaviour policy's own. Continuous batching over a paged KV cache; on a 
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
+from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.ops import token_logps
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe
-from rto_fast.rollout.base import RolloutBatch, check_request, finish_reasons
+from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.fuse import lay_side_by_side
@@ -26,15 +30,18 @@ class NativeEngine:
 
     Args:
         model: as it is trained: bare, or in DeepSpeed (ZeRO 0–3), DistributedDataParallel, PEFT.
-        tokenizer: encodes prompts that are strings. config: `RolloutConfig`.
+        tokenizer: encodes prompts that are strings; without one there are none.
     Raises:
         ModelError: an architecture whose attention cannot be paged, or whose decoding does not give the log-probs of
             its own forward pass (checked here, on a few tokens).
     """
 
-    def __init__(self, model, tokenizer, config):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
-        self.state = self.step = None
+        self.state: DecodeState | None = None
+        self.step: DecodeStep | None = None
+        self.step_key: tuple | None = None
+        self.cache: PagedCache
         self._lay_side_by_side()
         self._check()
 
@@ -43,23 +50,24 @@ class NativeEngine:
             lay_side_by_side(self.model.causal_lm.base_model)
 
     @torch.no_grad()
-    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(
+        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
+        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Samples `n` responses to each prompt.
 
         Args:
-            prompts: lists of token ids, or strings. n: samples per prompt. sampling: `Sampling`.
+            prompts: lists of token ids, or strings. n: samples per prompt.
             seed: with a prompt's number and the sample's among its n, it determines the random numbers of a sample: not
                 the batch, its order or the number of ranks. The global random state is neither used nor changed.
             prompt_numbers: of the prompts among those of all ranks (default: 0, 1, …).
             limits: tokens that each of the len(prompts)·n responses may have, where this is less than max_new_tokens.
-        Returns:
-            RolloutBatch
         Raises:
             RolloutError: a prompt that leaves no room for a response, a stop token outside of the vocabulary, too little
                 memory for one sequence, NaN logits. The model is as before, all memory is given back.
         """
         start = time.perf_counter()
-        prompt_ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        prompt_ids = token_ids(prompts, self.tokenizer)
         limits = check_request(
             prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
         )  # fmt: skip
@@ -69,18 +77,19 @@ class NativeEngine:
         with self.model.decoding():
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
-                captured = self.step.capture_seconds
+                captured = scheduler.step.capture_seconds
                 numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
-                self.state.reset(self._uniforms(seed, [number * n + i for number in numbers for i in range(n)], limits))
+                sample_ids = [number * n + i for number in numbers for i in range(n)]
+                scheduler.state.reset(self._uniforms(seed, sample_ids, limits))
                 scheduler.run()
-                batch = self._batch([ids for ids in prompt_ids for _ in range(n)], sampling)
+                batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             finally:
                 self.cache.release()
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
         batch.stats = {
             # Of the tokens that decode steps had room for.
             "occupancy": (batch.num_tokens - len(limits)) / max(scheduler.slot_steps, 1),
-            "preemptions": scheduler.preemptions, "capture_seconds": self.step.capture_seconds - captured,
+            "preemptions": scheduler.preemptions, "capture_seconds": scheduler.step.capture_seconds - captured,
         }  # fmt: skip
         return batch
 
@@ -120,8 +129,9 @@ class NativeEngine:
         ids = torch.tensor(sample_ids, device=device)[:, None]
         return philox_uniforms(seed, ids, torch.arange(max(limits), device=device))
 
-    def _batch(self, prompt_ids, sampling):
-        state, count = self.state, len(prompt_ids)
+    @staticmethod
+    def _batch(state, prompt_ids, sampling):
+        count = len(prompt_ids)
         lengths = state.counts[:count]
         drawn = torch.arange(state.tokens.shape[1], device=lengths.device) < lengths[:, None]
         responses = [ids[:length] for ids, length in zip(state.tokens[:count].tolist(), lengths.tolist())]
@@ -184,7 +194,7 @@ class NativeEngine:
         prompt, device = Request(ids[:10], [0]), self.model.device
         for begin, end in ((0, 6), (6, 10)):
             prefill_chunk(self.model, self.cache, [(prompt, [0], begin, end)])
-        hidden = [prompt.hidden]
+        hidden: list = [prompt.hidden]
         table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         for position in range(10, 15):
             state = self.cache, table, torch.tensor([position], device=device), torch.tensor([True], device=device)

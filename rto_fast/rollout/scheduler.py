@@ -6,8 +6,8 @@ from itertools import accumulate, count
 
 import torch
 
-from rto_fast.errors import RolloutError
 from rto_fast.rollout.attention import Prefill
+from rto_fast.rollout.base import nan_logits
 from rto_fast.rollout.cache import to_device
 
 
@@ -109,8 +109,7 @@ class Scheduler:
         if True in invalid[:-1]:
             row = invalid.index(True)
             position = int(self.state.logps[row].isnan().int().argmax())
-            raise RolloutError(f"the policy's logits are NaN: response {row} (counted over prompts and samples), "
-                               f"token {position}; its weights or activations are not finite")  # fmt: skip
+            raise nan_logits(f"response {row} (counted over prompts and samples), token {position}")
         ended = [s for s in self.running if done[s.row]]
         for sequence in ended:
             self.cache.give(sequence.pages)

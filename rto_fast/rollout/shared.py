@@ -31,12 +31,12 @@ def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
 
     ids = gathered(torch.tensor([token for response in part.response_ids for token in response]))
     responses = [response.tolist() for response in ids]
-    logps = [
+    logps, sampling_logps = (
         None if values is None else torch.cat(gathered(values)) for values in (part.logps, part.sampling_logps)
-    ]  # fmt: skip
+    )  # fmt: skip
     prompts = [ids for ids in prompt_ids for _ in range(n)]
     return RolloutBatch(
-        prompts, responses, finish_reasons(responses, sampling.stop_ids), *logps, part.timings,
+        prompts, responses, finish_reasons(responses, sampling.stop_ids), logps, sampling_logps, part.timings,
         part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
     )  # fmt: skip
 

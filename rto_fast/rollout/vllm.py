@@ -10,12 +10,16 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
-from rto_fast.rollout.base import RolloutBatch
+from rto_fast.rollout.base import RolloutBatch, Sampling, token_ids
 from rto_fast.rollout.model import RolloutModel
 
 INSTALL = 'pip install "vllm>=0.31,<0.33"'
@@ -45,18 +49,20 @@ class VLLMEngine:
 
     Args:
         model: as it is trained: bare, or in DistributedDataParallel or DeepSpeed (ZeRO 0–2).
-        tokenizer: encodes prompts that are strings. config: `RolloutConfig`; its `vllm` holds further options of
-            `vllm.LLM`.
+        tokenizer: encodes prompts that are strings. config: its `vllm` holds further options of `vllm.LLM`.
     Raises:
-        ConfigError: vLLM is not installed, or refuses the options. ModelError: a policy whose weights are not whole here.
+        ConfigError: vLLM is not installed, refuses the options or is given no tokenizer. ModelError: a policy whose weights
+            are not whole here.
     """
 
-    def __init__(self, model, tokenizer, config):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         try:
             import vllm
             from vllm.exceptions import VLLMValidationError
         except ImportError as error:
             raise ConfigError(f"rollout.engine: vllm cannot be imported ({error}): {INSTALL}") from error
+        if tokenizer is None:
+            raise ConfigError("rollout.engine: vllm reads the policy as a checkpoint, which needs the tokenizer too")
         policy = RolloutModel(model)
         if policy.is_zero3 or any(hasattr(module, "lora_A") for module in policy.causal_lm.modules()):
             raise ModelError("rollout.engine: vllm needs the policy's weights whole; with ZeRO-3 or LoRA use native")
@@ -81,7 +87,10 @@ class VLLMEngine:
                 raise ConfigError(f"rollout.vllm: {in_one_line(error)}") from error
         self._sleep()
 
-    def generate(self, prompts, n, sampling, seed=0, *, prompt_numbers=None, limits=None):
+    def generate(
+        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
+        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Samples `n` responses to each prompt, with the weights that the model has now.
 
         Args: as of `NativeEngine.generate`. A sample's random numbers depend on nothing else here either, but how vLLM's
@@ -94,15 +103,15 @@ class VLLMEngine:
             RolloutError: vLLM refuses a request, gave up on a response, or its log-probs are not finite.
         """
         start = time.perf_counter()
-        prompts = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        prompt_ids = token_ids(prompts, self.tokenizer)
         numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
         seeds = [request_seed(seed, number, sample) for number in numbers for sample in range(n)]
-        prompts = [ids for ids in prompts for _ in range(n)]
-        limits = limits or [sampling.max_new_tokens] * len(prompts)
+        prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
+        limits = limits or [sampling.max_new_tokens] * len(prompt_ids)
         try:
             self._sync()
             synced = time.perf_counter()
-            outputs = self._decode(prompts, sampling, limits, seeds)
+            outputs = self._decode(prompt_ids, sampling, limits, seeds)
         finally:
             self._sleep()
         reasons = [out.finish_reason for out in outputs]
@@ -112,7 +121,7 @@ class VLLMEngine:
         sampling_logps = self._logps(outputs, responses) if sampling.temperature > 0 else None
         whole = not sampling.filters and sampling.min_new_tokens <= 1
         return RolloutBatch(
-            prompts, responses, reasons, sampling_logps if whole else None, sampling_logps,
+            prompt_ids, responses, reasons, sampling_logps if whole else None, sampling_logps,
             {"rollout": time.perf_counter() - start, "sync": synced - start},
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rto_fast.batch import pack
+from rto_fast.errors import CheckpointError
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.training import ranks
@@ -22,19 +23,31 @@ def load_frozen(loader, path, config, *, device, **placement):
 
 
 def save_model(model, tokenizer, folder):
-    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed). All ranks call it."""
+    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed). All ranks call it.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
     folder = Path(folder)
     with whole_weights(model) if is_zero3(model) else contextlib.nullcontext():
         if ranks.is_main():
-            aside = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
+            _write_model(model, tokenizer, folder)
         ranks.barrier()
     return str(folder)
+
+
+def _write_model(model, tokenizer, folder):
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
 
 
 @torch.no_grad()

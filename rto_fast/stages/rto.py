@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
+from rto_fast.errors import RewardError
 from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
@@ -247,7 +248,8 @@ def update(config, models, optimizers, experience, seed, accumulator):
     importance = None if experience.importance is None else experience.importance.split(lengths)
     policy_options = {name: getattr(rto, name) for name in ("clip_eps", "clip_eps_high", "dual_clip", "entropy_coef")}
     per_sequence = rto.loss_normalization == "sequence" or rto.compat == "paper_code"
-    totals, steps = Counter(), 0
+    totals: Counter = Counter()
+    steps = 0
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rto.ppo_epochs):
         for chosen in torch.randperm(len(lengths), generator=generator).split(rto.batch_size):
@@ -325,12 +327,13 @@ class RTOTrainer:
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
     @property
-    def skipped(self):
-        return sum(o.skipped for o in self.optimizers.values())
+    def skipped(self) -> int:
+        """Optimizer steps whose gradient was not finite."""
+        return sum(optimizer.skipped for optimizer in self.optimizers.values())
 
     def step(self):
-        """Rollout, scores, PPO; returns the iteration's metrics."""
-        rto = self.config.rto
+        """Rollout, scores, PPO; returns the iteration's metrics. A RewardError leaves the state as it was."""
+        rto, drawn = self.config.rto, self.order.state_dict()
         seed = self.config.seed * 1_000_003 + self.step_count
         start = time.perf_counter()
         chosen = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
@@ -338,9 +341,13 @@ class RTOTrainer:
         rollout = generate_shared(self.engine, prompt_ids, rto.samples_per_prompt, self.sampling, seed)
         generated = time.perf_counter()
         repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
-        experience, metrics = collect(
-            self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
-        )
+        try:
+            experience, metrics = collect(
+                self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
+            )
+        except RewardError:
+            self.order.load_state_dict(drawn)
+            raise
         scored = time.perf_counter()
         recorded = self.step_count in recorded_iterations(self.steps)
         self.token_records = token_records(experience, repeated, self.tokenizer) if recorded else []

@@ -27,7 +27,8 @@ class Accumulator:
             the metrics of the whole step.
         """
         while True:
-            totals, failure = Counter(), None
+            totals: Counter = Counter()
+            failure = None
             try:
                 for indices, is_work in ranks.shared_micro_batches(lengths, self.tokens):
                     metrics = passes(indices, float(is_work))
@@ -37,7 +38,7 @@ class Accumulator:
                     raise
                 failure = error
             if not ranks.any_rank(failure is not None):
-                return ranks.add_up(totals)
+                return ranks.add_up(dict(totals))
             self._shrink(lengths, optimizers, failure)
 
     def _shrink(self, lengths, optimizers, failure):

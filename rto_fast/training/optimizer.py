@@ -8,7 +8,9 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from rto_fast.config import DeepSpeedConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.training import ranks
 
@@ -16,7 +18,7 @@ MOMENTS = "exp_avg", "exp_avg_sq"
 MAX_SKIPPED = 10
 
 
-def learning_rate_factor(step, total_steps, warmup_ratio, min_lr_ratio):
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
     """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
     warmup = round(warmup_ratio * total_steps)
     if step < warmup:
@@ -25,12 +27,12 @@ def learning_rate_factor(step, total_steps, warmup_ratio, min_lr_ratio):
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def named_trainable(model):
+def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """[(name, parameter)], a tied parameter once."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def parameter_groups(parameters, weight_decay):
+def parameter_groups(parameters: list[Tensor], weight_decay: float) -> list[dict]:
     """AdamW's groups. Norm weights and biases are vectors; decay would only shrink them."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -43,16 +45,16 @@ class Schedule:
     """What every optimizer has: the learning rate's course, and the count of steps done and skipped.
 
     Args:
-        stage: `StageConfig`. total_steps: length of the schedule. lr: peak learning rate, default the stage's.
+        total_steps: length of the schedule. lr: peak learning rate, default the stage's.
     """
 
-    def __init__(self, stage, total_steps, lr=None):
+    def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
         self.stage, self.total_steps = stage, total_steps
         self.peak_lr = stage.lr if lr is None else lr
         self.steps = self.skipped = self.skipped_in_a_row = 0
         self.max_skipped = min(MAX_SKIPPED, max(1, total_steps // 2))
 
-    def step(self):
+    def step(self) -> dict[str, float]:
         """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
 
         Returns:
@@ -73,6 +75,10 @@ class Schedule:
         self.steps += 1
         return {"lr": lr, "grad_norm": norm, "skipped": int(skipped)}
 
+    def _update(self, lr: float) -> float:
+        """Clips the gradients, takes the step if they are finite, clears them; returns their norm."""
+        raise NotImplementedError
+
     def _counts(self):
         return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
 
@@ -87,7 +93,7 @@ class Optimizer(Schedule):
     Args: model, and those of `Schedule`.
     """
 
-    def __init__(self, model, stage, total_steps, lr=None):
+    def __init__(self, model: nn.Module, stage: TrainingConfig, total_steps: int, lr: float | None = None):
         super().__init__(stage, total_steps, lr)
         named = named_trainable(model)
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -107,11 +113,11 @@ class Optimizer(Schedule):
 
         return hook
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
         loss.backward()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
 
     def _update(self, lr):
@@ -136,14 +142,14 @@ class Optimizer(Schedule):
 
     # The weights are in it too, in float32: those of the model are these, rounded.
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """All that training changes: float32 weights and moments by parameter name, and the position in the schedule."""
         state = self._counts() | {"weights": dict(zip(self.names, self.masters))}
         for key in MOMENTS if self.adam.state else ():
             state[key] = {name: self.adam.state[m][key] for name, m in zip(self.names, self.masters)}
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self._load_counts(state)
         with torch.no_grad():
             for name, master in zip(self.names, self.masters):
@@ -157,7 +163,7 @@ class Optimizer(Schedule):
                 self.adam.state[master] = {"step": step.to(master.device, copy=True)} | moments
 
 
-def zero_stage(deepspeed):
+def zero_stage(deepspeed: DeepSpeedConfig) -> int:
     """The stage that a `DeepSpeedConfig` means here; 0: no DeepSpeed."""
     return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
 

@@ -1,5 +1,10 @@
 """The training loop's step that SFT, the reward model and DPO share: draw, pack, accumulate, update."""
 
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from rto_fast.config import Config, StageConfig
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
@@ -10,13 +15,17 @@ class SupervisedTrainer:
     """Trains `model` on a fixed list of items.
 
     Args:
-        stage: `StageConfig`. lengths: tokens of each item. loss: called with the items' indices of one micro-batch and
+        lengths: tokens of each item. loss: called with the items' indices of one micro-batch and
             those of the whole optimizer step; returns (loss, metrics), sums that add up to the step's over its
             micro-batches.
-        config: `Config`. say: see `Accumulator`.
+        say: see `Accumulator`.
     """
 
-    def __init__(self, model, stage, lengths, loss, config, say):
+    def __init__(
+        self, model: nn.Module, stage: StageConfig, lengths: Sequence[int],
+        loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]], config: Config,
+        say: Callable[[str], object],
+    ):  # fmt: skip
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         steps = max(1, len(lengths) * stage.epochs // stage.batch_size)
         self.steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
@@ -25,16 +34,16 @@ class SupervisedTrainer:
         self.accumulator = Accumulator(stage.micro_batch_tokens, say)
 
     @property
-    def step_count(self):
+    def step_count(self) -> int:
         """Steps done."""
         return self.optimizer.steps
 
     @property
-    def skipped(self):
+    def skipped(self) -> int:
         """Steps of those whose gradient was not finite."""
         return self.optimizer.skipped
 
-    def step(self):
+    def step(self) -> dict:
         """One optimizer step; returns its metrics."""
         chosen = self.order.take(self.stage.batch_size)
         lengths = [self.lengths[i] for i in chosen]
@@ -51,12 +60,12 @@ class SupervisedTrainer:
     def _parts(self):
         return {"optimizer": self.optimizer, "order": self.order}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """All that a restored trainer needs to go on exactly as this one would have."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return parts | {"micro_batch_tokens": self.accumulator.tokens}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.accumulator.tokens = state["micro_batch_tokens"]

@@ -349,6 +349,11 @@ def test_free_slots_are_refilled_while_others_have_all_they_need():
     assert steps[8] > 0.5 * sum(steps.values()), steps
 
 
+def test_strings_need_a_tokenizer():
+    with pytest.raises(RolloutError, match="prompt 1 is text"):
+        NativeEngine(tiny(), None, RolloutConfig()).generate([[2, 3], "4 5"], 1, SAMPLING)
+
+
 def test_strings_are_encoded():
     class Words:
         def __call__(self, text):

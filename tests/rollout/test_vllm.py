@@ -263,6 +263,11 @@ def test_log_probs_that_are_not_finite_are_an_error(stub, model, monkeypatch):
         rollouts.generate(PROMPTS, 1, sampling(), seed=0)
 
 
+def test_without_a_tokenizer_there_is_no_checkpoint_to_read(stub, model):
+    with pytest.raises(ConfigError, match="needs the tokenizer"):
+        VLLMEngine(model, None, Config())
+
+
 def test_without_vllm_the_error_names_the_key_and_the_remedy(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"^rollout\.engine: .*pip install .*vllm"):

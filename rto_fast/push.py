@@ -1,0 +1,125 @@
+"""`python -m rto_fast.push RUN_DIR --repo OWNER/NAME`: a run's final model on the Hugging Face Hub."""
+
+import argparse
+import glob
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from rto_fast.command_line import run_command
+from rto_fast.config import check_repo
+from rto_fast.errors import HubError
+from rto_fast.reporting.markup import visible
+
+WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+# Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
+ALLOWED = [
+    "README.md", "images/*.png", *WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
+]  # fmt: skip
+
+
+def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bool = False) -> str | None:
+    """Uploads a finished run's model with its card, which is written where it is missing.
+
+    Args:
+        repo: OWNER/NAME; made if it is not there. private: a public repository is refused. dry_run: only list what would
+            be uploaded; no network is used.
+    Returns:
+        The repository's address, None after a dry run.
+    Raises:
+        ConfigError: not a name for a repository. DataError: no finished model. ModelError: weights that cannot be read.
+        HubError: no token, no network, or a refusal of the Hub's.
+    """
+    check_repo(repo, "--repo")
+    from rto_fast.reporting.model_card import count_parameters, final_model, name_in_card, write_model_card
+
+    _, folder = final_model(run_folder)
+    count_parameters(folder)  # weights that cannot be read are not pushed
+    card = folder / "README.md"
+    if not card.is_file():
+        write_model_card(run_folder)
+    try:
+        card.write_text(name_in_card(card.read_text(encoding="utf-8"), repo), encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError(f"{card}: not UTF-8: {error}") from error
+    files, left_out = split_files(folder)
+    if left_out:
+        print(visible(f"not uploaded, not part of a model: {', '.join(left_out)}"))
+    if not dry_run:
+        return _upload(folder, files, repo, private)
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    print(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
+    for name, size in sizes.items():
+        print(f"  {size:>15,} bytes  {name}")
+    print(f"  {sum(sizes.values()):>15,} bytes in {len(files)} files\ncard: {card}")
+    return None
+
+
+def split_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the files that are uploaded, names of the others), relative to `folder`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    root = folder.resolve()
+
+    def is_allowed(name):
+        # A pattern's * goes into folders, its depth does not; a link may point at anything on the disk.
+        fits = any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in ALLOWED)
+        return fits and (folder / name).is_file() and (folder / name).resolve() == root / name
+
+    files = [name for name in names if is_allowed(name)]
+    return files, [name for name in names if name not in files]
+
+
+def _upload(folder, files, repo, private):
+    from huggingface_hub import HfApi, get_token
+
+    token = get_token()
+    if not token:
+        raise HubError(f"{repo}: no token for the Hub; `hf auth login`, or set HF_TOKEN (it must be allowed to write)")
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        is_public = private and not api.model_info(repo).private
+        if not is_public:
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in files],
+                delete_patterns=WEIGHTS,  # of an earlier push: loaded instead of these, if they are cut otherwise
+                commit_message="Push from rto-fast",
+            )
+    except Exception as error:  # those of the client, of HTTP and of the storage have no common base
+        # An HTTP library repeats a header that it does not like.
+        reason = " ".join(str(error).replace(token, "…").split())[:300]
+        raise HubError(f"{repo}: not uploaded ({type(error).__name__}: {reason}); see the name, the token's rights and "
+                       "the network") from error  # fmt: skip
+    if is_public:
+        raise HubError(f"{repo}: exists and is public; give --private false to push there")
+    return str(url)
+
+
+def main(arguments: list[str] | None = None) -> str | None:
+    """Pushes a run's model; returns the repository's address, None after a dry run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rto_fast.push",
+        description="Uploads a finished run's final model (safetensors, configuration, tokenizer, model card, images) to "
+        "the Hugging Face Hub, and nothing else.",
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="the output_dir of a finished run")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there")
+    parser.add_argument("--private", choices=["true", "false"], default="true", help="default: true")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded; no network is used")
+    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    url = push(options.run, options.repo, private=options.private == "true", dry_run=options.dry_run)
+    if url:
+        print(f"pushed: {url}")
+    return url
+
+
+def command() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

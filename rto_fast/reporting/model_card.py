@@ -1,0 +1,303 @@
+"""The final model's card: README.md in its folder, as the Hugging Face Hub reads it, the run's figures beside it."""
+
+import math
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from rto_fast import __version__
+from rto_fast.config import Config, dump_config, load_config
+from rto_fast.data.run_data import split_of_source
+from rto_fast.errors import DataError, ModelError
+from rto_fast.reporting.markup import brief, show, visible
+from rto_fast.reporting.run_files import number, read_run
+
+FIGURES = {
+    "held_out_score": "Score on held-out prompts",
+    "rto_score": "Score of the rollouts",
+    "reward_parts": "Reward of a response, by part",
+    "rto_kl": "KL to the reference, nats a response",
+    "rto_frontier": "Score against KL",
+    "rto_length": "Response length, tokens",
+    "dpo_loss": "DPO loss",
+    "dpo_accuracy": "Share of pairs that DPO ranks right",
+}
+
+CITATIONS = f"""@inproceedings{{zhong2025rto,
+  title     = {{{{DPO}} Meets {{PPO}}: Reinforced Token Optimization for {{RLHF}}}},
+  author    = {{Zhong, Han and Shan, Zikang and Feng, Guhao and Xiong, Wei and Cheng, Xinle and Zhao, Li and He, Di and Bian, Jiang and Wang, Liwei}},
+  booktitle = {{International Conference on Machine Learning}},
+  year      = {{2025}},
+  note      = {{arXiv 2404.18922}}
+}}
+
+@software{{rto_fast,
+  title   = {{rto-fast: Reinforced Token Optimization, fast}},
+  author  = {{{{The rto-fast maintainers}}}},
+  version = {{{__version__}}}
+}}"""  # noqa: E501
+
+NAME_LINE = 'name = "{}"  # this repository, or a folder with its files'
+LOCAL = re.compile(r"(~[^\\/]*|\.{1,2}|file:|[A-Za-z]:)?[\\/]")  # how a path begins that says where on a disk it is
+SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|(api_?)?key)$", re.IGNORECASE)
+SECRET = re.compile(r"\bhf_\w{16,}|\bsk-\w{16,}|//[^/@\s]+@")
+# ASCII that can mean something in Markdown or HTML; an underscore between letters cannot.
+MARKUP = re.compile(r"""[!"#$&'*+<=>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
+
+
+def final_model(run_folder: str | Path) -> tuple[Config, Path]:
+    """(`Config`, folder of the final model) of a finished run.
+
+    Raises:
+        DataError: there is no run, or no finished model in it.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the output_dir of a run")
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder}: no config.yaml in it; give the output_dir of a run")
+    config = load_config(["--config", str(folder / "config.yaml")])
+    model = folder / ("rto" if config.rto.enabled else "dpo")
+    if not (model / "config.json").is_file() or not list(model.glob("model*.safetensors")):
+        raise DataError(f"{model}: no finished model there; go on with: python -m rto_fast.train --resume {folder}")
+    return config, model
+
+
+def write_model_card(run_folder: str | Path) -> Path:
+    """Writes the card of a finished run's final model, and the figures that it shows into images/ beside it.
+
+    Returns:
+        Path of the card: README.md in RUN/rto, or in RUN/dpo where the RTO stage is off.
+    Raises:
+        DataError: there is no finished model in the folder. ModelError: its weights cannot be read.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, model = final_model(run_folder)
+    run = read_run(run_folder)
+    methods = _methods(config)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=_hub_id(_start(config)),
+        datasets=list(dict.fromkeys(filter(None, map(_hub_dataset, _sources(config).values())))) or None,
+        tags=["rto-fast", *methods, "rlhf"],
+    )
+    sections = {
+        "Use": _use(config),
+        "Results": _results(config, run),
+        "Training": _training(config, run),
+        "Figures": _figures(run.folder / "figures", model / "images"),
+        "Configuration": _configuration(config),
+        "Citation": f"```bibtex\n{CITATIONS}\n```",
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    title = config.hub.repo.partition("/")[2] if config.hub.repo else run.name
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {plain(title)}\n\n{_summary(config, model)}\n\n{body}\n")
+    card.save(model / "README.md")
+    return model / "README.md"
+
+
+def plain(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line, in a table too: what could be markup becomes entities."""
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", brief(text, 120))
+
+
+def public(value: object, key: str = "") -> object:
+    """A setting for others' eyes: of local paths the last part, of secrets nothing."""
+    if isinstance(value, dict):
+        return {name: public(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if SECRET_KEY.search(key) or SECRET.search(value):
+        return "(left out)"
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if LOCAL.match(value) else value
+
+
+def name_in_card(text: str, repo: str) -> str:
+    """The card with the repository's name in the lines that load the model."""
+    return re.sub(NAME_LINE.replace("{}", r'[^"\n]*'), NAME_LINE.format(repo), text)
+
+
+def count_parameters(model: Path) -> int:
+    """Of the safetensors in a folder, from their headers.
+
+    Raises:
+        ModelError: a file that only has their name, or was cut.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in model.glob("model*.safetensors"):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except SafetensorError as error:
+            raise ModelError(f"{path}: not a safetensors file that can be read: {error}") from error
+    return total
+
+
+def _methods(config):
+    if not config.rto.enabled:
+        return ["dpo"]
+    return ["rto", "ppo", "dpo"] if config.pays_dense_reward else ["ppo"]
+
+
+def _start(config):
+    """What the final model was trained from."""
+    if config.rto.enabled and config.rto.init_from == "dpo" and config.dpo.model:
+        return config.dpo.model
+    return config.sft.model or config.model.path
+
+
+def _sources(config):
+    """{stage: its training data} of the stages that the run trained."""
+    data, reward = config.data, config.reward_model
+    trained = {
+        "sft": not config.sft.model and (data.sft or data.preferences),
+        "reward_model": config.needs_reward_model and not (reward.model or reward.function) and data.preferences,
+        "dpo": config.needs_dpo_model and not config.dpo.model and data.preferences,
+        "rto": config.rto.enabled and (data.prompts or data.preferences),
+    }
+    return {stage: source for stage, source in trained.items() if source}
+
+
+def _hub_id(name):
+    """`name` where it is one of the Hub's, or None: the run loaded it, so it is if it is nothing local."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if name == "embedded" or Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _hub_dataset(source):
+    name, _ = split_of_source(source)
+    return None if Path(name).expanduser().exists() else _hub_id(name.partition(":")[0])
+
+
+def _link(name):
+    """A model's name, as a link where the Hub has it."""
+    if name == "embedded":
+        return "rto-fast's embedded model (random weights)"
+    return f"[{plain(name)}](https://huggingface.co/{name})" if _hub_id(name) else plain(public(name))
+
+
+def _summary(config, model):
+    what = {
+        "rto": "[Reinforced Token Optimization](https://arxiv.org/abs/2404.18922): DPO gives every token a reward, "
+        "PPO optimises it",
+        "ppo": "PPO",
+        "dpo": "DPO",
+    }[_methods(config)[0]]
+    return (
+        f"A language model of {count_parameters(model):,} parameters, trained from {_link(_start(config))} by rto-fast with "
+        f"{what}.\n\nNo licence is stated here: those of the base model and of the data apply."
+    )
+
+
+def _use(config):
+    name = NAME_LINE.format(config.hub.repo or "OWNER/NAME")
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{name}
+model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+```"""
+
+
+def _table(header, rows):
+    """Cells are text; columns without any are left out."""
+    used = [i for i in range(len(header)) if any(row[i] not in ("", "–") for row in rows)]
+    lines = [[header[i] for i in used], ["---"] * len(used)] + [[plain(row[i]) for i in used] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _results(config, run):
+    if not run.results:
+        return ""
+    rows = []
+    for policy, values in run.results.items():
+        finished = number(values.get("finished"))
+        rows.append([
+            policy, f"{show(values.get('score'))} ± {show(values.get('standard_error'))}", show(values.get("length")),
+            show(values.get("kl")), f"{100 * finished:.1f} %" if finished == finished else "–",
+            show(values.get("responses")),
+        ])  # fmt: skip
+    judge = config.eval.function or "the reward model's normalised score"
+    header = ["policy", "score ± standard error", "length, tokens", "KL, nats a response", "finished", "responses"]
+    return f"Judged on the same held-out prompts by {plain(public(judge))}.\n\n{_table(header, rows)}"
+
+
+def _training(config, run):
+    """Where each stage started, on what, for how long, and how it ended."""
+    rto, reward, sources = config.rto, config.reward_model, _sources(config)
+    base = "embedded (random weights)" if config.model.path == "embedded" else config.model.path
+    stages = [  # key, name, where it starts, what was given instead, is it used
+        ("sft", "SFT", base, config.sft.model, True),
+        ("reward_model", "reward model", "SFT", reward.model or reward.function, config.needs_reward_model),
+        ("dpo", "DPO", "SFT", config.dpo.model, config.needs_dpo_model),
+        ("rto", _methods(config)[0].upper(), rto.init_from.upper(), None, rto.enabled),
+    ]
+    rows = []
+    for key, name, start, given, used in stages:
+        if used and given:
+            rows.append([name, f"given: {public(given)}", "", "", "", "", ""])
+        elif used:
+            batch = (
+                rto.prompts_per_rollout * rto.samples_per_prompt if key == "rto" else getattr(config, key).batch_size
+            )
+            tokens = sum(value for value in run.series(key, "tokens")[1] if value == value)
+            steps = max(run.stages.get(key, {}), default=None)
+            source = public(sources[key])
+            rows.append([name, public(start), source, show(steps), show(batch), show(tokens), _ended(run, key)])
+    header = ["stage", "starts from", "data", "steps", "batch", "tokens", "ended with"]
+    notes = [f"A step of {rows[-1][0]} is a rollout; its tokens are the responses'. {_reward(config)}"]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return "\n\n".join([_table(header, rows), *(notes * rto.enabled), f"rto-fast {__version__}, {packages}."])
+
+
+def _ended(run, stage):
+    """The last numbers of a stage."""
+    metrics = {"score": "score", "kl": "KL", "length": "length"} if stage == "rto" else {"loss": "loss"}
+    parts = []
+    for metric, label in (metrics | {"held_out_accuracy": "share of held-out pairs ranked right"}).items():
+        values = [value for value in run.series(stage, metric)[1] if value == value]
+        parts += [f"{label} {show(values[-1])}"] if values else []
+    return ", ".join(parts)
+
+
+def _reward(config):
+    """The token rewards with this run's scales; nothing where more settings than these decide them."""
+    rto = config.rto
+    if rto.granularity != "token" or rto.shaping or rto.kl_target or rto.compat != "none":
+        return ""
+    clip = f" (clipped to ±{rto.dpo_reward_clip:g})" if rto.dpo_reward_clip else ""
+    dense = f"{rto.dpo_reward_scale:g}·log(π_dpo/π_ref){clip} " if config.pays_dense_reward else ""
+    score = f", the last one also {rto.score_scale:g}·score" if rto.score_scale else ""
+    return f"Each token earns {dense}− {rto.kl_coef:g}·log(π/π_ref){score}."
+
+
+def _figures(drawn, images):
+    shown = []
+    for name, caption in FIGURES.items():
+        if (drawn / f"{name}.png").is_file():
+            images.mkdir(exist_ok=True)
+            shutil.copyfile(drawn / f"{name}.png", images / f"{name}.png")
+            shown.append(f"![{caption}](images/{name}.png)")
+    return "\n".join(shown)
+
+
+def _configuration(config):
+    settings = public(yaml.safe_load(dump_config(config)))
+    text = visible(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"<details>\n<summary>config.yaml</summary>\n\n{fence}yaml\n{text}\n{fence}\n\n</details>"
