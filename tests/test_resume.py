@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from rto_fast.errors import CheckpointError, ConfigError
-from rto_fast.training import checkpoint
-from rto_fast.training.checkpoint import Checkpoints, load_state, save_state
+from rto_fast.training import state_files
+from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.state_files import find_damage, load_state, save_state
 
 OPTIONS = [
     "--threads", "1", "--data.limit", "64", "--data.held_out", "8", "--eval.prompts", "16",
@@ -134,20 +135,35 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "_sync"):
+    for name in ("save_file", "sync"):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
-            patch.setattr(checkpoint, name, full)
+            patch.setattr(state_files, name, full)
             save_state(tmp_path / "state", {"other": 1})
         assert_state(load_state(tmp_path / "state"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path):
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:50]), "gone": lambda path: path.unlink(), "a bit": flip_a_bit
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["state-00000.safetensors", "state.json"])
+def test_damage_to_a_state_is_found(tmp_path, name, damage):
     save_state(tmp_path / "state", STATE)
-    path = tmp_path / "state" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
-        load_state(tmp_path / "state")
+    assert find_damage(tmp_path / "state") is None
+    DAMAGES[damage](tmp_path / "state" / name)
+    assert find_damage(tmp_path / "state")
+    if damage != "a bit":
+        with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+            load_state(tmp_path / "state")
 
 
 class Trainer:
@@ -164,8 +180,11 @@ class Trainer:
 class Log:
     start = 0.0
 
+    def __init__(self):
+        self.said = []
+
     def say(self, text):
-        pass
+        self.said.append(text)
 
     def seconds(self):
         return time.perf_counter() - self.start
@@ -183,6 +202,22 @@ def test_so_many_checkpoints_are_kept_as_asked(tmp_path):
     assert (again.step_count, other.step_count) == (5, 0)
     with pytest.raises(CheckpointError, match="nothing to go on from"):
         Checkpoints(tmp_path / "nowhere", Log(), resume=True)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    checkpoints, trainer, log = Checkpoints(tmp_path, Log(), keep=2), Trainer(), Log()
+    for trainer.step_count in range(1, 4):
+        (tmp_path / "metrics.jsonl").write_text("line\n" * trainer.step_count)
+        checkpoints.save("sft", trainer)
+    for step, then in ((3, 2), (2, 0)):
+        flip_a_bit(tmp_path / "checkpoints" / f"sft-{step:08d}" / "state-00000.safetensors")
+        again = Trainer()
+        Checkpoints(tmp_path, log, resume=True).restore("sft", again)
+        assert again.step_count == then and (tmp_path / "metrics.jsonl").read_text() == "line\n" * then
+    assert log.said[0].startswith(
+        "checkpoint sft-00000003 is damaged (state-00000.safetensors is not as it was written)"
+    )
+    assert any("goes on from the beginning of the stage" in text for text in log.said)
 
 
 def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):

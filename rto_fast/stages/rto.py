@@ -289,7 +289,7 @@ def update(config, models, optimizers, experience, seed, accumulator):
 
             totals.update(accumulator.run(passes, [lengths[i] for i in chosen], optimizers.values()))
             if ranks.world_size() > 1:
-                totals["imbalance"] += ranks.imbalance([lengths[i] for i in chosen])
+                totals.update({"imbalance": ranks.imbalance([lengths[i] for i in chosen])})
             for name, optimizer in optimizers.items():
                 prefix = "" if name == "policy" else f"{name}_"
                 totals.update({prefix + key: value for key, value in optimizer.step().items()})

@@ -50,8 +50,8 @@ class Checkpoints:
         self.folder, self.log, self.keep = Path(folder), log, keep
         self.path = self.folder / "progress.json"
         self.done: list[str] = []
-        self.points: list[dict[str, Any]] = []
         self.best: float | None = None  # evaluation so far
+        self.points: list[dict[str, Any]] = [self._point(None)]
         if resume:
             self._read()
 
@@ -98,9 +98,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def resumable(self) -> Iterator[None]:
         """From here on the run can be resumed, be it from its beginning; what ends it says how."""
-        if not self.points:
-            self.points = [self._point(None)]
-            self._write()
+        self._write()
         try:
             yield
         except (UserError, OSError) as error:
@@ -132,7 +130,7 @@ class Checkpoints:
 
     def restore(self, stage: str, trainer: Trainer) -> None:
         """Puts `trainer` where the last checkpoint of `stage` was, if there is one."""
-        name = self.points[-1]["checkpoint"] if self.points else None
+        name = self.points[-1]["checkpoint"]
         if name and name.rpartition("-")[0] == stage:
             folder = self.folder / "checkpoints" / name
             state = load_state(folder)
