@@ -19,7 +19,6 @@ from rto_fast.models.loading import (
     check_vocabulary,
     check_weights,
     load_causal_lm,
-    load_scorer,
     load_tokenizer,
     resolve_dtype,
     vocabulary_size,
@@ -29,7 +28,8 @@ from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
-from rto_fast.stages.common import load_frozen, save_model
+from rto_fast.stages.common import save_model
+from rto_fast.stages.loader import Loader
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -99,6 +99,7 @@ class Run:
             "dtype": resolve_dtype(config.model.dtype, device),
             "trust_remote_code": config.model.trust_remote_code,
         }
+        self.loader = Loader(config, self.placement)
         trust = config.model.trust_remote_code
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
@@ -207,15 +208,17 @@ class Run:
         pairs, held_out = self.data.pairs, self.data.held_out_pairs
         return self._trained("dpo", dpo, sft_path, self.tokenizer, pairs, held_out, **self.placement)
 
-    def scorer(self, reward_path):
+    def scorer(self, sft_path, reward_path):
         """`NormalizedScores`, or None."""
         config = self.config
+        if config.rto.enabled:
+            self.loader.share(sft_path)
         if not config.needs_reward_model:
             return None
         if self.reward_function:
             source, path, statistics = self.reward_function, config.reward_model.function, None
         else:
-            model = load_frozen(load_scorer, reward_path, config, **self.placement)
+            model = self.loader.frozen("scorer", reward_path)
             source, path = self._reward_model(model, reward_path), reward_path
             statistics = (getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", None))
         if not config.rto.normalize_scores:
@@ -308,7 +311,7 @@ class Run:
         if self.checkpoints.is_done("rto"):
             return self._trained("rto", rto)
         critic = self.critic_start(sft_path, reward_path, scorer)
-        models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, **self.placement)
+        models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, self.loader)
 
         def kl(rollout):  # both models are there, and two forward passes cost little beside the sampling
             settings = self.config.rollout.temperature, self.config.rto.micro_batch_tokens

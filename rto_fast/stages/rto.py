@@ -15,14 +15,14 @@ import torch
 
 from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
 from rto_fast.errors import RewardError
-from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
+from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
 from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.behaviour import behaviour_logps
-from rto_fast.stages.common import load_frozen, response_logps, save_model
+from rto_fast.stages.common import response_logps, save_model
 from rto_fast.stages.tokens import recorded_iterations, reward_parts, token_records
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
@@ -61,35 +61,34 @@ class Experience:
         return self.batch.cu_seqlens.diff().tolist()
 
 
-def load_models(config, sft, dpo, critic, scorer, **placement):
+def load_models(config, sft, dpo, critic, scorer, loader):
     """Loads every model of the stage.
 
     Args:
-        sft, dpo, critic: directories or hub ids; `dpo` may be None. scorer: `NormalizedScores` or None.
+        sft, dpo, critic: directories or hub ids; `dpo` may be None. scorer: `NormalizedScores` or None. loader: `Loader`.
     """
     rto = config.rto
-    training = placement | {"trainable": True, "gradient_checkpointing": config.model.gradient_checkpointing}
 
     def frozen(path):
-        return load_frozen(load_causal_lm, path, config, **placement)
+        return loader.frozen("causal_lm", path)
 
     reference = rto.ref_model or sft
     pays = config.pays_dense_reward
     dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
     return Models(
-        policy=load_causal_lm(dpo if rto.init_from == "dpo" else sft, **training),
+        policy=loader.trained("causal_lm", dpo if rto.init_from == "dpo" else sft),
         reference=frozen(reference),
         dpo=frozen(dpo) if pays else None,
         dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
-        critic=load_critic(critic, scorer, **training) if rto.advantage == "gae" else None,
+        critic=load_critic(critic, scorer, loader) if rto.advantage == "gae" else None,
         scorer=scorer,
     )
 
 
-def load_critic(path, scorer, **placement):
+def load_critic(path, scorer, loader):
     """A critic in the units of the scores it predicts: one that starts from the reward model takes over the statistics by
     which the scores are normalised, and keeps them in its config."""
-    critic = load_scorer(path, **placement)
+    critic = loader.trained("scorer", path)
     if scorer is not None and path == scorer.path:
         critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
     return critic
