@@ -322,6 +322,8 @@ class DeepSpeedConfig:
     """Keep float32 weights and moments in the CPU's memory and update there (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in the CPU's memory while they are not needed (ZeRO 3)."""
+    sequence_parallel: int = 1
+    """1: a sequence is computed on one GPU. There is no other way here; see "Several GPUs" in the README."""
     frozen: Literal["resident", "offloaded", "sharded"] = "resident"
     """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
     with ZeRO 3."""
@@ -438,6 +440,9 @@ def _validate(config):
             "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
     require(not config.lora.rank or deepspeed.frozen == "resident", "deepspeed.frozen",
             "resident with lora.rank: the frozen models are one, the base")  # fmt: skip
+    require(deepspeed.sequence_parallel == 1, "deepspeed.sequence_parallel",
+            "1: a sequence is computed on one GPU (lower data.max_prompt_tokens and rollout.max_new_tokens, or set "
+            "model.gradient_checkpointing)")  # fmt: skip
     require(not deepspeed.offload_optimizer or deepspeed.zero_stage != 0, "deepspeed.offload_optimizer",
             "false with deepspeed.zero_stage: 0")  # fmt: skip
     require(not deepspeed.offload_parameters or deepspeed.zero_stage == 3, "deepspeed.offload_parameters",

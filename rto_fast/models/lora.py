@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685; PEFT's layers) that share one frozen base.
 
-Policy, reference, DPO model, reward model and critic are the same weights under different adapters: one copy instead of five.
+Policy, reference, DPO model, reward model and critic are the same weights under different adapters: one copy, not five.
 """
 
 import copy
