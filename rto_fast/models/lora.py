@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
@@ -153,7 +154,7 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     try:
         config = peft.LoraConfig.from_pretrained(path)
         state = load_file(path / "adapter_model.safetensors", device=str(base.device))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot load an adapter: {error}") from error
     config.modules_to_save, config.inference_mode = None, False
     adapter = _inject(base, name, config, scorer)
