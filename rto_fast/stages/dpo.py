@@ -6,6 +6,7 @@ from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of
+from rto_fast.preflight import preference_finding
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
@@ -56,4 +57,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {"held_out_accuracy": accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
+        if finding := preference_finding(change, supplied=False):
+            log.warning("dpo", trainer.steps, *finding)
     return save_model(model, tokenizer, output)

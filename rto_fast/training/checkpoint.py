@@ -15,7 +15,7 @@ from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 
 
 class Trainer(Protocol):

@@ -41,13 +41,13 @@ class StopRequest:
 
 def train(
     name: str, trainer: Trainer, log: RunLog, checkpoints: Checkpoints, save_every: int, show: Sequence[str],
-    after_step: Callable[[int], object] | None = None,
+    after_step: Callable[[int, dict], object] | None = None,
 ) -> None:  # fmt: skip
     """Steps `trainer` to its end, from its last checkpoint if there is one.
 
     Args:
         save_every: steps between checkpoints; 0: only when the run is stopped. show: metrics on the live line.
-        after_step: called with the number of steps done, before the checkpoint.
+        after_step: called with the number of steps done and the step's metrics, before the checkpoint.
     Raises:
         Interrupted: after a signal; the state is saved.
         RewardError: from a step, which must then have changed nothing, or from `after_step`; the state is saved.
@@ -57,9 +57,9 @@ def train(
     with StopRequest() as stop, log.stage(name, trainer.steps, trainer.step_count) as progress:
         while trainer.step_count < trainer.steps:
             try:
-                progress.step(trainer.step(), show=show)
+                metrics = progress.step(trainer.step(), show=show)
                 if after_step:
-                    after_step(trainer.step_count)
+                    after_step(trainer.step_count, metrics)
             except RewardError:  # somebody else's function or server: no reason to lose what was trained
                 checkpoints.save(name, trainer)
                 raise
