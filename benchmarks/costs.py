@@ -5,58 +5,21 @@ whichever is longer. A prediction adds, step by step, the traffic that our desig
 not overlap, so their times add up. Predictions are arithmetic, not measurements.
 """
 
-from dataclasses import dataclass
-
 from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, CacheShape
 from benchmarks.shapes import MODELS
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
+from rto_fast.planning.costs import Step, decode_step, overhead_seconds, prefill
+from rto_fast.planning.hardware import DEVICES as PLANNED
+from rto_fast.planning.hardware import Device as Device
 
-# On one H200 a large copy reached 4.3 of the datasheet's 4.8 TB/s and a large bfloat16 GEMM 790 of 989 dense TFLOP/s.
-# Those two fractions are taken for the other GPUs, of which we have measured none.
-COPY_FRACTION, GEMM_FRACTION = 4.3 / 4.8, 790 / 989
-LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
-GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
-# Kernels of a decode step on a GPU with Liger, counted in rto_fast/rollout: a layer's (of Qwen's, whose heads have norms,
-# two more), and those before and after the layers.
-KERNELS_A_LAYER, KERNELS_OF_HEAD_NORMS, KERNELS_AROUND = 16, 2, 38
 SAMPLING_OPS = ("sample_tokens", "sample_tokens, top_p 0.9")
 DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, where decode kernels and steps are compared
 
 
-@dataclass(frozen=True)
-class Device:
-    """Achievable rates: bytes/s of a copy (read plus written) and bfloat16 FLOP/s of a large GEMM."""
-
-    name: str
-    bandwidth: float
-    flops: float
-    measured: bool = False
-
-
-def _datasheet(name, terabytes, teraflops):
-    return Device(name, terabytes * 1e12 * COPY_FRACTION, teraflops * 1e12 * GEMM_FRACTION)
-
-
-# Datasheets of NVIDIA, SXM versions, dense bfloat16: nvidia.com/en-us/data-center/{a100,h100,h200}, and for the B200
-# one eighth of nvidia.com/en-us/data-center/dgx-b200.
+# Those for which tables are made.
 DEVICES = {
-    "A100": _datasheet("A100", 2.039, 312),
-    "H100": _datasheet("H100", 3.35, 989),
-    "H200": Device("H200", 4.3e12, 790e12, measured=True),
-    "B200": _datasheet("B200", 8.0, 2250),
+    name: PLANNED[key] for name, key in (("A100", "A100-80"), ("H100", "H100"), ("H200", "H200"), ("B200", "B200"))
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """Work that shares one launch or one loop of launches."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    launches: int = 0
-
-    def seconds(self, device):
-        return max(self.flops / device.flops, self.bytes / device.bandwidth) + self.launches * LAUNCH_SECONDS
 
 
 def limit(op, phase, shape, kept=1.0):
@@ -138,31 +101,6 @@ def prediction(op, phase, shape, kept=1.0):
     extra = {"rto_advantages": 9, "gae": 0}.get(op, 8)
     launches = {"rto_advantages": 2, "gae": 1}.get(op, 3)
     return [Step(bytes=limit(op, phase, shape).bytes + extra * shape.tokens, launches=launches)]
-
-
-def decode_step(decoder, sequences, tokens, itemsize=2):
-    """The least work of a step: every matrix is read once (of the embedding only rows, unless it is the head too), and of
-    `sequences` with `tokens` in the cache together all keys and values."""
-    matrices = decoder.layer_weights + decoder.head_weights
-    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
-    return Step(2.0 * matrices * sequences + attention * tokens, itemsize * (matrices + decoder.kv_elements * tokens))
-
-
-def prefill(decoder, prompts, itemsize=2):
-    """The least work of computing prompts of these lengths, causally; the head only where a prompt ends."""
-    tokens, pairs = sum(prompts), sum(length * (length + 1) / 2 for length in prompts)
-    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
-    return Step(
-        2.0 * (decoder.layer_weights * tokens + decoder.head_weights * len(prompts)) + attention * pairs,
-        itemsize * (decoder.layer_weights + decoder.head_weights + decoder.kv_elements * tokens),
-    )
-
-
-def overhead_seconds(decoder, sequences, device):
-    """What a step of ours has on top: launches, and float32 logits that are written and read."""
-    layer = KERNELS_A_LAYER + KERNELS_OF_HEAD_NORMS * (decoder.model_type == "qwen3")
-    launches = decoder.layers * layer + KERNELS_AROUND
-    return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * GRAPH_SECONDS
 
 
 def step_seconds(decoder, device, sequences=DECODE_BATCH, tokens=None, *, itemsize=2, ours=False):

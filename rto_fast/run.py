@@ -1,6 +1,7 @@
 """A run: what its stages share, and each stage called with it."""
 
 import dataclasses
+import gc
 import os
 import shlex
 from pathlib import Path
@@ -24,6 +25,7 @@ from rto_fast.models.loading import (
     vocabulary_size,
 )
 from rto_fast.models.placement import resident
+from rto_fast.planning.room import check_room
 from rto_fast.preflight import CHECKED_PAIRS, preference_finding, stop_finding
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.trackers import Service, TensorBoard
@@ -95,6 +97,10 @@ class Run:
             prepare_output(self.folder)
             write_text(self.folder / "config.yaml", dump_config(config))
         ranks.barrier()
+        if not (self.folder / "config.yaml").exists():
+            raise ConfigError(
+                f"output_dir: {self.folder} is not the same folder on every node; give one that all nodes see"
+            )
         is_main = ranks.is_main()
         self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
         self.checkpoints = Checkpoints(
@@ -125,6 +131,7 @@ class Run:
         self.eval_function = self._function("eval.function")
         self._load_data()
         self._check_functions()
+        check_room(self)
 
     def _trackers(self):
         record, track = self.folder / "metrics.jsonl", self.config.track
@@ -220,6 +227,7 @@ class Run:
             return str(output)
         options |= {"output": output, "log": self.log, "checkpoints": self.checkpoints}
         path = stage.main(self.config, *data, **options)
+        gc.collect()  # DeepSpeed's engines are cycles, with a model's weights and moments in them
         self.checkpoints.finish(name)
         return path
 

@@ -67,6 +67,7 @@ def test_the_slurm_script(tmp_path):
         environment = {
             "PATH": f"{tmp_path}:/usr/bin:/bin",
             "SLURM_NTASKS": "16",
+            "SLURM_JOB_ID": "12345",
             "SLURM_JOB_NODELIST": "n[1-2]",
             "RUN": "run",
         }
@@ -74,7 +75,7 @@ def test_the_slurm_script(tmp_path):
             ["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
         )
         rank, _, command = run.stdout.strip().partition(" -m rto_fast.train ")
-        assert rank == "3 1 16 first-node 29500"
+        assert rank == "3 1 16 first-node 32345"
         return shlex.split(command)
 
     assert started() == ["--config", "configs/llama3_8b_ultrafeedback.yaml", "--output_dir", "run"]

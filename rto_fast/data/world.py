@@ -179,18 +179,24 @@ def build_tokenizer():
     )  # fmt: skip
 
 
-def build_model(seed):
-    """A two-layer Llama of 10^5 parameters with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def model_config():
+    """Of a two-layer Llama of 10^5 parameters."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=256, rope_theta=1000.0, tie_word_embeddings=False,
         pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.06,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+
+
+def build_model(seed):
+    """That Llama with random weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(model_config())
 
 
 def main():

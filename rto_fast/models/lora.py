@@ -81,7 +81,7 @@ class Adapter:
                 continue
             if name in deltas and self.name is not None:
                 weight = (weight.float() + deltas[name].get_delta_weight(self.name).float()).to(weight.dtype)
-            weights[name.replace(".base_layer.", ".")] = weight
+            weights[name.replace(".base_layer.", ".")] = weight.cpu()  # not a second copy where there is the least room
         return weights
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -128,7 +128,7 @@ def new_adapter(base: PreTrainedModel, name: str, settings: LoraConfig, seed: in
     if settings.targets == "all-linear":
         targets = sorted(_linear_layers(base))
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         return _inject(base, name, config, scorer)
 

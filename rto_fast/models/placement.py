@@ -32,6 +32,10 @@ def attach_engine(model, engine):
     model.__dict__["zero_engine"] = engine  # not as a submodule: the engine holds the model
 
 
+def detach_engine(model):
+    del model.__dict__["zero_engine"]
+
+
 def activate(model):
     """Makes a shared base's next forward pass that of `model`, where it is an adapter (`rto_fast.models.lora`)."""
     if not isinstance(model, torch.nn.Module):
@@ -60,6 +64,12 @@ def device_of(model):
     """Where a model computes (ZeRO-3 with offloaded weights keeps them elsewhere)."""
     engine = getattr(model, "zero_engine", None)
     return next(model.parameters()).device if engine is None else engine.device
+
+
+def vocabulary_of(model):
+    """Rows of the output layer."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 empties its tensors between uses
 
 
 @contextlib.contextmanager

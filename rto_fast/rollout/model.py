@@ -10,7 +10,7 @@ from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
-from rto_fast.models.placement import device_of, is_zero3, whole_weights
+from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone
 
@@ -42,8 +42,7 @@ class RolloutModel:
 
     @property
     def vocab_size(self):
-        weight = self.causal_lm.get_output_embeddings().weight
-        return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 empties its tensors between uses
+        return vocabulary_of(self.causal_lm)
 
     @property
     def context(self):

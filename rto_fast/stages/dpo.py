@@ -59,4 +59,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
         if finding := preference_finding(change, supplied=False):
             log.warning("dpo", trainer.steps, *finding)
-    return save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output)
+    trainer.release()
+    return path

@@ -40,4 +40,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     accuracy = (better > worse).float().mean().item()
     log.metrics("reward_model", trainer.steps, {f"{name}_accuracy": accuracy, "score_std": model.config.score_std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {name.replace('_', '-')} pairs ranked right")
-    return save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output)
+    trainer.release()
+    return path

@@ -18,7 +18,7 @@ from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
 from rto_fast.errors import RewardError
 from rto_fast.health import Health
 from rto_fast.models.loading import forward_hidden, output_head, token_scores
-from rto_fast.models.placement import whole_forward
+from rto_fast.models.placement import vocabulary_of, whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
@@ -337,7 +337,7 @@ class RTOTrainer:
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
-            vocab_size = len(models.policy.get_output_embeddings().weight)
+            vocab_size = vocabulary_of(models.policy)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
     @property
@@ -390,6 +390,11 @@ class RTOTrainer:
         sampled = preflight.are_sampled(metrics)
         return findings, lambda passes: preflight.check_ratio(self.config, self.models.policy, sampled, passes)
 
+    def release(self):
+        """The stage is over: what it holds beside the models is given back."""
+        for optimizer in self.optimizers.values():
+            optimizer.release()
+
     def _parts(self):
         return {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()} | {"order": self.order}
 
@@ -430,4 +435,6 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
     train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic")
-    return save_model(models.policy, tokenizer, output)
+    path = save_model(models.policy, tokenizer, output)
+    trainer.release()
+    return path

@@ -24,4 +24,6 @@ def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **plac
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say)
     train("sft", trainer, log, checkpoints, stage.save_every, ("loss", "lr", "tokens_per_second"))
-    return save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output)
+    trainer.release()
+    return path

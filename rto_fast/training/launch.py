@@ -44,6 +44,7 @@ def joined(use_deepspeed=False):
     """
     if not started_by_launcher():
         if use_deepspeed:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to be told
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield

@@ -81,6 +81,9 @@ class Schedule:
         """Clips the gradients, takes the step if they are finite, clears them; returns their norm."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Gives back what would outlive the optimizer; the model is not trained any further."""
+
     def _counts(self):
         return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
 

@@ -57,6 +57,10 @@ class SupervisedTrainer:
         balance = {"imbalance": ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
         return metrics | {"tokens": sum(lengths)} | balance | self.optimizer.step()
 
+    def release(self) -> None:
+        """The stage is over: what it holds beside the model is given back."""
+        self.optimizer.release()
+
     def _parts(self):
         return {"optimizer": self.optimizer, "order": self.order}
 

@@ -14,19 +14,21 @@ from rto_fast.batch import pack_whole
 from rto_fast.errors import TrainingError
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden, score_head
-from rto_fast.models.placement import WholeForward, attach_engine, offload
+from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
 from rto_fast.training import ranks
 from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
 
+BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
 
-def engine_config(settings, stage, dtype, max_grad_norm=0.0):
+
+def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
     """DeepSpeed's configuration.
 
     Args:
-        settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights.
+        settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights. elements: of all that is trained.
     """
-    zero = {"stage": stage}
-    if settings.offload_optimizer and max_grad_norm:
+    zero = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
+    if settings.offload_optimizer and elements:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -65,6 +67,18 @@ def _prepare_heads(model):
         use_op_linear(model, score_head(model))
 
 
+def _forget(module):
+    """DeepSpeed's ZeRO 3 keeps every module it ever knew, with its weights, in a list and in a method's cache."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, PartitionedParameterCoordinator
+
+    own = set(module.modules())
+    FWD_MODULE_STACK[:] = [known for known in FWD_MODULE_STACK if known not in own]
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in method.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):  # under another decorator
+            cell.cell_contents.cache_clear()
+
+
 def place_frozen(model, settings, device):
     """Puts a model that is only evaluated where `settings.frozen` says: on `device`, in the CPU's memory but for its use, or
     in pieces on all ranks. All ranks call it."""
@@ -96,8 +110,10 @@ class ZeroOptimizer(Schedule):
             _prepare_heads(model)
         self.model, self.named, self.is_zero3 = model, named_trainable(model), level == 3
         groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8)
-        self.engine = _initialize(model, engine_config(settings, level, model.dtype, stage.max_grad_norm), self.adam)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8, fused=True)
+        elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
+        config = engine_config(settings, level, model.dtype, elements, stage.max_grad_norm)
+        self.engine = _initialize(model, config, self.adam)
 
     def backward(self, loss):
         """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
@@ -111,6 +127,12 @@ class ZeroOptimizer(Schedule):
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def release(self):
+        self.engine.destroy()  # hooks, which hold gradients and moments
+        if self.is_zero3:
+            _forget(self.engine.module)
+        detach_engine(self.model)
 
     # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
 
@@ -150,7 +172,7 @@ class ZeroOptimizer(Schedule):
     @torch.enable_grad()
     def _make_moments(self):
         """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
-        hidden = self.engine(forward_hidden, pack_whole([[0, 1]], self.engine.device))
+        hidden = whole_forward(forward_hidden)(self.model, pack_whole([[0, 1]], self.engine.device))
         self.engine.backward(0.0 * hidden.sum())
         self._update(0.0)
         self._link_moments()

@@ -1,0 +1,135 @@
+"""What of a model decides its memory and time: sizes, and exact numbers of parameters.
+
+Parameters are counted on the model itself, built from its configuration on torch's meta device, which holds no data.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+from rto_fast.errors import ConfigError
+
+# Public models that a configuration may name without having them on disk, as their config.json says.
+_LLAMA3_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+_QWEN3_06B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    "max_position_embeddings": 40960,
+}  # fmt: skip
+_SMOLLM2_135M = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+KNOWN = {
+    "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
+    "OpenRLHF/Llama-3-8b-sft-mixture": _LLAMA3_8B,
+    "Qwen/Qwen3-0.6B": _QWEN3_06B,
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal language model; elements, not bytes. `benchmarks.decoders.Decoder` has the same names."""
+
+    name: str
+    model_type: str
+    parameters: int  # tied ones once
+    layer_weights: int  # of the matrices of all layers
+    largest: int  # parameter
+    tensors: int  # number of parameters as tensors
+    tied: bool
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    gated: bool  # MLP
+    head_norms: bool  # of queries and keys, as Qwen3 has
+    linears: tuple[tuple[str, int], ...]  # of the layers: name, inputs plus outputs
+
+    @property
+    def head_weights(self) -> int:
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def scorer_parameters(self) -> int:
+        """With a score head of one label in the place of the output layer."""
+        return self.parameters - (0 if self.tied else self.head_weights) + self.hidden_size
+
+    def adapter_parameters(self, rank: int, targets: str) -> int:
+        """Of LoRA adapters: A is [rank, inputs], B [outputs, rank]."""
+        ends = tuple(targets.replace(" ", "").split(","))
+        return rank * sum(size for name, size in self.linears if targets == "all-linear" or name.endswith(ends))
+
+    @property
+    def kv_elements(self) -> int:
+        """Of one token, in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def shape_of(config, name: str) -> Shape:
+    """The shape of the model that a transformers configuration describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    matrices = [
+        p for p in model.base_model.parameters() if p.dim() >= 2 and p.shape != embeddings.shape and p is not head
+    ]  # fmt: skip
+    linears = [
+        (name, module.in_features + module.out_features)
+        for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)
+    ]  # fmt: skip
+    heads = text.num_attention_heads
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return Shape(
+        name=name, model_type=config.model_type, parameters=sum(p.numel() for p in model.parameters()),
+        layer_weights=sum(p.numel() for p in matrices), largest=max(p.numel() for p in model.parameters()),
+        tensors=sum(1 for _ in model.parameters()), tied=head is embeddings, layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size, intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=heads, kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocab_size=head.shape[0],
+        gated="gate_proj" in names, head_norms="q_norm" in names, linears=tuple(linears),
+    )  # fmt: skip
+
+
+@cache
+def find_shape(path: str, substitute: str | None = None) -> Shape:
+    """The shape of the model at `path`: `embedded`, a local directory, a known hub id, or one in the hub's cache. Nothing is
+    downloaded.
+
+    Args:
+        substitute: directory or known hub id whose shape stands for a model that is none of these.
+    Raises:
+        ConfigError: no such model here.
+    """
+    from transformers import AutoConfig
+
+    name = path.rstrip("/").rpartition("/")[2]
+    if path == "embedded":
+        from rto_fast.data.world import model_config
+
+        return shape_of(model_config(), path)
+    if path in KNOWN and not os.path.isdir(path):
+        values = dict(KNOWN[path])
+        return shape_of(AutoConfig.for_model(values.pop("model_type"), **values), name)
+    try:
+        return shape_of(AutoConfig.from_pretrained(path, local_files_only=True), name)
+    except (OSError, ValueError) as error:
+        if substitute and substitute != path:
+            return find_shape(substitute)
+        raise ConfigError(
+            f"{path}: no config.json of this model here, and its shape is not known; give a local directory, or one of "
+            f"the same shape as --model_shape (or {', '.join(KNOWN)})"
+        ) from error
