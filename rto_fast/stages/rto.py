@@ -368,18 +368,17 @@ class RTOTrainer:
         }
 
     def _parts(self):
-        return {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()} | {"order": self.order}
+        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        return optimizers | {"order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self):
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "micro_batch_tokens": self.accumulator.tokens}
-        return parts | own
+        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state):
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
-        self.accumulator.tokens = state["micro_batch_tokens"]
 
 
 def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
