@@ -288,10 +288,10 @@ class BadDays:
         def hang():
             left = iter(range(calls))
 
-            def hangs(prompts, responses, objects):
+            def hangs(prompts, responses, finished=None):
                 if next(left, None) is None:
                     time.sleep(1e6)
-                return real(prompts, responses, objects)
+                return real(prompts, responses, finished)
 
             rto_fast.data.world.gold_reward = hangs
 
@@ -405,11 +405,13 @@ def main(arguments=None):
             compare(days.folder, folder / "truth", exactly=not resize)
             shutil.rmtree(days.folder)
         except Lost as reason:
-            lost += suffered
+            lost += +suffered or Counter({"none": 1})
             print(f"\nlost: {days.folder} after {dict(+suffered)}: {reason}", flush=True)
         faults += suffered
         sessions, runs = sessions + days.sessions, runs + 1
-    how = "to the last bit" if options.ranks == 1 else f"to the last bit, or on 1 to {options.ranks} ranks within {CLOSE}"
+    how = (
+        "to the last bit" if options.ranks == 1 else f"to the last bit, or on 1 to {options.ranks} ranks within {CLOSE}"
+    )
     print(f"\n{table(faults, lost)}\n\n{runs} runs of {sessions} sessions in {time.monotonic() - started:.0f} s, each "
           f"compared with an undisturbed one: {how}\nkills survived {faults.total() - lost.total()}, lost {lost.total()}")  # fmt: skip
     if not lost:
