@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
         config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
+        stop.folder = config.resume
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):

@@ -3,8 +3,8 @@ and resumed, until they end; each must end as the one that was left alone.
 
     python -m tests.faults --minutes 5 [--ranks 2] [--seed 0]
 
-A process costs seconds before its first step, for imports. So this one imports everything once, and every session of a run is
-a fork of it that calls the command `rto_fast.train`. Only the report and the model card are left out: figures take longer
+A process costs seconds before its first step, for imports. So this one imports everything once, and every session of a run
+is a fork of it that calls the command `rto_fast.train`. Only the report and the model card are left out: figures take longer
 than all training here, and nothing depends on them.
 """
 
@@ -34,6 +34,7 @@ from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402, F401
 
 import rto_fast.data.world  # noqa: E402
 import rto_fast.training.zero  # noqa: E402, F401
+from rto_fast.config import load_config  # noqa: E402
 from rto_fast.run import Run  # noqa: E402
 from rto_fast.train import command  # noqa: E402
 
@@ -220,8 +221,11 @@ class BadDays:
             raise Lost(f"SIGTERM: exit codes {codes}: {said[-500:]}")
         if self.is_over():
             return False
-        begun = (self.folder / "progress.json").exists()
-        if (f"go on with: python -m rto_fast.train --resume {self.folder}" if begun else "start it again") not in said:
+        how = (
+            "stopped before the first step; start it again",
+            f"; go on with: python -m rto_fast.train --resume {self.folder}",
+        )
+        if not any(text in said for text in how):
             raise Lost(f"SIGTERM: it does not say how to go on: {said[-500:]}")
         if "stopped in " in said:  # and the state is that of the step it names
             stage, _, step = said.rpartition("stopped in ")[2].partition(";")[0].partition(" after step ")
@@ -375,6 +379,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     Run.report = Run.publish = lambda self: None
+    load_config([])  # compiles what every fork would
     dice = random.Random(options.seed)
     harms = dict(HARMS)
     if options.ranks > 1:
@@ -413,7 +418,8 @@ def main(arguments=None):
         "to the last bit" if options.ranks == 1 else f"to the last bit, or on 1 to {options.ranks} ranks within {CLOSE}"
     )
     print(f"\n{table(faults, lost)}\n\n{runs} runs of {sessions} sessions in {time.monotonic() - started:.0f} s, each "
-          f"compared with an undisturbed one: {how}\nkills survived {faults.total() - lost.total()}, lost {lost.total()}")  # fmt: skip
+          f"compared with an undisturbed one: {how}")  # fmt: skip
+    print(f"kills survived {faults.total() - lost.total()}, lost {lost.total()}")
     if not lost:
         shutil.rmtree(folder)
     return lost.total()

@@ -60,7 +60,6 @@ class Checkpoints:
         self.points: list[dict[str, Any]] = [self._point(None)]
         if resume:
             self._read()
-            self.stop.folder = self.folder
 
     def _read(self):
         try:

@@ -16,7 +16,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.since, self.waits = 0.0, False
-        self.folder: Path | None = None  # of a run that can be resumed
+        self.folder: str | Path | None = None  # of a run that can be resumed
 
     def __enter__(self):
         self.before = {}
