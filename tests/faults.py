@@ -196,8 +196,9 @@ class BadDays:
         return True
 
     def kill_one(self):
-        """SIGKILL of one rank: the others end by themselves."""
+        """SIGKILL of one rank, once they have found each other: the others end by themselves."""
         session = self.start()
+        session.run(LIMIT, session.said)
         if session.run(self.dice.uniform(0, self.longest)):
             return self._whole(session)
         victim = self.dice.randrange(len(session.processes))
@@ -221,11 +222,8 @@ class BadDays:
             raise Lost(f"SIGTERM: exit codes {codes}: {said[-500:]}")
         if self.is_over():
             return False
-        how = (
-            "stopped before the first step; start it again",
-            f"; go on with: python -m rto_fast.train --resume {self.folder}",
-        )
-        if not any(text in said for text in how):
+        how = f"; go on with: python -m rto_fast.train --resume {self.folder}"
+        if how not in said and "stopped before the first step; start it again" not in said:
             raise Lost(f"SIGTERM: it does not say how to go on: {said[-500:]}")
         if "stopped in " in said:  # and the state is that of the step it names
             stage, _, step = said.rpartition("stopped in ")[2].partition(";")[0].partition(" after step ")
