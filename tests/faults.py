@@ -383,26 +383,28 @@ def main(arguments=None):
     if options.ranks > 1:
         harms["SIGKILL of one rank"] = BadDays.kill_one, 6
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    started = time.monotonic()
-    truth = BadDays(folder / "truth", dice, options.ranks, False, 0.0)
-    truth.finish()
-    longest = 0.8 * (time.monotonic() - started)
-    print(f"a run takes {time.monotonic() - started:.1f} s; its files are in {folder}", flush=True)
+    for name in ("truth", "again"):
+        started = time.monotonic()
+        BadDays(folder / name, dice, options.ranks, False, 0.0).finish()
+        seconds = time.monotonic() - started
+    compare(folder / "again", folder / "truth")
+    print(f"a run that is left alone takes {seconds:.1f} s and repeats to the last bit; files in {folder}", flush=True)
     faults, lost = Counter(), Counter()
-    sessions, runs, started = 1, 0, time.monotonic()
+    sessions, runs, started = 0, 0, time.monotonic()
     while time.monotonic() - started < 60 * options.minutes:
         resize = options.ranks > 1 and runs % 2 == 1
-        days = BadDays(folder / f"run{runs}", dice, options.ranks, resize, longest)
+        days = BadDays(folder / f"run{runs}", dice, options.ranks, resize, 0.7 * seconds)
         suffered: Counter = Counter()
         try:
-            for _ in range(dice.randint(2, 10)):
+            for _ in range(dice.randint(4, 20)):
                 if days.is_over() or time.monotonic() - started > 60 * options.minutes:
                     break
                 (name,) = dice.choices(list(harms), [weight for _, weight in harms.values()])
                 suffered[name] += 1  # also one that is lost by this
                 suffered[name] -= not harms[name][0](days)
-                seconds = time.monotonic() - started
-                live(f"{seconds:.0f} s: {(faults + suffered).total()} faults, {lost.total()} lost, run {runs}: {name}")
+                live(
+                    f"{time.monotonic() - started:.0f} s: {(faults + suffered).total()} faults, {lost.total()} lost, run {runs}: {name}"
+                )
             if not days.is_over():
                 days.finish()
             compare(days.folder, folder / "truth", exactly=not resize)

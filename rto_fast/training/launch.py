@@ -72,9 +72,10 @@ def joined(use_deepspeed=False):
     except BaseException as error:
         if isinstance(error, Interrupted) and error.together:
             watch.leave()
-        elif _lost_connection(error):
-            watch.wait()
-        watch.fail(error)
+        else:
+            if _lost_connection(error):
+                watch.wait()
+            watch.fail(error)
         raise
     dist.destroy_process_group()
 
@@ -152,6 +153,8 @@ class Watch:
         with contextlib.suppress(RuntimeError, dist.DistError):
             if not self.store.check(["failure"]):  # the first one is the cause
                 self.store.set("failure", json.dumps(failure))
+        if self.rank == 0:  # the store ends with this process: the others are to read it first
+            time.sleep(2 * INTERVAL)
 
     def leave(self):
         """All ranks are done: after this no sign of life is no bad sign."""
