@@ -402,9 +402,8 @@ def main(arguments=None):
                 (name,) = dice.choices(list(harms), [weight for _, weight in harms.values()])
                 suffered[name] += 1  # also one that is lost by this
                 suffered[name] -= not harms[name][0](days)
-                live(
-                    f"{time.monotonic() - started:.0f} s: {(faults + suffered).total()} faults, {lost.total()} lost, run {runs}: {name}"
-                )
+                so_far = f"{(faults + suffered).total()} faults, {lost.total()} lost"
+                live(f"{time.monotonic() - started:.0f} s: {so_far}; run {runs}: {name}")
             if not days.is_over():
                 days.finish()
             compare(days.folder, folder / "truth", exactly=not resize)
