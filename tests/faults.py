@@ -10,6 +10,7 @@ than all training here, and nothing depends on them.
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -86,6 +88,16 @@ def fork(arguments, output, environment, prepare):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def warm_up(ranks):
+    """What every fork would import and compile."""
+    assert threading.active_count() == 1  # others would be missing in a fork
+    Run.report = Run.publish = lambda self: None
+    load_config([])
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    if ranks > 1:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 class Session:
@@ -376,8 +388,7 @@ def main(arguments=None):
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    Run.report = Run.publish = lambda self: None
-    load_config([])  # compiles what every fork would
+    warm_up(options.ranks)
     dice = random.Random(options.seed)
     harms = dict(HARMS)
     if options.ranks > 1:
