@@ -220,6 +220,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert any("goes on from the beginning of the stage" in text for text in log.said)
 
 
+def test_what_followed_a_step_and_failed_is_done_by_the_resumed_run(tmp_path):
+    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished=True)
+    resumed = Checkpoints(tmp_path, Log(), resume=True)
+    assert resumed.restore("sft", Trainer()) and not resumed.restore("dpo", Trainer())
+    resumed.save("sft", Trainer())
+    assert not Checkpoints(tmp_path, Log(), resume=True).restore("sft", Trainer())
+
+
 def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("one\n")
     Checkpoints(tmp_path, Log()).save("sft", Trainer())
