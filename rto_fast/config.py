@@ -299,6 +299,19 @@ class EvalConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights; needs PEFT."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: all weights are trained. Each model that is written has its adapter merged; RTO's models are
+    adapters of one copy of the SFT model."""
+    alpha: float = 32.0
+    """An adapter's output is scaled by alpha / rank."""
+    targets: str = "all-linear"
+    """Layers with adapters, by the ends of their names (`q_proj,v_proj`); all-linear: all but the output layer."""
+
+
+@dataclass
 class DeepSpeedConfig:
     """Training on several GPUs, one process each, as torchrun or deepspeed start them."""
 
@@ -309,6 +322,8 @@ class DeepSpeedConfig:
     """Keep float32 weights and moments in the CPU's memory and update there (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in the CPU's memory while they are not needed (ZeRO 3)."""
+    sequence_parallel: int = 1
+    """1: a sequence is computed on one GPU. There is no other way here; see "Several GPUs" in the README."""
     frozen: Literal["resident", "offloaded", "sharded"] = "resident"
     """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
     with ZeRO 3."""
@@ -358,6 +373,7 @@ class Config:
     rto: RTOConfig = field(default_factory=RTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     hub: HubConfig = field(default_factory=HubConfig)
@@ -387,7 +403,7 @@ ABOVE_0 = (
     + (
         "data.max_prompt_tokens data.max_response_tokens data.max_unpacked_gib dpo.beta rto.prompts_per_rollout "
         "rto.samples_per_prompt rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size "
-        "rollout.prefill_tokens eval.prompts rto.importance_cap"
+        "rollout.prefill_tokens eval.prompts rto.importance_cap lora.alpha"
     ).split()
 )
 ABOVE_0_OR_NULL = (
@@ -396,7 +412,7 @@ ABOVE_0_OR_NULL = (
     "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
 ).split()
 AT_LEAST_0 = (
-    "data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
+    "lora.rank data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
     "rto.max_mismatch rollout.top_k eval.every eval.show sft.save_every reward_model.save_every dpo.save_every "
     "rto.save_every"
 ).split()
@@ -420,6 +436,13 @@ def _validate(config):
     for key in FROM_0_TO_1:
         require(0 <= value(key) <= 1, key, "a number from 0 to 1")
     rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
+    require(not config.lora.rank or deepspeed.zero_stage != 3, "deepspeed.zero_stage",
+            "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
+    require(not config.lora.rank or deepspeed.frozen == "resident", "deepspeed.frozen",
+            "resident with lora.rank: the frozen models are one, the base")  # fmt: skip
+    require(deepspeed.sequence_parallel == 1, "deepspeed.sequence_parallel",
+            "1: a sequence is computed on one GPU (lower data.max_prompt_tokens and rollout.max_new_tokens, or set "
+            "model.gradient_checkpointing)")  # fmt: skip
     require(not deepspeed.offload_optimizer or deepspeed.zero_stage != 0, "deepspeed.offload_optimizer",
             "false with deepspeed.zero_stage: 0")  # fmt: skip
     require(not deepspeed.offload_parameters or deepspeed.zero_stage == 3, "deepspeed.offload_parameters",

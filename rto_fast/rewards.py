@@ -51,6 +51,12 @@ def completions_of_pairs(
     return completions_of(prompts, responses, [ids[-1] in stop_ids for ids in responses], tokenizer)
 
 
+def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a reward model can be given the policy's ids as they are."""
+    same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+    return same_vocabulary and tokenizer.chat_template in (None, policy_tokenizer.chat_template)
+
+
 class RewardModel:
     """Scores whole conversations with a sequence classification model of one label.
 
@@ -67,7 +73,7 @@ class RewardModel:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.prompt_format = prompt_format
         self.same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.same_tokens = self.same_vocabulary and tokenizer.chat_template in (None, policy_tokenizer.chat_template)
+        self.same_tokens = same_tokens(tokenizer, policy_tokenizer)
         self.stop_ids = None if self.same_tokens else stop_token_ids(tokenizer)
 
     def _ids(self, completion):

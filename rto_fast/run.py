@@ -11,25 +11,34 @@ from transformers.utils import logging
 
 from rto_fast.config import dump_config
 from rto_fast.data.run_data import RunData
-from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.tokenizing import encode_response, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, DataError, ModelError
 from rto_fast.evaluation import evaluate, measured_kl, samples
 from rto_fast.models.loading import (
     check_vocabulary,
     check_weights,
     load_causal_lm,
-    load_scorer,
     load_tokenizer,
     resolve_dtype,
     vocabulary_size,
 )
+from rto_fast.models.placement import resident
+from rto_fast.preflight import CHECKED_PAIRS, preference_finding, stop_finding
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.trackers import Service, TensorBoard
-from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
+from rto_fast.rewards import (
+    NormalizedScores,
+    RewardFunction,
+    RewardModel,
+    completions_of_pairs,
+    same_tokens,
+    score_statistics,
+)
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
-from rto_fast.stages.common import load_frozen, save_model
+from rto_fast.stages.common import save_model
+from rto_fast.stages.loader import Loader
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -40,11 +49,12 @@ def prepare_output(path):
     """Creates the run's folder; one that holds results, or anything of somebody else's, is refused."""
     folder = Path(path)
     # What a run leaves that ended before its first step, by a mistake or a kill.
-    unstarted = {"config.yaml", "base", ".config.yaml.part", ".base.part", ".progress.json.part"}
+    unstarted = {"config.yaml", "base", "warnings.jsonl", ".config.yaml.part", ".base.part", ".progress.json.part"}
     try:
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - unstarted):
             raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "warnings.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror}; give another one") from None
     return folder
@@ -100,11 +110,13 @@ class Run:
             "dtype": resolve_dtype(config.model.dtype, device),
             "trust_remote_code": config.model.trust_remote_code,
         }
+        self.loader = Loader(config, self.placement)
         trust = config.model.trust_remote_code
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
         self._check_models(trust)
         self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust))
+        self._check_endings(trust)
         self.sampling = Sampling.of(config.rollout, self.stop_ids)
         size = vocabulary_size(self.base, trust_remote_code=trust)
         self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say, size)
@@ -140,6 +152,27 @@ class Run:
             load_tokenizer(config.reward_model.model, trust_remote_code=trust_remote_code)
         for path in filter(None, [self.base, config.reward_model.model, *supplied.values()]):
             check_weights(path)
+
+    def _check_endings(self, trust_remote_code):
+        """Supplied models that are given the policy's tokens should know the one that its responses end with."""
+        config = self.config
+        end = encode_response(self.tokenizer, "prompt", "response", config.data.prompt_format, self.stop_ids)[-1]
+        supplied = {
+            "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model, "rto.ref_model": config.rto.ref_model,
+            "rto.critic": config.rto.critic, "reward_model.model": config.reward_model.model,
+        }  # fmt: skip
+        for key, path in supplied.items():
+            if not path:
+                continue
+            try:
+                own = load_tokenizer(path, trust_remote_code=trust_remote_code)
+                stop_ids = stop_token_ids(own, generation_config(path, trust_remote_code))
+            except (ModelError, DataError):  # no tokenizer or no stop token of its own: taken to have the policy's
+                continue
+            is_given_text = key == "reward_model.model" and not same_tokens(own, self.tokenizer)
+            finding = None if is_given_text else stop_finding(key, path, stop_ids, end, self.tokenizer)
+            if finding:
+                self.log.warning("models", 0, *finding)
 
     def _function(self, key):
         stage, name = key.split(".")
@@ -208,15 +241,17 @@ class Run:
         pairs, held_out = self.data.pairs, self.data.held_out_pairs
         return self._trained("dpo", dpo, sft_path, self.tokenizer, pairs, held_out, **self.placement)
 
-    def scorer(self, reward_path):
+    def scorer(self, sft_path, reward_path):
         """`NormalizedScores`, or None."""
         config = self.config
+        if config.rto.enabled:
+            self.loader.share(sft_path)
         if not config.needs_reward_model:
             return None
         if self.reward_function:
             source, path, statistics = self.reward_function, config.reward_model.function, None
         else:
-            model = load_frozen(load_scorer, reward_path, config, **self.placement)
+            model = self.loader.frozen("scorer", reward_path)
             source, path = self._reward_model(model, reward_path), reward_path
             statistics = (getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", None))
         if not config.rto.normalize_scores:
@@ -305,11 +340,26 @@ class Run:
             again = shlex.join(["python", "-m", "rto_fast.push", str(self.folder), "--repo", hub.repo])
             self.log.say(f"push: {error}; again with: {again}{'' if hub.private else ' --private false'}")
 
+    def _check_dpo_model(self, models):
+        """A supplied DPO model should prefer what people preferred; one that is trained here was measured by its stage."""
+        pairs = self.data.held_out_pairs[:CHECKED_PAIRS]
+        if not pairs:
+            return
+        logps = []
+        for model in (models.dpo, models.dpo_reference or models.reference):
+            with resident(model):
+                logps.append(dpo.pair_logps(model, pairs, self.config.rto.micro_batch_tokens))
+        if finding := preference_finding(logps[0] - logps[1], supplied=True):
+            self.log.warning("dpo", 0, *finding)
+
     def train_rto(self, name, sft_path, dpo_path, reward_path, scorer, judge):
         if self.checkpoints.is_done("rto"):
             return self._trained("rto", rto)
         critic = self.critic_start(sft_path, reward_path, scorer)
-        models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, **self.placement)
+        models = rto.load_models(self.config, sft_path, dpo_path, critic, scorer, self.loader)
+
+        if self.config.dpo.model and models.dpo is not None:
+            self._check_dpo_model(models)
 
         def kl(rollout):  # both models are there, and two forward passes cost little beside the sampling
             settings = self.config.rollout.temperature, self.config.rto.micro_batch_tokens

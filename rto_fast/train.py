@@ -34,7 +34,7 @@ def train(config, stop):
         sft = run.train_sft()
         reward_model = run.train_reward_model(sft)
         dpo = run.train_dpo(sft)
-        scorer = run.scorer(reward_model)
+        scorer = run.scorer(sft, reward_model)
         judge, judge_name = run.judge(scorer)
         policies, last = {"SFT": sft, "DPO": dpo}, "DPO"
         if config.rto.enabled:

@@ -48,7 +48,7 @@ OPTIONS = [
     *(f"--{stage}.save_every=1" for stage in STAGES), *(f"--{stage}.max_steps=3" for stage in STAGES[:3]),
 ]  # fmt: skip
 MODELS = {*STAGES, "rto_critic", "rto_best"}
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 LIMIT = 60.0  # seconds in which what is left of a run must end by itself
 CLOSE = 1e-3  # relative: the same run in float32 on another number of ranks
 

@@ -1,21 +1,26 @@
 """Two real processes: starts a test's own file as a script, `python FILE rank store`, once a rank."""
 
 import os
+import socket
 import subprocess
 import sys
 
 RANKS = 2
 
 
-def run_ranks(file, folder, seconds=180, **environment):
-    """Runs the ranks and waits; a rank that fails shows its output, and none is left behind."""
+def run_ranks(file, folder, seconds=180, arguments=None, **environment):
+    """Runs the ranks and waits; a rank that fails shows its output, and none is left behind.
+
+    Args:
+        arguments: of the script instead of `rank store`.
+    """
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": str(RANKS), **environment,
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, file, str(rank), str(folder / "store")],
+            [sys.executable, file, *(arguments or [str(rank), str(folder / "store")])],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -37,3 +42,11 @@ def join_deepspeed(rank, store):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank,
                                world_size=RANKS)  # fmt: skip
+
+
+def run_launched(file, folder, seconds=400):
+    """Runs `python FILE folder` on two ranks with the environment that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_ranks(file, folder, seconds, arguments=[str(folder)], MASTER_PORT=str(port))

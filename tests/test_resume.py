@@ -64,7 +64,7 @@ def assert_same_run(found, expected):
     assert ours.keys() == theirs.keys() >= {"sft", "reward_model", "dpo", "rto", "rto_critic", "rto_best"}
     for name, tensors in theirs.items():
         assert all(torch.equal(ours[name][key], value) for key, value in tensors.items()), name
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
         assert records(found, name) == records(expected, name)
     assert (Path(found) / "results.json").read_text() == (Path(expected) / "results.json").read_text()
     assert not (Path(found) / "checkpoints").exists()

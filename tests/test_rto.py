@@ -17,6 +17,7 @@ from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
 from rto_fast.stages import rto
+from rto_fast.stages.loader import Loader
 from rto_fast.training.accumulate import Accumulator
 
 TOKENIZER = build_tokenizer()
@@ -345,7 +346,8 @@ def directories(tmp_path_factory):
 
 def load(directories, critic="rm", scorer=None, overrides=()):
     paths = [directories[name] for name in ("sft", "dpo", critic)]
-    return rto.load_models(config(*overrides), *paths, scorer, device="cpu", dtype=torch.float32)
+    settings = config(*overrides)
+    return rto.load_models(settings, *paths, scorer, Loader(settings, {"device": "cpu", "dtype": torch.float32}))
 
 
 def test_the_dpo_reference_is_the_sft_model_whatever_the_kl_reference(directories):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForSequenceClassification
@@ -160,6 +161,17 @@ def test_a_supplied_model_needs_no_tokenizer_of_its_own(run, tmp_path):
         "0",
     ]
     assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
+
+
+def test_rto_and_the_ppo_baseline_compare_in_one_page(run, tmp_path):
+    """The two shipped configurations, shortened."""
+    from rto_fast.report import main as report
+
+    ppo = Path(__file__).parent.parent / "configs" / "ppo_baseline.yaml"
+    main(["--config", str(ppo), *SHORT, "--sft.model", str(run[0] / "sft"), "--output_dir", str(tmp_path / "ppo")])
+    report([str(run[0]), str(tmp_path / "ppo"), "--output", str(tmp_path / "both.html")])
+    page = (tmp_path / "both.html").read_text()
+    assert "RTO" in page and "PPO" in page and "rto.dpo_reward_scale" in page and page.count("<svg") >= 6
 
 
 def test_a_run_on_prompts_alone(run, tmp_path):

@@ -13,18 +13,29 @@ import torch
 
 
 class WholeForward(torch.nn.Module):
-    """The module that DeepSpeed is given: its forward pass is any function of the model."""
+    """The module that DeepSpeed is given: its forward pass is any function of the model. Of an adapter DeepSpeed sees what
+    is trained, not the base that it shares."""
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.__dict__["target"] = model
+        if isinstance(model, torch.nn.Module):
+            self.model = model
+        else:
+            self.trained = torch.nn.ParameterList([parameter for _, parameter in model.trainable()])
 
     def forward(self, function, *args, **options):
-        return function(self.model, *args, **options)
+        return function(self.target, *args, **options)
 
 
 def attach_engine(model, engine):
     model.__dict__["zero_engine"] = engine  # not as a submodule: the engine holds the model
+
+
+def activate(model):
+    """Makes a shared base's next forward pass that of `model`, where it is an adapter (`rto_fast.models.lora`)."""
+    if not isinstance(model, torch.nn.Module):
+        model.activate()
 
 
 def whole_forward(function):
@@ -32,6 +43,7 @@ def whole_forward(function):
 
     @functools.wraps(function)
     def run(model, *args, **options):
+        activate(model)
         engine = getattr(model, "zero_engine", None)
         return function(model, *args, **options) if engine is None else engine(function, *args, **options)
 

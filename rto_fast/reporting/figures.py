@@ -154,6 +154,9 @@ def _rewards(runs):
             continue
         signed = {label: (x, [sign * v for v in series[label][1]])
                   for (_, sign, label), (x, _) in zip(REWARD_PARTS, series.values()) if x}  # fmt: skip
+        # By response where the run recorded it; else of the means, in which signs cancel.
+        recorded = {label: run.series("rto", f"{metric}_share") for metric, _, label in REWARD_PARTS}
+        sizes = recorded if any(x for x, _ in recorded.values()) else signed
         total = run.series("rto", "reward")
         lines = signed | ({"sum": total} if total[0] else {})
         panels.append(
@@ -161,7 +164,7 @@ def _rewards(runs):
                   colors=PART_COLORS)
         )  # fmt: skip
         panels.append(
-            Panel(f"reward_shares{suffix}", "Share of each part in the reward's size" + of, _shares(signed, steps),
+            Panel(f"reward_shares{suffix}", "Share of each part in the reward's size" + of, _shares(sizes, steps),
                   kind="stack", xlabel="iteration", colors=PART_COLORS)
         )  # fmt: skip
     return panels

@@ -1,4 +1,4 @@
-"""What a run says while it works: a live line per stage, metrics.jsonl, samples.jsonl, tokens.jsonl, trackers."""
+"""What a run says while it works: a live line per stage, metrics.jsonl and the other logs, trackers."""
 
 import json
 import math
@@ -69,6 +69,19 @@ class RunLog:
     def close(self):
         for tracker in self.trackers:
             tracker.close()
+
+    def warning(self, stage, step, name, what, remedy):
+        """Says and records a `Finding` of `rto_fast.health`; step 0: before the stage's first."""
+        self.say(f"warning: {f'{stage}, step {step}: ' if step else ''}{what}; {remedy}")
+        record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
+        path = self.folder / "warnings.jsonl"
+        recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if json.dumps(record) not in recorded:  # a resumed run checks its models again
+            self._append("warnings.jsonl", record)
+
+    def warning_over(self, stage, step, name):
+        """`step` was the last that a warning held for."""
+        self._append("warnings.jsonl", {"stage": stage, "step": step, "name": name, "over": True})
 
     def samples(self, stage, step, samples):
         for sample in samples:

@@ -20,6 +20,7 @@ def page(runs, figures):
     names = " against ".join(run.name for run in runs)
     sections = [
         ("Policies", _policies(runs)),
+        ("Health", _health(runs)),
         ("What differs", _differences(runs) if len(runs) > 1 else ""),
         ("Which tokens earned what", _tokens(runs)),
         ("Before and after", _samples(runs)),
@@ -90,6 +91,23 @@ def _policies(runs):
     )
     explanation = '<p class="soft">Judged on the same held-out prompts; score ± its standard error.</p>'
     return table([*lead, *(key.replace("_", " ") for key in shown)], cells, names=len(lead), best=best) + explanation
+
+
+def _health(runs):
+    """What was wrong, when, and what to do about it."""
+    if all(run.warnings is None for run in runs):
+        return ""
+    rows = []
+    for run in runs:
+        for warning in run.warnings or []:
+            since, until = warning["since"], warning["until"]
+            steps = f"from {since}" if until is None else f"{since}–{until}"
+            where = f"{warning['stage']} {steps}" if since else "before the first step"
+            rows.append([run.name] * (len(runs) > 1) + [where, warning["what"], warning["remedy"]])
+    if not rows:
+        return "<p>No warnings.</p>"
+    header = ["run"] * (len(runs) > 1) + ["when", "what", "what to do"]
+    return table(header, rows, names=len(header))
 
 
 def _flat(tree, prefix=""):

@@ -19,6 +19,7 @@ class RunFiles:
     results: dict[str, dict] = field(default_factory=dict)  # {policy: its evaluation}
     samples: list[dict] = field(default_factory=list)
     tokens: list[dict] = field(default_factory=list)
+    warnings: list[dict] | None = None  # None: the run was not checked
     config: str = ""
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
 
@@ -69,6 +70,8 @@ def read_run(folder):
     samples = [s for s in _records(folder / "samples.jsonl", notes) if {"stage", "prompt", "response"} <= set(s)]
     run.samples = [_plain(sample) for sample in samples]
     run.tokens = _latest(_records(folder / "tokens.jsonl", notes))
+    if (folder / "warnings.jsonl").is_file():
+        run.warnings = _warnings(_records(folder / "warnings.jsonl", notes))
     if (folder / "config.yaml").is_file():
         run.config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     return run
@@ -145,6 +148,22 @@ def _results(path, notes):
     except (ValueError, RecursionError, AttributeError):
         notes.append("results.json could not be read")
         return {}
+
+
+def _warnings(records):
+    """What was wrong, since which step, until which (None: to the end), and what to do; in the order of the file."""
+    found = []
+    for record in records:
+        step, key = number(record.get("step")), (record.get("stage"), record.get("name"))
+        if not math.isfinite(step):
+            continue
+        if record.get("over") is True:
+            for warning in found:
+                if warning["key"] == key and warning["until"] is None:
+                    warning["until"] = int(step)
+        elif all(isinstance(record.get(field), str) for field in ("stage", "name", "what", "remedy")):
+            found.append(_plain(record) | {"key": key, "since": int(step), "until": None})
+    return found
 
 
 TOKEN_NUMBERS = ("dpo_reward", "kl_penalty", "score_reward", "advantage", "value")

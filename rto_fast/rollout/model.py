@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
+from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone
@@ -27,7 +28,8 @@ class RolloutModel:
             model = model.module
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
-        self.causal_lm = model
+        self.adapter = model if isinstance(model, Adapter) else None
+        self.causal_lm = self.adapter.base if self.adapter else model
         self.merged = {}  # LoRA layer → its merged weight, at the same address in every rollout
 
     @property
@@ -59,6 +61,8 @@ class RolloutModel:
         # ZeRO-3 would gather once a layer and decode step; so it is once a rollout.
         with whole_weights(self.causal_lm) if self.is_zero3 else contextlib.nullcontext():
             self.causal_lm.eval()
+            if self.adapter:
+                self.adapter.activate()
             try:
                 yield self
             finally:

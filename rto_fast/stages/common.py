@@ -12,14 +12,6 @@ from rto_fast.errors import CheckpointError
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.training import ranks
-from rto_fast.training.zero import place_frozen
-
-
-def load_frozen(loader, path, config, *, device, **placement):
-    """A model that is only evaluated, by `load_causal_lm` or `load_scorer`, placed as `deepspeed.frozen` says."""
-    first = device if config.deepspeed.frozen == "resident" else "cpu"
-    model = loader(path, trainable=False, device=first, **placement)
-    return place_frozen(model, config.deepspeed, device)
 
 
 def save_model(model, tokenizer, folder):

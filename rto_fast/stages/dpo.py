@@ -4,9 +4,11 @@ import torch
 
 from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
-from rto_fast.models.loading import causal_logps, load_causal_lm
+from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of
+from rto_fast.preflight import preference_finding
 from rto_fast.stages.common import save_model
+from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.ranks import map_items
 from rto_fast.training.supervised import SupervisedTrainer
@@ -32,9 +34,7 @@ def pair_logps(model, pairs, max_tokens):
 def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
     """Trains `base` (a directory), which is also the reference, and returns the directory of the result."""
     stage = config.dpo
-    model = load_causal_lm(
-        base, trainable=True, gradient_checkpointing=config.model.gradient_checkpointing, **placement
-    )  # fmt: skip
+    model = Loader(config, placement).trained("causal_lm", base)
     # The reference is the model before its first step: no second copy, each pair scored once.
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
     reference = pair_logps(model, pairs, stage.micro_batch_tokens)
@@ -57,4 +57,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {"held_out_accuracy": accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
+        if finding := preference_finding(change, supplied=False):
+            log.warning("dpo", trainer.steps, *finding)
     return save_model(model, tokenizer, output)

@@ -2,9 +2,10 @@
 
 from rto_fast.batch import pack_whole
 from rto_fast.losses import bradley_terry
-from rto_fast.models.loading import load_scorer, token_scores
+from rto_fast.models.loading import token_scores
 from rto_fast.rewards import score_sequences, score_statistics
 from rto_fast.stages.common import save_model
+from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.supervised import SupervisedTrainer
 
@@ -21,9 +22,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     stored in its config.json as `score_mean` and `score_std`.
     """
     stage = config.reward_model
-    model = load_scorer(
-        base, trainable=True, gradient_checkpointing=config.model.gradient_checkpointing, **placement
-    )  # fmt: skip
+    model = Loader(config, placement).trained("scorer", base)
 
     def loss(indices, step_indices):
         batch = pack_whole(_sides([pairs[i] for i in indices]), placement["device"])

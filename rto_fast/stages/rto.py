@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 import torch
 
+from rto_fast import preflight
 from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
 from rto_fast.errors import RewardError
-from rto_fast.models.loading import forward_hidden, load_causal_lm, load_scorer, output_head, token_scores
+from rto_fast.health import Health
+from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of
 from rto_fast.rollout import build_engine
 from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.behaviour import behaviour_logps
-from rto_fast.stages.common import load_frozen, response_logps, save_model
+from rto_fast.stages.common import response_logps, save_model
 from rto_fast.stages.tokens import recorded_iterations, reward_parts, token_records
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
@@ -40,6 +42,7 @@ class Models:
     dpo_reference: torch.nn.Module | None  # None: the same as `reference`
     critic: torch.nn.Module | None
     scorer: object | None  # completions → [N] normalised scores
+    origins: tuple[str, str] | None = None  # where policy and reference were loaded from
 
 
 @dataclass
@@ -55,41 +58,42 @@ class Experience:
     returns: torch.Tensor
     importance: torch.Tensor | None = None  # weights of the policy's loss, see `behaviour_logps`
     reward_parts: dict[str, torch.Tensor] | None = None  # what the token rewards are made of, for the report
+    kl: torch.Tensor | None = None  # log π/π_ref
 
     @property
     def lengths(self):
         return self.batch.cu_seqlens.diff().tolist()
 
 
-def load_models(config, sft, dpo, critic, scorer, **placement):
+def load_models(config, sft, dpo, critic, scorer, loader):
     """Loads every model of the stage.
 
     Args:
-        sft, dpo, critic: directories or hub ids; `dpo` may be None. scorer: `NormalizedScores` or None.
+        sft, dpo, critic: directories or hub ids; `dpo` may be None. scorer: `NormalizedScores` or None. loader: `Loader`.
     """
     rto = config.rto
-    training = placement | {"trainable": True, "gradient_checkpointing": config.model.gradient_checkpointing}
 
     def frozen(path):
-        return load_frozen(load_causal_lm, path, config, **placement)
+        return loader.frozen("causal_lm", path)
 
-    reference = rto.ref_model or sft
+    start, reference = dpo if rto.init_from == "dpo" else sft, rto.ref_model or sft
     pays = config.pays_dense_reward
     dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
     return Models(
-        policy=load_causal_lm(dpo if rto.init_from == "dpo" else sft, **training),
+        policy=loader.trained("causal_lm", start),
         reference=frozen(reference),
         dpo=frozen(dpo) if pays else None,
         dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
-        critic=load_critic(critic, scorer, **training) if rto.advantage == "gae" else None,
+        critic=load_critic(critic, scorer, loader) if rto.advantage == "gae" else None,
         scorer=scorer,
+        origins=(start, reference),
     )
 
 
-def load_critic(path, scorer, **placement):
+def load_critic(path, scorer, loader):
     """A critic in the units of the scores it predicts: one that starts from the reward model takes over the statistics by
     which the scores are normalised, and keeps them in its config."""
-    critic = load_scorer(path, **placement)
+    critic = loader.trained("scorer", path)
     if scorer is not None and path == scorer.path:
         critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
     return critic
@@ -181,14 +185,16 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         delimiter_mask=delimiters[batch.labels.clamp(min=0)] if delimiters is not None else None,
         shaping=rto.shaping, bootstrap_values=bootstrap, whiten=rto.whiten,
     )  # fmt: skip
+    parts = reward_parts(result, kl_coef, paid_scores, rto.score_scale or 1.0, rto.score_clip, batch)
     experience = Experience(
-        prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns, importance,
-        reward_parts(result, kl_coef, paid_scores, rto.score_scale or 1.0, rto.score_clip, batch),
+        prompt_ids, response_ids, batch, old_logps, values, result.advantages, result.returns, importance, parts,
+        result.kl,
     )  # fmt: skip
 
     per_response = {k: v / batch.num_sequences for k, v in result.stats.items() if k.endswith("_sum")}
     mask, stats = batch.response_mask, result.stats
     dense = torch.where(mask, dpo_logps - dpo_ref_logps, 0.0)
+    sizes = torch.stack([segment_sum(part, batch.cu_seqlens).abs().mean() for part in parts.values()])
     metrics = {
         "score": scores.mean(),
         "reward": segment_sum(result.token_rewards, batch.cu_seqlens).mean(),
@@ -204,6 +210,9 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         "advantage_std": stats["advantage_var"].sqrt(),
         "explained_variance": _explained_variance(values[mask], result.returns[mask]),
     }
+    # Of a response's size, without signs: in a mean over responses they would cancel.
+    shares = sizes / sizes.sum().clamp(min=1e-8)
+    metrics |= {f"{name}_share": share for name, share in zip(parts, shares)}
     return experience, metrics | mismatch
 
 
@@ -232,11 +241,12 @@ def policy_loss(model, batch, old_logps, advantages, *, temperature, entropy_coe
     return loss - entropy_coef * mean_entropy, metrics | {"entropy": mean_entropy.detach()}
 
 
-def update(config, models, optimizers, experience, seed, accumulator):
+def update(config, models, optimizers, experience, seed, accumulator, gate=None):
     """PPO epochs over an `Experience`.
 
     Args:
-        optimizers: {"policy": …, "critic": …}. accumulator: `Accumulator`.
+        optimizers: {"policy": …, "critic": …}. accumulator: `Accumulator`. gate: called with the metrics of the first
+            step's passes before that step is taken.
     Returns:
         metrics averaged over the optimizer steps.
     """
@@ -287,7 +297,10 @@ def update(config, models, optimizers, experience, seed, accumulator):
                     metrics |= value_metrics
                 return metrics
 
-            totals.update(accumulator.run(passes, [lengths[i] for i in chosen], optimizers.values()))
+            metrics = accumulator.run(passes, [lengths[i] for i in chosen], optimizers.values())
+            if gate and not steps:
+                gate(metrics)
+            totals.update(metrics)
             if ranks.world_size() > 1:
                 totals.update({"imbalance": ranks.imbalance([lengths[i] for i in chosen])})
             for name, optimizer in optimizers.items():
@@ -313,6 +326,7 @@ class RTOTrainer:
         self.steps = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
         self.step_count, self.kl_coef = 0, rto.kl_coef
         self.token_records = []  # of the last iteration, if it is one of those that are recorded
+        self.findings = []  # of the gates before the first update, while it is the last iteration
         self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
         steps = self.steps * rto.ppo_epochs * -(-self.responses // rto.batch_size)
         self.optimizers = {"policy": build_optimizer(models.policy, rto, steps, config.deepspeed)}
@@ -351,7 +365,8 @@ class RTOTrainer:
         scored = time.perf_counter()
         recorded = self.step_count in recorded_iterations(self.steps)
         self.token_records = token_records(experience, repeated, self.tokenizer) if recorded else []
-        metrics |= update(self.config, self.models, self.optimizers, experience, seed, self.accumulator)
+        self.findings, gate = self._gates(experience, metrics) if self.step_count == 0 else ([], None)
+        metrics |= update(self.config, self.models, self.optimizers, experience, seed, self.accumulator, gate)
         end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
@@ -359,6 +374,7 @@ class RTOTrainer:
         self.step_count += 1
         seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        metrics["micro_batch_tokens"] = self.accumulator.tokens
         if ranks.world_size() > 1:
             metrics["rollout_imbalance"] = rollout.stats["rollout_imbalance"]
         return metrics | {
@@ -366,6 +382,13 @@ class RTOTrainer:
             "tokens_per_second": rollout.num_tokens / (end - start),
             "rollout_tokens_per_second": rollout.num_tokens / (generated - start),
         }
+
+    def _gates(self, experience, metrics):
+        """(findings on the first rollout, `gate` of its first update)."""
+        preflight.check_sampler(self.config, metrics)
+        findings = preflight.check_reference(self.config, self.models, experience, metrics)
+        sampled = preflight.are_sampled(metrics)
+        return findings, lambda passes: preflight.check_ratio(self.config, self.models.policy, sampled, passes)
 
     def _parts(self):
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
@@ -392,13 +415,20 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
     if len(prompts) < config.rto.prompts_per_rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
 
-    def after_step(step):
+    health = Health(config, log)
+
+    def after_step(step, metrics):
+        for finding in trainer.findings:
+            log.warning("rto", step, *finding)
+        health.check(step, metrics)
         log.tokens("rto", step, trainer.token_records)
+
+    def evaluate_policy(step):
         if evaluate and config.eval.every and step % config.eval.every == 0:
             evaluate(trainer.engine, step)
 
     shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
-    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step)
+    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic")
     return save_model(models.policy, tokenizer, output)

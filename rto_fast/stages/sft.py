@@ -1,8 +1,9 @@
 """Stage 1: supervised fine-tuning, packed, loss on the response only (by default)."""
 
 from rto_fast.batch import pack
-from rto_fast.models.loading import causal_logps, load_causal_lm
+from rto_fast.models.loading import causal_logps
 from rto_fast.stages.common import save_model
+from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.supervised import SupervisedTrainer
 
@@ -10,9 +11,7 @@ from rto_fast.training.supervised import SupervisedTrainer
 def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **placement):
     """Trains `base` (a directory) on `sequences` (prompt_ids, response_ids) and returns the directory of the result."""
     stage = config.sft
-    model = load_causal_lm(
-        base, trainable=True, gradient_checkpointing=config.model.gradient_checkpointing, **placement
-    )  # fmt: skip
+    model = Loader(config, placement).trained("causal_lm", base)
 
     def loss(indices, step_indices):
         """The mean over the step's labelled tokens, whatever its micro-batches."""

@@ -16,7 +16,7 @@ from rto_fast.training import ranks
 from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
 from rto_fast.training.stop import StopRequest
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 
 
 class Trainer(Protocol):
@@ -89,7 +89,7 @@ class Checkpoints:
         self.points = self.points[: int(ranks.from_main(torch.tensor(good)))]
 
     def _point(self, checkpoint, unfinished=False):
-        """A point from which the run can go on: this moment. unfinished: what follows the step has still to be done."""
+        """A point from which the run can go on: this moment. unfinished: it has still to be evaluated."""
         paths = [self.folder / name for name in LOGS if (self.folder / name).exists()]
         for path in paths if ranks.is_main() else ():
             sync(path)
@@ -127,7 +127,7 @@ class Checkpoints:
             raise self.stop.interrupted(f"stopped after {stage}")
 
     def save(self, stage: str, trainer: Trainer, unfinished: bool = False) -> None:
-        """The state of `trainer` after its last whole step. unfinished: what follows that step failed, and is to be done."""
+        """The state of `trainer` after its last whole step. unfinished: its evaluation failed, and is to be done."""
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
         save_state(folder / name, trainer.state_dict())

@@ -12,30 +12,33 @@ from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 def train(
     name: str, trainer: Trainer, log: RunLog, checkpoints: Checkpoints, save_every: int, show: Sequence[str],
-    after_step: Callable[[int], object] | None = None,
+    after_step: Callable[[int, dict], object] | None = None, evaluate: Callable[[int], object] | None = None,
 ) -> None:  # fmt: skip
     """Steps `trainer` to its end, from its last checkpoint if there is one.
 
     Args:
         save_every: steps between checkpoints; 0: only when the run is stopped. show: metrics on the live line.
-        after_step: called with the number of steps done, before the checkpoint.
+        after_step: called with the number of steps done and the step's metrics, before the checkpoint. evaluate: called with
+            the number of steps done, after that; where it failed the resumed run begins with it.
     Raises:
         Interrupted: after a signal; the state is saved.
-        RewardError: from a step, which must then have changed nothing, or from `after_step`; the state is saved.
+        RewardError: from a step, which must then have changed nothing, or from `evaluate`; the state is saved.
         TrainingError: names the stage; also where memory runs out.
     """
     stop = checkpoints.stop
     stop.waits = True  # until the stage has written its model
-    if checkpoints.restore(name, trainer) and after_step:
-        after_step(trainer.step_count)
+    if checkpoints.restore(name, trainer) and evaluate:
+        evaluate(trainer.step_count)
     with log.stage(name, trainer.steps, trainer.step_count) as progress:
         while trainer.step_count < trainer.steps:
             stepped = False
             try:
-                progress.step(trainer.step(), show=show)
-                stepped = True
+                metrics = progress.step(trainer.step(), show=show)
                 if after_step:
-                    after_step(trainer.step_count)
+                    after_step(trainer.step_count, metrics)
+                stepped = True
+                if evaluate:
+                    evaluate(trainer.step_count)
             except RewardError:  # somebody else's function or server: no reason to lose what was trained
                 checkpoints.save(name, trainer, unfinished=stepped)
                 raise

@@ -29,6 +29,8 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, min_l
 
 def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """[(name, parameter)], a tied parameter once."""
+    if not isinstance(model, nn.Module):  # an adapter
+        return model.trainable()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 

@@ -1,0 +1,149 @@
+"""Whole runs of two real processes against one of a single process without DeepSpeed: same losses, samples and weights."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.ranks import run_launched
+
+SETTINGS = [
+    "--threads", "1", "--data.limit", "96", "--data.held_out", "8", "--eval.prompts", "8", "--rollout.max_new_tokens", "12",
+    "--sft.max_steps", "4", "--reward_model.max_steps", "3", "--dpo.max_steps", "3", "--dpo.batch_size", "16",
+    "--rto.iterations", "2", "--rto.prompts_per_rollout", "12", "--rto.batch_size", "6", "--rto.micro_batch_tokens", "200",
+    "--sft.micro_batch_tokens", "300", "--sft.weight_decay", "0.1",
+]  # fmt: skip
+LORA = ["--lora.rank", "2", "--sft.lr", "1e-2"]
+BFLOAT16 = ["--model.dtype", "bfloat16", "--rto.enabled", "false"]
+# {name: (what it is compared with, options)}
+RUNS = {
+    "ZeRO 0": ("whole", ["--deepspeed.zero_stage", "0"]),
+    "ZeRO 1, optimizer offloaded, activations checkpointed": (
+        "whole",
+        ["--deepspeed.zero_stage", "1", "--deepspeed.offload_optimizer", "true", "--model.gradient_checkpointing", "true"],
+    ),
+    "ZeRO 2": ("whole", []),
+    "ZeRO 3, frozen models sharded": ("whole", ["--deepspeed.zero_stage", "3", "--deepspeed.frozen", "sharded"]),
+    "ZeRO 3, all offloaded": (
+        "whole",
+        ["--deepspeed.zero_stage", "3", "--deepspeed.offload_parameters", "true", "--deepspeed.offload_optimizer", "true",
+         "--deepspeed.frozen", "offloaded"],
+    ),
+    "LoRA, ZeRO 2": ("LoRA", LORA),
+    "bfloat16, ZeRO 2": ("bfloat16", BFLOAT16),
+}  # fmt: skip
+MODELS = ("sft", "reward_model", "dpo", "rto", "rto_critic")
+
+
+def stop_after(steps):
+    """Sends this process SIGTERM after so many steps of all stages."""
+    from rto_fast.reporting.log import StageLog
+
+    step = StageLog.step
+
+    def counted(self, *arguments, **options):
+        nonlocal steps
+        steps -= 1
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **options)
+
+    StageLog.step = counted
+
+
+def main(folder):
+    """One of the ranks: all the runs in turn, and at last one that is stopped in its RTO stage."""
+    from rto_fast.config import load_config
+    from rto_fast.errors import Interrupted
+    from rto_fast.run import Run
+    from rto_fast.train import train
+    from rto_fast.training.launch import joined
+
+    Run.report = Run.publish = lambda self: None  # slow, and not what is compared
+    with joined():
+        for name, (_, options) in RUNS.items():
+            train(load_config([*SETTINGS, *options, "--output_dir", f"{folder}/{name}"]))
+        stop_after(11)
+        try:
+            train(load_config([*SETTINGS, "--output_dir", f"{folder}/stopped"]))
+        except Interrupted as stop:
+            assert "stopped in rto after step 1" in str(stop)
+        else:
+            raise AssertionError("not stopped")
+
+
+def alone(folder, *options):
+    from rto_fast.run import Run
+    from rto_fast.train import main as train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "report", lambda self: None)
+        patch.setattr(Run, "publish", lambda self: None)
+        train([*map(str, options)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run_launched(__file__, folder)
+    for name, options in {"whole": [], "LoRA": LORA, "bfloat16": BFLOAT16}.items():
+        alone(folder / name, *SETTINGS, *options, "--output_dir", folder / name)
+    return folder
+
+
+def records(folder):
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+def assert_same(found, expected, tolerance=2e-4):
+    """Float32 sums in another order, and what Adam makes of them where a gradient is nearly 0."""
+    for name in MODELS:
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (found, expected))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert (ours[key] - value).norm() <= tolerance * value.norm() + 1e-6, (name, key)
+    ours, theirs = records(found), records(expected)
+    assert [(r["stage"], r["step"]) for r in ours] == [(r["stage"], r["step"]) for r in theirs]
+    for record, other in zip(ours, theirs):
+        for key in ("loss", "grad_norm", "score", "dpo_reward", "length", "policy_loss", "value_loss", "tokens"):
+            if key in other:
+                assert record[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), (record["stage"], key)
+    ours, theirs = ((folder / "samples.jsonl").read_text() for folder in (found, expected))
+    assert ours == theirs  # the same seed draws the same responses on any number of ranks
+
+
+def test_bfloat16_weights_have_float32_masters_on_two_ranks_too(runs):
+    """Rounded gradients differ from those of one rank; an optimizer without masters would not move the weights at all."""
+    two, one = runs / "bfloat16, ZeRO 2", runs / "bfloat16"
+    for name in ("sft", "dpo"):
+        ours, theirs = (load_file(run / name / "model.safetensors") for run in (two, one))
+        for key, value in theirs.items():
+            assert (ours[key].float() - value.float()).norm() <= 1e-2 * value.float().norm()
+    losses, expected = ([r["loss"] for r in records(run) if "loss" in r] for run in (two, one))
+    assert losses == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("bfloat16")])
+def test_two_ranks_train_what_one_does(name, runs):
+    assert_same(runs / name, runs / RUNS[name][0])
+
+
+def test_ranks_are_given_alike_work(runs):
+    for record in records(runs / "ZeRO 2"):
+        if record["stage"] in ("sft", "rto"):
+            assert 1.0 <= record["imbalance"] < 1.25
+    assert all("imbalance" not in record for record in records(runs / "whole"))
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(runs):
+    alone(runs / "stopped", "--resume", runs / "stopped")
+    assert_same(runs / "stopped", runs / "whole")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
