@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -34,10 +35,15 @@ def kill(folder, rank):
     return outcome(session)
 
 
-def fail(folder, rank):
+def fail(folder, error):
+    """In a backward pass of rank 1, while the other waits for its gradients."""
+
+    def backward(*_):
+        raise error
+
     def prepare():
-        if os.environ["RANK"] == str(rank):
-            ShuffledIndices.take = lambda *_: [][0]
+        if os.environ["RANK"] == "1":
+            ZeroOptimizer.backward = backward
 
     return outcome(begin(folder, prepare))
 
@@ -53,9 +59,12 @@ def terminate(folder):
 
 def main(folder):
     outcomes = {
-        "rank 1 killed": kill(folder / "a", 1), "rank 0 killed": kill(folder / "b", 0),
-        "rank 1 failed": fail(folder / "c", 1), "terminated": terminate(folder / "d"),
-    }  # fmt: skip
+        "rank 1 killed": kill(folder / "a", 1),
+        "rank 0 killed": kill(folder / "b", 0),
+        "rank 1 failed": fail(folder / "c", IndexError("no such token")),
+        "rank 1 out of memory": fail(folder / "d", torch.OutOfMemoryError("CUDA out of memory.")),
+        "terminated": terminate(folder / "e"),
+    }
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -84,8 +93,17 @@ def test_a_rank_that_is_killed_ends_the_other(outcomes, dead, alive):
 def test_a_rank_that_fails_ends_the_other_with_its_error(outcomes):
     found = outcomes["rank 1 failed"]
     (line,) = lines(found["said"])
-    assert line.startswith("rto_fast: rank 1: IndexError: list index out of range; the run stopped, --resume")
+    assert line.startswith("rto_fast: rank 1: IndexError: no such token; the run stopped, --resume")
     assert found["codes"] == [1, 1] and found["seconds"] < 30
+
+
+def test_a_rank_of_zero_that_runs_out_of_memory_ends_all(outcomes):
+    found = outcomes["rank 1 out of memory"]
+    (line,) = lines(found["said"])
+    assert line.startswith(
+        "rto_fast: rank 1: sft: out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot"
+    )
+    assert found["codes"] == [1, 2] and found["seconds"] < 30
 
 
 def test_a_scheduler_that_stops_both(outcomes):
@@ -100,7 +118,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import faults
 
-    from rto_fast.training.order import ShuffledIndices
+    from rto_fast.training.zero import ZeroOptimizer
 
     faults.warm_up(2)
     main(Path(sys.argv[1]))
