@@ -67,6 +67,7 @@ class Checkpoints:
             self.done, self.points = progress["done"], progress["points"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"--resume: {self.path} cannot be read ({error!r}): nothing to go on from") from error
+        self._sweep()  # a kill may have come before it
         self._drop_damaged()
         point = self.points[-1]
         for name in LOGS if ranks.is_main() else ():
@@ -75,6 +76,15 @@ class Checkpoints:
                 os.truncate(path, min(path.stat().st_size, point["logs"].get(name, 0)))
         self.best = point["best"]
         self.log.start -= point["seconds"]
+
+    def _sweep(self):
+        """Removes the checkpoints that are of no more use, and what a kill left of one."""
+        folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
+        for path in folder.glob("*") if ranks.is_main() else ():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        if ranks.is_main() and kept == {None}:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _drop_damaged(self):
         """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""
@@ -120,8 +130,7 @@ class Checkpoints:
         """`stage` has written its model: its checkpoints are of no more use."""
         self.done, self.points = [*self.done, stage], [self._point(None)]
         self._write()
-        if ranks.is_main():
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self._sweep()
         self.stop.waits = False
         if ranks.any_rank(self.stop.signal is not None):
             raise self.stop.interrupted(f"stopped after {stage}")
@@ -134,10 +143,7 @@ class Checkpoints:
         beginning, *others = [point for point in self.points if point["checkpoint"] != name]
         self.points = [beginning, *others[max(0, len(others) - self.keep + 1) :], self._point(name, unfinished)]
         self._write()
-        kept = {point["checkpoint"] for point in self.points}
-        for path in folder.glob("*") if ranks.is_main() else ():
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        self._sweep()
 
     def restore(self, stage: str, trainer: Trainer) -> bool:
         """Puts `trainer` where the last checkpoint of `stage` was, if there is one; returns whether it was `unfinished`."""
