@@ -9,11 +9,16 @@ from rto_fast.data.inspection import visible
 from rto_fast.errors import Interrupted, UserError
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException, kind: bool = False) -> str:
     """What is said of an error, its notes included. Messages quote data, files and other people's errors: no line breaks,
-    nothing that a terminal would obey."""
-    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
-    return visible(" ".join(text.split()))
+    nothing that a terminal would obey. kind: its type's name goes first."""
+    parts = [type(error).__name__] if kind or not str(error) else []
+    text = ": ".join([*parts, *filter(None, [str(error)])])
+    return visible(" ".join("; ".join([text, *getattr(error, "__notes__", [])]).split()))
+
+
+def exit_code(stop: Interrupted) -> int:
+    return 130 if stop.signal == signal.SIGINT else 0  # a scheduler that asks for an end gets one
 
 
 def _tell(text):
@@ -40,7 +45,7 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
         sys.exit(2)
     except Interrupted as stop:
         _tell(str(stop))
-        sys.exit(130 if stop.signal == signal.SIGINT else 0)  # a scheduler that asks for an end gets one
+        sys.exit(exit_code(stop))
     except KeyboardInterrupt:
         if interrupted:
             _tell(interrupted)

@@ -37,11 +37,14 @@ class HubError(UserError):
     """A model that cannot be pushed to the Hub."""
 
 
-class Interrupted(Exception):
-    """The run was stopped by a signal, its state saved."""
+class Interrupted(BaseException):
+    """The run was stopped by a signal; nothing that was trained is lost. No `Exception`: it can arrive anywhere, and what
+    handles the faults of a report or of a disk is not to take it for one.
 
-    def __init__(self, stage, step, folder, signal):
-        super().__init__(
-            f"stopped in {stage} after step {step}; go on with: python -m rto_fast.train --resume {folder}"
-        )  # fmt: skip
-        self.signal = signal
+    Args:
+        together: all ranks stop, at the same place; else this one, wherever it is.
+    """
+
+    def __init__(self, message: str, signal: int, together: bool):
+        super().__init__(message)
+        self.signal, self.together = signal, together

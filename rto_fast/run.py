@@ -50,8 +50,8 @@ from rto_fast.training.state_files import write_text
 def prepare_output(path):
     """Creates the run's folder; one that holds results, or anything of somebody else's, is refused."""
     folder = Path(path)
-    # What a run leaves that stopped at a mistake before its first step.
-    unstarted = {"config.yaml", "base", "warnings.jsonl"}
+    # What a run leaves that ended before its first step, by a mistake or a kill.
+    unstarted = {"config.yaml", "base", "warnings.jsonl", ".config.yaml.part", ".base.part", ".progress.json.part"}
     try:
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - unstarted):
             raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
@@ -90,7 +90,7 @@ def quiet_libraries(device):
 class Run:
     """What the stages share: configuration, device, tokenizer, data, log; and the sequence of the stages."""
 
-    def __init__(self, config):
+    def __init__(self, config, stop):
         self.config = config
         self.folder = Path(config.resume or config.output_dir)
         if ranks.is_main() and not config.resume:
@@ -104,7 +104,7 @@ class Run:
         is_main = ranks.is_main()
         self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
         self.checkpoints = Checkpoints(
-            self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume)
+            self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop
         )  # fmt: skip
         device = resolve_device(config.device)
         quiet_libraries(device)

@@ -6,27 +6,30 @@ import time
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
+from rto_fast.training.stop import StopRequest
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Runs the configured stages; returns {policy name: Evaluation}."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
-    from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
+    with StopRequest() as stop:
+        config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
+        stop.folder = config.resume
+        from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
-    with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
-        return train(config)
+        with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
+            return train(config, stop)
 
 
-def train(config):
-    """Runs the stages of `config` as one of its ranks."""
+def train(config, stop):
+    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end."""
     start = time.perf_counter()
     from rto_fast.evaluation import table
     from rto_fast.run import Run
     from rto_fast.training.ranks import is_main
     from rto_fast.training.state_files import write_text
 
-    run = Run(config)
+    run = Run(config, stop)
     with run.checkpoints.resumable():
         sft = run.train_sft()
         reward_model = run.train_reward_model(sft)

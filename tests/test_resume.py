@@ -220,6 +220,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert any("goes on from the beginning of the stage" in text for text in log.said)
 
 
+def test_what_a_kill_left_of_checkpoints_is_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Log())
+    checkpoints.save("sft", Trainer())
+    left = [tmp_path / "checkpoints" / name for name in (".sft-00000001.part", "dpo-00000003")]
+    for path in left:
+        path.mkdir()
+    Checkpoints(tmp_path, Log(), resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["sft-00000000"]
+    checkpoints.finish("sft")
+    left[1].mkdir(parents=True)  # killed before all of it was gone
+    Checkpoints(tmp_path, Log(), resume=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_followed_a_step_and_failed_is_done_by_the_resumed_run(tmp_path):
+    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished=True)
+    resumed = Checkpoints(tmp_path, Log(), resume=True)
+    assert resumed.restore("sft", Trainer()) and not resumed.restore("dpo", Trainer())
+    resumed.save("sft", Trainer())
+    assert not Checkpoints(tmp_path, Log(), resume=True).restore("sft", Trainer())
+
+
 def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("one\n")
     Checkpoints(tmp_path, Log()).save("sft", Trainer())

@@ -278,11 +278,11 @@ def test_kl_controller_moves_towards_its_target_within_bounds():
     assert rto.adapt_kl_coef(0.1, 0.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
 
 
-def trainer(*overrides):
+def trainer(*overrides, say=print):
     settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
     models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS * 2]
-    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu", print)
+    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu", say)
 
 
 def test_a_restored_trainer_goes_on_bitwise():
@@ -302,6 +302,34 @@ def test_a_restored_trainer_goes_on_bitwise():
         pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))
+
+
+def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
+    said = []
+    failing, half = (
+        trainer("--rto.micro_batch_tokens", "40", say=said.append),
+        trainer("--rto.micro_batch_tokens", "40"),
+    )
+    half.accumulator.tokens = 20
+    backward, failures = failing.optimizers["critic"].backward, [True]
+
+    def fails(loss):  # the policy's gradient is there already
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        backward(loss)
+
+    failing.optimizers["critic"].backward = fails
+    for _ in range(2):
+        ours, theirs = failing.step(), half.step()
+        assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours if "second" not in k)
+    for name in ("policy", "critic"):
+        pairs = zip(getattr(failing.models, name).parameters(), getattr(half.models, name).parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert said == ["out of memory with micro-batches of 40 tokens; goes on with 20"]
+    resumed = trainer("--rto.micro_batch_tokens", "40")
+    resumed.load_state_dict(failing.state_dict())
+    assert resumed.accumulator.tokens == 20
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_a_restored_order_goes_on():
     assert order.take(9) == other.take(9)
 
 
-def linear_trainer(**options):
+def linear_trainer(say=print, **options):
     """y = w·x on ten items; the loss is the mean over the step's items."""
     torch.manual_seed(0)
     x, y, model = torch.randn(10, 3), torch.randn(10), torch.nn.Linear(3, 1, bias=False)
@@ -126,7 +126,7 @@ def linear_trainer(**options):
 
     stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig())
-    return SupervisedTrainer(model, stage, [5] * 10, loss, config, print)
+    return SupervisedTrainer(model, stage, [5] * 10, loss, config, say)
 
 
 def test_a_step_is_the_same_whatever_its_micro_batches():
@@ -135,6 +135,52 @@ def test_a_step_is_the_same_whatever_its_micro_batches():
         a, b = whole.step(), split.step()
         assert a["loss"].item() == pytest.approx(b["loss"].item()) and b["items"].item() == 1 and a["tokens"] == 20
     torch.testing.assert_close(whole.model.weight, split.model.weight)
+
+
+def run_out_of_memory(optimizer, passes):
+    """The backward after so many fails, once, when it has left its gradient."""
+    backward, calls = optimizer.backward, iter(range(passes + 1))
+
+    def failing(loss):
+        backward(loss)
+        if next(calls, None) == passes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    optimizer.backward = failing
+
+
+def test_a_step_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
+    said = []
+    failing, half = linear_trainer(micro_batch_tokens=15, say=said.append), linear_trainer(micro_batch_tokens=7)
+    run_out_of_memory(failing.optimizer, 1)
+    assert [failing.step() for _ in range(3)] == [half.step() for _ in range(3)]
+    assert torch.equal(failing.model.weight, half.model.weight)
+    assert said == ["out of memory with micro-batches of 15 tokens; goes on with 7"]
+    resumed, other = linear_trainer(micro_batch_tokens=15), linear_trainer(micro_batch_tokens=12)
+    for trainer in (resumed, other):
+        trainer.load_state_dict(failing.state_dict())
+    assert (resumed.accumulator.tokens, other.accumulator.tokens) == (7, 12)  # 12: lowered by the user
+
+
+def test_a_larger_budget_than_the_step_is_lowered_to_one_that_makes_a_difference():
+    trainer = linear_trainer(micro_batch_tokens=16384)  # a step has 20
+    run_out_of_memory(trainer.optimizer, 0)
+    trainer.step()
+    assert trainer.accumulator.tokens == 16
+
+
+def test_an_item_is_never_cut():
+    trainer = linear_trainer(micro_batch_tokens=5)
+    run_out_of_memory(trainer.optimizer, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        trainer.step()
+
+
+def test_a_bfloat16_backward_that_broke_off_leaves_nothing():
+    model, optimizer, data = regression(torch.bfloat16)
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # not yet collected
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in [*model.parameters(), *optimizer.masters])
 
 
 def test_a_restored_trainer_goes_on_bitwise():

@@ -396,18 +396,17 @@ class RTOTrainer:
             optimizer.release()
 
     def _parts(self):
-        return {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()} | {"order": self.order}
+        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        return optimizers | {"order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self):
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "micro_batch_tokens": self.accumulator.tokens}
-        return parts | own
+        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state):
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
-        self.accumulator.tokens = state["micro_batch_tokens"]
 
 
 def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
@@ -428,11 +427,13 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
             log.warning("rto", step, *finding)
         health.check(step, metrics)
         log.tokens("rto", step, trainer.token_records)
+
+    def evaluate_policy(step):
         if evaluate and config.eval.every and step % config.eval.every == 0:
             evaluate(trainer.engine, step)
 
     shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
-    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step)
+    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic")
     path = save_model(models.policy, tokenizer, output)

@@ -15,7 +15,8 @@ class Accumulator:
     """
 
     def __init__(self, tokens, say):
-        self.tokens, self.say = tokens, say
+        self.tokens = self.configured = tokens
+        self.say = say
 
     def run(self, passes, lengths, optimizers):
         """
@@ -33,24 +34,40 @@ class Accumulator:
                 for indices, is_work in ranks.shared_micro_batches(lengths, self.tokens):
                     metrics = passes(indices, float(is_work))
                     totals.update(metrics if is_work else {name: 0.0 * value for name, value in metrics.items()})
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = error
+                failure = (
+                    str(error) or "out of memory."
+                )  # not the error: its traceback holds what the passes left in memory
+            if failure:
+                for optimizer in optimizers:  # DeepSpeed's raises: before the ranks wait for one another
+                    optimizer.zero_grad()
             if not ranks.any_rank(failure is not None):
                 return ranks.add_up(dict(totals))
-            self._shrink(lengths, optimizers, failure)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self._shrink(lengths, failure or "another rank is out of memory.")
 
-    def _shrink(self, lengths, optimizers, failure):
+    def _shrink(self, lengths, failure):
         """The step begins anew with half the tokens; its normalisers are those of the step, not of the micro-batch."""
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.tokens <= max(lengths):  # an item is never cut
-            raise failure or RuntimeError("another rank is out of memory")
-        self.say(f"out of memory with micro-batches of {self.tokens:,} tokens; goes on with {self.tokens // 2:,}")
+            raise torch.OutOfMemoryError(failure)
+        before = self.tokens
         self.tokens //= 2
+        while self.tokens >= max(2, sum(lengths)):  # the same passes again
+            self.tokens //= 2
+        self.say(f"out of memory with micro-batches of {before:,} tokens; goes on with {self.tokens:,}")
+
+    def state_dict(self):
+        return {"configured": self.configured, "tokens": self.tokens}
+
+    def load_state_dict(self, state):
+        """A budget that was lowered stays so, unless the run goes on with another one in its options."""
+        if state["configured"] == self.configured:
+            self.tokens = state["tokens"]
 
 
 def is_out_of_memory(error):

@@ -6,6 +6,7 @@ found each other; the main rank looks at all of them, the others at the main ran
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from rto_fast.command_line import exit_code, one_line
 from rto_fast.errors import ConfigError, Interrupted, UserError
 
 INTERVAL = 1.0  # seconds between heartbeats
@@ -60,25 +62,32 @@ def joined(use_deepspeed=False):
     store.set_timeout(WAIT)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(
-        _backend(), store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=WAIT
-    )
     # A connection of its own: a group's creation waits on the other one for as long as it takes.
     watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
     try:
+        dist.init_process_group(
+            _backend(), store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=WAIT
+        )
         yield
         watch.leave()
-    except Interrupted:  # all ranks stop together
-        watch.leave()
-        raise
     except BaseException as error:
-        watch.fail(error)
+        if isinstance(error, Interrupted) and error.together:
+            watch.leave()
+        else:
+            if _lost_connection(error):
+                watch.wait()
+            watch.fail(error)
         raise
     dist.destroy_process_group()
 
 
 def _backend():
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _lost_connection(error):
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class Watch:
@@ -91,7 +100,7 @@ class Watch:
     def __init__(self, store, rank, size):
         self.store, self.rank = store, rank
         self.others = [other for other in range(size) if other != rank] if rank == 0 else [0]
-        self.stopped = threading.Event()
+        self.stopped, self.patience = threading.Event(), PATIENCE
         self.seen = {other: ("", time.monotonic()) for other in self.others}
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -103,41 +112,50 @@ class Watch:
             try:
                 self.store.set(f"beat{self.rank}", str(beats))
                 if self.store.check(["failure"]):
-                    self._end(self.store.get("failure").decode())
+                    self._end(*json.loads(self.store.get("failure")))
                 for other in self.others:
                     self._look_at(other)
             except (RuntimeError, dist.DistError):
-                if not self.stopped.is_set():
-                    self._end("rank 0 is gone")
+                self._end("rank 0 is gone", 1, speaker=1)
 
     def _look_at(self, other):
         key, now = f"beat{other}", time.monotonic()
         beat = self.store.get(key).decode() if self.store.check([key]) else ""
         if beat == LEFT or beat != self.seen[other][0]:
             self.seen[other] = beat, now
-        elif now - self.seen[other][1] > PATIENCE:
-            failure = f"rank {other} is gone: no sign of life for {PATIENCE:.0f} s"
-            self.store.set("failure", failure)
-            self._end(failure)
+        elif now - self.seen[other][1] > self.patience:
+            failure = f"rank {other} is gone: no sign of life for {self.patience:.0f} s", 1
+            self.store.set("failure", json.dumps(failure))
+            self._end(*failure)
 
-    def _end(self, failure):
+    def _end(self, why, code, speaker=0):
         """Without cleaning up: this process is likely to hang in a collective with the rank that is gone."""
         if self.stopped.is_set():
             return
-        if self.rank != 0:  # the main rank speaks, also to its launcher: it goes first
+        if self.rank == speaker:
+            end = "; the run stopped, --resume goes on from its last checkpoint" if code else ""
+            print(f"rto_fast: {why}{end}", file=sys.stderr, flush=True)
+        elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
             time.sleep(5 * INTERVAL)
-        else:
-            end = "the run stopped, --resume goes on from its last checkpoint"
-            print(f"rto_fast: {failure}; {end}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(code)
+
+    def wait(self):
+        """For the thread to find out which rank is gone, or why; it then ends this process. A connection was lost: the rank
+        that misses a few beats now is the one."""
+        self.patience = 5 * INTERVAL
+        self.thread.join(PATIENCE + 10 * INTERVAL)
 
     def fail(self, error):
-        """Tells the other ranks why this one ends."""
+        """Tells the other ranks why this one ends, and with which exit code."""
         self.stopped.set()
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        failure = f"rank {self.rank}: {one_line(error, kind=not isinstance(error, UserError))}", 1
+        if isinstance(error, Interrupted):
+            failure = str(error), exit_code(error)
         with contextlib.suppress(RuntimeError, dist.DistError):
             if not self.store.check(["failure"]):  # the first one is the cause
-                self.store.set("failure", f"rank {self.rank}: {kind}{error}")
+                self.store.set("failure", json.dumps(failure))
+        if self.rank == 0:  # the store ends with this process: the others are to read it first
+            time.sleep(2 * INTERVAL)
 
     def leave(self):
         """All ranks are done: after this no sign of life is no bad sign."""

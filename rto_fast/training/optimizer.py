@@ -124,6 +124,8 @@ class Optimizer(Schedule):
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # also of a backward that broke off before it was collected
+            parameter.grad = None
 
     def _update(self, lr):
         if ranks.world_size() > 1:

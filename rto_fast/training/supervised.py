@@ -62,14 +62,12 @@ class SupervisedTrainer:
         self.optimizer.release()
 
     def _parts(self):
-        return {"optimizer": self.optimizer, "order": self.order}
+        return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self) -> dict:
         """All that a restored trainer needs to go on exactly as this one would have."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"micro_batch_tokens": self.accumulator.tokens}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.accumulator.tokens = state["micro_batch_tokens"]
