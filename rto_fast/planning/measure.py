@@ -107,9 +107,10 @@ def measure(config) -> dict[str, dict[str, float]]:
     """Runs the stages of `config`; {phase: {"predicted", "measured"}} in bytes."""
     from rto_fast.run import Run
     from rto_fast.stages import rto
+    from rto_fast.training.stop import StopRequest
     from rto_fast.training.supervised import SupervisedTrainer
 
-    run = Run(config)
+    run = Run(config, StopRequest())
     items, device = run_items(run), run.placement["device"]
     for name in ["deepspeed"] * bool(config.deepspeed.zero_stage) + ["peft"] * bool(config.lora.rank):
         importlib.import_module(name)  # its code is no part of what the models take

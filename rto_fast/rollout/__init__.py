@@ -1,6 +1,7 @@
 """Rollouts: sampling responses from the policy's present weights."""
 
 import warnings
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
+from rto_fast.training.ranks import any_rank
 
 __all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
 
@@ -24,8 +26,12 @@ def build_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, co
 
         return VLLMEngine(model, tokenizer, config)
     if config.engine == "native":
+        engine, reason = None, "another rank's does"
         try:
-            return NativeEngine(model, tokenizer, config)
+            engine = NativeEngine(model, tokenizer, config)
         except ModelError as error:
-            warnings.warn(f"rollout.engine: falls back to hf (slower): {error}", stacklevel=2)
+            reason = str(error)
+        if not any_rank(engine is None):  # all ranks have the same one
+            return cast(NativeEngine, engine)
+        warnings.warn(f"rollout.engine: falls back to hf (slower): {reason}", stacklevel=2)
     return HFEngine(model, tokenizer, config)

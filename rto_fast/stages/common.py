@@ -1,7 +1,6 @@
 """What the stages share: saving a model, and log-probs without gradients."""
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rto_fast.errors import CheckpointError
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.training import ranks
+from rto_fast.training.state_files import replace_folder
 
 
 def save_model(model, tokenizer, folder):
@@ -34,9 +34,7 @@ def _write_model(model, tokenizer, folder):
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        replace_folder(aside, folder)
     except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error

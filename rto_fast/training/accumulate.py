@@ -37,9 +37,8 @@ class Accumulator:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = (
-                    str(error) or "out of memory."
-                )  # not the error: its traceback holds what the passes left in memory
+                # Not the error: its traceback holds what the passes left in memory.
+                failure = str(error) or "out of memory."
             if failure:
                 for optimizer in optimizers:  # DeepSpeed's raises: before the ranks wait for one another
                     optimizer.zero_grad()

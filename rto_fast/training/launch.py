@@ -60,7 +60,7 @@ def joined(use_deepspeed=False):
         raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
                           f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})") from error  # fmt: skip
     store.set_timeout(WAIT)
-    if torch.cuda.is_available():
+    if local_rank() < torch.cuda.device_count():  # else the run says so, or wants the CPU
         torch.cuda.set_device(local_rank())
     # A connection of its own: a group's creation waits on the other one for as long as it takes.
     watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
@@ -73,6 +73,7 @@ def joined(use_deepspeed=False):
     except BaseException as error:
         if isinstance(error, Interrupted) and error.together:
             watch.leave()
+            dist.destroy_process_group()
         else:
             if _lost_connection(error):
                 watch.wait()

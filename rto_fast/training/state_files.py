@@ -74,6 +74,17 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts a folder in the place of another. Removing one takes time, in which there would be neither."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -110,9 +121,7 @@ def save_state(folder: str | Path, state: dict) -> None:
         ranks.barrier()
         if ranks.is_main():
             sync(aside)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-            sync(folder.parent)
+            replace_folder(aside, folder)
         ranks.barrier()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -34,10 +34,8 @@ class StopRequest:
             self.signal, self.since = number, time.monotonic()
             if not self.waits:
                 raise self.interrupted("stopped", together=False)
-        elif (
-            number == signal.SIGINT and time.monotonic() - self.since > 2.0
-        ):  # sooner: the launcher's echo of the first
-            raise KeyboardInterrupt
+        elif number == signal.SIGINT and time.monotonic() - self.since > 2.0:
+            raise KeyboardInterrupt  # sooner it was the launcher's echo of the first
 
     def interrupted(self, what: str, together: bool = True) -> Interrupted:
         """The error that ends the run. what: is said, followed by how to go on."""

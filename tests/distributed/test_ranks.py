@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_launched
@@ -39,52 +40,62 @@ RUNS = {
 MODELS = ("sft", "reward_model", "dpo", "rto", "rto_critic")
 
 
-def stop_after(steps):
-    """Sends this process SIGTERM after so many steps of all stages."""
+# Stopped in the RTO stage, and gone on with by as many ranks (those without DeepSpeed's are resumed by one alone).
+STOPPED = {"stopped LoRA": LORA, "stopped ZeRO 3": RUNS["ZeRO 3, frozen models sharded"][1], "stopped": []}
+STEPS = 4 + 3 + 3 + 1
+
+
+def run(options):
+    from rto_fast.config import load_config
+    from rto_fast.train import train
+    from rto_fast.training.stop import StopRequest
+
+    with StopRequest() as stop:
+        train(load_config([*map(str, options)]), stop)
+
+
+def run_until_stopped(options):
+    """A run that gets SIGTERM after its first RTO iteration."""
+    from rto_fast.errors import Interrupted
     from rto_fast.reporting.log import StageLog
 
-    step = StageLog.step
+    step, steps = StageLog.step, STEPS
 
-    def counted(self, *arguments, **options):
+    def counted(self, *arguments, **more):
         nonlocal steps
         steps -= 1
         if steps == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *arguments, **options)
+        return step(self, *arguments, **more)
 
-    StageLog.step = counted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageLog, "step", counted)
+        with pytest.raises(Interrupted, match="stopped in rto after step 1"):
+            run(options)
 
 
 def main(folder):
-    """One of the ranks: all the runs in turn, and at last one that is stopped in its RTO stage."""
-    from rto_fast.config import load_config
-    from rto_fast.errors import Interrupted
+    """One of the ranks: all the runs in turn."""
     from rto_fast.run import Run
-    from rto_fast.train import train
     from rto_fast.training.launch import joined
 
     Run.report = Run.publish = lambda self: None  # slow, and not what is compared
     with joined():
         for name, (_, options) in RUNS.items():
-            train(load_config([*SETTINGS, *options, "--output_dir", f"{folder}/{name}"]))
-        stop_after(11)
-        try:
-            train(load_config([*SETTINGS, "--output_dir", f"{folder}/stopped"]))
-        except Interrupted as stop:
-            assert "stopped in rto after step 1" in str(stop)
-        else:
-            raise AssertionError("not stopped")
+            run([*SETTINGS, *options, "--output_dir", folder / name])
+        for name, options in STOPPED.items():
+            run_until_stopped([*SETTINGS, *options, "--output_dir", folder / name])
+            if options:
+                run(["--resume", folder / name])
 
 
-def alone(folder, *options):
+def alone(options):
     from rto_fast.run import Run
-    from rto_fast.train import main as train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "report", lambda self: None)
         patch.setattr(Run, "publish", lambda self: None)
-        train([*map(str, options)])
-    return folder
+        run(options)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run_launched(__file__, folder)
     for name, options in {"whole": [], "LoRA": LORA, "bfloat16": BFLOAT16}.items():
-        alone(folder / name, *SETTINGS, *options, "--output_dir", folder / name)
+        alone([*SETTINGS, *options, "--output_dir", folder / name])
     return folder
 
 
@@ -141,8 +152,17 @@ def test_ranks_are_given_alike_work(runs):
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(runs):
-    alone(runs / "stopped", "--resume", runs / "stopped")
+    alone(["--resume", runs / "stopped"])
     assert_same(runs / "stopped", runs / "whole")
+
+
+@pytest.mark.parametrize(
+    "name, whole", [("stopped LoRA", "LoRA, ZeRO 2"), ("stopped ZeRO 3", "ZeRO 3, frozen models sharded")]
+)
+def test_a_run_of_two_ranks_goes_on_with_two_to_the_bit(name, whole, runs):
+    for model in MODELS:
+        ours, theirs = (load_file(runs / run / model / "model.safetensors") for run in (name, whole))
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items()), model
 
 
 if __name__ == "__main__":
