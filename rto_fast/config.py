@@ -326,7 +326,7 @@ class DeepSpeedConfig:
     """1: a sequence is computed on one GPU. There is no other way here; see "Several GPUs" in the README."""
     frozen: Literal["resident", "offloaded", "sharded"] = "resident"
     """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
-    with ZeRO 3."""
+    with ZeRO 3. Those that are adapters (lora.rank) are with their base."""
 
 
 @dataclass
@@ -438,8 +438,6 @@ def _validate(config):
     rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
     require(not config.lora.rank or deepspeed.zero_stage != 3, "deepspeed.zero_stage",
             "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
-    require(not config.lora.rank or deepspeed.frozen == "resident", "deepspeed.frozen",
-            "resident with lora.rank: the frozen models are one, the base")  # fmt: skip
     require(deepspeed.sequence_parallel == 1, "deepspeed.sequence_parallel",
             "1: a sequence is computed on one GPU (lower data.max_prompt_tokens and rollout.max_new_tokens, or set "
             "model.gradient_checkpointing)")  # fmt: skip

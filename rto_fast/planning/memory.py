@@ -5,7 +5,7 @@ shapes at hand; there are no fitted factors. Symbols: N ranks, b bytes of a weig
 heads, V vocabulary.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from rto_fast.planning.shapes import Shape
 
@@ -75,7 +75,7 @@ def training_state(parameters: float, setting: Setting) -> Memory:
         weights=weights,
         optimizer=copied + 8 * part,
         gradients=4 * part if sharded else 0.0,
-        workspace=_bucket(parameters, setting, 4) if sharded else 0.0,
+        workspace=_bucket(parameters, 4) if sharded else 0.0,
     )
     if setting.offload_optimizer:
         moved = state.optimizer + (8 + b) * part
@@ -87,14 +87,8 @@ def training_state(parameters: float, setting: Setting) -> Memory:
     return state
 
 
-def _bucket(parameters, setting, itemsize):
-    """A GPU's allocator takes all of an empty buffer, a CPU's the pages that are written."""
-    return itemsize * (REDUCE_BUCKET if setting.gpu else min(REDUCE_BUCKET, parameters))
-
-
-def adapter_state(parameters: float, setting: Setting) -> Memory:
-    """Trained adapters, which PEFT makes in float32, beside a frozen base that is counted elsewhere."""
-    return training_state(parameters, replace(setting, itemsize=4))
+def _bucket(parameters, itemsize):
+    return itemsize * min(REDUCE_BUCKET, parameters)
 
 
 def gradients(parameters: float, setting: Setting) -> float:
@@ -110,7 +104,7 @@ def backward_buffers(parameters: float, setting: Setting) -> float:
     reduces to float32."""
     if setting.zero == 2:
         own = 0.0 if setting.itemsize < 4 else 4 * parameters / setting.ranks  # float32: copied once more
-        return _bucket(parameters, setting, 4) + own
+        return _bucket(parameters, 4) + own
     return gathered(parameters, setting.itemsize) if setting.zero == 3 else 0.0
 
 
@@ -126,7 +120,7 @@ def step_buffers(parameters: float, setting: Setting) -> float:
     if setting.zero == 0 or setting.offload_optimizer:
         return 0.0
     part = 4 * parameters / setting.ranks
-    flat = {1: part + _bucket(parameters, setting, 4), 2: part * (setting.itemsize == 4), 3: 0.0}[setting.zero]
+    flat = {1: part + _bucket(parameters, 4), 2: part * (setting.itemsize == 4), 3: 0.0}[setting.zero]
     return flat + part * setting.gpu
 
 

@@ -46,10 +46,6 @@ class _Planner:
         """How many are trained: all, or those of adapters (and of a score head, as few as nothing)."""
         return shape.adapter_parameters(self.lora.rank, self.lora.targets) if self.lora.rank else parameters
 
-    def _training_state(self, trained):
-        state = memory.adapter_state if self.lora.rank else memory.training_state
-        return state(trained, self.setting)
-
     def _base(self, shape):
         """The frozen weights under the adapters."""
         return Memory(weights=self.setting.itemsize * shape.parameters * bool(self.lora.rank))
@@ -85,7 +81,7 @@ class _Planner:
         longest = sides * items.longest
         work = self._work(mean, longest, labelled, batch, stage.micro_batch_tokens, "linear_token_logps")
         trained = self._trained(self.shape, parameters)
-        state = self._training_state(trained) + self._base(self.shape)
+        state = memory.training_state(trained, self.setting) + self._base(self.shape)
         peak = max(
             (state + extra for extra in memory.training_peak(self.shape, trained, work, self.setting)),
             key=lambda m: m.total,
@@ -162,7 +158,7 @@ class _Planner:
             workspace=memory.ROLLOUT_TOKEN_BYTES * responses * mean,
         )
         for _, parameters in trained:
-            states += self._training_state(parameters)
+            states += memory.training_state(parameters, self.setting)
         for _, _, parameters in frozen:
             states += memory.frozen_state(parameters, setting)
 
