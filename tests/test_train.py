@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from rto_fast.data.world import build_model, build_tokenizer, prompt_rows
+from rto_fast.run import Run
 from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
@@ -101,6 +102,12 @@ def test_supplied_models_skip_their_stages(run, tmp_path):
 ALL = {"SFT", "DPO", "RTO"}
 
 
+@pytest.fixture
+def unreported(monkeypatch):
+    """Figures take most of a short run's time; `run` has them."""
+    monkeypatch.setattr(Run, "report", lambda self: None)
+
+
 @pytest.mark.parametrize(
     "overrides, policies",
     [
@@ -118,7 +125,7 @@ ALL = {"SFT", "DPO", "RTO"}
     ids=["ppo", "ppo from dpo", "no reward model", "no rto", "function", "reinforce_pp", "samples", "bfloat16",
          "no evaluation", "raw scores"],
 )  # fmt: skip
-def test_variants_run_with_only_the_stages_they_need(run, tmp_path, overrides, policies):
+def test_variants_run_with_only_the_stages_they_need(run, unreported, tmp_path, overrides, policies):
     folder = run[0]
     arguments = [*SHORT, "--sft.model", str(folder / "sft"), "--output_dir", str(tmp_path / "out"), *overrides]
     assert set(main(arguments)) == policies
@@ -141,7 +148,7 @@ def foreign_reward_model(folder):
     return str(folder)
 
 
-def test_a_reward_model_of_another_vocabulary_scores_but_is_no_critic(run, tmp_path, capsys):
+def test_a_reward_model_of_another_vocabulary_scores_but_is_no_critic(run, unreported, tmp_path, capsys):
     reward_model = foreign_reward_model(tmp_path / "rm")
     arguments = [*SHORT, "--sft.model", str(run[0] / "sft"), "--reward_model.model", reward_model]
     assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
@@ -149,7 +156,7 @@ def test_a_reward_model_of_another_vocabulary_scores_but_is_no_critic(run, tmp_p
     assert "starts from the SFT model, since the reward model has another vocabulary" in out and "scores: mean" in out
 
 
-def test_a_supplied_model_needs_no_tokenizer_of_its_own(run, tmp_path):
+def test_a_supplied_model_needs_no_tokenizer_of_its_own(run, unreported, tmp_path):
     shutil.copytree(run[0] / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     arguments = [
         *SHORT,
@@ -163,7 +170,7 @@ def test_a_supplied_model_needs_no_tokenizer_of_its_own(run, tmp_path):
     assert set(main([*arguments, "--output_dir", str(tmp_path / "out")])) == ALL
 
 
-def test_rto_and_the_ppo_baseline_compare_in_one_page(run, tmp_path):
+def test_rto_and_the_ppo_baseline_compare_in_one_page(run, unreported, tmp_path):
     """The two shipped configurations, shortened."""
     from rto_fast.report import main as report
 
@@ -174,7 +181,7 @@ def test_rto_and_the_ppo_baseline_compare_in_one_page(run, tmp_path):
     assert "RTO" in page and "PPO" in page and "rto.dpo_reward_scale" in page and page.count("<svg") >= 6
 
 
-def test_a_run_on_prompts_alone(run, tmp_path):
+def test_a_run_on_prompts_alone(run, unreported, tmp_path):
     """No preference data: a supplied DPO model and a reward function."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(60, seed=5)))
     arguments = [
