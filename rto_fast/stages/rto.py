@@ -32,6 +32,7 @@ from rto_fast.training.loop import train
 from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.ranks import map_items
+from rto_fast.training.zero import release
 
 
 @dataclass
@@ -394,6 +395,8 @@ class RTOTrainer:
         """The stage is over: what it holds beside the models is given back."""
         for optimizer in self.optimizers.values():
             optimizer.release()
+        for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
+            release(frozen)
 
     def _parts(self):
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}

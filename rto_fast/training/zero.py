@@ -79,6 +79,17 @@ def _forget(module):
             cell.cell_contents.cache_clear()
 
 
+def release(model):
+    """Takes DeepSpeed, if there is any, off a model that is used no more: it would keep its weights, gradients and moments."""
+    engine = getattr(model, "zero_engine", None)
+    if engine is None:
+        return
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        _forget(engine.module)
+    detach_engine(model)
+
+
 def place_frozen(model, settings, device):
     """Puts a model that is only evaluated where `settings.frozen` says: on `device`, in the CPU's memory but for its use, or
     in pieces on all ranks. All ranks call it."""
@@ -129,10 +140,7 @@ class ZeroOptimizer(Schedule):
         return float(self.engine.get_global_grad_norm())
 
     def release(self):
-        self.engine.destroy()  # hooks, which hold gradients and moments
-        if self.is_zero3:
-            _forget(self.engine.module)
-        detach_engine(self.model)
+        release(self.model)
 
     # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
 
