@@ -80,7 +80,7 @@ def _forget(module):
 
 
 def release(model):
-    """Takes DeepSpeed, if there is any, off a model that is used no more: it would keep its weights, gradients and moments."""
+    """Takes DeepSpeed, if any, off a model that is used no more: it would keep its weights, gradients and moments."""
     engine = getattr(model, "zero_engine", None)
     if engine is None:
         return

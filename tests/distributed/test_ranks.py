@@ -86,9 +86,8 @@ def main(folder):
             run([*SETTINGS, *options, "--output_dir", folder / name])
         gc.collect()
         alive = [item for item in gc.get_objects() if type(item).__name__ == "DeepSpeedEngine"]
-        assert len(alive) <= 1, (
-            alive
-        )  # a sharded reward model is used to the end of its run; nothing else outlives its stage
+        # A sharded reward model is used to the end of its run; nothing else outlives its stage.
+        assert len(alive) <= 1, alive
         for name, options in STOPPED.items():
             run_until_stopped([*SETTINGS, *options, "--output_dir", folder / name])
             if options:
