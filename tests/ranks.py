@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 RANKS = 2
+ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(file, folder, seconds=180, arguments=None, **environment):
@@ -15,6 +17,7 @@ def run_ranks(file, folder, seconds=180, arguments=None, **environment):
         arguments: of the script instead of `rank store`.
     """
     environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": str(RANKS), **environment,
     }  # fmt: skip
