@@ -60,7 +60,7 @@ class Adapter:
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """[(name, parameter)] of this adapter (and its head) alone."""
-        own = [(name, p) for name, p in self.base.named_parameters() if f".{self.name}." in name and ".lora_" in name]
+        own = _parameters(self.base, self.name)
         for _, parameter in own:
             parameter.requires_grad_(True)
         return own + ([("score.weight", self.score.weight)] if "score" in vars(self) else [])
@@ -133,6 +133,11 @@ def new_adapter(base: PreTrainedModel, name: str, settings: LoraConfig, seed: in
         return _inject(base, name, config, scorer)
 
 
+def _parameters(base, adapter):
+    """[(name, parameter)] of one of the base's adapters."""
+    return [(name, p) for name, p in base.named_parameters() if f".{adapter}." in name and ".lora_" in name]
+
+
 def _heads(base):
     return [head for head in (base.get_output_embeddings(), getattr(base, "score", None)) if head is not None]
 
@@ -177,9 +182,8 @@ def _inject(base, name, config, scorer):
         raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
     if any(hasattr(head, "lora_A") for head in _heads(base)):
         raise ConfigError("lora.targets: the output layer cannot have an adapter; name layers of attention and MLP")
-    for parameter_name, parameter in base.named_parameters():
-        if f".{name}." in parameter_name and ".lora_" in parameter_name:
-            parameter.data = parameter.data.to(base.dtype)
+    for _, parameter in _parameters(base, name):
+        parameter.data = parameter.data.to(base.dtype)
     head = None
     if scorer:
         head = copy.deepcopy(base.score) if hasattr(base, "score") else _new_head(base)

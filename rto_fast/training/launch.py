@@ -21,9 +21,8 @@ from rto_fast.errors import ConfigError, Interrupted, UserError
 
 INTERVAL = 1.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without one after which a rank is gone
-WAIT = datetime.timedelta(
-    days=7
-)  # a collective's own limit: ranks wait for slow reward functions, `Watch` for dead ranks
+# A collective's own limit: ranks wait for slow reward functions, `Watch` for dead ranks.
+WAIT = datetime.timedelta(days=7)
 LEFT = "left"
 
 

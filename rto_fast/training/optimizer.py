@@ -15,6 +15,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.training import ranks
 
 MOMENTS = "exp_avg", "exp_avg_sq"
+# Optimizer steps in a row with a non-finite gradient, after which nothing good can follow; in a short stage, half of all.
 MAX_SKIPPED = 10
 
 

@@ -28,10 +28,11 @@ def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
         settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights. elements: of all that is trained.
     """
     zero = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if settings.offload_optimizer and elements:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = host
     if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = host
     is_bf16 = dtype == torch.bfloat16
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches are packed by tokens
