@@ -16,6 +16,8 @@ EXPECTED = {
     "paged_attention_kernel": {"wide_loads": 16},
     "combine_splits_kernel": {"wide_loads": 1},
     "sample_tokens_kernel": {"wide_loads": 6},
+    "add_rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1},
+    "rotate_and_store_kernel": {"wide_loads": 2, "wide_stores": 2},
 }
 
 
@@ -106,6 +108,37 @@ def paged_attention(batch, kv_heads, group, head_dim, page_size, dtype=torch.bfl
     return "paged_attention", call
 
 
+def decode_layer(tokens, hidden_size, heads, kv_heads, head_dim, dtype=torch.bfloat16, norms=False):
+    def call(module):
+        x, weight = torch.empty(tokens, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
+        module.add_rms_norm(x, torch.empty_like(x), weight, 1e-6)
+        module.add_rms_norm(None, x, weight, 1e-6)
+        qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        rope, norm = torch.empty(tokens, 2, head_dim // 2, dtype=dtype), torch.empty(head_dim, dtype=dtype)
+        options = dict(query_norm=norm, key_norm=norm, eps=1e-6) if norms else {}
+        addresses, slots = torch.zeros(2, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
+        module.rotate_and_store(
+            qkv, rope, addresses, slots, num_heads=heads, num_kv_heads=kv_heads, page_size=64, **options
+        )
+
+    return "decode_layer", call
+
+
+def decode_step(slots):
+    def call(module):
+        numbers, active = torch.zeros(slots, dtype=torch.long), torch.ones(slots, dtype=torch.bool)
+        tables, results = torch.zeros(slots, 16, dtype=torch.int), torch.zeros(slots + 1, 9)
+        module.begin_step(
+            numbers, active, tables, numbers, numbers, torch.zeros(slots + 1, 9, 2), page_size=64, min_new_tokens=1
+        )
+        module.finish_step(
+            (numbers, results[0], results[1]), numbers[:2], numbers, numbers, active, numbers, numbers, numbers,
+            results.long(), results, results, numbers, active, grow=True,
+        )  # fmt: skip
+
+    return "decode_step", call
+
+
 # Vocabulary sizes of the three models that are benchmarked.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
@@ -162,4 +195,9 @@ CASES = {
     "sample llama fp16 min_p": sample_tokens(LLAMA3_8B, torch.float16, min_p=0.05),
     "sample llama fp32 greedy stops": sample_tokens(LLAMA3_8B, torch.float32, stops=True, temperature=0.0),
     "sample tiny fp32": sample_tokens(2048, torch.float32),
+    "layer llama bf16": decode_layer(256, 4096, 32, 8, 128),
+    "layer qwen bf16 head norms": decode_layer(256, 1024, 16, 8, 128, norms=True),
+    "layer 20M bf16": decode_layer(256, 384, 6, 2, 64),
+    "layer fp32": decode_layer(256, 384, 6, 2, 64, torch.float32, norms=True),
+    "step of 256": decode_step(256),
 }

@@ -12,9 +12,10 @@ from rto_fast.planning.shapes import Shape
 LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
 GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
 EAGER_SECONDS = 10e-6  # assumed, of the host for one kernel outside of a graph
-# Kernels of a decode step on a GPU with Liger, counted in rto_fast/rollout: a layer's (of Qwen's, whose heads have norms,
-# two more), and those before and after the layers.
-KERNELS_A_LAYER, KERNELS_OF_HEAD_NORMS, KERNELS_AROUND = 16, 2, 38
+# Kernels of a decode step of Llama's family on a GPU with Liger, a layer's and those around the layers: counted by
+# tests/rollout/test_decode.py. A layer has one more where fewer sequences' key heads than this leave multiprocessors idle,
+# so that attention is split (two programs for each of an H200's 132).
+KERNELS_A_LAYER, KERNELS_AROUND, FULL = 9, 7, 264
 FLOAT32_SHARE = 67 / 989  # of the bfloat16 rate, without tensor cores (datasheet of the H100)
 HOST_BANDWIDTH = 100e9  # assumed, bytes/s of the CPU's memory for one process's share of the optimizer
 
@@ -54,7 +55,7 @@ def prefill(decoder, prompts, itemsize=2):
 
 def overhead_seconds(decoder, sequences, device, launch_seconds=GRAPH_SECONDS):
     """What a step of ours has on top: launches, and float32 logits that are written and read."""
-    layer = KERNELS_A_LAYER + KERNELS_OF_HEAD_NORMS * (decoder.model_type == "qwen3")
+    layer = KERNELS_A_LAYER + (sequences * decoder.kv_heads < FULL)
     launches = decoder.layers * layer + KERNELS_AROUND
     return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * launch_seconds
 

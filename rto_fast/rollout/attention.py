@@ -20,6 +20,7 @@ def paged_attention(
         raise ValueError("rto_paged attention takes a cache (`paged=`), no attention mask and no attention sinks")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    paged.store(module.layer_idx, key, value)
     out = paged.attend(module, query, key, value, scaling, sliding_window, softcap)
     return out[None], None
 
@@ -34,8 +35,10 @@ class Probe:
     def __init__(self, cu_seqlens, max_seqlen):
         self.layers, self.cu_seqlens, self.max_seqlen = {}, cu_seqlens, max_seqlen
 
+    def store(self, layer, key, value):
+        self.layers[layer] = key.shape[1:]
+
     def attend(self, module, query, key, value, scaling, window, softcap):
-        self.layers[module.layer_idx] = key.shape[1:]
         return _attend_packed(module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap)
 
 
@@ -57,18 +60,20 @@ class Prefill:
     """
 
     def __init__(self, cache, slot_mapping, cu_seqlens, max_seqlen, pages):
-        self.cache, self.cu_seqlens, self.max_seqlen = cache, cu_seqlens, max_seqlen
+        self.cache, self.slot_mapping, self.cu_seqlens, self.max_seqlen = cache, slot_mapping, cu_seqlens, max_seqlen
         self.where = slot_mapping // cache.page_size, slice(None), slot_mapping % cache.page_size
         self.pages, self.continues = pages, any(piece is not None for piece in pages)
         self.lengths = cu_seqlens.diff().tolist() if self.continues else None
 
+    def store(self, layer, key, value):
+        self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
+
     def attend(self, module, query, key, value, scaling, window, softcap):
-        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
-        keys[self.where], values[self.where] = key, value
         if not self.continues:
             return _attend_packed(
                 module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap
             )  # fmt: skip
+        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
         pieces, out = zip(*(x.split(self.lengths) for x in (query, key, value))), []
         for piece, pages in zip(pieces, self.pages):
             q, k, v = (x.transpose(0, 1)[None] for x in piece)
@@ -87,26 +92,24 @@ class PagedDecode:
     """One token a sequence, by the Triton kernels. Everything lies where a CUDA graph finds it again.
 
     Args:
-        block_tables: [B, blocks] int32. lengths: [B] int64, tokens in the cache without the present one.
-        active: [B] bool; a slot without a sequence stores nothing and attends to nothing.
+        block_tables: [B, blocks] int32. slot_mapping: [B] int64, where each token's key and value go: page · page_size +
+            offset, -1 of an idle slot. lengths: [B] int32, tokens to attend to, the present one included; 0 of an idle slot.
     """
 
-    def __init__(self, cache, block_tables, lengths, active):
-        size = cache.page_size
-        page = block_tables.gather(1, (lengths // size)[:, None])[:, 0]
-        self.cache, self.block_tables = cache, block_tables
-        # Not stored where idle. A number that tells of the cache's size would stay in a graph when the size changes.
-        self.slot_mapping = torch.where(active, page * size + lengths % size, -1)
-        self.lengths = torch.where(active, lengths + 1, 0).int()
+    def __init__(self, cache, block_tables, slot_mapping, lengths):
+        self.cache, self.block_tables, self.slot_mapping, self.lengths = cache, block_tables, slot_mapping, lengths
+
+    def store(self, layer, key, value):
+        from rto_fast.kernels import paged_attention as kernels
+
+        kernels.store_kv(key, value, self.cache.addresses[layer], self.slot_mapping, page_size=self.cache.page_size)
 
     def attend(self, module, query, key, value, scaling, window, softcap):
         from rto_fast.kernels import paged_attention as kernels
 
-        addresses, size = self.cache.addresses[module.layer_idx], self.cache.page_size
-        kernels.store_kv(key, value, addresses, self.slot_mapping, page_size=size)
         return kernels.paged_attention(
-            query, addresses, self.block_tables, self.lengths, num_kv_heads=key.shape[1], page_size=size, scale=scaling,
-            window=window, softcap=softcap,
+            query, self.cache.addresses[module.layer_idx], self.block_tables, self.lengths, num_kv_heads=key.shape[1],
+            page_size=self.cache.page_size, scale=scaling, window=window, softcap=softcap,
         )  # fmt: skip
 
 
@@ -114,26 +117,27 @@ class DenseDecode:
     """The same in plain torch, on a rectangle of keys as long as the longest sequence.
 
     Args:
-        longest: the largest of `lengths`, plus 1. pages: (first, last + 1) where each sequence has one page and these
-            follow each other: the rectangle is then a view of the cache; otherwise it is a copy.
+        longest: the largest of `lengths`. pages: (first, last + 1) where each sequence has one page and these follow each
+            other: the rectangle is then a view of the cache; otherwise it is a copy.
     """
 
-    def __init__(self, cache, block_tables, lengths, active, longest, pages):
-        self.cache, self.lengths, self.longest, self.pages, self.biases = cache, lengths, longest, pages, {}
+    def __init__(self, cache, block_tables, slot_mapping, lengths, longest, pages):
+        self.cache, self.longest, self.pages, self.biases = cache, longest, pages, {}
+        self.lengths = lengths.clamp(min=1)  # an idle slot sees its first token, for a softmax of nothing is NaN
         self.block_tables = block_tables[:, : cache.pages_for(longest)]
-        if pages:
-            # A page has room for one token more than a sequence comes to: an idle slot does no harm in its own.
-            self.where = torch.arange(*pages, device=lengths.device), slice(None), lengths
-        else:
-            page = block_tables.gather(1, (lengths // cache.page_size)[:, None])[:, 0]
-            page = torch.where(active, page, cache.num_pages)
-            self.where = page.long(), slice(None), lengths % cache.page_size
+        # -1 becomes the last page, which takes what idle slots write.
+        self.where = (
+            slot_mapping.div(cache.page_size, rounding_mode="floor"),
+            slice(None),
+            slot_mapping % cache.page_size,
+        )
+
+    def store(self, layer, key, value):
+        self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
 
     def attend(self, module, query, key, value, scaling, window, softcap):
-        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
-        keys[self.where], values[self.where] = key, value
-        keys, values = self._rectangle(keys), self._rectangle(values)  # [B·Hkv, longest, D]
         rows, heads = len(query), key.shape[1]
+        keys, values = (self._rectangle(pools[module.layer_idx]) for pools in (self.cache.keys, self.cache.values))
         grouped = query.reshape(rows * heads, -1, query.shape[-1])  # the query heads of a key head
         bias = self._bias(window, heads)
         if softcap:
@@ -145,6 +149,7 @@ class DenseDecode:
         return torch.bmm(weights, values).view(rows, -1, query.shape[-1])
 
     def _rectangle(self, pool):
+        """[B·Hkv, longest, D]"""
         if self.pages:
             return pool[self.pages[0] : self.pages[1]].flatten(0, 1)[:, : self.longest]
         return pool[self.block_tables].transpose(1, 2).flatten(2, 3).flatten(0, 1)[:, : self.longest]
@@ -152,10 +157,17 @@ class DenseDecode:
     def _bias(self, window, heads):
         """[B·heads, 1, longest] float32: -inf past a sequence's end and before its window; the same in every layer."""
         if (window, heads) not in self.biases:
-            positions, last = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None]
-            hidden = positions > last
+            positions, ends = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None]
+            hidden = positions >= ends
             if window:
-                hidden |= positions <= last - window
-            bias = torch.zeros(hidden.shape, device=last.device).masked_fill_(hidden, -torch.inf)
+                hidden |= positions < ends - window
+            bias = torch.zeros(hidden.shape, device=ends.device).masked_fill_(hidden, -torch.inf)
             self.biases[window, heads] = bias.repeat_interleave(heads, 0)[:, None]
         return self.biases[window, heads]
+
+
+def decoding(cache, block_tables, slot_mapping, lengths, longest=None, pages=None):
+    """`PagedDecode`, or `DenseDecode` on a CPU."""
+    if slot_mapping.device.type == "cpu":
+        return DenseDecode(cache, block_tables, slot_mapping, lengths, longest, pages)
+    return PagedDecode(cache, block_tables, slot_mapping, lengths)

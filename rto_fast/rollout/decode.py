@@ -7,8 +7,9 @@ from collections import Counter
 import torch
 
 from rto_fast.errors import RolloutError
+from rto_fast.kernels import decode_reference
 from rto_fast.ops import sample_tokens
-from rto_fast.rollout.attention import DenseDecode, PagedDecode
+from rto_fast.rollout.attention import decoding
 from rto_fast.rollout.cache import to_device
 
 # Batch sizes that get a graph of their own; between them slots stay idle.
@@ -84,29 +85,38 @@ class DecodeState:
         """Tokens so far of a row; waits for the device."""
         return self.tokens[row, : int(self.counts[row])].tolist()
 
-    def advance(self, slots, logits, sampler, fresh=False):
-        """Draws a token for each of `slots` (a slice) and records it. Everything happens in place, and nothing waits.
+    def begin(self, slots, page_size, min_new_tokens):
+        """What a step of `slots` (a slice) needs to know; see `rto_fast.kernels.decode_step.begin_step`."""
+        return _bookkeeping(self.rows).begin_step(
+            self.lengths[slots], self.active[slots], self.block_tables[slots], self.rows[slots], self.generated[slots],
+            self.uniforms, page_size=page_size, min_new_tokens=min_new_tokens,
+        )  # fmt: skip
 
-        Args:
-            logits: [slots, V]. sampler: `Sampler`. fresh: some may have said nothing yet.
-        """
-        rows, generated, active = self.rows[slots], self.generated[slots], self.active[slots]
-        where = rows, generated
-        tokens, logps, sampling_logps = sampler(logits, self.uniforms[where], generated, fresh)
-        self.tokens.index_put_(where, tokens)
-        self.logps.index_put_(where, logps)
-        self.sampling_logps.index_put_(where, sampling_logps)
-        generated += active
-        done = sampler.is_stop(tokens).logical_or_(generated >= self.limits[slots])
-        self.counts.index_put_((rows,), generated)
-        self.done.index_put_((rows,), done)
-        active &= done.logical_not()
-        rows.masked_fill_(done, self.idle_row)
-        self.input_ids[slots] = tokens
+    def finish(self, slots, drawn, stop_ids, grow):
+        """Records what was drawn for `slots`, in place; see `rto_fast.kernels.decode_step.finish_step`."""
+        _bookkeeping(self.rows).finish_step(
+            drawn, stop_ids, self.rows[slots], self.generated[slots], self.active[slots], self.limits[slots],
+            self.lengths[slots], self.input_ids[slots], self.tokens, self.logps, self.sampling_logps, self.counts,
+            self.done, grow=grow,
+        )  # fmt: skip
+
+    def draw_first(self, slots, logits, sampler):
+        """Draws and records what a prefill's last logits [slots, V] lead to."""
+        generated = self.generated[slots]
+        uniforms, stop_allowed = self.uniforms[self.rows[slots], generated], generated >= sampler.min_new_tokens
+        self.finish(slots, sampler(logits, uniforms, stop_allowed, fresh=True), sampler.stop_ids, grow=False)
+
+
+def _bookkeeping(tensor):
+    if tensor.device.type == "cpu":
+        return decode_reference
+    from rto_fast.kernels import decode_step
+
+    return decode_step
 
 
 class Sampler:
-    """`Sampling` as a function of (logits, uniforms, number of tokens generated before)."""
+    """`Sampling` as a function of logits, random numbers, and whether a stop token may be drawn."""
 
     def __init__(self, sampling, head, device):
         # A divisor of the logits divides like the temperature; greedy draws need none.
@@ -115,19 +125,13 @@ class Sampler:
             min_p=sampling.min_p, softcap=head.softcap,
         )  # fmt: skip
         self.min_new_tokens = sampling.min_new_tokens
-        self.stops = sampling.stop_ids
-        self.stop_ids = torch.tensor(self.stops, dtype=torch.int64, device=device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
 
-    def __call__(self, logits, uniforms, generated, fresh):
-        # Once all have said a token, a minimum of one forbids nothing more.
-        forbids = self.min_new_tokens > (0 if fresh else 1) and self.stops
-        stops = {"stop_ids": self.stop_ids, "stop_allowed": generated >= self.min_new_tokens} if forbids else {}
+    def __call__(self, logits, uniforms, stop_allowed, fresh=False):
+        """fresh: some may have said nothing yet. Once all have said a token, a minimum of one forbids nothing more."""
+        forbids = self.min_new_tokens > (0 if fresh else 1) and len(self.stop_ids)
+        stops = {"stop_ids": self.stop_ids, "stop_allowed": stop_allowed} if forbids else {}
         return sample_tokens(logits, uniforms, **stops, **self.options)
-
-    def is_stop(self, tokens):
-        if len(self.stops) == 1:
-            return tokens == self.stops[0]
-        return (tokens[:, None] == self.stop_ids).any(1)
 
 
 class DecodeStep:
@@ -172,15 +176,13 @@ class DecodeStep:
 
     def run(self, count, longest=None, pages=None):
         state, slots = self.state, slice(0, count)
-        lengths, active, tables = state.lengths[slots], state.active[slots], state.block_tables[slots]
-        if lengths.device.type == "cpu":
-            decode = DenseDecode(self.cache, tables, lengths, active, longest, pages)
-        else:
-            decode = PagedDecode(self.cache, tables, lengths, active)
-        hidden = self.model.hidden(state.input_ids[slots], lengths, decode)
-        logits = self.model.logits(hidden)
-        lengths += active
-        state.advance(slots, logits, self.sampler)
+        where, lengths, uniforms, stop_allowed = state.begin(
+            slots, self.cache.page_size, self.sampler.min_new_tokens
+        )  # fmt: skip
+        decode = decoding(self.cache, state.block_tables[slots], where, lengths, longest, pages)
+        logits = self.model.logits(self.model.hidden(state.input_ids[slots], state.lengths[slots], decode))
+        drawn = self.sampler(logits, uniforms, stop_allowed)
+        state.finish(slots, drawn, self.sampler.stop_ids, grow=True)
 
     def _capture(self, count):
         start, graph = time.perf_counter(), torch.cuda.CUDAGraph()

@@ -1,7 +1,8 @@
 """The backbone of Llama's family with fewer kernels and less Python; weights and results stay the model's.
 
-Projections of the same input run as one GEMM, where their weights lie side by side in memory; on a GPU Liger's kernels
-take RMSNorm, RoPE and SwiGLU, where it is installed. Other architectures run as transformers wrote them.
+Projections of the same input run as one GEMM, where their weights lie side by side in memory. On a GPU a layer has nine
+kernels: four GEMMs, attention, two residual sums with their norms, head norms with RoPE and the cache's stores, SwiGLU.
+Other architectures run as transformers wrote them.
 """
 
 from importlib.util import find_spec
@@ -9,6 +10,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from rto_fast.kernels import decode_reference
 
 # Embedding, decoder layers, norm; a layer is norm, attention with whole heads rotated, norm, gated MLP (Qwen3 also
 # normalises heads).
@@ -86,86 +89,131 @@ class _Joined:
         return F.linear(x, self.weight, self.bias)
 
 
-def _torch_norm(x, norm):
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
-    return norm.weight * (wide * scale).to(x.dtype)
+class _Torch:
+    """What a layer does between its GEMMs and its attention."""
+
+    @staticmethod
+    def add_norm(x, residual, norm):
+        """Norm of residual + x, [T, D] each; `residual` becomes the sum. x may be None."""
+        return decode_reference.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+
+    @staticmethod
+    def rotate(attention, qkv, heads, rope, paged):
+        """Queries, keys and values of [T, all heads, head_dim], rotated by [T, 2, head_dim / 2]; the latter two stored."""
+        query, key, value = qkv.split(heads, 1)
+        if norms := _head_norms(attention):
+            query, key = (
+                decode_reference.rms_norm(x, n.weight, n.variance_epsilon) for x, n in zip((query, key), norms)
+            )
+            query, key = decode_reference.rotate(query, rope), decode_reference.rotate(key, rope)
+        else:
+            query, key = decode_reference.rotate(qkv[:, : heads[0] + heads[1]], rope).split(heads[:2], 1)
+        paged.store(attention.layer_idx, key, value)
+        return query, key, value
+
+    @staticmethod
+    def gated(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
 
-def _torch_rope(query, key, cos, sin):
-    """[T, heads, D] each; cos and sin [1, T, D], whose halves are alike."""
-    half = cos.shape[-1] // 2
-    cos, sin = cos[0, :, None, :half], sin[0, :, None, :half]
+class _Triton:
+    """The same in one kernel each. Of SwiGLU it is Liger's, where that is installed; its norms and RoPE would take a layer
+    four kernels and two copies more."""
 
-    def rotate(x):
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+    def __init__(self):
+        self.gated = _Torch.gated
+        if find_spec("liger_kernel"):
+            from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    return rotate(query), rotate(key)
+            self.gated = LigerFusedGateUpSiLUMulFunction.apply
 
+    @staticmethod
+    def add_norm(x, residual, norm):
+        from rto_fast.kernels import decode_layer
 
-def _torch_gated(gate_up):
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+        return decode_layer.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+
+    @staticmethod
+    def rotate(attention, qkv, heads, rope, paged):
+        from rto_fast.kernels import decode_layer
+
+        norms = _head_norms(attention)
+        options = {}
+        if norms:
+            options = dict(query_norm=norms[0].weight, key_norm=norms[1].weight, eps=norms[0].variance_epsilon)
+        decode_layer.rotate_and_store(
+            qkv, rope, paged.cache.addresses[attention.layer_idx], paged.slot_mapping, num_heads=heads[0],
+            num_kv_heads=heads[1], page_size=paged.cache.page_size, **options,
+        )  # fmt: skip
+        return qkv.split(heads, 1)
 
 
 def _kernels(is_cuda):
-    """(norm, rope, gated product): Liger's where they run."""
-    if not (is_cuda and find_spec("liger_kernel")):
-        return _torch_norm, _torch_rope, _torch_gated
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    from liger_kernel.ops.rope import LigerRopeFunction
-    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
-
-    def norm(x, module):
-        return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon)
-
-    def rope(query, key, cos, sin):
-        query, key, *_ = LigerRopeFunction.apply(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
-        return query[0].transpose(0, 1), key[0].transpose(0, 1)
-
-    return norm, rope, LigerFusedGateUpSiLUMulFunction.apply
+    return _Triton() if is_cuda else _Torch()
 
 
-def _layer_forward(layer, qkv, gate_up, kernels):
-    norm, rope, gated = kernels
+def _head_norms(attention):
+    """Qwen3's norms of queries and keys, or None."""
+    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+
+
+def rope_table(backbone, longest, table=None):
+    """[positions, 2, head_dim / 2], cosine and sine of at least `longest` positions, as the backbone's own module gives
+    them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone that cannot be fused."""
+    layers = _layers(backbone)
+    if not layers:
+        return None
+    weight, head_dim = backbone.embed_tokens.weight, layers[0].self_attn.head_dim
+    if table is not None and len(table) >= longest and (table.device, table.dtype) == (weight.device, weight.dtype):
+        return table
+    positions = torch.arange(1 << (longest - 1).bit_length(), device=weight.device)
+    cos_sin = backbone.rotary_emb(weight[:1, None], positions[None])
+    if any(x.shape[-1] != head_dim for x in cos_sin):  # only a part of a head is rotated
+        return None
+    return torch.stack([x[0, :, : head_dim // 2] for x in cos_sin], 1)
+
+
+def _layer_forward(layer, next_norm, qkv, gate_up, kernels):
+    """(x normed, residual [T, D], rope, paged) → the same of the next layer, whose first norm is `next_norm`."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
-    heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    kv_heads = attention.k_proj.out_features // dim
+    heads = [attention.q_proj.out_features // dim, kv_heads, kv_heads]
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
-    def forward(hidden_states, position_embeddings, paged):
-        x = qkv(norm(hidden_states, layer.input_layernorm)).view(-1, heads + 2 * kv_heads, dim)
-        query, key, value = x.split((heads, kv_heads, kv_heads), 1)
-        if head_norms[0] is not None:
-            query, key = (norm(x, module) for x, module in zip((query, key), head_norms))
-        query, key = rope(query, key, *position_embeddings)
+    def forward(x, residual, rope, paged):
+        query, key, value = kernels.rotate(attention, qkv(x).view(len(x), -1, dim), heads, rope, paged)
         x = paged.attend(attention, query, key, value, attention.scaling, window, None)
-        hidden_states = hidden_states + attention.o_proj(x.reshape(1, len(x), -1))
-        x = gate_up(norm(hidden_states, layer.post_attention_layernorm))
-        return hidden_states + mlp.down_proj(gated(x))
+        x = kernels.add_norm(attention.o_proj(x.reshape(len(x), -1)), residual, layer.post_attention_layernorm)
+        return kernels.add_norm(mlp.down_proj(kernels.gated(gate_up(x))), residual, next_norm)
 
     return forward
 
 
-def fused_backbone(backbone):
+def fused_backbone(backbone, table):
     """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D], good while the weights stay where
-    they are; None where the backbone has to run as it is."""
-    kernels, forwards = _kernels(next(backbone.parameters()).is_cuda), []
-    for layer in _layers(backbone):
+    they are; None where the backbone has to run as it is.
+
+    Args:
+        table: of `rope_table`.
+    """
+    if table is None:
+        return None
+    layers, forwards = _layers(backbone), []
+    kernels = _kernels(table.is_cuda)
+    norms = [*(layer.input_layernorm for layer in layers), backbone.norm]
+    for layer, next_norm in zip(layers, norms[1:]):
         qkv, gate_up = map(_Joined, _siblings(layer))
         if not (qkv.complete and gate_up.complete):
             return None
-        forwards.append(_layer_forward(layer, qkv, gate_up, kernels))
-    if not forwards:
-        return None
+        forwards.append(_layer_forward(layer, next_norm, qkv, gate_up, kernels))
 
     def forward(input_ids, position_ids, paged):
-        x = backbone.embed_tokens(input_ids[None])
-        position_embeddings = backbone.rotary_emb(x, position_ids[None])
+        residual, rope = backbone.embed_tokens(input_ids), table[position_ids]
+        x = kernels.add_norm(None, residual, norms[0])
         for layer in forwards:
-            x = layer(x, position_embeddings, paged)
-        return kernels[0](x, backbone.norm)[0]
+            x = layer(x, residual, rope, paged)
+        return x
 
     return forward

@@ -12,7 +12,7 @@ from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
-from rto_fast.rollout.fuse import fused_backbone
+from rto_fast.rollout.fuse import fused_backbone, rope_table
 
 
 class RolloutModel:
@@ -31,6 +31,7 @@ class RolloutModel:
         self.adapter = model if isinstance(model, Adapter) else None
         self.causal_lm = self.adapter.base if self.adapter else model
         self.merged = {}  # LoRA layer → its merged weight, at the same address in every rollout
+        self.rope = None  # see `rope_table`
 
     @property
     def config(self):
@@ -50,8 +51,9 @@ class RolloutModel:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def addresses(self):
-        """Where the weights lie: CUDA graphs hold these."""
-        return tuple(p.data_ptr() for p in self.causal_lm.parameters())
+        """Where the weights and the table of rotations lie: CUDA graphs hold these."""
+        rope = () if self.rope is None else (self.rope.data_ptr(),)
+        return (*(p.data_ptr() for p in self.causal_lm.parameters()), *rope)
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -69,13 +71,18 @@ class RolloutModel:
                     module.training = training
 
     @contextlib.contextmanager
-    def decoding(self):
-        """Evaluation mode, paged attention, merged adapters and fused layers; all restored whatever happens."""
+    def decoding(self, longest):
+        """Evaluation mode, paged attention, merged adapters and fused layers; all restored whatever happens.
+
+        Args:
+            longest: tokens that a sequence can come to.
+        """
         with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
             with self._merged_lora(), _unwarned(self.causal_lm.base_model):
-                self.fused = fused_backbone(self.causal_lm.base_model)
+                self.rope = rope_table(self.causal_lm.base_model, longest, self.rope)
+                self.fused = fused_backbone(self.causal_lm.base_model, self.rope)
                 self.head = output_head(self.causal_lm)
                 if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
                     self.head = replace(self.head, weight=self.merged[linear])
@@ -86,8 +93,10 @@ class RolloutModel:
 
     def hidden(self, input_ids, position_ids, paged):
         """Last hidden states, [T, D]."""
-        if self.fused:
-            return self.fused(input_ids, position_ids, paged)
+        return (self.fused or self.backbone)(input_ids, position_ids, paged)
+
+    def backbone(self, input_ids, position_ids, paged):
+        """The same, as transformers runs it."""
         return self.causal_lm.base_model(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, paged=paged
         ).last_hidden_state[0]

@@ -16,7 +16,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.ops import token_logps
-from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe
+from rto_fast.rollout.attention import Probe, decoding
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -74,7 +74,7 @@ class NativeEngine:
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
         self._lay_side_by_side()  # they may have been moved
-        with self.model.decoding():
+        with self.model.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
@@ -162,7 +162,7 @@ class NativeEngine:
 
     def _decoded_logits(self, ids, name):
         """(logits [6, V] of tokens 9 to 14, dtype of the weights)."""
-        with self.model.decoding():
+        with self.model.decoding(len(ids)):
             layers, dtype = self._probe(ids, name)
             device = self.model.device
             self.cache = PagedCache(layers, self.config.page_size or 64, dtype, device)
@@ -184,7 +184,7 @@ class NativeEngine:
             if {"longrope", "dynamic"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
                 raise ModelError(f"{name}: its RoPE ({kinds}) changes with the longest sequence of a batch, so a sample "
                                  "would depend on its neighbours")  # fmt: skip
-        hidden = self.model.hidden(batch.input_ids, batch.position_ids, probe)
+        hidden = self.model.backbone(batch.input_ids, batch.position_ids, probe)
         if sorted(probe.layers) != list(range(self.model.config.get_text_config().num_hidden_layers)):
             raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
         return [tuple(probe.layers[i]) for i in sorted(probe.layers)], hidden.dtype
@@ -197,7 +197,7 @@ class NativeEngine:
         hidden: list = [prompt.hidden]
         table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         for position in range(10, 15):
-            state = self.cache, table, torch.tensor([position], device=device), torch.tensor([True], device=device)
-            decode = PagedDecode(*state) if state[2].is_cuda else DenseDecode(*state, position + 1, (0, 1))
-            hidden.append(self.model.hidden(torch.tensor([ids[position]], device=device), state[2], decode)[0])
+            where = torch.tensor([position], device=device)
+            decode = decoding(self.cache, table, where, (where + 1).int(), position + 1, (0, 1))
+            hidden.append(self.model.hidden(torch.tensor([ids[position]], device=device), where, decode)[0])
         return torch.stack(hidden)

@@ -268,7 +268,7 @@ class Scheduler:
             [s.pages for s in sequences],
         )  # fmt: skip
         self.running += sequences
-        self.state.advance(slots, self.model.logits(torch.stack(hidden)), self.step.sampler, fresh=True)
+        self.state.draw_first(slots, self.model.logits(torch.stack(hidden)), self.step.sampler)
         if self.device.type != "cuda" and not self._row_of_pages():
             self._compact()
 

@@ -1,14 +1,19 @@
 """The decode step: no host sync, the Triton kernels through the whole engine, CUDA graphs by bucket."""
 
+import contextlib
+from collections import Counter
+
 import pytest
 import torch
 from models import ARCHITECTURES, SIZES, assert_same, prompts, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
-from rto_fast.rollout import NativeEngine, Sampling, decode
+from rto_fast.planning import costs
+from rto_fast.rollout import NativeEngine, Sampling, attention, decode, fuse
 from rto_fast.rollout.attention import PagedDecode
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -16,17 +21,34 @@ from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
 
 
-class ShapesOnly:
-    """Stands in for kernels that need data: the right shapes on the meta device."""
+class Shapes:
+    """Stands in for the Triton kernels, which need data: the right shapes on the meta device. Counts its calls."""
+
+    def __init__(self):
+        self.calls = Counter()
 
     def __getattr__(self, name):
-        return {"store_kv": lambda *_, **__: None, "paged_attention": lambda query, *_, **__: torch.empty_like(query)}[
-            name
-        ]
+        self.calls[name] += 1
+        return {
+            "store_kv": lambda *_, **__: None,
+            "paged_attention": lambda query, *_, **__: torch.empty_like(query),
+            "rotate_and_store": lambda *_, **__: None,
+            "add_rms_norm": lambda x, residual, *_: torch.empty_like(residual),
+            "gated": lambda gate_up: gate_up.chunk(2, -1)[0],
+            "begin_step": lambda lengths, active, *_, **__: (
+                torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.int32),
+                torch.empty(len(lengths), 2, device="meta"), torch.empty_like(active),
+            ),
+            "finish_step": lambda *_, **__: None,
+            "sample_tokens": lambda z, *_, **__: (
+                z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(z)), z.new_empty(len(z))
+            ),
+        }[name]  # fmt: skip
 
 
-def meta_step(name, monkeypatch, patch=None):
-    """Runs the decode step on the meta device, where whatever asks for a value raises."""
+def meta_step(name, monkeypatch, patch=None, fused=False, under=None):
+    """Runs the decode step on the meta device, where whatever asks for a value raises. `fused`: with the GPU's kernels of
+    a layer instead of plain torch. Returns the Shapes."""
     import rto_fast.kernels
 
     sizes = {key: value for key, value in (SIZES | ARCHITECTURES[name]).items() if value is not None}
@@ -34,22 +56,60 @@ def meta_step(name, monkeypatch, patch=None):
         causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
     if patch:
         patch(causal_lm)
-    monkeypatch.setattr(rto_fast.kernels, "paged_attention", ShapesOnly(), raising=False)
-    rows = lambda z, *_, **__: (z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(z)), z.new_empty(len(z)))  # noqa: E731
-    monkeypatch.setattr(decode, "sample_tokens", rows)
+    shapes = Shapes()
+    for module in ("paged_attention", "decode_layer", "decode_step"):
+        monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
+    monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
+    if fused:
+        # Meta tensors have no addresses: neighbours cannot be told.
+        monkeypatch.setattr(fuse, "_joined", torch.cat)
+        monkeypatch.setattr(fuse, "_kernels", lambda _: fuse._Triton())
+        monkeypatch.setattr(fuse._Triton, "__init__", lambda self: setattr(self, "gated", lambda x: shapes.gated(x)))
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
     state = DecodeState(8, 8, 16, 2, device)
-    with torch.no_grad(), model.decoding():
+    with torch.no_grad(), model.decoding(128):
+        assert (model.fused is not None) == fused
         sampler = Sampler(Sampling(16, 2, top_p=0.9, stop_ids=(1, 2)), model.head, device)
-        DecodeStep(model, cache, state, sampler, False).run(4)
+        with under or contextlib.nullcontext():
+            DecodeStep(model, cache, state, sampler, False).run(4)
+    return shapes
 
 
 # Mixtral's experts are chosen by what the host is told.
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "mixtral"])
 def test_no_host_sync_hides_in_a_step(name, monkeypatch):
     meta_step(name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_no_host_sync_hides_in_a_fused_step(name, monkeypatch):
+    meta_step(name, monkeypatch, fused=True)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the calls that are a kernel on a GPU: all but views and fresh memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        name = function._schema.name
+        if not is_view and not name.startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view")):
+            self.found[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_number_of_kernels_is_what_predictions_count(name, monkeypatch):
+    launches = Launches()
+    shapes = meta_step(name, monkeypatch, fused=True, under=launches)
+    found = launches.found.total() + shapes.calls.total()
+    expected = 2 * costs.KERNELS_A_LAYER + costs.KERNELS_AROUND
+    assert found == expected, (launches.found, shapes.calls)
 
 
 def test_a_host_sync_would_be_found(monkeypatch):
@@ -69,19 +129,23 @@ def triton_decode(monkeypatch, request):
     """The decode step with the kernels that a GPU runs, here through Triton's interpreter."""
     if not torch.cuda.is_available():
         request.getfixturevalue("interpreter")
-    from rto_fast.kernels import sampling
+    from rto_fast.kernels import decode_step, sampling
 
-    def paged(cache, tables, lengths, active, *_):
-        return PagedDecode(cache, tables, lengths, active)
+    def paged(cache, tables, where, lengths, *_):
+        return PagedDecode(cache, tables, where, lengths)
 
-    monkeypatch.setattr(decode, "DenseDecode", paged)
+    monkeypatch.setattr(attention, "DenseDecode", paged)
     monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
+    monkeypatch.setattr(decode, "_bookkeeping", lambda _: decode_step)
+    monkeypatch.setattr(fuse, "_kernels", lambda _: fuse._Triton())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_the_triton_kernels_decode_as_the_plain_path_does(name, triton_decode, monkeypatch):
+@pytest.mark.parametrize(
+    "name, top_k", [("llama", 0), ("qwen2", 0), ("qwen3", 0), ("mistral", 0), ("gemma2", 20), ("gpt2", 0)]
+)
+def test_the_triton_kernels_decode_as_the_plain_path_does(name, top_k, triton_decode, monkeypatch):
     model = tiny(name)
-    sampling = Sampling(9, stop_ids=(1, 7), top_k=20)
+    sampling = Sampling(6, stop_ids=(1, 7), top_k=top_k)
     way = dict(batch_size=3, page_size=16)
     found = NativeEngine(model, None, RolloutConfig(**way)).generate(prompts(), 1, sampling, 0)
     monkeypatch.undo()
@@ -211,11 +275,9 @@ class TestGraphs:
 
 
 def test_what_a_graph_holds_does_not_depend_on_the_size_of_the_cache():
-    device = torch.device("cpu")
-    mappings = []
-    for pages in (4, 9):
-        cache = PagedCache([(2, 8)], 16, torch.float32, device)
-        cache.allocate(pages, 1, 1 << 20)
-        active = torch.tensor([True, False])
-        mappings.append(PagedDecode(cache, torch.tensor([[3], [2]]).int(), torch.tensor([5, 7]), active).slot_mapping)
-    assert mappings[0].tolist() == mappings[1].tolist() == [3 * 16 + 5, -1]
+    """Where idle slots write is no page of the cache."""
+    state = DecodeState(2, 2, 4, 1, torch.device("cpu"))
+    state.lengths[:], state.active[0] = torch.tensor([5, 7]), True
+    state.block_tables[:, 0] = torch.tensor([3, 2])
+    where, lengths, *_ = state.begin(slice(0, 2), 16, 1)
+    assert (where.tolist(), lengths.tolist()) == ([3 * 16 + 5, -1], [6, 0])

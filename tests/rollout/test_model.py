@@ -30,7 +30,7 @@ def generate(model):
 
 
 def is_fused(model):
-    with RolloutModel(model).decoding() as decoding:
+    with RolloutModel(model).decoding(16) as decoding:
         return decoding.fused is not None
 
 

@@ -1,0 +1,100 @@
+"""The bookkeeping of a decode step, a kernel before the forward pass and one after the draw instead of two dozen.
+
+A slot holds a sequence that is being decoded, a row the results of a sample; see `rto_fast.rollout.decode.DecodeState`,
+whose tensors these are: [slots] int64 where nothing else is said.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 64
+
+
+@triton.jit
+def begin_step_kernel(
+    lengths_ptr, active_ptr, tables_ptr, rows_ptr, generated_ptr, uniforms_ptr, slots_ptr, kv_lengths_ptr, drawn_ptr,
+    allowed_ptr, stride_tables, stride_uniforms, count, min_new_tokens, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    active = tl.load(active_ptr + offs, mask=mask, other=0) != 0
+    length = tl.load(lengths_ptr + offs, mask=mask, other=0)
+    page = tl.load(tables_ptr + offs.to(tl.int64) * stride_tables + length // PAGE_SIZE, mask=active, other=0)
+    slot = page.to(tl.int64) * PAGE_SIZE + length % PAGE_SIZE
+    tl.store(slots_ptr + offs, tl.where(active, slot, -1), mask=mask)
+    tl.store(kv_lengths_ptr + offs, tl.where(active, length + 1, 0).to(tl.int32), mask=mask)
+    generated = tl.load(generated_ptr + offs, mask=mask, other=0)
+    at = tl.load(rows_ptr + offs, mask=mask, other=0) * stride_uniforms + 2 * generated
+    for i in tl.static_range(2):
+        tl.store(drawn_ptr + 2 * offs + i, tl.load(uniforms_ptr + at + i, mask=mask, other=0.0), mask=mask)
+    tl.store(allowed_ptr + offs, generated >= min_new_tokens, mask=mask)
+
+
+@triton.jit
+def finish_step_kernel(
+    token_ptr, logp_ptr, sampling_logp_ptr, stop_ids_ptr, rows_ptr, generated_ptr, active_ptr, limits_ptr, lengths_ptr,
+    input_ids_ptr, tokens_ptr, logps_ptr, sampling_logps_ptr, counts_ptr, done_ptr, num_stops, stride_rows, idle_row,
+    count, grow, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    row = tl.load(rows_ptr + offs, mask=mask, other=0)
+    generated = tl.load(generated_ptr + offs, mask=mask, other=0)
+    active = tl.load(active_ptr + offs, mask=mask, other=0) != 0
+    token = tl.load(token_ptr + offs, mask=mask, other=0)
+    at = row * stride_rows + generated
+    tl.store(tokens_ptr + at, token, mask=mask)
+    tl.store(logps_ptr + at, tl.load(logp_ptr + offs, mask=mask, other=0.0), mask=mask)
+    tl.store(sampling_logps_ptr + at, tl.load(sampling_logp_ptr + offs, mask=mask, other=0.0), mask=mask)
+    tl.store(input_ids_ptr + offs, token, mask=mask)
+
+    generated += active.to(tl.int64)
+    done = generated >= tl.load(limits_ptr + offs, mask=mask, other=0)
+    for i in range(num_stops):
+        done = done | (token == tl.load(stop_ids_ptr + i))
+    length = tl.load(lengths_ptr + offs, mask=mask, other=0)
+    tl.store(lengths_ptr + offs, length + (active & (grow != 0)).to(tl.int64), mask=mask)
+    tl.store(generated_ptr + offs, generated, mask=mask)
+    tl.store(counts_ptr + row, generated, mask=mask)
+    tl.store(done_ptr + row, done, mask=mask)
+    tl.store(active_ptr + offs, active & ~done, mask=mask)
+    tl.store(rows_ptr + offs, tl.where(done, idle_row, row), mask=mask)
+
+
+def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):
+    """What a step of these slots needs to know.
+
+    lengths: tokens in the cache; active [slots] bool; block_tables [slots, blocks] int32; rows, generated: where each
+    slot's random numbers are in uniforms [rows, tokens, 2] float32.
+    Returns (where the step's keys and values go, -1 of an idle slot; int32 tokens to attend to, 0 of an idle slot; random
+    numbers [slots, 2]; [slots] bool, whether `min_new_tokens` have been generated).
+    """
+    count = len(lengths)
+    slots, kv_lengths = torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.int32)
+    drawn, allowed = uniforms.new_empty(count, 2), torch.empty_like(active)
+    with torch.cuda.device_of(lengths):
+        begin_step_kernel[(triton.cdiv(count, BLOCK),)](
+            lengths, active, block_tables, rows, generated, uniforms, slots, kv_lengths, drawn, allowed,
+            block_tables.stride(0), uniforms.stride(0), count, min_new_tokens, PAGE_SIZE=page_size, BLOCK=BLOCK,
+            num_warps=2,
+        )  # fmt: skip
+    return slots, kv_lengths, drawn, allowed
+
+
+def finish_step(
+    drawn, stop_ids, rows, generated, active, limits, lengths, input_ids, tokens, logps, sampling_logps, counts, done, *,
+    grow,
+):  # fmt: skip
+    """Records what was drawn, in place; a slot whose sequence is done becomes idle: its row is then the last one.
+
+    drawn: (tokens, logps, sampling_logps), float32 log-probs; stop_ids [stops]; limits: tokens each may generate; input_ids:
+    the next step's; tokens, logps, sampling_logps [rows, most tokens + 1], counts [rows] and done [rows] bool: results.
+    grow: whether the step put a token into the cache (not so where a prefill's last logits were drawn from).
+    """
+    count = len(rows)
+    with torch.cuda.device_of(rows):
+        finish_step_kernel[(triton.cdiv(count, BLOCK),)](
+            *drawn, stop_ids, rows, generated, active, limits, lengths, input_ids, tokens, logps, sampling_logps, counts,
+            done, len(stop_ids), tokens.stride(0), len(tokens) - 1, count, int(grow), BLOCK=BLOCK, num_warps=2,
+        )  # fmt: skip
