@@ -24,8 +24,9 @@ def _siblings(layer):
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
 
 
-def _layers(backbone):
-    """The decoder layers, if the backbone is of the family and all its parts are what transformers made them."""
+def _layers(backbone, merged=()):
+    """The decoder layers, if the backbone is of the family and all its parts are what transformers made them, but for
+    projections in `merged`, whose weights are known."""
     if type(backbone).__name__ not in FAMILY or not type(backbone).__module__.startswith("transformers."):
         return []
     bypassed = [backbone, backbone.norm]
@@ -37,26 +38,32 @@ def _layers(backbone):
     if any(type(module).__module__ != type(backbone).__module__ for module in bypassed):
         return []
     linears = [linear for layer in backbone.layers for group in _siblings(layer) for linear in group]
-    # Nor where somebody wants to see a part's own forward: LoRA, hooks.
-    bypassed += linears
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in bypassed):
+    # Nor where somebody wants to see a part's own forward: hooks, other adapters than LoRA.
+    plain = [linear for linear in linears if linear not in merged]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in bypassed + linears):
+        return []
+    if any("forward" in vars(m) for m in bypassed + plain):
         return []
     silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in backbone.layers)
-    return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in linears) else []
+    return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in plain) else []
+
+
+def sibling_groups(backbone, merged=()):
+    """Lists of projections of the same input: what one GEMM can compute."""
+    return [group for layer in _layers(backbone, merged) for group in _siblings(layer)]
 
 
 @torch.no_grad()
-def lay_side_by_side(backbone):
-    """Moves weights of projections of the same input into one buffer each. The parameters stay the objects they are,
+def lay_side_by_side(groups):
+    """Moves weights of projections of the same input into one buffer a group. The parameters stay the objects they are,
     with the same values; where they share their memory with others (an optimizer's flat buffer) they are left alone."""
-    for layer in _layers(backbone):
-        for group in _siblings(layer):
-            for name in ("weight", "bias"):
-                tensors = [getattr(linear, name) for linear in group]
-                if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
-                    continue
-                for tensor, part in zip(tensors, torch.cat(tensors).split([len(t) for t in tensors])):
-                    tensor.data = part
+    for group in groups:
+        for name in ("weight", "bias"):
+            tensors = [getattr(linear, name) for linear in group]
+            if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
+                continue
+            for tensor, part in zip(tensors, torch.cat(tensors).split([len(t) for t in tensors])):
+                tensor.data = part
 
 
 def _joined(tensors):
@@ -75,8 +82,8 @@ def _joined(tensors):
 class _Joined:
     """Projections of the same input as one."""
 
-    def __init__(self, linears):
-        self.weight, self.bias = _joined([x.weight for x in linears]), None
+    def __init__(self, linears, merged):
+        self.weight, self.bias = _joined([merged.get(x, x.weight) for x in linears]), None
         self.has_bias = linears[0].bias is not None
         if self.has_bias and all(x.bias is not None for x in linears):
             self.bias = _joined([x.bias for x in linears])
@@ -158,10 +165,10 @@ def _head_norms(attention):
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
 
-def rope_table(backbone, longest, table=None):
+def rope_table(backbone, longest, table, merged):
     """[positions, 2, head_dim / 2], cosine and sine of at least `longest` positions, as the backbone's own module gives
     them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone that cannot be fused."""
-    layers = _layers(backbone)
+    layers = _layers(backbone, merged)
     if not layers:
         return None
     weight, head_dim = backbone.embed_tokens.weight, layers[0].self_attn.head_dim
@@ -191,20 +198,20 @@ def _layer_forward(layer, next_norm, qkv, gate_up, kernels):
     return forward
 
 
-def fused_backbone(backbone, table):
+def fused_backbone(backbone, table, merged):
     """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D], good while the weights stay where
     they are; None where the backbone has to run as it is.
 
     Args:
-        table: of `rope_table`.
+        table: of `rope_table`. merged: {projection: its weight}, where that is not `projection.weight`.
     """
     if table is None:
         return None
-    layers, forwards = _layers(backbone), []
+    layers, forwards = _layers(backbone, merged), []
     kernels = _kernels(table.is_cuda)
     norms = [*(layer.input_layernorm for layer in layers), backbone.norm]
     for layer, next_norm in zip(layers, norms[1:]):
-        qkv, gate_up = map(_Joined, _siblings(layer))
+        qkv, gate_up = (_Joined(group, merged) for group in _siblings(layer))
         if not (qkv.complete and gate_up.complete):
             return None
         forwards.append(_layer_forward(layer, next_norm, qkv, gate_up, kernels))

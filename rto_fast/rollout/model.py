@@ -12,7 +12,7 @@ from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
-from rto_fast.rollout.fuse import fused_backbone, rope_table
+from rto_fast.rollout.fuse import fused_backbone, lay_side_by_side, rope_table, sibling_groups
 
 
 class RolloutModel:
@@ -30,7 +30,8 @@ class RolloutModel:
             model = model.get_base_model()
         self.adapter = model if isinstance(model, Adapter) else None
         self.causal_lm = self.adapter.base if self.adapter else model
-        self.merged = {}  # LoRA layer → its merged weight, at the same address in every rollout
+        # LoRA layer → its merged weight, at the same address in every rollout; also its neighbours' in a joint GEMM.
+        self.merged = {}
         self.rope = None  # see `rope_table`
 
     @property
@@ -54,6 +55,18 @@ class RolloutModel:
         """Where the weights and the table of rotations lie: CUDA graphs hold these."""
         rope = () if self.rope is None else (self.rope.data_ptr(),)
         return (*(p.data_ptr() for p in self.causal_lm.parameters()), *rope)
+
+    def _groups(self):
+        """(LoRA layers, groups of projections of which some are LoRA layers, groups of which none is)."""
+        adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        groups = sibling_groups(self.causal_lm.base_model, adapted)
+        mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
+        return adapted, mixed, [group for group in groups if group not in mixed]
+
+    def lay_side_by_side(self):
+        """So that one GEMM can compute what takes the same input; nothing else changes."""
+        if not self.is_zero3:
+            lay_side_by_side(self._groups()[2])
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -81,8 +94,8 @@ class RolloutModel:
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
             with self._merged_lora(), _unwarned(self.causal_lm.base_model):
-                self.rope = rope_table(self.causal_lm.base_model, longest, self.rope)
-                self.fused = fused_backbone(self.causal_lm.base_model, self.rope)
+                self.rope = rope_table(self.causal_lm.base_model, longest, self.rope, self.merged)
+                self.fused = fused_backbone(self.causal_lm.base_model, self.rope, self.merged)
                 self.head = output_head(self.causal_lm)
                 if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
                     self.head = replace(self.head, weight=self.merged[linear])
@@ -122,29 +135,48 @@ class RolloutModel:
     @contextlib.contextmanager
     def _merged_lora(self):
         """Linear layers that LoRA adapts run on base weight + adapters, in one matrix of its own."""
-        layers = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        layers, groups, _ = self._groups()
         try:
+            self._place(layers, groups)
+            for linear, weight in self.merged.items():
+                _merge(linear, weight)
             for layer in layers:
-                layer.forward = _linear_forward(self._merge(layer), layer.base_layer.bias)
+                layer.forward = _linear_forward(self.merged[layer], layer.base_layer.bias)
             yield
         finally:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
-    @torch.no_grad()
-    def _merge(self, layer):
-        base = getattr(layer, "base_layer", None)
-        active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
-        odd = [a for a in active if getattr(layer, "use_dora", {}).get(a) or layer.lora_bias.get(a)]
-        if type(base) is not torch.nn.Linear or layer.merged or odd:
-            raise ModelError(f"{type(layer).__name__} of {type(base).__name__}: only plain LoRA on linear layers, not "
-                             "merged, can be decoded natively")  # fmt: skip
-        if layer not in self.merged:
-            self.merged[layer] = torch.empty_like(base.weight)
-        weight = self.merged[layer].copy_(base.weight)
-        for adapter in active:
-            weight += layer.get_delta_weight(adapter)
-        return weight
+    def _place(self, layers, groups):
+        """Memory for merged weights, side by side where one GEMM is to read them: of LoRA layers and their neighbours."""
+        for layer in layers:
+            if type(layer.base_layer) is not torch.nn.Linear:
+                raise _not_plain(layer)
+        grouped = {linear for group in groups for linear in group}
+        for group in groups + [[layer] for layer in layers if layer not in grouped]:
+            if group[0] not in self.merged:
+                sizes = [linear.out_features for linear in group]
+                whole = group[0].weight.new_empty(sum(sizes), group[0].in_features)
+                self.merged |= zip(group, whole.split(sizes))
+
+
+@torch.no_grad()
+def _merge(linear, out):
+    """Writes base weight + active adapters of a LoRA layer, or the weight of a plain one."""
+    if not hasattr(linear, "lora_A"):
+        out.copy_(linear.weight)
+        return
+    active = [] if linear.disable_adapters else [a for a in linear.active_adapters if a in linear.lora_A]
+    if linear.merged or any(getattr(linear, "use_dora", {}).get(a) or linear.lora_bias.get(a) for a in active):
+        raise _not_plain(linear)
+    out.copy_(linear.base_layer.weight)
+    for adapter in active:
+        out += linear.get_delta_weight(adapter)
+
+
+def _not_plain(layer):
+    return ModelError(f"{type(layer).__name__} of {type(layer.base_layer).__name__}: only plain LoRA on linear layers, not "
+                      "merged, can be decoded natively")  # fmt: skip
 
 
 @contextlib.contextmanager

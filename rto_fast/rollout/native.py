@@ -20,7 +20,6 @@ from rto_fast.rollout.attention import Probe, decoding
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
-from rto_fast.rollout.fuse import lay_side_by_side
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Request, Scheduler, prefill_chunk
 
@@ -42,12 +41,8 @@ class NativeEngine:
         self.step: DecodeStep | None = None
         self.step_key: tuple | None = None
         self.cache: PagedCache
-        self._lay_side_by_side()
+        self.model.lay_side_by_side()
         self._check()
-
-    def _lay_side_by_side(self):
-        if not self.model.is_zero3:
-            lay_side_by_side(self.model.causal_lm.base_model)
 
     @torch.no_grad()
     def generate(
@@ -73,7 +68,7 @@ class NativeEngine:
         )  # fmt: skip
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
-        self._lay_side_by_side()  # they may have been moved
+        self.model.lay_side_by_side()  # weights may have been moved
         with self.model.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)

@@ -16,6 +16,7 @@ from ranks import join_deepspeed, run_ranks  # noqa: E402
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine, fuse  # noqa: E402
+from rto_fast.rollout import model as rollout_model  # noqa: E402
 from rto_fast.rollout.model import RolloutModel  # noqa: E402
 
 SAMPLING = Sampling(16, stop_ids=(1, 7, 8))
@@ -37,7 +38,7 @@ def is_fused(model):
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_is_fused_and_samples_the_same(name, monkeypatch):
     model = tiny(name)
-    fuse.lay_side_by_side(model.model)
+    RolloutModel(model).lay_side_by_side()
     assert is_fused(model)
     fused = generate(model)
     monkeypatch.setattr(fuse, "FAMILY", set())
@@ -91,7 +92,7 @@ def test_an_optimizers_flat_buffer_is_left_alone():
 
 def test_a_model_that_somebody_hooks_runs_as_it_is():
     model, seen = tiny(), []
-    fuse.lay_side_by_side(model.model)
+    RolloutModel(model).lay_side_by_side()
     expected = generate(tiny())
     model.enable_input_require_grads()  # what gradient checkpointing hooks is called as it is
     assert is_fused(model)
@@ -103,7 +104,7 @@ def test_a_model_that_somebody_hooks_runs_as_it_is():
 
 def test_parts_that_somebody_replaced_run_as_they_are():
     model = tiny()
-    fuse.lay_side_by_side(model.model)
+    RolloutModel(model).lay_side_by_side()
     model.model.norm = nn.Sequential(model.model.norm)
     assert not is_fused(model)
     assert_same(generate(model), generate(tiny()))
@@ -162,16 +163,29 @@ def test_adapters_that_are_more_than_lora_fall_back():
         assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
 
 
+def test_adapted_layers_are_fused_on_merged_weights(lora):
+    """And what lies beside them, plain, in the same GEMM."""
+    model = RolloutModel(lora)
+    model.lay_side_by_side()
+    with model.decoding(16) as decoding:
+        layer = lora.get_base_model().model.layers[0]
+        projections = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
+        storages = {decoding.merged[x].untyped_storage().data_ptr() for x in projections}
+        assert decoding.fused is not None and len(storages) == 1
+        assert torch.equal(decoding.merged[projections[1]], projections[1].weight)  # no adapter
+        assert layer.mlp.gate_proj not in decoding.merged
+
+
 def test_an_adapter_that_cannot_be_merged_leaves_the_others_as_they_are(lora, monkeypatch):
     engine = NativeEngine(lora, None, RolloutConfig())
-    merge = RolloutModel._merge
+    merge = rollout_model._merge
 
-    def fails(self, layer):
+    def fails(layer, out):
         if layer is list(engine.model.merged)[2]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return merge(self, layer)
+        return merge(layer, out)
 
-    monkeypatch.setattr(RolloutModel, "_merge", fails)
+    monkeypatch.setattr(rollout_model, "_merge", fails)
     with pytest.raises(torch.OutOfMemoryError):
         engine.generate(prompts(), 1, SAMPLING, 0)
     assert not any("forward" in vars(module) for module in lora.modules())
