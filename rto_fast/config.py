@@ -469,6 +469,11 @@ def _validate(config):
         check_repo(config.hub.repo, "hub.repo")
 
 
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Raises ConfigError where a setting cannot be."""
+    Config(model=ModelConfig(path="given"), rollout=rollout)
+
+
 def check_repo(name: str, key: str) -> None:
     """Raises ConfigError unless `name` is OWNER/NAME as the Hub allows it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

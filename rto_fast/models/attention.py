@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from rto_fast.errors import ModelError
+
 PACKED = "rto_packed"
 
 
@@ -97,6 +99,19 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
+def refuse_masked_window(module, window):
+    """Raises ModelError where the configuration gives this layer a sliding window and the layer asks for none: it relies
+    on a mask, and ours are made of `window`."""
+    config = getattr(module, "config", None)
+    size = getattr(config, "sliding_window", None)
+    if window is not None or not size:
+        return
+    kinds = getattr(config, "layer_types", None)
+    if kinds[module.layer_idx] == "sliding_attention" if kinds else size < config.max_position_embeddings:
+        raise ModelError(f"{type(module).__name__}: its sliding window of {size} tokens is in its attention mask only, "
+                         "which packed sequences and paged caches do without")  # fmt: skip
+
+
 def packed_attention(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     cu_seq_lens_q=None, max_length_q=None, s_aux=None, **_,
@@ -107,6 +122,7 @@ def packed_attention(
     if attention_mask is not None or s_aux is not None or (dropout and module.training):
         raise ValueError("packed attention takes no attention_mask, attention sinks or attention dropout; "
                          "set the model's attention_dropout to 0")  # fmt: skip
+    refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     if half and _flash_attn():

@@ -283,8 +283,8 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
     """The model with another attention implementation, restored whatever happens."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
     try:
+        model.set_attn_implementation(name)
         yield model
     finally:
         model.set_attn_implementation(before)

@@ -6,7 +6,7 @@ The cache reaches the layers as an argument of the model call, `paged=...`: a `P
 import torch
 from transformers import AttentionInterface
 
-from rto_fast.models.attention import packed_attention, sdpa_causal
+from rto_fast.models.attention import packed_attention, refuse_masked_window, sdpa_causal
 
 PAGED = "rto_paged"
 
@@ -18,6 +18,7 @@ def paged_attention(
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if paged is None or attention_mask is not None or s_aux is not None:
         raise ValueError("rto_paged attention takes a cache (`paged=`), no attention mask and no attention sinks")
+    refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     paged.store(module.layer_idx, key, value)

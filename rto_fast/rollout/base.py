@@ -1,5 +1,7 @@
 """What every rollout engine takes and returns."""
 
+import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -10,6 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
+
+
+def _is_whole(number):
+    return isinstance(number, numbers.Integral)
+
+
+def _integers(values, name):
+    """Python's own, of a list, a tensor or an array of integers."""
+    try:
+        return [operator.index(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    except TypeError as error:
+        raise RolloutError(
+            f"{name}: expected whole numbers in a list, an array or a tensor, got {values!r:.80}"
+        ) from error
 
 
 def nan_logits(where: str) -> RolloutError:
@@ -38,15 +54,17 @@ class Sampling:
 
     def __post_init__(self):
         for name, valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("max_new_tokens", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number from 1"),
+            ("min_new_tokens", _is_whole(self.min_new_tokens) and self.min_new_tokens >= 0, "a whole number from 0"),
+            # Beyond, logits / temperature leaves what float32 tells apart.
+            ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0 or a number from 1e-4 to 1e4"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "a whole number from 0"),
+            ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
         ):
             if not valid:
-                raise RolloutError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
+                raise RolloutError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        object.__setattr__(self, "stop_ids", tuple(_integers(self.stop_ids, "stop_ids")))
 
     @property
     def filters(self) -> bool:
@@ -103,7 +121,7 @@ def token_ids(prompts: Sequence[Sequence[int] | str], tokenizer: PreTrainedToken
     ids = []
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            ids.append(list(prompt))
+            ids.append(_integers(prompt, f"prompt {index}"))
         elif tokenizer is None:
             raise RolloutError(f"prompt {index} is text and the engine has no tokenizer: give token ids")
         else:
@@ -118,14 +136,16 @@ def finish_reasons(response_ids: Sequence[Sequence[int]], stop_ids: Sequence[int
 def check_request(
     prompt_ids: list[list[int]], n: int, sampling: Sampling, vocab_size: int, context: int | None,
     prompt_numbers: Sequence[int] | None, limits: Sequence[int] | None,
-) -> list[int]:  # fmt: skip
-    """The most tokens of each response: len(prompt_ids)·n numbers.
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """(the most tokens of each response, len(prompt_ids)·n numbers; the prompts' numbers).
 
     Raises:
         RolloutError: names the prompt or the argument that cannot be.
     """
     if n < 1:
         raise RolloutError(f"n: expected at least 1 sample of each prompt, got {n}")
+    if sampling.min_new_tokens and len(set(sampling.stop_ids)) >= vocab_size:
+        raise RolloutError("stop_ids: with min_new_tokens there must be a token that does not stop")
     if outside := [token for token in sampling.stop_ids if not 0 <= token < vocab_size]:
         raise RolloutError(f"stop_ids: {outside} are no tokens of the model, whose vocabulary has {vocab_size}")
     for index, ids in enumerate(prompt_ids):
@@ -135,11 +155,14 @@ def check_request(
                                "data.max_prompt_tokens")  # fmt: skip
         if not (0 <= min(ids) and max(ids) < vocab_size):
             raise RolloutError(f"prompt {index} has tokens outside of the model's vocabulary of {vocab_size}")
-    if prompt_numbers is not None and len(prompt_numbers) != len(prompt_ids):
-        raise RolloutError(f"prompt_numbers: expected {len(prompt_ids)} numbers, got {len(prompt_numbers)}")
+    given = range(len(prompt_ids)) if prompt_numbers is None else _integers(prompt_numbers, "prompt_numbers")
+    if len(given) != len(prompt_ids) or any(abs(number) >= 2**62 // n for number in given):
+        raise RolloutError(
+            f"prompt_numbers: expected {len(prompt_ids)} numbers, which times n fit 63 bits, got {len(given)}"
+        )
     count = len(prompt_ids) * n
-    if limits is not None and (len(limits) != count or any(limit < 1 for limit in limits)):
+    limits = [sampling.max_new_tokens] * count if limits is None else _integers(limits, "limits")
+    if len(limits) != count or any(limit < 1 for limit in limits):
         raise RolloutError(f"limits: expected {count} numbers of at least 1")
-    limits = limits or [sampling.max_new_tokens] * count
     rooms = [context - len(ids) if context else sampling.max_new_tokens for ids in prompt_ids for _ in range(n)]
-    return [min(limit, sampling.max_new_tokens, room) for limit, room in zip(limits, rooms)]
+    return [min(limit, sampling.max_new_tokens, room) for limit, room in zip(limits, rooms)], list(given)

@@ -119,7 +119,8 @@ class Sampler:
     """`Sampling` as a function of logits, random numbers, and whether a stop token may be drawn."""
 
     def __init__(self, sampling, head, device):
-        # A divisor of the logits divides like the temperature; greedy draws need none.
+        # A divisor of the logits divides like the temperature, where there is one.
+        self.divisor = head.divisor if sampling.temperature == 0 else 1.0
         self.options = dict(
             temperature=sampling.temperature * head.divisor, top_k=sampling.top_k, top_p=sampling.top_p,
             min_p=sampling.min_p, softcap=head.softcap,
@@ -129,6 +130,8 @@ class Sampler:
 
     def __call__(self, logits, uniforms, stop_allowed, fresh=False):
         """fresh: some may have said nothing yet. Once all have said a token, a minimum of one forbids nothing more."""
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
         forbids = self.min_new_tokens > (0 if fresh else 1) and len(self.stop_ids)
         stops = {"stop_ids": self.stop_ids, "stop_allowed": stop_allowed} if forbids else {}
         return sample_tokens(logits, uniforms, **stops, **self.options)

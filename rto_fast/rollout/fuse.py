@@ -53,6 +53,7 @@ def sibling_groups(backbone, merged=()):
     return [group for layer in _layers(backbone, merged) for group in _siblings(layer)]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def lay_side_by_side(groups):
     """Moves weights of projections of the same input into one buffer a group. The parameters stay the objects they are,

@@ -37,7 +37,7 @@ class HFEngine:
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
-        limits = check_request(
+        limits, numbers = check_request(
             prompt_ids, n, sampling, self.wrapped.vocab_size, self.wrapped.context, prompt_numbers, limits
         )  # fmt: skip
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
@@ -48,7 +48,7 @@ class HFEngine:
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
         defaults = self.model.generation_config
         with self.wrapped.evaluating(), torch.random.fork_rng(devices), attention_implementation(self.model, attention):
-            torch.manual_seed(seed + 1_000_003 * (prompt_numbers[0] if prompt_numbers else 0))  # ranks draw differently
+            torch.manual_seed(seed + 1_000_003 * (numbers[0] if numbers else 0))  # ranks draw differently
             try:
                 # What we leave unset, `generate` would take from here: a repetition penalty, say.
                 self.model.generation_config = self._generation_config(sampling)

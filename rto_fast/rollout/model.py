@@ -1,18 +1,23 @@
 """The training model as the engine sees it: its own weights, in evaluation mode for the time of a rollout."""
 
 import contextlib
+import threading
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
-from rto_fast.errors import ModelError
+from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone, lay_side_by_side, rope_table, sibling_groups
+
+
+_AT_WORK: WeakKeyDictionary = WeakKeyDictionary()  # model → lock: a rollout changes it, for its time
 
 
 class RolloutModel:
@@ -27,12 +32,21 @@ class RolloutModel:
         if isinstance(getattr(model, "module", None), torch.nn.Module):  # DeepSpeed, DistributedDataParallel
             model = model.module
         if hasattr(model, "get_base_model"):  # PEFT
+            settings = getattr(model, "active_peft_config", None)
+            if getattr(settings, "is_prompt_learning", False):
+                raise ModelError(f"{type(settings).__name__}: responses would be sampled without the "
+                                 "virtual tokens; merge them into the prompts, or train LoRA")  # fmt: skip
             model = model.get_base_model()
         self.adapter = model if isinstance(model, Adapter) else None
         self.causal_lm = self.adapter.base if self.adapter else model
+        if self.causal_lm.get_output_embeddings() is None:
+            raise ModelError(
+                f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
+            )
         # LoRA layer → its merged weight, at the same address in every rollout; also its neighbours' in a joint GEMM.
         self.merged = {}
         self.rope = None  # see `rope_table`
+        self.fused = self.head = None
 
     @property
     def config(self):
@@ -41,6 +55,11 @@ class RolloutModel:
     @property
     def device(self):
         return device_of(self.causal_lm)
+
+    @property
+    def kind(self):
+        """What a cache must fit."""
+        return self.device, self.causal_lm.get_input_embeddings().weight.dtype
 
     @property
     def vocab_size(self):
@@ -70,14 +89,25 @@ class RolloutModel:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """Evaluation mode and whole weights, as they were afterwards."""
+        """Evaluation mode and whole weights, as they were afterwards; whatever mode of torch the caller is in.
+
+        Raises:
+            RolloutError: another thread has the model at work.
+        """
         modes = [(module, module.training) for module in self.causal_lm.modules()]
         # ZeRO-3 would gather once a layer and decode step; so it is once a rollout.
-        with whole_weights(self.causal_lm) if self.is_zero3 else contextlib.nullcontext():
-            self.causal_lm.eval()
-            if self.adapter:
-                self.adapter.activate()
+        gathered = whole_weights(self.causal_lm) if self.is_zero3 else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_alone(self.causal_lm))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if torch.amp.is_autocast_available(self.device.type):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(gathered)
             try:
+                self.causal_lm.eval()
+                if self.adapter:
+                    self.adapter.activate()
                 yield self
             finally:
                 for module, training in modes:
@@ -93,16 +123,19 @@ class RolloutModel:
         with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
+            linear = self.causal_lm.get_output_embeddings()
+            if linear._forward_hooks or linear._forward_pre_hooks:
+                raise ModelError(f"{type(self.causal_lm).__name__}: hooks on its output layer would not run")
             with self._merged_lora(), _unwarned(self.causal_lm.base_model):
                 self.rope = rope_table(self.causal_lm.base_model, longest, self.rope, self.merged)
-                self.fused = fused_backbone(self.causal_lm.base_model, self.rope, self.merged)
-                self.head = output_head(self.causal_lm)
-                if (linear := self.causal_lm.get_output_embeddings()) in self.merged:
-                    self.head = replace(self.head, weight=self.merged[linear])
                 try:
+                    self.fused = fused_backbone(self.causal_lm.base_model, self.rope, self.merged)
+                    self.head = output_head(self.causal_lm)
+                    if linear in self.merged:
+                        self.head = replace(self.head, weight=self.merged[linear])
                     yield self
                 finally:
-                    del self.fused, self.head  # or they would hold weights that are moved elsewhere
+                    self.fused = self.head = None  # or they would hold weights that are moved elsewhere
 
     def hidden(self, input_ids, position_ids, paged):
         """Last hidden states, [T, D]."""
@@ -158,6 +191,17 @@ class RolloutModel:
                 sizes = [linear.out_features for linear in group]
                 whole = group[0].weight.new_empty(sum(sizes), group[0].in_features)
                 self.merged |= zip(group, whole.split(sizes))
+
+
+@contextlib.contextmanager
+def _alone(model):
+    lock = _AT_WORK.setdefault(model, threading.Lock())
+    if not lock.acquire(blocking=False):
+        raise RolloutError(f"{type(model).__name__} is at work for another thread's rollout; one at a time")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import RolloutConfig
+from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.ops import token_logps
@@ -31,13 +31,15 @@ class NativeEngine:
         model: as it is trained: bare, or in DeepSpeed (ZeRO 0–3), DistributedDataParallel, PEFT.
         tokenizer: encodes prompts that are strings; without one there are none.
     Raises:
+        ConfigError: a setting that cannot be.
         ModelError: an architecture whose attention cannot be paged, or whose decoding does not give the log-probs of
             its own forward pass (checked here, on a few tokens).
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
+        check_rollout(config)
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
-        self.state: DecodeState | None = None
+        self.state: DecodeState | None
         self.step: DecodeStep | None = None
         self.step_key: tuple | None = None
         self.cache: PagedCache
@@ -59,21 +61,23 @@ class NativeEngine:
             limits: tokens that each of the len(prompts)·n responses may have, where this is less than max_new_tokens.
         Raises:
             RolloutError: a prompt that leaves no room for a response, a stop token outside of the vocabulary, too little
-                memory for one sequence, NaN logits. The model is as before, all memory is given back.
+                memory for one sequence, NaN logits, a model that another thread has at work. The model is as before, all
+                memory is given back.
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
-        limits = check_request(
+        limits, numbers = check_request(
             prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
         )  # fmt: skip
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
+        if self.kind != self.model.kind:
+            self._check()
         self.model.lay_side_by_side()  # weights may have been moved
         with self.model.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
-                numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
                 sample_ids = [number * n + i for number in numbers for i in range(n)]
                 scheduler.state.reset(self._uniforms(seed, sample_ids, limits))
                 scheduler.run()
@@ -83,7 +87,7 @@ class NativeEngine:
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
         batch.stats = {
             # Of the tokens that decode steps had room for.
-            "occupancy": (batch.num_tokens - len(limits)) / max(scheduler.slot_steps, 1),
+            "occupancy": (batch.num_tokens - scheduler.begun) / max(scheduler.slot_steps, 1),
             "preemptions": scheduler.preemptions, "capture_seconds": scheduler.step.capture_seconds - captured,
         }  # fmt: skip
         return batch
@@ -142,6 +146,7 @@ class NativeEngine:
         """Finds the cache every layer needs, and compares log-probs of a prompt in two pieces and some decoded tokens with
         those of the model's own forward pass."""
         device, name = self.model.device, type(self.model.causal_lm).__name__
+        self.state, self.kind = None, self.model.kind
         ids = [(7 * i + 1) % self.model.vocab_size for i in range(16)]
         labels = torch.tensor(ids[10:], device=device)
         try:

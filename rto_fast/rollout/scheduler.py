@@ -56,7 +56,7 @@ class Scheduler:
         self.running = []  # in the order of their slots: 0, 1, …
         self.slots, self.device = slots, state.rows.device
         self.ages = count()
-        self.preemptions = self.slot_steps = 0
+        self.preemptions = self.slot_steps = self.begun = 0
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
     def run(self):
@@ -97,12 +97,17 @@ class Scheduler:
         self._reserve()
         bucket = self.step.bucket(len(self.running))
         pages = self._row_of_pages() if bucket == len(self.running) else None
-        longest, most = max(s.length for s in self.running) + 1, max(s.capacity for s in self.running)
         for step in range(steps):
-            self.step(bucket, min(longest + step, most), pages)
+            # A graph needs no length; what a CPU reads must end where the longest does: a page may end there too.
+            longest = None if self.device.type == "cuda" else self._longest(step)
+            self.step(bucket, longest, pages)
         for sequence in self.running:
             sequence.length = min(sequence.length + steps, sequence.capacity - 1)
         self.slot_steps += bucket * steps
+
+    def _longest(self, step):
+        """Tokens to attend to in a step from now, of the longest sequence at most."""
+        return max(min(s.length + step, s.capacity - 1) for s in self.running) + 1
 
     def _retire(self, done, invalid):
         # The last row takes what idle slots write.
@@ -185,9 +190,10 @@ class Scheduler:
         if not waiting or (self.running and free < min(waiting, max(8, self.slots // 20), (self.slots + 1) // 2)):
             return
         admitted, fresh = [], []
+        growing = sum(self._grows(s.pages, s.capacity) for s in self.running)
         while self.waiting and free:
             prompt = self.waiting[0]
-            number, keep = self._fitting(prompt, free)
+            number, keep = self._fitting(prompt, free, growing)
             if not number:
                 if not self.running and not admitted and self._drop_prompt_pages():
                     continue
@@ -197,7 +203,9 @@ class Scheduler:
                 fresh.append((prompt, prompt.pages))
             rows, prompt.rows = prompt.rows[:number], prompt.rows[number:]
             # Pages are taken now, so that the next prompt sees what is left; they are filled after the prefill.
-            admitted.append((prompt, rows, *self._pages_of_samples(prompt, number, keep)))
+            pages, *copies = self._pages_of_samples(prompt, number, keep)
+            growing += sum(self._grows(own, self._capacity(prompt, row)) for own, row in zip(pages, rows))
+            admitted.append((prompt, rows, pages, *copies))
             free -= number
             if prompt.rows:
                 break
@@ -206,11 +214,18 @@ class Scheduler:
             self._prefill(fresh)
             self._begin(admitted)
 
-    def _fitting(self, prompt, free):
-        """(number of samples there are pages for, whether the prompt can be kept for the others)."""
+    def _capacity(self, prompt, row):
+        return len(prompt.ids) + self.limits[row]
+
+    def _grows(self, pages, capacity):
+        return len(pages) < self.cache.pages_for(capacity)
+
+    def _fitting(self, prompt, free, growing):
+        """(number of samples there are pages for, whether the prompt can be kept for the others).
+
+        A page is left to each of the `growing` sequences, which need more: else what begins now is soon preempted.
+        """
         own = self.cache.pages_for(len(prompt.tokens)) if prompt.pages is None else 0
-        # A page is left to each sequence that grows on: else what begins now is soon preempted.
-        growing = sum(len(s.pages) < self.cache.pages_for(s.capacity) for s in self.running)
         spare = len(self.cache.free) - own - growing
         # A sample also needs one of its own: a copy of the prompt's last page, if that is not full, or the one after it.
         # The copy is spared by the last sample, which takes over the prompt's pages.
@@ -256,8 +271,7 @@ class Scheduler:
         hidden, sequences, sources, targets = [], [], [], []
         for prompt, rows, pages, copied, copies in admitted:
             for row, own in zip(rows, pages):
-                capacity = len(prompt.ids) + self.limits[row]
-                slot = len(self.running) + len(sequences)
+                slot, capacity = len(self.running) + len(sequences), self._capacity(prompt, row)
                 sequences.append(Sequence(next(self.ages), row, prompt.ids, capacity, own, len(prompt.tokens), slot))
             hidden += [prompt.hidden] * len(rows)
             sources, targets = sources + copied, targets + copies
@@ -268,6 +282,7 @@ class Scheduler:
             [s.pages for s in sequences],
         )  # fmt: skip
         self.running += sequences
+        self.begun += len(sequences)
         self.state.draw_first(slots, self.model.logits(torch.stack(hidden)), self.step.sampler)
         if self.device.type != "cuda" and not self._row_of_pages():
             self._compact()

@@ -27,7 +27,9 @@ ARCHITECTURES = {
     "phi3": {},
     "olmo": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
-    "granite": dict(logits_scaling=3.0),  # not in the list of thirteen: logits that are divided
+    # Not in the list of thirteen: logits that are divided, or multiplied.
+    "granite": dict(logits_scaling=3.0),
+    "cohere": dict(logit_scale=0.25),
 }
 
 

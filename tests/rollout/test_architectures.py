@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from models import ARCHITECTURES, prompts, tiny
+from models import ARCHITECTURES, SIZES, prompts, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
+from rto_fast.errors import ModelError
+from rto_fast.models.attention import PACKED
+from rto_fast.models.loading import check_causal_lm
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
 
 GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
@@ -62,6 +65,22 @@ def test_an_architecture_that_does_not_run_on_a_paged_cache_falls_back(name, rea
     with pytest.warns(UserWarning, match=f"falls back to hf.*cannot be decoded natively: {reason}"):
         engine = build_engine(model, None, RolloutConfig())
     assert isinstance(engine, HFEngine) and model.config._attn_implementation != "rto_paged"
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("phimoe", {}), ("qwen2_moe", dict(use_sliding_window=True, max_window_layers=1, moe_intermediate_size=16))],
+)
+def test_a_window_that_only_the_mask_knows_falls_back(name, sizes):
+    sizes = SIZES | dict(sliding_window=12, num_local_experts=4, num_experts=4, num_experts_per_tok=2) | sizes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    with pytest.warns(
+        UserWarning, match="falls back to hf.*its sliding window of 12 tokens is in its attention mask only"
+    ):
+        assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
+    model.set_attn_implementation(PACKED)
+    with pytest.raises(ModelError, match="in its attention mask only"):  # nor can it be trained on packed sequences
+        check_causal_lm(model, name)
 
 
 def test_positions_that_depend_on_the_batch_fall_back():

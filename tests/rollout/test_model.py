@@ -15,6 +15,7 @@ from models import assert_same, prompts, tiny  # noqa: E402
 from ranks import join_deepspeed, run_ranks  # noqa: E402
 
 from rto_fast.config import RolloutConfig  # noqa: E402
+from rto_fast.errors import ModelError  # noqa: E402
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine, fuse  # noqa: E402
 from rto_fast.rollout import model as rollout_model  # noqa: E402
 from rto_fast.rollout.model import RolloutModel  # noqa: E402
@@ -174,6 +175,16 @@ def test_adapted_layers_are_fused_on_merged_weights(lora):
         assert decoding.fused is not None and len(storages) == 1
         assert torch.equal(decoding.merged[projections[1]], projections[1].weight)  # no adapter
         assert layer.mlp.gate_proj not in decoding.merged
+
+
+def test_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    for engine in ("native", "hf"):
+        with pytest.raises(
+            ModelError, match="PromptTuningConfig: responses would be sampled without the virtual tokens"
+        ):
+            (NativeEngine if engine == "native" else HFEngine)(model, None, RolloutConfig(engine=engine))
 
 
 def test_an_adapter_that_cannot_be_merged_leaves_the_others_as_they_are(lora, monkeypatch):

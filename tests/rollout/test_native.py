@@ -1,7 +1,9 @@
 """The native engine: what a sample depends on and what not, its log-probs, its faults."""
 
+import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from models import assert_same, prompts, tiny
@@ -9,7 +11,7 @@ from torch import nn
 
 from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
-from rto_fast.errors import RolloutError
+from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps
 from rto_fast.rollout import NativeEngine, Sampling, cache, native
@@ -86,6 +88,14 @@ def test_log_probs_are_those_of_the_training_forward(name, temperature):
     assert sampling_logps.shape == batch.labels.shape
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
+def test_log_probs_of_greedy_responses(name):
+    """Of the distribution at temperature 1, whatever is between logits and softmax."""
+    model = tiny(name)
+    rollout = generate(model, sampling=Sampling(8, temperature=0.0), n=1)
+    torch.testing.assert_close(rollout.logps, forward_logps(model, rollout), atol=3e-5, rtol=1e-5)
+
+
 def test_filters_and_bans_change_the_sampling_log_probs_only():
     model = tiny()
     rollout = generate(model, sampling=Sampling(20, 4, top_k=5, stop_ids=(1, 7, 8)))
@@ -140,8 +150,27 @@ def test_page_exhaustion_preempts_and_changes_nothing():
     page = 16 * 2 * 2 * 2 * 8 * 4  # tokens · layers · (key, value) · heads · head_dim · bytes
     # Room for little more than one of the longest sequences (60 tokens, 4 pages).
     rollout = generate(model, dict(page_size=16, kv_cache_gib=6 * page / (1 << 30)))
-    assert rollout.stats["preemptions"] > 0
+    assert rollout.stats["preemptions"] > 0 and 0 < rollout.stats["occupancy"] <= 1
     assert_same(rollout, expected)
+
+
+def test_a_sequence_that_ends_with_its_page_is_decoded_beside_longer_ones():
+    way = dict(page_size=16)
+    found = generate(tiny(), way, Sampling(20), n=1, ids=[[3] * 13, [4] * 3], limits=[2, 20])
+    assert [len(response) for response in found.response_ids] == [2, 20]
+    assert_same(found, generate(tiny(), None, Sampling(20), n=1, ids=[[3] * 13, [4] * 3], limits=[2, 20]))
+
+
+@pytest.mark.parametrize("pages", [4, 5, 6, 8])
+@pytest.mark.parametrize("limit", [1, 20])
+def test_prompts_that_fill_their_pages_wait_for_room(pages, limit):
+    """Their samples share all they have so far, and each needs a page of its own next."""
+    ids = [[token] * 16 for token in range(3, 11)]
+    page = 16 * 2 * 2 * 2 * 8 * 4
+    way = dict(page_size=16, kv_cache_gib=(pages + 1.5) * page / (1 << 30))
+    found = generate(tiny(), way, Sampling(limit), n=2, ids=ids)
+    assert_same(found, generate(tiny(), None, Sampling(limit), n=2, ids=ids))
+    assert 0 <= found.stats["occupancy"] <= 1
 
 
 def test_all_pages_come_back(monkeypatch):
@@ -168,6 +197,59 @@ def test_weights_changed_between_calls_give_what_a_fresh_engine_gives():
     after = engine.generate(prompts(), 3, SAMPLING, 0)
     assert after.response_ids != before.response_ids
     assert_same(after, generate(model))
+
+
+def test_another_dtype_after_the_engine_was_built():
+    model = tiny()
+    engine = NativeEngine(model, None, RolloutConfig())
+    model.double()
+    assert_same(engine.generate(prompts(), 3, SAMPLING, 0), generate(model))
+
+
+# Modes of torch, threads
+
+
+def test_inference_mode_and_autocast_change_nothing():
+    model, ids = tiny(), torch.tensor(prompts((5,)))
+    expected = generate(tiny())
+    engine = NativeEngine(tiny(), None, RolloutConfig())
+    for mode in (torch.inference_mode(), torch.autocast("cpu")):
+        with mode:
+            inside = NativeEngine(model, None, RolloutConfig())
+            assert_same(inside.generate(prompts(), 3, SAMPLING, 0), expected)
+            assert_same(engine.generate(prompts(), 3, SAMPLING, 0), expected)
+        assert_same(inside.generate(prompts(), 3, SAMPLING, 0), expected)
+        assert_same(engine.generate(prompts(), 3, SAMPLING, 0), expected)
+    model.train()(ids, labels=ids).loss.backward()  # the weights can still be trained
+
+
+def test_two_threads_do_not_decode_with_one_model():
+    """Two engines of it, either."""
+    model = tiny()
+    engines = [NativeEngine(model, None, RolloutConfig()) for _ in range(2)]
+    before = state_of(model)
+    started, go_on = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def forward(self, x):
+            started.set()
+            go_on.wait(30)
+            return x
+
+    norm = model.model.norm
+    model.model.norm = nn.Sequential(norm, Waiting())
+    found = []
+    thread = threading.Thread(target=lambda: found.append(engines[0].generate(prompts(), 3, SAMPLING, 0)))
+    thread.start()
+    assert started.wait(30)
+    for engine in engines:
+        with pytest.raises(RolloutError, match="LlamaForCausalLM is at work for another thread's rollout"):
+            engine.generate(prompts(), 3, SAMPLING, 0)
+    go_on.set()
+    thread.join()
+    model.model.norm = norm
+    assert state_of(model) == before
+    assert_same(found[0], engines[1].generate(prompts(), 3, SAMPLING, 0))
 
 
 # Restoring
@@ -215,6 +297,21 @@ def test_the_model_is_restored_whatever_happens(error, monkeypatch):
 
 
 # Bad input
+
+
+def test_a_model_without_an_output_layer_is_refused():
+    with pytest.raises(ModelError, match="LlamaModel has no output layer"):
+        NativeEngine(tiny().model, None, RolloutConfig())
+
+
+def test_hooks_on_the_output_layer_are_refused_whenever_they_come():
+    model = tiny()
+    engine = NativeEngine(model, None, RolloutConfig())
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="hooks on its output layer"):
+        engine.generate(prompts(), 3, SAMPLING, 0)
+    handle.remove()
+    assert_same(engine.generate(prompts(), 3, SAMPLING, 0), generate(model))
 
 
 def test_a_prompt_that_fills_the_context_is_refused():
@@ -315,7 +412,11 @@ def test_the_cache_shrinks_no_further_than_one_sequence_needs(monkeypatch):
         (dict(n=0), "n: expected at least 1 sample"),
         (dict(limits=[1] * 14), "limits: expected 15 numbers of at least 1"),
         (dict(limits=[0] * 15), "limits: expected 15 numbers of at least 1"),
-        (dict(prompt_numbers=[0]), "prompt_numbers: expected 5 numbers, got 1"),
+        (dict(prompt_numbers=[0]), "prompt_numbers: expected 5 numbers, .*, got 1"),
+        (dict(prompt_numbers=[0, 1, 2, 3, 2**63]), "prompt_numbers: expected 5 numbers, which times n fit 63 bits"),
+        (dict(ids=[[3, 4.5]]), "prompt 0: expected whole numbers in a list, an array or a tensor, got .3, 4.5."),
+        (dict(ids=[3, 4]), "prompt 0: expected whole numbers in a list"),
+        (dict(sampling=Sampling(4, stop_ids=tuple(range(97)))), "there must be a token that does not stop"),
         (dict(ids=[[3, 97]]), "prompt 0 has tokens outside of the model's vocabulary of 97"),
     ],
     ids=str,
@@ -325,10 +426,32 @@ def test_requests_that_cannot_be_are_refused(options, message):
         generate(tiny(), **options)
 
 
-@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("max_new_tokens", 0), ("max_new_tokens", 4.0), ("temperature", -1.0), ("temperature", 1e-39),
+     ("temperature", float("nan")), ("top_p", 0.0), ("min_p", 2.0)],
+)  # fmt: skip
 def test_sampling_that_cannot_be_is_refused(name, value):
-    with pytest.raises(RolloutError, match=f"{name}: expected a number .*, got {value}"):
+    with pytest.raises(RolloutError, match=f"{name}: expected .* number .*, got {value}"):
         Sampling(**{"max_new_tokens": 4} | {name: value})
+
+
+@pytest.mark.parametrize("name, value", [("batch_size", 0), ("page_size", 8), ("page_size", 24), ("prefill_tokens", 0)])
+def test_settings_that_cannot_be_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"rollout.{name}: expected .*, got {value}"):
+        NativeEngine(tiny(), None, RolloutConfig(**{name: value}))
+
+
+def test_arrays_and_tensors_are_lists_of_numbers():
+    model, ids = tiny(), prompts()
+    limits = [4] * 15
+    expected = generate(model, ids=ids, limits=limits)
+    way = dict(prompt_numbers=torch.arange(5), limits=np.array(limits))
+    sampling = Sampling(20, stop_ids=torch.tensor([1, 7, 8, 9]))
+    for convert in (torch.tensor, np.array):
+        found = generate(model, ids=[convert(x) for x in ids], sampling=sampling, **way)
+        assert_same(found, expected)
+        assert found.prompt_ids == expected.prompt_ids and type(found.prompt_ids[0][0]) is int
 
 
 def test_no_prompts_give_no_responses():
