@@ -106,8 +106,11 @@ def refuse_masked_window(module, window):
     size = getattr(config, "sliding_window", None)
     if window is not None or not size:
         return
-    kinds = getattr(config, "layer_types", None)
-    if kinds[module.layer_idx] == "sliding_attention" if kinds else size < config.max_position_embeddings:
+    if kinds := getattr(config, "layer_types", None):
+        slides = kinds[module.layer_idx] == "sliding_attention"
+    else:
+        slides = size < getattr(config, "max_position_embeddings", size)
+    if slides:
         raise ModelError(f"{type(module).__name__}: its sliding window of {size} tokens is in its attention mask only, "
                          "which packed sequences and paged caches do without")  # fmt: skip
 

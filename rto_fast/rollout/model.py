@@ -2,7 +2,9 @@
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +17,6 @@ from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone, lay_side_by_side, rope_table, sibling_groups
-
 
 _AT_WORK: WeakKeyDictionary = WeakKeyDictionary()  # model → lock: a rollout changes it, for its time
 
@@ -46,7 +47,8 @@ class RolloutModel:
         # LoRA layer → its merged weight, at the same address in every rollout; also its neighbours' in a joint GEMM.
         self.merged = {}
         self.rope = None  # see `rope_table`
-        self.fused = self.head = None
+        self.fused: Callable | None = None
+        self.head: Any = None  # `Head`, while decoding
 
     @property
     def config(self):
