@@ -16,6 +16,8 @@ EAGER_SECONDS = 10e-6  # assumed, of the host for one kernel outside of a graph
 # tests/rollout/test_decode.py. A layer has one more where fewer sequences' key heads than this leave multiprocessors idle,
 # so that attention is split (two programs for each of an H200's 132).
 KERNELS_A_LAYER, KERNELS_AROUND, FULL = 9, 7, 264
+FUSED = ("llama", "qwen2", "qwen3", "mistral")  # the others run as transformers wrote them; so many kernels has Gemma-2
+UNFUSED_A_LAYER, UNFUSED_AROUND = 51, 20
 FLOAT32_SHARE = 67 / 989  # of the bfloat16 rate, without tensor cores (datasheet of the H100)
 HOST_BANDWIDTH = 100e9  # assumed, bytes/s of the CPU's memory for one process's share of the optimizer
 
@@ -55,8 +57,10 @@ def prefill(decoder, prompts, itemsize=2):
 
 def overhead_seconds(decoder, sequences, device, launch_seconds=GRAPH_SECONDS):
     """What a step of ours has on top: launches, and float32 logits that are written and read."""
-    layer = KERNELS_A_LAYER + (sequences * decoder.kv_heads < FULL)
-    launches = decoder.layers * layer + KERNELS_AROUND
+    layer, around = KERNELS_A_LAYER, KERNELS_AROUND
+    if decoder.model_type not in FUSED:
+        layer, around = UNFUSED_A_LAYER, UNFUSED_AROUND
+    launches = decoder.layers * (layer + (sequences * decoder.kv_heads < FULL)) + around
     return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * launch_seconds
 
 

@@ -228,11 +228,11 @@ def _not_plain(layer):
 @contextlib.contextmanager
 def _unwarned(backbone):
     """Without the look for padding tokens in every forward pass of some models: the host would wait for the device."""
-    backbone.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
     try:
+        backbone.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         yield
     finally:
-        del backbone.warn_if_padding_and_no_attention_mask
+        vars(backbone).pop("warn_if_padding_and_no_attention_mask", None)
 
 
 def _linear_forward(weight, bias):

@@ -82,6 +82,9 @@ class NativeEngine:
                 scheduler.state.reset(self._uniforms(seed, sample_ids, limits))
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
+            except torch.OutOfMemoryError as error:
+                raise RolloutError(f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
+                                   "rollout.kv_cache_gib or rollout.batch_size") from error  # fmt: skip
             finally:
                 self.cache.release()
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}

@@ -103,13 +103,16 @@ class Launches(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_the_number_of_kernels_is_what_predictions_count(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, a_layer, around",
+    [(name, costs.KERNELS_A_LAYER, costs.KERNELS_AROUND) for name in costs.FUSED]
+    + [("gemma2", costs.UNFUSED_A_LAYER, costs.UNFUSED_AROUND)],
+)
+def test_the_number_of_kernels_is_what_predictions_count(name, a_layer, around, monkeypatch):
     launches = Launches()
-    shapes = meta_step(name, monkeypatch, fused=True, under=launches)
+    shapes = meta_step(name, monkeypatch, fused=name in costs.FUSED, under=launches)
     found = launches.found.total() + shapes.calls.total()
-    expected = 2 * costs.KERNELS_A_LAYER + costs.KERNELS_AROUND
-    assert found == expected, (launches.found, shapes.calls)
+    assert found == 2 * a_layer + around, (launches.found, shapes.calls)
 
 
 def test_a_host_sync_would_be_found(monkeypatch):

@@ -14,7 +14,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps
-from rto_fast.rollout import NativeEngine, Sampling, cache, native
+from rto_fast.rollout import NativeEngine, Sampling, cache, native, scheduler
 
 SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
 
@@ -385,6 +385,18 @@ def test_a_fault_while_memory_is_taken_leaves_an_engine_that_works(error, monkey
                 engine.generate(prompts(), 3, SAMPLING, 0)
         assert engine.cache.keys == [] and state_of(model) == before
     assert_same(engine.generate(prompts(), 3, SAMPLING, 0), generate(model))
+
+
+def test_out_of_memory_later_on_tells_what_to_lower(monkeypatch):
+    engine = NativeEngine(tiny(), None, RolloutConfig())
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(scheduler, "prefill_chunk", fail)
+    with pytest.raises(RolloutError, match="out of memory .CUDA out of memory.*; lower rollout.prefill_tokens, "):
+        engine.generate(prompts(), 3, SAMPLING, 0)
+    assert engine.cache.keys == []
 
 
 def test_the_cache_shrinks_no_further_than_one_sequence_needs(monkeypatch):
