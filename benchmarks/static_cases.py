@@ -124,16 +124,17 @@ def decode_layer(tokens, hidden_size, heads, kv_heads, head_dim, dtype=torch.bfl
     return "decode_layer", call
 
 
-def decode_step(slots):
+def decode_step(slots, stops, min_new_tokens, grow):
     def call(module):
         numbers, active = torch.zeros(slots, dtype=torch.long), torch.ones(slots, dtype=torch.bool)
         tables, results = torch.zeros(slots, 16, dtype=torch.int), torch.zeros(slots + 1, 9)
         module.begin_step(
-            numbers, active, tables, numbers, numbers, torch.zeros(slots + 1, 9, 2), page_size=64, min_new_tokens=1
-        )
+            numbers, active, tables, numbers, numbers, torch.zeros(slots + 1, 9, 2), page_size=64,
+            min_new_tokens=min_new_tokens,
+        )  # fmt: skip
         module.finish_step(
-            (numbers, results[0], results[1]), numbers[:2], numbers, numbers, active, numbers, numbers, numbers,
-            results.long(), results, results, numbers, active, grow=True,
+            (numbers, results[0], results[1]), torch.zeros(stops, dtype=torch.long), numbers, numbers, active, numbers, numbers, numbers,
+            results.long(), results, results, numbers, active, grow=grow,
         )  # fmt: skip
 
     return "decode_step", call
@@ -199,5 +200,6 @@ CASES = {
     "layer qwen bf16 head norms": decode_layer(256, 1024, 16, 8, 128, norms=True),
     "layer 20M bf16": decode_layer(256, 384, 6, 2, 64),
     "layer fp32": decode_layer(256, 384, 6, 2, 64, torch.float32, norms=True),
-    "step of 256": decode_step(256),
+    "step of 256": decode_step(256, 2, 3, True),
+    "first draw of 1": decode_step(1, 1, 1, False),
 }

@@ -1,7 +1,7 @@
 """The bookkeeping of a decode step, a kernel before the forward pass and one after the draw instead of two dozen.
 
 A slot holds a sequence that is being decoded, a row the results of a sample; see `rto_fast.rollout.decode.DecodeState`,
-whose tensors these are: [slots] int64 where nothing else is said.
+whose tensors these are: [slots] int64 where nothing else is said. Each kernel is compiled once, whatever the numbers.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 BLOCK = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tables", "stride_uniforms", "count", "min_new_tokens"])
 def begin_step_kernel(
     lengths_ptr, active_ptr, tables_ptr, rows_ptr, generated_ptr, uniforms_ptr, slots_ptr, kv_lengths_ptr, drawn_ptr,
     allowed_ptr, stride_tables, stride_uniforms, count, min_new_tokens, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,7 +31,13 @@ def begin_step_kernel(
     tl.store(allowed_ptr + offs, generated >= min_new_tokens, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_stops", "stride_rows", "idle_row", "count", "grow"],
+    # New sequences begin at any slot.
+    do_not_specialize_on_alignment=[
+        "token_ptr", "rows_ptr", "generated_ptr", "active_ptr", "limits_ptr", "lengths_ptr", "input_ids_ptr",
+    ],
+)  # fmt: skip
 def finish_step_kernel(
     token_ptr, logp_ptr, sampling_logp_ptr, stop_ids_ptr, rows_ptr, generated_ptr, active_ptr, limits_ptr, lengths_ptr,
     input_ids_ptr, tokens_ptr, logps_ptr, sampling_logps_ptr, counts_ptr, done_ptr, num_stops, stride_rows, idle_row,
