@@ -133,7 +133,8 @@ def decode_step(slots, stops, min_new_tokens, grow):
             min_new_tokens=min_new_tokens,
         )  # fmt: skip
         module.finish_step(
-            (numbers, results[0], results[1]), torch.zeros(stops, dtype=torch.long), numbers, numbers, active, numbers, numbers, numbers,
+            (numbers, results[0], results[1]),
+            torch.zeros(stops, dtype=torch.long), numbers, numbers, active, numbers, numbers, numbers,
             results.long(), results, results, numbers, active, grow=grow,
         )  # fmt: skip
 
