@@ -292,7 +292,9 @@ def prefill_chunk(model, cache, pieces):
     """Runs pieces (prompt, pages, begin, end) of prompts; a prompt's last piece leaves its `hidden`."""
     slot_mapping, ids, positions, lengths, earlier = [], [], [], [], []
     for prompt, pages, begin, end in pieces:
-        slot_mapping += [pages[i // cache.page_size] * cache.page_size + i % cache.page_size for i in range(begin, end)]
+        for page in range(begin // cache.page_size, cache.pages_for(end)):
+            first, last = max(begin - page * cache.page_size, 0), min(end - page * cache.page_size, cache.page_size)
+            slot_mapping += range(pages[page] * cache.page_size + first, pages[page] * cache.page_size + last)
         ids += prompt.tokens[begin:end]
         positions += range(begin, end)
         lengths.append(end - begin)
