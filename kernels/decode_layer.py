@@ -50,8 +50,9 @@ def rotate_and_store_kernel(
     high = tl.load(at + HALF, mask=mask, other=0.0)
     dtype = low.dtype
     # All there is to load is on its way before the first of it is waited for.
-    cos = tl.load(rope_ptr + pid_t * HEAD_DIM + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(rope_ptr + pid_t * HEAD_DIM + HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    rope_ptr += pid_t * (2 * HEAD_DIM) + HALF
+    cos = tl.load(rope_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(rope_ptr + HEAD_DIM + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     slot = tl.load(slots_ptr + pid_t)
     k_ptr, v_ptr = cache_pointers(addresses_ptr, dtype)
     a = low.to(tl.float32)
@@ -109,9 +110,9 @@ def rotate_and_store(
 ):
     """Norms (if any) and rotates queries and keys of T tokens in place, and writes keys and values to the cache.
 
-    qkv [T, num_heads + 2·num_kv_heads, head_dim], contiguous: queries, keys, values; rope [T, 2, head_dim / 2], cosines and
-    sines; addresses, slots and page_size as for `rto_fast.kernels.paged_attention.store_kv`; query_norm, key_norm
-    [head_dim], weights of RMSNorms of `eps`. As `rto_fast.kernels.decode_reference.rotate`.
+    qkv [T, num_heads + 2·num_kv_heads, head_dim], contiguous: queries, keys, values; rope [T, 2, head_dim], as
+    `rto_fast.kernels.decode_reference.rotate` takes it; addresses, slots and page_size as for
+    `rto_fast.kernels.paged_attention.store_kv`; query_norm, key_norm [head_dim], weights of RMSNorms of `eps`.
     """
     num_tokens, num_rows, head_dim = qkv.shape
     if not num_tokens:

@@ -1,12 +1,15 @@
 """What surrounds GEMMs, attention and draw in a decode step, in plain torch: the truth the kernels of `decode_layer` and
-`decode_step` are tested against, and the path CPU tensors take."""
+`decode_step` are tested against, and (but for `begin_step`, of which a CPU needs less) the path CPU tensors take."""
 
 import torch
+import torch.nn.functional as F
 
 
 def rms_norm(x, weight, eps):
     """As transformers' LlamaRMSNorm: float32 inside, rounded to x's dtype before the product with the weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)  # one call instead of six
+    wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return weight * (wide * scale).to(x.dtype)
 
@@ -19,11 +22,9 @@ def add_rms_norm(x, residual, weight, eps):
 
 
 def rotate(x, rope):
-    """Rotary embedding of [T, heads, D] by [T, 2, D / 2], cosines and sines: (a, b) → (a·cos − b·sin, b·cos + a·sin) of the
-    halves a and b of a head."""
-    a, b = x.chunk(2, -1)
-    cos, sin = rope[:, None, 0], rope[:, None, 1]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary embedding of [T, heads, D] by rope [T, 2, D]: cosines (twice the same half), and sines whose first half is
+    negative: halves (a, b) of a head become (a·cos − b·sin, b·cos + a·sin)."""
+    return torch.addcmul(x * rope[:, None, 0], x.roll(x.shape[-1] // 2, -1), rope[:, None, 1])
 
 
 def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):

@@ -35,7 +35,8 @@ def begin_step_kernel(
     do_not_specialize=["num_stops", "stride_rows", "idle_row", "count", "grow"],
     # New sequences begin at any slot.
     do_not_specialize_on_alignment=[
-        "token_ptr", "rows_ptr", "generated_ptr", "active_ptr", "limits_ptr", "lengths_ptr", "input_ids_ptr",
+        "token_ptr", "logp_ptr", "sampling_logp_ptr", "rows_ptr", "generated_ptr", "active_ptr", "limits_ptr",
+        "lengths_ptr", "input_ids_ptr",
     ],
 )  # fmt: skip
 def finish_step_kernel(

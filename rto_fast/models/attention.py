@@ -63,13 +63,14 @@ def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
     gqa = query.shape[1] != key.shape[1]
     mask = None
     if length != keys or (window and window < keys):
+        # Nothing of the mask's size but bits: a long prompt's is large.
         positions = torch.arange(keys, device=query.device)
-        distance = positions[keys - length :, None] - positions
-        mask = distance >= 0
+        last = positions[keys - length :, None]
+        mask = positions <= last
         if window:
-            mask &= distance < window
-    if gqa and (softcap or (mask is not None and query.is_cuda)):
-        # No kernel of CUDA takes a mask and unequal head counts: all scores at once would be in memory.
+            mask &= positions > last - window
+    if gqa and (softcap or (query.is_cuda and (mask is not None or query.dtype == torch.float32))):
+        # No kernel of CUDA takes a mask, or float32, and unequal head counts: all scores at once would be in memory.
         groups = query.shape[1] // key.shape[1]
         key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     if not softcap:
@@ -130,7 +131,7 @@ def packed_attention(
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     if half and _flash_attn():
         out = _flash_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap)
-    elif half and not softcap and query.shape[-1] <= 256:
+    elif half and not softcap and query.shape[-1] <= 256 and not query.shape[-1] % 8:
         out = _varlen_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         out = _sdpa_packed(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)

@@ -56,15 +56,14 @@ class Prefill:
 
     Args:
         slot_mapping: [T] int64, where each token's key and value go: page · page_size + offset.
-        cu_seqlens: [N + 1] int32 of the pieces. pages: for each piece None, or ([pages] int64, tokens in the cache
-            when the piece is), where it continues a prompt.
+        cu_seqlens: [N + 1] int32 of the pieces. lengths: theirs, a list. pages: for each piece None, or ([pages] int64,
+            tokens in the cache when the piece is), where it continues a prompt.
     """
 
-    def __init__(self, cache, slot_mapping, cu_seqlens, max_seqlen, pages):
-        self.cache, self.slot_mapping, self.cu_seqlens, self.max_seqlen = cache, slot_mapping, cu_seqlens, max_seqlen
+    def __init__(self, cache, slot_mapping, cu_seqlens, lengths, pages):
+        self.cache, self.slot_mapping, self.cu_seqlens, self.lengths = cache, slot_mapping, cu_seqlens, lengths
         self.where = slot_mapping // cache.page_size, slice(None), slot_mapping % cache.page_size
         self.pages, self.continues = pages, any(piece is not None for piece in pages)
-        self.lengths = cu_seqlens.diff().tolist() if self.continues else None
 
     def store(self, layer, key, value):
         self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
@@ -72,7 +71,7 @@ class Prefill:
     def attend(self, module, query, key, value, scaling, window, softcap):
         if not self.continues:
             return _attend_packed(
-                module, query, key, value, self.cu_seqlens, self.max_seqlen, scaling, window, softcap
+                module, query, key, value, self.cu_seqlens, max(self.lengths), scaling, window, softcap
             )  # fmt: skip
         keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
         pieces, out = zip(*(x.split(self.lengths) for x in (query, key, value))), []
@@ -87,6 +86,11 @@ class Prefill:
 def _gather(pool, pages, tokens):
     """[1, Hkv, tokens, D] of one sequence."""
     return pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
+
+
+def runs_triton(tensor):
+    """Whether the decode step runs Triton kernels where this tensor is; else it runs plain torch."""
+    return tensor.device.type != "cpu"
 
 
 class PagedDecode:
@@ -118,20 +122,21 @@ class DenseDecode:
     """The same in plain torch, on a rectangle of keys as long as the longest sequence.
 
     Args:
-        longest: the largest of `lengths`. pages: (first, last + 1) where each sequence has one page and these follow each
-            other: the rectangle is then a view of the cache; otherwise it is a copy.
+        lengths: [B] int64, tokens in the cache without the present one. active: [B] bool. longest: the largest of
+            `lengths`, plus 1. pages: (first, last + 1) where each sequence has one page and these follow each other: the
+            rectangle is then a view of the cache; otherwise it is a copy.
     """
 
-    def __init__(self, cache, block_tables, slot_mapping, lengths, longest, pages):
-        self.cache, self.longest, self.pages, self.biases = cache, longest, pages, {}
-        self.lengths = lengths.clamp(min=1)  # an idle slot sees its first token, for a softmax of nothing is NaN
+    def __init__(self, cache, block_tables, lengths, active, longest, pages):
+        self.cache, self.lengths, self.longest, self.pages, self.biases = cache, lengths, longest, pages, {}
         self.block_tables = block_tables[:, : cache.pages_for(longest)]
-        # -1 becomes the last page, which takes what idle slots write.
-        self.where = (
-            slot_mapping.div(cache.page_size, rounding_mode="floor"),
-            slice(None),
-            slot_mapping % cache.page_size,
-        )
+        if pages:
+            # A page has room for one token more than a sequence comes to: an idle slot does no harm in its own.
+            self.where = torch.arange(*pages, device=lengths.device), slice(None), lengths
+        else:
+            page = block_tables.gather(1, (lengths // cache.page_size)[:, None])[:, 0]
+            page = torch.where(active, page, cache.num_pages)  # the last page takes what idle slots write
+            self.where = page.long(), slice(None), lengths % cache.page_size
 
     def store(self, layer, key, value):
         self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
@@ -158,17 +163,10 @@ class DenseDecode:
     def _bias(self, window, heads):
         """[B·heads, 1, longest] float32: -inf past a sequence's end and before its window; the same in every layer."""
         if (window, heads) not in self.biases:
-            positions, ends = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None]
-            hidden = positions >= ends
+            positions, last = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None]
+            hidden = positions > last
             if window:
-                hidden |= positions < ends - window
-            bias = torch.zeros(hidden.shape, device=ends.device).masked_fill_(hidden, -torch.inf)
+                hidden |= positions <= last - window
+            bias = torch.zeros(hidden.shape, device=last.device).masked_fill_(hidden, -torch.inf)
             self.biases[window, heads] = bias.repeat_interleave(heads, 0)[:, None]
         return self.biases[window, heads]
-
-
-def decoding(cache, block_tables, slot_mapping, lengths, longest=None, pages=None):
-    """`PagedDecode`, or `DenseDecode` on a CPU."""
-    if slot_mapping.device.type == "cpu":
-        return DenseDecode(cache, block_tables, slot_mapping, lengths, longest, pages)
-    return PagedDecode(cache, block_tables, slot_mapping, lengths)

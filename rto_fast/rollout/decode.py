@@ -7,9 +7,8 @@ from collections import Counter
 import torch
 
 from rto_fast.errors import RolloutError
-from rto_fast.kernels import decode_reference
 from rto_fast.ops import sample_tokens
-from rto_fast.rollout.attention import decoding
+from rto_fast.rollout.attention import DenseDecode, PagedDecode, runs_triton
 from rto_fast.rollout.cache import to_device
 
 # Batch sizes that get a graph of their own; between them slots stay idle.
@@ -85,16 +84,18 @@ class DecodeState:
         """Tokens so far of a row; waits for the device."""
         return self.tokens[row, : int(self.counts[row])].tolist()
 
-    def begin(self, slots, page_size, min_new_tokens):
-        """What a step of `slots` (a slice) needs to know; see `rto_fast.kernels.decode_step.begin_step`."""
-        return _bookkeeping(self.rows).begin_step(
-            self.lengths[slots], self.active[slots], self.block_tables[slots], self.rows[slots], self.generated[slots],
-            self.uniforms, page_size=page_size, min_new_tokens=min_new_tokens,
-        )  # fmt: skip
+    def draws(self, slots, min_new_tokens):
+        """(the random numbers of the next tokens of `slots`, a slice; whether these may be stop tokens)."""
+        generated = self.generated[slots]
+        return self.uniforms[self.rows[slots], generated], generated >= min_new_tokens
 
     def finish(self, slots, drawn, stop_ids, grow):
         """Records what was drawn for `slots`, in place; see `rto_fast.kernels.decode_step.finish_step`."""
-        _bookkeeping(self.rows).finish_step(
+        if runs_triton(self.rows):
+            from rto_fast.kernels.decode_step import finish_step
+        else:
+            from rto_fast.kernels.decode_reference import finish_step
+        finish_step(
             drawn, stop_ids, self.rows[slots], self.generated[slots], self.active[slots], self.limits[slots],
             self.lengths[slots], self.input_ids[slots], self.tokens, self.logps, self.sampling_logps, self.counts,
             self.done, grow=grow,
@@ -102,17 +103,8 @@ class DecodeState:
 
     def draw_first(self, slots, logits, sampler):
         """Draws and records what a prefill's last logits [slots, V] lead to."""
-        generated = self.generated[slots]
-        uniforms, stop_allowed = self.uniforms[self.rows[slots], generated], generated >= sampler.min_new_tokens
-        self.finish(slots, sampler(logits, uniforms, stop_allowed, fresh=True), sampler.stop_ids, grow=False)
-
-
-def _bookkeeping(tensor):
-    if tensor.device.type == "cpu":
-        return decode_reference
-    from rto_fast.kernels import decode_step
-
-    return decode_step
+        drawn = sampler(logits, *self.draws(slots, sampler.min_new_tokens), fresh=True)
+        self.finish(slots, drawn, sampler.stop_ids, grow=False)
 
 
 class Sampler:
@@ -164,10 +156,14 @@ class DecodeStep:
         """A bucket's first step runs eagerly: it compiles kernels and initialises libraries, which a capture must not, and
         shows whether something waits for the device, which a capture cannot survive."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode")  # is a prototype, torch says once
+                torch.cuda.set_sync_debug_mode("error")
             self.run(count)
         except RuntimeError as error:  # an architecture that asks the host (experts routed by `nonzero`, say)
+            if "synchronizing" not in str(error):
+                raise
             self.use_graphs = False
             warnings.warn(f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
         finally:
@@ -179,12 +175,20 @@ class DecodeStep:
 
     def run(self, count, longest=None, pages=None):
         state, slots = self.state, slice(0, count)
-        where, lengths, uniforms, stop_allowed = state.begin(
-            slots, self.cache.page_size, self.sampler.min_new_tokens
-        )  # fmt: skip
-        decode = decoding(self.cache, state.block_tables[slots], where, lengths, longest, pages)
-        logits = self.model.logits(self.model.hidden(state.input_ids[slots], state.lengths[slots], decode))
-        drawn = self.sampler(logits, uniforms, stop_allowed)
+        tables, lengths, active = state.block_tables[slots], state.lengths[slots], state.active[slots]
+        if runs_triton(lengths):
+            from rto_fast.kernels.decode_step import begin_step
+
+            where, kv_lengths, *draws = begin_step(
+                lengths, active, tables, state.rows[slots], state.generated[slots], state.uniforms,
+                page_size=self.cache.page_size, min_new_tokens=self.sampler.min_new_tokens,
+            )  # fmt: skip
+            decode = PagedDecode(self.cache, tables, where, kv_lengths)
+        else:
+            draws = state.draws(slots, self.sampler.min_new_tokens)
+            decode = DenseDecode(self.cache, tables, lengths, active, longest, pages)
+        logits = self.model.logits(self.model.hidden(state.input_ids[slots], lengths, decode))
+        drawn = self.sampler(logits, *draws)
         state.finish(slots, drawn, self.sampler.stop_ids, grow=True)
 
     def _capture(self, count):
@@ -194,6 +198,8 @@ class DecodeStep:
             # thread_local: what other threads do to the device (pinned memory, NCCL) is no part of it.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.run(count)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # A capture that breaks off leaves torch's allocator and streams as they should not stay: no going on.
             raise RolloutError(

@@ -1,6 +1,6 @@
 """The backbone of Llama's family with fewer kernels and less Python; weights and results stay the model's.
 
-Projections of the same input run as one GEMM, where their weights lie side by side in memory. On a GPU a layer has nine
+Projections of the same input run as one GEMM, if their weights lie side by side in memory. On a GPU a layer has nine
 kernels: four GEMMs, attention, two residual sums with their norms, head norms with RoPE and the cache's stores, SwiGLU.
 Other architectures run as transformers wrote them.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rto_fast.kernels import decode_reference
+from rto_fast.rollout.attention import runs_triton
 
 # Embedding, decoder layers, norm; a layer is norm, attention with whole heads rotated, norm, gated MLP (Qwen3 also
 # normalises heads).
@@ -55,11 +56,11 @@ def sibling_groups(backbone, merged=()):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def lay_side_by_side(groups):
+def lay_side_by_side(groups, names=("weight", "bias")):
     """Moves weights of projections of the same input into one buffer a group. The parameters stay the objects they are,
     with the same values; where they share their memory with others (an optimizer's flat buffer) they are left alone."""
     for group in groups:
-        for name in ("weight", "bias"):
+        for name in names:
             tensors = [getattr(linear, name) for linear in group]
             if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
                 continue
@@ -80,21 +81,13 @@ def _joined(tensors):
     return tensors[0].detach().as_strided(shape, tensors[0].stride())
 
 
-class _Joined:
-    """Projections of the same input as one."""
-
-    def __init__(self, linears, merged):
-        self.weight, self.bias = _joined([merged.get(x, x.weight) for x in linears]), None
-        self.has_bias = linears[0].bias is not None
-        if self.has_bias and all(x.bias is not None for x in linears):
-            self.bias = _joined([x.bias for x in linears])
-
-    @property
-    def complete(self):
-        return self.weight is not None and self.has_bias == (self.bias is not None)
-
-    def __call__(self, x):
-        return F.linear(x, self.weight, self.bias)
+def _projection(linears, merged):
+    """A function of x: what all of `linears` make of it, side by side."""
+    weights, biases = [merged.get(linear, linear.weight) for linear in linears], [linear.bias for linear in linears]
+    weight, bias = _joined(weights), None if None in biases else _joined(biases)
+    if weight is not None and (bias is None) == all(b is None for b in biases):
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases)], -1)
 
 
 class _Torch:
@@ -107,7 +100,7 @@ class _Torch:
 
     @staticmethod
     def rotate(attention, qkv, heads, rope, paged):
-        """Queries, keys and values of [T, all heads, head_dim], rotated by [T, 2, head_dim / 2]; the latter two stored."""
+        """Queries, keys and values of [T, all heads, head_dim], rotated by [T, 2, head_dim]; the latter two stored."""
         query, key, value = qkv.split(heads, 1)
         if norms := _head_norms(attention):
             query, key = (
@@ -157,18 +150,15 @@ class _Triton:
         return qkv.split(heads, 1)
 
 
-def _kernels(is_cuda):
-    return _Triton() if is_cuda else _Torch()
-
-
 def _head_norms(attention):
     """Qwen3's norms of queries and keys, or None."""
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
 
 def rope_table(backbone, longest, table, merged):
-    """[positions, 2, head_dim / 2], cosine and sine of at least `longest` positions, as the backbone's own module gives
-    them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone that cannot be fused."""
+    """[positions, 2, head_dim], cosines and sines (see `decode_reference.rotate`) of at least `longest` positions, as the
+    backbone's own module gives them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone
+    that cannot be fused."""
     layers = _layers(backbone, merged)
     if not layers:
         return None
@@ -176,10 +166,11 @@ def rope_table(backbone, longest, table, merged):
     if table is not None and len(table) >= longest and (table.device, table.dtype) == (weight.device, weight.dtype):
         return table
     positions = torch.arange(1 << (longest - 1).bit_length(), device=weight.device)
-    cos_sin = backbone.rotary_emb(weight[:1, None], positions[None])
-    if any(x.shape[-1] != head_dim for x in cos_sin):  # only a part of a head is rotated
+    cos, sin = backbone.rotary_emb(weight[:1, None], positions[None])
+    if cos.shape[-1] != head_dim:  # only a part of a head is rotated
         return None
-    return torch.stack([x[0, :, : head_dim // 2] for x in cos_sin], 1)
+    half = sin[0, :, : head_dim // 2]
+    return torch.stack([cos[0], torch.cat([-half, half], -1)], 1)
 
 
 def _layer_forward(layer, next_norm, qkv, gate_up, kernels):
@@ -209,12 +200,10 @@ def fused_backbone(backbone, table, merged):
     if table is None:
         return None
     layers, forwards = _layers(backbone, merged), []
-    kernels = _kernels(table.is_cuda)
+    kernels = _Triton() if runs_triton(table) else _Torch()
     norms = [*(layer.input_layernorm for layer in layers), backbone.norm]
     for layer, next_norm in zip(layers, norms[1:]):
-        qkv, gate_up = (_Joined(group, merged) for group in _siblings(layer))
-        if not (qkv.complete and gate_up.complete):
-            return None
+        qkv, gate_up = (_projection(group, merged) for group in _siblings(layer))
         forwards.append(_layer_forward(layer, next_norm, qkv, gate_up, kernels))
 
     def forward(input_ids, position_ids, paged):

@@ -87,7 +87,9 @@ class RolloutModel:
     def lay_side_by_side(self):
         """So that one GEMM can compute what takes the same input; nothing else changes."""
         if not self.is_zero3:
-            lay_side_by_side(self._groups()[2])
+            _, mixed, plain = self._groups()
+            lay_side_by_side(plain)
+            lay_side_by_side(mixed, ["bias"])  # their weights are merged ones
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -103,6 +105,8 @@ class RolloutModel:
             stack.enter_context(_alone(self.causal_lm))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            if self.device.type == "cuda":  # streams, events and graphs are those of the current device
+                stack.enter_context(torch.cuda.device(self.device))
             if torch.amp.is_autocast_available(self.device.type):
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(gathered)
@@ -189,9 +193,10 @@ class RolloutModel:
                 raise _not_plain(layer)
         grouped = {linear for group in groups for linear in group}
         for group in groups + [[layer] for layer in layers if layer not in grouped]:
-            if group[0] not in self.merged:
+            weight, merged = group[0].weight, self.merged.get(group[0])
+            if merged is None or (merged.device, merged.dtype) != (weight.device, weight.dtype):
                 sizes = [linear.out_features for linear in group]
-                whole = group[0].weight.new_empty(sum(sizes), group[0].in_features)
+                whole = weight.new_empty(sum(sizes), group[0].in_features)
                 self.merged |= zip(group, whole.split(sizes))
 
 

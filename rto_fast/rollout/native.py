@@ -16,7 +16,7 @@ from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.ops import token_logps
-from rto_fast.rollout.attention import Probe, decoding
+from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -149,7 +149,7 @@ class NativeEngine:
         """Finds the cache every layer needs, and compares log-probs of a prompt in two pieces and some decoded tokens with
         those of the model's own forward pass."""
         device, name = self.model.device, type(self.model.causal_lm).__name__
-        self.state, self.kind = None, self.model.kind
+        self.state = None
         ids = [(7 * i + 1) % self.model.vocab_size for i in range(16)]
         labels = torch.tensor(ids[10:], device=device)
         try:
@@ -162,6 +162,7 @@ class NativeEngine:
         error = (token_logps(logits, labels) - token_logps(own, labels)).abs().mean().item()
         if not error < (1e-3 if dtype.itemsize >= 4 else 0.1):
             raise ModelError(f"{name}: decoded log-probs differ from those of its forward pass by {error:.3g} nats")
+        self.kind = self.model.kind
 
     def _decoded_logits(self, ids, name):
         """(logits [6, V] of tokens 9 to 14, dtype of the weights)."""
@@ -201,6 +202,9 @@ class NativeEngine:
         table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         for position in range(10, 15):
             where = torch.tensor([position], device=device)
-            decode = decoding(self.cache, table, where, (where + 1).int(), position + 1, (0, 1))
+            if runs_triton(where):
+                decode = PagedDecode(self.cache, table, where, (where + 1).int())
+            else:
+                decode = DenseDecode(self.cache, table, where, where >= 0, position + 1, (0, 1))
             hidden.append(self.model.hidden(torch.tensor([ids[position]], device=device), where, decode)[0])
         return torch.stack(hidden)

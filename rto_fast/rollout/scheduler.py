@@ -303,7 +303,7 @@ def prefill_chunk(model, cache, pieces):
     slot_mapping, ids, positions = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
     bounds = list(accumulate(lengths, initial=0))
     cu_seqlens = to_device(bounds, torch.int32, cache.device)
-    hidden = model.hidden(ids, positions, Prefill(cache, slot_mapping, cu_seqlens, max(lengths), earlier))
+    hidden = model.hidden(ids, positions, Prefill(cache, slot_mapping, cu_seqlens, lengths, earlier))
     for (prompt, _, _, end), last in zip(pieces, bounds[1:]):
         if end == len(prompt.tokens):
             prompt.hidden = hidden[last - 1].clone()  # a view would keep all of them

@@ -16,9 +16,10 @@ def normal(*shape, seed, dtype=torch.float32, device="cpu"):
 
 
 def rope_of(tokens, head_dim, dtype, device):
-    """Cosines and sines of positions far apart."""
+    """Cosines, and sines with their signs, of positions far apart."""
     angles = torch.arange(tokens)[:, None] * 37.0 * 1000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
-    return torch.stack([angles.cos(), angles.sin()], 1).to(device, dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)], 1).to(device, dtype)
 
 
 def rounding(dtype, roundings):
@@ -49,11 +50,19 @@ def test_the_reference_is_transformers_norm():
     assert torch.equal(reference.rms_norm(x, weight, 1e-5), module(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_reference_norm_of_wide_dtypes_is_the_same(dtype):
+    x, weight = normal(6, 40, seed=0).to(dtype), normal(40, seed=1).to(dtype)
+    expected = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), expected)
+
+
 def test_rows_of_zeros_and_large_rows(device):
     residual = torch.zeros(3, 64, device=device)
     residual[1], residual[2, 5] = 1e15, 3e4
     found = kernel.add_rms_norm(None, residual, torch.ones(64, device=device), 1e-6)
-    torch.testing.assert_close(found, reference.rms_norm(residual.double(), 1.0, 1e-6).float())
+    ones = torch.ones(64, device=device, dtype=torch.float64)
+    torch.testing.assert_close(found, reference.rms_norm(residual.double(), ones, 1e-6).float())
     assert not found[0].any() and found.isfinite().all()
     residual[1, 3] = torch.nan
     found = kernel.add_rms_norm(None, residual, torch.ones(64, device=device), 1e-6)
@@ -130,7 +139,7 @@ def test_rounds_where_transformers_does(norms, device):
         for module, weight in zip(modules, case.norms):
             module.weight.data = weight
         q, k = (module(x) for module, x in zip(modules, (q, k)))
-    cos, sin = (torch.cat([x, x], -1)[None] for x in case.rope.unbind(1))
+    cos, sin = case.rope[None, :, 0], case.rope[None, :, 1] * torch.tensor([-1.0] * 8 + [1.0] * 8, device=device).half()
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     for actual, truth in zip((query, key), expected):
         assert torch.equal(actual, truth[0].transpose(0, 1))

@@ -1,6 +1,7 @@
 """The decode step: no host sync, the Triton kernels through the whole engine, CUDA graphs by bucket."""
 
 import contextlib
+import sys
 from collections import Counter
 
 import pytest
@@ -12,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
+from rto_fast.kernels import decode_reference
 from rto_fast.planning import costs
-from rto_fast.rollout import NativeEngine, Sampling, attention, decode, fuse
-from rto_fast.rollout.attention import PagedDecode
+from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -28,8 +29,7 @@ class Shapes:
         self.calls = Counter()
 
     def __getattr__(self, name):
-        self.calls[name] += 1
-        return {
+        made = {
             "store_kv": lambda *_, **__: None,
             "paged_attention": lambda query, *_, **__: torch.empty_like(query),
             "rotate_and_store": lambda *_, **__: None,
@@ -43,12 +43,19 @@ class Shapes:
             "sample_tokens": lambda z, *_, **__: (
                 z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(z)), z.new_empty(len(z))
             ),
-        }[name]  # fmt: skip
+        }.get(name)  # fmt: skip
+        if made is None:
+            raise AttributeError(name)
+
+        def call(*args, **options):
+            self.calls[name] += 1
+            return made(*args, **options)
+
+        return call
 
 
-def meta_step(name, monkeypatch, patch=None, fused=False, under=None):
-    """Runs the decode step on the meta device, where whatever asks for a value raises. `fused`: with the GPU's kernels of
-    a layer instead of plain torch. Returns the Shapes."""
+def meta_step(name, monkeypatch, patch=None, under=None):
+    """Runs the decode step on the meta device, where whatever asks for a value raises. Returns the Shapes."""
     import rto_fast.kernels
 
     sizes = {key: value for key, value in (SIZES | ARCHITECTURES[name]).items() if value is not None}
@@ -59,18 +66,16 @@ def meta_step(name, monkeypatch, patch=None, fused=False, under=None):
     shapes = Shapes()
     for module in ("paged_attention", "decode_layer", "decode_step"):
         monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
+        monkeypatch.setitem(sys.modules, f"rto_fast.kernels.{module}", shapes)
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
-    if fused:
-        # Meta tensors have no addresses: neighbours cannot be told.
-        monkeypatch.setattr(fuse, "_joined", torch.cat)
-        monkeypatch.setattr(fuse, "_kernels", lambda _: fuse._Triton())
-        monkeypatch.setattr(fuse._Triton, "__init__", lambda self: setattr(self, "gated", lambda x: shapes.gated(x)))
+    monkeypatch.setattr(fuse, "_joined", torch.cat)  # meta tensors have no addresses: neighbours cannot be told
+    monkeypatch.setattr(fuse._Triton, "__init__", lambda self: setattr(self, "gated", lambda x: shapes.gated(x)))
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
     state = DecodeState(8, 8, 16, 2, device)
     with torch.no_grad(), model.decoding(128):
-        assert (model.fused is not None) == fused
+        assert (model.fused is not None) == (name in costs.FUSED and patch is None)
         sampler = Sampler(Sampling(16, 2, top_p=0.9, stop_ids=(1, 2)), model.head, device)
         with under or contextlib.nullcontext():
             DecodeStep(model, cache, state, sampler, False).run(4)
@@ -81,11 +86,6 @@ def meta_step(name, monkeypatch, patch=None, fused=False, under=None):
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "mixtral"])
 def test_no_host_sync_hides_in_a_step(name, monkeypatch):
     meta_step(name, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_no_host_sync_hides_in_a_fused_step(name, monkeypatch):
-    meta_step(name, monkeypatch, fused=True)
 
 
 class Launches(TorchDispatchMode):
@@ -110,7 +110,7 @@ class Launches(TorchDispatchMode):
 )
 def test_the_number_of_kernels_is_what_predictions_count(name, a_layer, around, monkeypatch):
     launches = Launches()
-    shapes = meta_step(name, monkeypatch, fused=name in costs.FUSED, under=launches)
+    shapes = meta_step(name, monkeypatch, under=launches)
     found = launches.found.total() + shapes.calls.total()
     assert found == 2 * a_layer + around, (launches.found, shapes.calls)
 
@@ -132,15 +132,11 @@ def triton_decode(monkeypatch, request):
     """The decode step with the kernels that a GPU runs, here through Triton's interpreter."""
     if not torch.cuda.is_available():
         request.getfixturevalue("interpreter")
-    from rto_fast.kernels import decode_step, sampling
+    from rto_fast.kernels import sampling
 
-    def paged(cache, tables, where, lengths, *_):
-        return PagedDecode(cache, tables, where, lengths)
-
-    monkeypatch.setattr(attention, "DenseDecode", paged)
     monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
-    monkeypatch.setattr(decode, "_bookkeeping", lambda _: decode_step)
-    monkeypatch.setattr(fuse, "_kernels", lambda _: fuse._Triton())
+    for module in (decode, fuse, native):
+        monkeypatch.setattr(module, "runs_triton", lambda _: True)
 
 
 @pytest.mark.parametrize(
@@ -282,5 +278,6 @@ def test_what_a_graph_holds_does_not_depend_on_the_size_of_the_cache():
     state = DecodeState(2, 2, 4, 1, torch.device("cpu"))
     state.lengths[:], state.active[0] = torch.tensor([5, 7]), True
     state.block_tables[:, 0] = torch.tensor([3, 2])
-    where, lengths, *_ = state.begin(slice(0, 2), 16, 1)
+    slots = state.lengths, state.active, state.block_tables, state.rows, state.generated, state.uniforms
+    where, lengths, *_ = decode_reference.begin_step(*slots, page_size=16, min_new_tokens=1)
     assert (where.tolist(), lengths.tolist()) == ([3 * 16 + 5, -1], [6, 0])
