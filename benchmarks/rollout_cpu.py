@@ -14,6 +14,8 @@ PROVIDERS = ("ours", "HF generate")
 WORKLOADS = (
     (LLAMA_20M, equal(64, 32, 64, "64 × (32 + 64) tokens")),
     (EMBEDDED, replace(uniform(64, 8, 16, "64 × (12 + 60) tokens"), responses=(60,) * 64)),
+    # As long as the default run's responses are.
+    (EMBEDDED, replace(uniform(64, 8, 16, "64 × (12 + 4 to 52) tokens"), responses=uniform(64, 4, 52).responses)),
 )
 
 
