@@ -13,6 +13,7 @@ from rto_fast.planning.hardware import DEVICES as PLANNED
 from rto_fast.planning.hardware import Device as Device
 
 SAMPLING_OPS = ("sample_tokens", "sample_tokens, top_p 0.9")
+LAYER_OPS = ("add_rms_norm", "rotate_and_store")
 DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, where decode kernels and steps are compared
 
 
@@ -33,6 +34,13 @@ def limit(op, phase, shape, kept=1.0):
             4.0 * shape.hidden_size * shape.tokens,
             2 * cached + 4 * shape.hidden_size * shape.sequences + 4 * shape.tokens / 64,
         )
+    if op in LAYER_OPS:
+        decoder, rows = shape.decoder, shape.sequences
+        if op == "add_rms_norm":
+            return Step(bytes=2 * (4 * rows + 1) * decoder.hidden_size)  # x, the residual twice, and the result
+        # All heads are read; queries and keys, and keys and values, are written; a row of cosines and sines each.
+        heads = 2 * decoder.heads + 6 * decoder.kv_heads
+        return Step(bytes=2 * rows * decoder.head_dim * (heads + 1))
     tokens, hidden, vocab = kept * shape.tokens, shape.hidden_size, shape.vocab_size
     logits, gemm, weight = tokens * vocab, 2 * tokens * vocab * hidden, 2 * (tokens + vocab) * hidden
     return {
@@ -75,6 +83,8 @@ def prediction(op, phase, shape, kept=1.0):
         # Every group of query heads is padded to the 16 rows of a tensor-core product.
         least, padded = limit(op, phase, shape), 16 * shape.decoder.kv_heads / shape.decoder.heads
         return [Step(padded * least.flops, least.bytes, launches=1)]
+    if op in LAYER_OPS:
+        return [Step(bytes=limit(op, phase, shape).bytes, launches=1)]
     tokens = max(1, int(kept * shape.tokens))
     logits, hidden, vocab = tokens * shape.vocab_size, shape.hidden_size, shape.vocab_size
     gemm = 2 * logits * hidden
@@ -142,6 +152,7 @@ def table(device):
             ("ppo_value_loss", "forward+backward"),
         )),
         *(("paged_attention", "forward", decode_shape(decoder)) for decoder in (LLAMA3_8B, QWEN3_06B)),
+        *((op, "forward", decode_shape(decoder)) for op in LAYER_OPS for decoder in (LLAMA3_8B, QWEN3_06B)),
         *((op, "forward", shape.at(DECODE_BATCH)) for op in SAMPLING_OPS for shape in MODELS[:2]),
     ]  # fmt: skip
     return [

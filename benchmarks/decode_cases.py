@@ -1,4 +1,4 @@
-"""Cases of the decode kernels, `paged_attention` and `sample_tokens`, with the peers they are timed against."""
+"""Cases of the decode kernels, with the peers they are timed against."""
 
 import inspect
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case
-from benchmarks.costs import DECODE_BATCH, SAMPLING_OPS, decode_shape
+from benchmarks.costs import DECODE_BATCH, LAYER_OPS, SAMPLING_OPS, decode_shape
 from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, TINY
 from benchmarks.peers import adapt, compiled, load, torch_token_logps
 from benchmarks.shapes import MODELS, Shape, packed
 from rto_fast import ops
+from rto_fast.kernels import decode_layer, decode_reference, paged_reference
 from rto_fast.kernels import paged_attention as kernel
-from rto_fast.kernels import paged_reference
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
 PAGE, FLASH_PAGE = 64, 256  # the native engine's default, and what FlashAttention 2 wants
@@ -118,6 +118,91 @@ def paged_attention(device):
     }
 
 
+# Kernels between a layer's GEMMs work in place: of nothing added and nothing rotated, every call finds the same values.
+
+
+def norm_inputs(shape, device, dtype):
+    """(x, residual [sequences, D], weight [D])."""
+    residual = torch.randn(shape.sequences, shape.decoder.hidden_size, device=device, dtype=dtype)
+    return torch.zeros_like(residual), residual, torch.ones(residual.shape[1], device=device, dtype=dtype)
+
+
+def torch_add_rms_norm(x, residual, weight):
+    hidden = residual + x
+    wide = hidden.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def add_rms_norm(device):
+    def liger(function):
+        return lambda x, residual, weight: function.apply(x, residual, weight, 1e-6)[0]
+
+    ours = (decode_layer if device.type == "cuda" else decode_reference).add_rms_norm
+    return {
+        "ours": lambda x, residual, weight: ours(x, residual, weight, 1e-6),
+        "torch": torch_add_rms_norm,
+        "Liger": adapt(
+            load("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"), liger, True, device
+        ),
+        "torch.compile": compiled(torch_add_rms_norm, device),
+    }
+
+
+def rotate_inputs(shape, device, dtype):
+    """(queries, keys and values [sequences, all heads, head_dim], rope, keys' and values' pages, their addresses, slots)."""
+    decoder, rows = shape.decoder, shape.sequences
+    qkv = torch.randn(rows, decoder.heads + 2 * decoder.kv_heads, decoder.head_dim, device=device, dtype=dtype)
+    rope = torch.zeros(rows, 2, decoder.head_dim, device=device, dtype=dtype)
+    rope[:, 0] = 1.0
+    pools = torch.zeros(2, rows, decoder.kv_heads, PAGE, decoder.head_dim, device=device, dtype=dtype)
+    addresses = torch.tensor([pool.data_ptr() for pool in pools], device=device)
+    slots = torch.arange(rows, device=device) * PAGE + torch.arange(rows, device=device) % PAGE
+    return qkv, rope, *pools, addresses, slots
+
+
+def rotate_and_store(decoder, device):
+    """Of Qwen3, whose heads have norms, these too: with weights of 1, on heads that are normed already."""
+    heads = [decoder.heads, decoder.kv_heads, decoder.kv_heads]
+    with_norms = decoder.model_type == "qwen3"
+
+    def normed(x):
+        return torch_add_rms_norm(torch.zeros_like(x), x, x.new_ones(x.shape[-1])) if with_norms else x
+
+    def torch_way(qkv, rope, keys, values, addresses, slots):
+        query, key, value = qkv.split(heads, 1)
+        cos, sin = rope[:, None, 0], rope[:, None, 1]
+        query, key = (x * cos + x.roll(decoder.head_dim // 2, -1) * sin for x in map(normed, (query, key)))
+        keys[slots // PAGE, :, slots % PAGE], values[slots // PAGE, :, slots % PAGE] = key, value
+        return torch.cat([query, key], 1)
+
+    def ours(qkv, rope, keys, values, addresses, slots):
+        if device.type != "cuda":
+            return torch_way(qkv, rope, keys, values, addresses, slots)
+        weight = qkv.new_ones(decoder.head_dim) if with_norms else None
+        decode_layer.rotate_and_store(
+            qkv, rope, addresses, slots, num_heads=heads[0], num_kv_heads=heads[1], page_size=PAGE, query_norm=weight,
+            key_norm=weight, eps=1e-6,
+        )  # fmt: skip
+        return qkv[:, : heads[0] + heads[1]]
+
+    def liger(function):
+        def call(qkv, rope, keys, values, addresses, slots):
+            query, key, value = qkv.split(heads, 1)
+            query, key = (normed(x).transpose(0, 1)[None] for x in (query, key))
+            query, key, *_ = function.apply(query, key, rope[None, :, 0], rope[None, :, 1])
+            query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
+            kernel.store_kv(key, value, addresses, slots, page_size=PAGE)
+            return torch.cat([query, key], 1)
+
+        return call
+
+    return {
+        "ours": ours,
+        "torch": torch_way,
+        "Liger's RoPE, our store": adapt(load("liger_kernel.ops.rope", "LigerRopeFunction"), liger, True, device),
+    }
+
+
 def torch_sample(logits, uniforms):
     logps = logits.float().log_softmax(-1)
     tokens = torch.multinomial(logps.exp(), 1)
@@ -150,6 +235,12 @@ def attention_cases(shape, device, dtype):
     )  # fmt: skip
 
 
+def layer_cases(shape, device, dtype):
+    functions = add_rms_norm(device), rotate_and_store(shape.decoder, device)
+    for op, providers, inputs in zip(LAYER_OPS, functions, (norm_inputs, rotate_inputs)):
+        yield Case(op, "forward", shape, providers, lambda make=inputs: make(shape, device, dtype), graph=True)
+
+
 def sampling_cases(shape, device):
     """`shape.tokens` sequences. Results are draws: they differ from one provider to the next."""
     plain = {"ours": ops.sample_tokens, "torch": torch_sample, "torch.compile": compiled(torch_sample, device)}
@@ -167,7 +258,8 @@ def decode_cases(device, small=False):
     """What a step of 256 sequences asks of the kernels; `small`: for trying it on a CPU."""
     for decoder in (TINY,) if small else (LLAMA3_8B, QWEN3_06B):
         shape = decode_shape(decoder, 5, 40) if small else decode_shape(decoder)
-        yield from attention_cases(shape, device, torch.float32 if small else torch.bfloat16)
+        for build in (attention_cases, layer_cases):
+            yield from build(shape, device, torch.float32 if small else torch.bfloat16)
     for shape in (Shape("tiny", 4, 16, 1000),) if small else (s.at(DECODE_BATCH) for s in MODELS[:2]):
         yield from sampling_cases(shape, device)
 

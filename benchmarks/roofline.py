@@ -9,13 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, SAMPLING_OPS, table
+from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, LAYER_OPS, SAMPLING_OPS, table
 from benchmarks.shapes import MODELS
 
 FOLDER = Path(__file__).parent
 VECTOR_OPS = ("rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss")
 
-DECODE_OPS = ("paged_attention", *SAMPLING_OPS)
+DECODE_OPS = ("paged_attention", *LAYER_OPS, *SAMPLING_OPS)
 
 
 def load_results(folder=FOLDER / "results"):
