@@ -1,14 +1,15 @@
 """Random rollouts against an oracle: the model's own eager forward pass in float64, without a cache, and its draws.
 
-    python -m tests.rollout.fuzz [--minutes 5] [--seed 0]
+    python -m tests.rollout.fuzz [--minutes 5] [--seed 0] [--triton]
 
 Architecture, prompts, sampling, limits, slots, pages and memory are random, several rollouts an engine, with other weights
 and interrupted ones in between. Token, log-probs and finish reason of each sample are computed anew. Exits with 1 at the
-first that differs; the seed repeats it.
+first that differs; the seed repeats it. `--triton`: as on a GPU, by Triton's interpreter; slow, so on few short sequences.
 """
 
 import argparse
 import copy
+import os
 import random
 import sys
 import time
@@ -17,14 +18,24 @@ from pathlib import Path
 
 import torch
 
+if (
+    __name__ == "__main__" and "--triton" in sys.argv
+):  # Triton decides when it is imported; `rto_fast.ops` must not see it
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
 sys.path[:0] = [str(Path(__file__).parent)]
 from models import ARCHITECTURES, tiny  # noqa: E402
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.kernels.sampling_reference import philox_uniforms, sample_tokens  # noqa: E402
-from rto_fast.rollout import NativeEngine, Sampling  # noqa: E402
+from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native, scheduler  # noqa: E402
 
 GIB = 1 << 30
+PAGE_SIZES = (None, 16, 16, 32, 64)
 
 
 def request(r, vocabulary, context):
@@ -44,11 +55,11 @@ def request(r, vocabulary, context):
     return prompts, n, sampling, limits
 
 
-def settings(r, engine, prompts, n, sampling):
+def settings(r, engine, prompts, n, sampling, page_sizes):
     """Slots, pages and pieces at random, and often hardly any memory."""
     config = engine.config
     config.batch_size, config.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
-    config.page_size, config.kv_cache_gib = r.choice([None, 16, 16, 32, 64]), None
+    config.page_size, config.kv_cache_gib = r.choice(page_sizes), None
     if r.random() < 0.5:
         longest = min(max(map(len, prompts)) + sampling.max_new_tokens, engine.model.context)
         page = config.page_size or -(-longest // 16) * 16
@@ -126,7 +137,7 @@ def state_of(model):
     ]  # fmt: skip
 
 
-def case(seed, counts):
+def case(seed, counts, request=request, page_sizes=PAGE_SIZES):
     """One engine and some rollouts."""
     r = random.Random(seed)
     model = tiny(r.choice(list(ARCHITECTURES)), tie_word_embeddings=r.random() < 0.3).train(r.random() < 0.5)
@@ -134,7 +145,7 @@ def case(seed, counts):
     context, vocabulary = engine.model.context, engine.model.vocab_size
     for _ in range(r.choice([1, 2, 3])):
         prompts, n, sampling, limits = request(r, vocabulary, context)
-        settings(r, engine, prompts, n, sampling)
+        settings(r, engine, prompts, n, sampling, page_sizes)
         before, key = state_of(model), r.choice([0, -1, 2**64 - 1, r.randrange(1 << 40)])
         if r.random() < 0.3:
             # Not of the output layer, whose hooks are refused.
@@ -156,16 +167,45 @@ def case(seed, counts):
                 parameter.add_(0.03 * torch.randn_like(parameter))
 
 
+def run_as_on_a_gpu():
+    """Triton's kernels; slots in buckets; what is done is known a burst late. Returns a `request` of little work."""
+    from rto_fast.kernels import sampling
+
+    class Device:
+        type = "cuda"
+
+    def late(self, *args, init=scheduler.Scheduler.__init__, **options):
+        init(self, *args, **options | {"ahead": 8})
+        self.device = Device()
+
+    def bucket(self, count):
+        return min((b for b in decode.BUCKETS if count <= b <= len(self.state.rows)), default=len(self.state.rows))
+
+    def small(r, *args):
+        while True:
+            prompts, n, sampling, limits = request(r, *args)
+            if len(prompts) * n <= 6 and sampling.max_new_tokens <= 12 and max(map(len, prompts)) < 70:
+                return prompts, n, sampling, limits
+
+    scheduler.Scheduler.__init__, decode.DecodeStep.bucket = late, bucket
+    decode.sample_tokens = sampling.sample_tokens
+    for module in (decode, fuse, native):
+        module.runs_triton = lambda _: True
+    return small
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first case; each has the next")
+    parser.add_argument("--triton", action="store_true", help="as on a GPU, by Triton's interpreter")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    make = run_as_on_a_gpu() if options.triton else request
     counts, seed, end = Counter(), options.seed, time.monotonic() + 60 * options.minutes
     while time.monotonic() < end:
         try:
-            case(seed, counts)
+            case(seed, counts, make, page_sizes=(16, 32, 64) if options.triton else PAGE_SIZES)
         except Exception:
             print(f"seed {seed}:")
             raise
