@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
-from rto_fast.rollout.base import RolloutBatch, Sampling, token_ids
+from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
 from rto_fast.rollout.model import RolloutModel
 
 INSTALL = 'pip install "vllm>=0.31,<0.33"'
@@ -66,7 +66,8 @@ class VLLMEngine:
         policy = RolloutModel(model)
         if policy.is_zero3 or any(hasattr(module, "lora_A") for module in policy.causal_lm.modules()):
             raise ModelError("rollout.engine: vllm needs the policy's weights whole; with ZeRO-3 or LoRA use native")
-        self.model, self.tokenizer, self.sampling_params = policy.causal_lm, tokenizer, vllm.SamplingParams
+        self.policy, self.tokenizer, self.sampling_params = policy, tokenizer, vllm.SamplingParams
+        self.model = policy.causal_lm
         self.refusals = (TypeError, ValueError, VLLMValidationError)
         options = {
             "dtype": str(self.model.dtype).removeprefix("torch."),  # left to itself vLLM takes 16 bits for 32
@@ -100,14 +101,16 @@ class VLLMEngine:
             min_p off) and min_new_tokens is at most 1, else None; both are None when greedy. With 1, a response's first
             log-prob leaves out the stop tokens, which could not be drawn: off by log(1 − their probability).
         Raises:
-            RolloutError: vLLM refuses a request, gave up on a response, or its log-probs are not finite.
+            RolloutError: a prompt that leaves no room for a response, a stop token outside of the vocabulary; vLLM refuses
+                a request, gave up on a response, or its log-probs are not finite.
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
-        numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
+        limits, numbers = check_request(
+            prompt_ids, n, sampling, self.policy.vocab_size, self.policy.context, prompt_numbers, limits
+        )  # fmt: skip
         seeds = [request_seed(seed, number, sample) for number in numbers for sample in range(n)]
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
-        limits = limits or [sampling.max_new_tokens] * len(prompt_ids)
         try:
             self._sync()
             synced = time.perf_counter()
@@ -136,7 +139,6 @@ class VLLMEngine:
         return [output.outputs[0] for output in outputs]
 
     def _params(self, sampling, limit, seed):
-        limit = min(limit, sampling.max_new_tokens)
         greedy = sampling.temperature == 0
         return self.sampling_params(
             temperature=float(sampling.temperature), top_p=float(sampling.top_p), top_k=sampling.top_k,

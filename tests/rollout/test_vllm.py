@@ -119,12 +119,27 @@ def test_any_of_the_stop_ids_ends_a_response_and_nothing_else_does(stub, model):
     assert any(1 in response for response in rollout.response_ids)  # the tokenizer's own end is no stop id here
 
 
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[2] * 256], {}, "prompt 0 has 256 tokens; the model takes at least 1, and with a response at most 256"),
+        ([[2, 99]], {}, "prompt 0 has tokens outside of the model's vocabulary of 49"),
+        ([[2]], dict(stop_ids=(50,)), "stop_ids: .50. are no tokens of the model"),
+    ],
+)
+def test_requests_that_cannot_be_are_refused_before_the_weights_cross(prompts, options, message, stub, model):
+    built = engine(model)
+    with pytest.raises(RolloutError, match=message):
+        built.generate(prompts, 1, sampling(**options), seed=0)
+    assert built.llm.calls == []
+
+
 def test_limits_hold_for_each_response(stub, model):
     limits = [1, 5, 12, 40, 2, 7]
     rollout = engine(model).generate(PROMPTS, 2, sampling(stop_ids=(), min_new_tokens=3), seed=0, limits=limits)
     assert [len(r) for r in rollout.response_ids] == [1, 5, 12, 12, 2, 7]
     assert set(rollout.finish_reasons) == {"length"}
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(RolloutError, match="limits: expected 6 numbers of at least 1"):
         engine(model).generate(PROMPTS, 2, sampling(), seed=0, limits=limits[:-1])
 
 
