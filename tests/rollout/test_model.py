@@ -177,6 +177,24 @@ def test_adapted_layers_are_fused_on_merged_weights(lora):
         assert layer.mlp.gate_proj not in decoding.merged
 
 
+def test_adapted_layers_with_biases_sample_as_when_merged():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("qwen2"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    expected = generate(copy.deepcopy(model).merge_and_unload())
+    assert_same(generate(model), expected)
+    attention = model.get_base_model().model.layers[0].self_attn
+    biases = [getattr(attention, f"{name}_proj").bias for name in "qkv"]
+    assert len({bias.untyped_storage().data_ptr() for bias in biases}) == 1  # one GEMM
+    # After a change of dtype the merged weights are made anew.
+    engine = NativeEngine(model, None, RolloutConfig())
+    model.double()
+    assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(copy.deepcopy(model).merge_and_unload()))
+
+
 def test_virtual_tokens_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
