@@ -402,7 +402,7 @@ ABOVE_0 = (
     _of_each_stage("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens")
     + (
         "data.max_prompt_tokens data.max_response_tokens data.max_unpacked_gib dpo.beta rto.prompts_per_rollout "
-        "rto.samples_per_prompt rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.temperature rollout.batch_size "
+        "rto.samples_per_prompt rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.batch_size "
         "rollout.prefill_tokens eval.prompts rto.importance_cap lora.alpha"
     ).split()
 )
@@ -459,6 +459,7 @@ def _validate(config):
     require(rto.dual_clip is None or rto.dual_clip > 1, "rto.dual_clip", "a number above 1, or null")
     require(not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"), "rto.truncation",
             "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)")  # fmt: skip
+    require(1e-4 <= rollout.temperature <= 1e4, "rollout.temperature", "a number from 1e-4 to 1e4")
     require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")
     require(0 <= rollout.min_p < 1, "rollout.min_p", "a number in [0, 1)")
     size = rollout.page_size or 16
