@@ -128,9 +128,7 @@ def norm_inputs(shape, device, dtype):
 
 
 def torch_add_rms_norm(x, residual, weight):
-    hidden = residual + x
-    wide = hidden.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return decode_reference.rms_norm(residual + x, weight, 1e-6)
 
 
 def add_rms_norm(device):
@@ -166,12 +164,11 @@ def rotate_and_store(decoder, device):
     with_norms = decoder.model_type == "qwen3"
 
     def normed(x):
-        return torch_add_rms_norm(torch.zeros_like(x), x, x.new_ones(x.shape[-1])) if with_norms else x
+        return decode_reference.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6) if with_norms else x
 
     def torch_way(qkv, rope, keys, values, addresses, slots):
         query, key, value = qkv.split(heads, 1)
-        cos, sin = rope[:, None, 0], rope[:, None, 1]
-        query, key = (x * cos + x.roll(decoder.head_dim // 2, -1) * sin for x in map(normed, (query, key)))
+        query, key = (decode_reference.rotate(normed(x), rope) for x in (query, key))
         keys[slots // PAGE, :, slots % PAGE], values[slots // PAGE, :, slots % PAGE] = key, value
         return torch.cat([query, key], 1)
 

@@ -114,7 +114,7 @@ def decode_layer(tokens, hidden_size, heads, kv_heads, head_dim, dtype=torch.bfl
         module.add_rms_norm(x, torch.empty_like(x), weight, 1e-6)
         module.add_rms_norm(None, x, weight, 1e-6)
         qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-        rope, norm = torch.empty(tokens, 2, head_dim // 2, dtype=dtype), torch.empty(head_dim, dtype=dtype)
+        rope, norm = torch.empty(tokens, 2, head_dim, dtype=dtype), torch.empty(head_dim, dtype=dtype)
         options = dict(query_norm=norm, key_norm=norm, eps=1e-6) if norms else {}
         addresses, slots = torch.zeros(2, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
         module.rotate_and_store(

@@ -138,7 +138,7 @@ class DecodeStep:
         self.use_graphs = use_graphs and state.rows.is_cuda
 
     def bucket(self, count):
-        if not self.state.rows.is_cuda:
+        if not runs_triton(self.state.rows):
             return count
         return min((b for b in BUCKETS if count <= b <= len(self.state.rows)), default=len(self.state.rows))
 

@@ -25,7 +25,7 @@ def _siblings(layer):
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
 
 
-def _layers(backbone, merged=()):
+def fusible_layers(backbone, merged=()):
     """The decoder layers, if the backbone is of the family and all its parts are what transformers made them, but for
     projections in `merged`, whose weights are known."""
     if type(backbone).__name__ not in FAMILY or not type(backbone).__module__.startswith("transformers."):
@@ -51,7 +51,7 @@ def _layers(backbone, merged=()):
 
 def sibling_groups(backbone, merged=()):
     """Lists of projections of the same input: what one GEMM can compute."""
-    return [group for layer in _layers(backbone, merged) for group in _siblings(layer)]
+    return [group for layer in fusible_layers(backbone, merged) for group in _siblings(layer)]
 
 
 @torch.inference_mode(False)
@@ -155,11 +155,14 @@ def _head_norms(attention):
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
 
-def rope_table(backbone, longest, table, merged):
+def rope_table(backbone, layers, longest, table):
     """[positions, 2, head_dim], cosines and sines (see `decode_reference.rotate`) of at least `longest` positions, as the
     backbone's own module gives them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone
-    that cannot be fused."""
-    layers = _layers(backbone, merged)
+    that cannot be fused.
+
+    Args:
+        layers: of `fusible_layers`.
+    """
     if not layers:
         return None
     weight, head_dim = backbone.embed_tokens.weight, layers[0].self_attn.head_dim
@@ -190,16 +193,17 @@ def _layer_forward(layer, next_norm, qkv, gate_up, kernels):
     return forward
 
 
-def fused_backbone(backbone, table, merged):
+def fused_backbone(backbone, layers, table, merged):
     """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D], good while the weights stay where
     they are; None where the backbone has to run as it is.
 
     Args:
-        table: of `rope_table`. merged: {projection: its weight}, where that is not `projection.weight`.
+        layers: of `fusible_layers`. table: of `rope_table`. merged: {projection: its weight}, where that is not
+            `projection.weight`.
     """
     if table is None:
         return None
-    layers, forwards = _layers(backbone, merged), []
+    forwards = []
     kernels = _Triton() if runs_triton(table) else _Torch()
     norms = [*(layer.input_layernorm for layer in layers), backbone.norm]
     for layer, next_norm in zip(layers, norms[1:]):

@@ -16,7 +16,7 @@ from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
 from rto_fast.rollout.attention import PAGED
-from rto_fast.rollout.fuse import fused_backbone, lay_side_by_side, rope_table, sibling_groups
+from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
 
 _AT_WORK: WeakKeyDictionary = WeakKeyDictionary()  # model → lock: a rollout changes it, for its time
 
@@ -104,7 +104,7 @@ class RolloutModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone(self.causal_lm))
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.no_grad())  # after it, for leaving inference mode turns gradients on
             if self.device.type == "cuda":  # streams, events and graphs are those of the current device
                 stack.enter_context(torch.cuda.device(self.device))
             if torch.amp.is_autocast_available(self.device.type):
@@ -133,9 +133,11 @@ class RolloutModel:
             if linear._forward_hooks or linear._forward_pre_hooks:
                 raise ModelError(f"{type(self.causal_lm).__name__}: hooks on its output layer would not run")
             with self._merged_lora(), _unwarned(self.causal_lm.base_model):
-                self.rope = rope_table(self.causal_lm.base_model, longest, self.rope, self.merged)
+                backbone = self.causal_lm.base_model
+                layers = fusible_layers(backbone, self.merged)
+                self.rope = rope_table(backbone, layers, longest, self.rope)
                 try:
-                    self.fused = fused_backbone(self.causal_lm.base_model, self.rope, self.merged)
+                    self.fused = fused_backbone(backbone, layers, self.rope, self.merged)
                     self.head = output_head(self.causal_lm)
                     if linear in self.merged:
                         self.head = replace(self.head, weight=self.merged[linear])

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-if (
-    __name__ == "__main__" and "--triton" in sys.argv
-):  # Triton decides when it is imported; `rto_fast.ops` must not see it
+# Triton decides when it is imported; `rto_fast.ops` must not see it.
+if __name__ == "__main__" and "--triton" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
@@ -28,7 +27,7 @@ if (
     del os.environ["TRITON_INTERPRET"]
 
 sys.path[:0] = [str(Path(__file__).parent)]
-from models import ARCHITECTURES, tiny  # noqa: E402
+from models import ARCHITECTURES, state_of, tiny  # noqa: E402
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.kernels.sampling_reference import philox_uniforms, sample_tokens  # noqa: E402
@@ -130,13 +129,6 @@ class Interrupting:
         return kind is KeyboardInterrupt
 
 
-def state_of(model):
-    vars_of = [sorted(vars(module)) for module in model.modules()]
-    return vars_of, [m.training for m in model.modules()], model.config._attn_implementation, [
-        p.data_ptr() for p in model.parameters()
-    ]  # fmt: skip
-
-
 def case(seed, counts, request=request, page_sizes=PAGE_SIZES):
     """One engine and some rollouts."""
     r = random.Random(seed)
@@ -178,17 +170,13 @@ def run_as_on_a_gpu():
         init(self, *args, **options | {"ahead": 8})
         self.device = Device()
 
-    def bucket(self, count):
-        return min((b for b in decode.BUCKETS if count <= b <= len(self.state.rows)), default=len(self.state.rows))
-
     def small(r, *args):
         while True:
             prompts, n, sampling, limits = request(r, *args)
             if len(prompts) * n <= 6 and sampling.max_new_tokens <= 12 and max(map(len, prompts)) < 70:
                 return prompts, n, sampling, limits
 
-    scheduler.Scheduler.__init__, decode.DecodeStep.bucket = late, bucket
-    decode.sample_tokens = sampling.sample_tokens
+    scheduler.Scheduler.__init__, decode.sample_tokens = late, sampling.sample_tokens
     for module in (decode, fuse, native):
         module.runs_triton = lambda _: True
     return small

@@ -55,3 +55,16 @@ def assert_same(found, expected):
     assert found.response_ids == expected.response_ids and found.finish_reasons == expected.finish_reasons
     for name in ("logps", "sampling_logps"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=0)
+
+
+def state_of(model):
+    """What a rollout leaves as it was."""
+    return {
+        "modes": [m.training for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "cache": model.config.use_cache,
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "weights": [(p.data_ptr(), p._version) for p in model.parameters()],
+        "grads": [p.requires_grad for p in model.parameters()],
+    }

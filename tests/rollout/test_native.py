@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import assert_same, prompts, tiny
+from models import assert_same, prompts, state_of, tiny
 from torch import nn
 
 from rto_fast.batch import pack
@@ -253,18 +253,6 @@ def test_two_threads_do_not_decode_with_one_model():
 
 
 # Restoring
-
-
-def state_of(model):
-    return {
-        "modes": [m.training for m in model.modules()],
-        "attention": model.config._attn_implementation,
-        "cache": model.config.use_cache,
-        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
-        "forwards": [name for name, m in model.named_modules() if "forward" in vars(m)],
-        "weights": [(p.data_ptr(), p._version) for p in model.parameters()],
-        "grads": [p.requires_grad for p in model.parameters()],
-    }
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
