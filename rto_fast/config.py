@@ -11,7 +11,7 @@ import difflib
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -219,10 +219,8 @@ class RTOConfig(TrainingConfig):
     whiten: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
     old_logps: Literal["auto", "sampler", "recompute"] = "auto"
-    """Log-probs of the policy that sampled: the sampler's while they agree with a forward pass, else recomputed and the
-    loss importance-weighted (auto); always one of the two."""
-    max_mismatch: float = 0.02
-    """Mean |Δ log-prob| (nats) between sampler and forward pass up to which they agree."""
+    """Log-probs of the policy that sampled: the sampler's while PPO with this clip does not notice how far they are from
+    those of a forward pass, else recomputed and the loss importance-weighted (auto); always one of the two."""
     importance_cap: float = 2.0
     """Largest importance weight (truncated importance sampling)."""
     clip_eps: float = 0.2
@@ -413,7 +411,7 @@ ABOVE_0_OR_NULL = (
 ).split()
 AT_LEAST_0 = (
     "lora.rank data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
-    "rto.max_mismatch rollout.top_k eval.every eval.show sft.save_every reward_model.save_every dpo.save_every "
+    "rollout.top_k eval.every eval.show sft.save_every reward_model.save_every dpo.save_every "
     "rto.save_every"
 ).split()
 FROM_0_TO_1 = [*_of_each_stage("warmup_ratio", "min_lr_ratio"), "rto.gamma", "rto.gae_lambda"]
@@ -513,7 +511,8 @@ def _yaml_names(tree, keys, prefix=""):
             yield from _yaml_names(value, keys, f"{prefix}{name}.")
 
 
-def _check_yaml(path, keys):
+def _check_yaml(path: str, keys: dict[str, Any]) -> str:
+    """What --config is given instead of `path`: the same, or its text without keys that are no more."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -524,7 +523,35 @@ def _check_yaml(path, keys):
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values such as `seed: 0`, got {type(tree).__name__}")
+    found = _without_removed(tree, path)
     _check_known(_yaml_names(tree, keys), path, keys)
+    return yaml.safe_dump(tree) if found else path
+
+
+# Keys that older versions had: {key: (its default then, what takes its place)}. A saved config.yaml holds every key.
+REMOVED = {
+    "rto.max_mismatch": (
+        0.02,
+        "the limit follows from rto.clip_eps; rto.old_logps: sampler or recompute decides otherwise",
+    )
+}
+
+
+def _without_removed(tree: dict[str, Any], path: str) -> bool:
+    """Drops removed keys that have their old default; whether there were any.
+
+    Raises:
+        ConfigError: one has another value, which no longer has an effect.
+    """
+    found = False
+    for key, (default, instead) in REMOVED.items():
+        section, _, name = key.partition(".")
+        values = tree.get(section)
+        if isinstance(values, dict) and name in values:
+            if values.pop(name) != default:
+                raise ConfigError(f"{path}: {key} is no more: {instead}")
+            found = True
+    return found
 
 
 def _resumed(arguments):
@@ -560,14 +587,20 @@ def load_config(arguments: list[str]) -> Config:
     keys = _keys(Config)
     options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
     known = {f"--{key}" for key in keys} | {"--config", "--print_config", "--help"}
+    for key, (_, instead) in REMOVED.items():
+        if f"--{key}" in options:
+            raise ConfigError(f"command line: {key} is no more: {instead}")
     _check_known(options, "command line", sorted(known))
     if folder := _resumed(arguments):
         arguments = ["--config", str(folder / "config.yaml"), *arguments, "--output_dir", str(folder)]
     elif "--config" not in options:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
-    for option, value in zip(arguments, arguments[1:] + [""]):
-        if option == "--config" or option.startswith("--config="):
-            _check_yaml(option.partition("=")[2] or value, keys)
+    arguments = list(arguments)
+    for index, option in enumerate(arguments):
+        if option == "--config" and index + 1 < len(arguments):
+            arguments[index + 1] = _check_yaml(arguments[index + 1], keys)
+        elif option.startswith("--config="):
+            arguments[index] = f"--config={_check_yaml(option.partition('=')[2], keys)}"
     try:
         values = vars(parser.instantiate(parser.parse_args(arguments)))
         return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})

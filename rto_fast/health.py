@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from rto_fast.agreement import clip_width, k3_limit, ppo_notices
 from rto_fast.config import Config
 from rto_fast.reporting.log import RunLog
 
@@ -183,13 +184,22 @@ def steps_are_skipped(history, config):
 
 
 def sampler_disagrees(history, config):
-    if not _above(history, "mismatch_mean", config.rto.max_mismatch, 3):
+    """The limits are those of `rto_fast.agreement`."""
+    clip = clip_width(config.rto)
+    recent = [r for r in history[-3:] if r.get("mismatch_k3") is not None and r.get("mismatch_bias") is not None]
+    if len(recent) < 3 or not all(ppo_notices(record, clip) for record in recent):
         return None
-    done = {"sampler": "they are used all the same", "auto": "they are recomputed and the loss is weighted"}
+    if config.rto.old_logps == "sampler":
+        done, remedy = "they are used all the same", "set rto.old_logps: auto"
+    else:
+        done, remedy = "they are recomputed and the loss is weighted", "nothing is wrong, but it costs a forward pass"
+    if config.rollout.engine != "native":
+        remedy += "; rollout.engine: native samples with the training's own weights"
     return (
-        f"the sampler's log-probs are {history[-1]['mismatch_mean']:.2g} nats from the training's, above "
-        f"rto.max_mismatch ({config.rto.max_mismatch:g}): {done.get(config.rto.old_logps, '')}",
-        "set rto.old_logps: recompute; for old log-probs without such a difference rollout.engine: native or hf",
+        f"PPO with a clip of {clip:g} notices how far the sampler's log-probs are from the training's (k3 "
+        f"{recent[-1]['mismatch_k3']:.2g} nats a token, {k3_limit(clip):.2g} would do no harm; mean ratio "
+        f"{1 + recent[-1]['mismatch_bias']:.3f}): {done}",
+        remedy,
     )
 
 

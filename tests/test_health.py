@@ -16,7 +16,7 @@ HEALTHY = {
     "score": 0.9, "reward": 0.9, "dpo_reward": 0.2, "kl": 4.0, "kl_penalty": 0.2, "score_reward": 0.9, "length": 28.0,
     "dpo_reward_share": 0.25, "kl_penalty_share": 0.15, "score_reward_share": 0.6, "dpo_clip_fraction": 0.08,
     "dpo_score_correlation": 0.05, "truncated": 0.0, "explained_variance": 0.01, "approx_kl": 0.002,
-    "clip_fraction": 0.01, "entropy": 0.9, "value_loss": 0.07, "mismatch_mean": 4e-7, "skipped": 0.0,
+    "clip_fraction": 0.01, "entropy": 0.9, "value_loss": 0.07, "mismatch_k3": 1e-12, "mismatch_bias": 1e-7, "skipped": 0.0,
     "critic_skipped": 0.0, "imbalance": 1.1, "rollout_imbalance": 1.2, "micro_batch_tokens": 16384,
 }  # fmt: skip
 SICK = {
@@ -32,7 +32,7 @@ SICK = {
     "critic_explains_nothing": {"explained_variance": -0.3},
     "value_loss_explodes": {"value_loss": 9.0},
     "steps_are_skipped": {"critic_skipped": 0.25},
-    "sampler_disagrees": {"mismatch_mean": 0.05},
+    "sampler_disagrees": {"mismatch_k3": 0.006},
     "ranks_are_uneven": {"rollout_imbalance": 1.9},
     "micro_batches_shrank": {"micro_batch_tokens": 8192},
 }

@@ -12,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rto_fast.batch import PackedBatch, pack
+from rto_fast.agreement import compare_logits
+from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import ModelError
+from rto_fast.kernels import reference
 from rto_fast.models.attention import PACKED
 from rto_fast.models.head import OpLinear
-from rto_fast.models.placement import whole_forward
-from rto_fast.ops import linear_token_logps, token_logps
+from rto_fast.models.placement import activate, device_of, whole_forward
+from rto_fast.models.precision import higher_precision, precise
+from rto_fast.ops import linear_token_logps
 
 
 @dataclass(frozen=True)
@@ -252,31 +255,65 @@ def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
 
 
+def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """[T, V] logits of a packed batch, by the path that training takes: for checks on a few tokens."""
+    return output_head(model).run(_logits, forward_hidden(model, batch), None)
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: None, *, bias: torch.Tensor | None = None, temperature: float,
+    softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """In float32 at least: 16-bit logits are rounded to an eighth where they are large."""
+    logits = _float_linear(hidden, weight, bias)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits / temperature
+
+
+@torch.no_grad()
+def precise_logps(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
+    """`causal_logps` in a higher precision than the model's, [T]; of ZeRO-3 the weights must be whole."""
+    activate(model)
+    with precise(model, higher_precision(next(model.parameters()).dtype)):
+        hidden = forward_hidden(model, batch)
+        return output_head(model).run(reference.linear_token_logps, hidden, batch.labels, temperature=temperature)
+
+
 @torch.no_grad()
 def check_causal_lm(model: PreTrainedModel, name: str) -> None:
-    """Compares `causal_logps` of two packed sequences with the model's own logits of each alone.
+    """Compares packed sequences with the model's own logits of each alone (see `rto_fast.agreement`).
 
-    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak.
+    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak. It
+    looks twice: in a high precision, where the smallest leak shows, and in the model's dtype, whose kernels are others.
+
+    Raises:
+        ModelError: they are further apart than rounding explains.
     """
-    device = next(model.parameters()).device
+    device, dtype = device_of(model), next(model.parameters()).dtype
     vocab_size = model.get_output_embeddings().weight.shape[0]
+    ids = [[(7 * i + 3 * j * i + j) % vocab_size for i in range(8 + 4 * j)] for j in range(1, 4)]
     training = model.training
     model.eval()
-    ids = [[(7 * i + j) % vocab_size for i in range(8)] for j in (1, 2)]
-    packed = causal_logps(model, pack([s[:1] for s in ids], [s[1:] for s in ids], device))
+    try:
+        for precision in dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)):
+            with precise(model, higher_precision(precision)):
+                truth = _own_logits(model, ids)
+            with precise(model, precision):
+                found = compare_logits(packed_logits(model, pack_whole(ids, device)), _own_logits(model, ids), truth)
+            if not found.is_rounding:
+                raise ModelError(
+                    f"{name}: packed log-probs differ from the model's own by {found.error:.2g} nats in {precision}, where "
+                    f"rounding explains {found.limit:.2g}: {type(model).__name__} does something between hidden states and "
+                    "logits that is not known here, or does not respect packing"
+                )
+    finally:
+        model.train(training)
+
+
+def _own_logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
+    """[T, V]: the model's own, of each sequence alone."""
     with attention_implementation(model, "eager"):
-        alone = []
-        for sequence in ids:
-            logits = model(input_ids=torch.tensor([sequence], device=device), use_cache=False).logits[0, :-1].float()
-            alone.append(token_logps(logits, torch.tensor(sequence[1:], device=device)))
-    model.train(training)
-    error = (packed - torch.cat(alone)).abs().mean().item()
-    # The model's own 16-bit logits are rounded to an eighth where they are large.
-    tolerance = 1e-2 if next(model.parameters()).dtype == torch.float32 else 0.25
-    if not error < tolerance:
-        raise ModelError(f"{name}: packed log-probs differ from the model's own by {error:.3g} nats: "
-                         f"{type(model).__name__} does something between hidden states and logits that is not known "
-                         "here, or does not respect packing")  # fmt: skip
+        rows = (torch.tensor([sequence], device=device_of(model)) for sequence in ids)
+        return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
+from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
 
@@ -155,9 +157,13 @@ class RolloutModel:
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, paged=paged
         ).last_hidden_state[0]
 
-    def packed_logits(self, batch):
-        """[T, V] of a packed batch, from the model's own forward pass."""
-        with self.evaluating(), attention_implementation(self.causal_lm, PACKED):
+    def packed_logits(self, batch: PackedBatch, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[T, V] of a packed batch, from the model's own forward pass, computed in `dtype` (default: the weights')."""
+        with (
+            self.evaluating(),
+            attention_implementation(self.causal_lm, PACKED),
+            precise(self.causal_lm, dtype or self.kind[1]),
+        ):
             return self.causal_lm(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seq_lens_q=batch.cu_seqlens,
                 cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,

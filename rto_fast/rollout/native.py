@@ -11,17 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import pack_whole
 from rto_fast.config import RolloutConfig, check_rollout
-from rto_fast.errors import ModelError, RolloutError
+from rto_fast.errors import RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
-from rto_fast.ops import token_logps
-from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import Request, Scheduler, prefill_chunk
+from rto_fast.rollout.scheduler import Request, Scheduler
+from rto_fast.rollout.verify import verified_cache
 
 
 class NativeEngine:
@@ -142,69 +140,7 @@ class NativeEngine:
             state.sampling_logps[:count][drawn],
         )  # fmt: skip
 
-    # Whether the model can be decoded
-
-    @torch.no_grad()
-    def _check(self):
-        """Finds the cache every layer needs, and compares log-probs of a prompt in two pieces and some decoded tokens with
-        those of the model's own forward pass."""
-        device, name = self.model.device, type(self.model.causal_lm).__name__
+    def _check(self) -> None:
         self.state = None
-        ids = [(7 * i + 1) % self.model.vocab_size for i in range(16)]
-        labels = torch.tensor(ids[10:], device=device)
-        try:
-            logits, dtype = self._decoded_logits(ids, name)
-            own = self.model.packed_logits(pack_whole([ids[:-1]], device))[9:].float()
-        except (ModelError, RolloutError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
-            raise ModelError(f"{name} cannot be decoded natively: {type(error).__name__}: {error}") from error
-        error = (token_logps(logits, labels) - token_logps(own, labels)).abs().mean().item()
-        if not error < (1e-3 if dtype.itemsize >= 4 else 0.1):
-            raise ModelError(f"{name}: decoded log-probs differ from those of its forward pass by {error:.3g} nats")
+        self.cache = verified_cache(self.model, self.config)
         self.kind = self.model.kind
-
-    def _decoded_logits(self, ids, name):
-        """(logits [6, V] of tokens 9 to 14, dtype of the weights)."""
-        with self.model.decoding(len(ids)):
-            layers, dtype = self._probe(ids, name)
-            device = self.model.device
-            self.cache = PagedCache(layers, self.config.page_size or 64, dtype, device)
-            self.cache.allocate(1, 1, memory_budget(device, self.config.kv_cache_gib))
-            try:
-                logits = self.model.logits(self._decode(ids))
-            finally:
-                self.cache.release()
-            softcap, divisor = self.model.head.softcap, self.model.head.divisor
-            return softcap * torch.tanh(logits / softcap) if softcap else logits / divisor, dtype
-
-    def _probe(self, ids, name):
-        """([(kv heads, head_dim)] of the layers, dtype), from a forward pass."""
-        device = self.model.device
-        batch = pack_whole([ids], device)
-        probe = Probe(batch.cu_seqlens, batch.max_seqlen)
-        for module in self.model.causal_lm.modules():
-            kinds = getattr(module, "rope_type", None)
-            if {"longrope", "dynamic"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-                raise ModelError(f"{name}: its RoPE ({kinds}) changes with the longest sequence of a batch, so a sample "
-                                 "would depend on its neighbours")  # fmt: skip
-        hidden = self.model.backbone(batch.input_ids, batch.position_ids, probe)
-        if sorted(probe.layers) != list(range(self.model.config.get_text_config().num_hidden_layers)):
-            raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
-        return [tuple(probe.layers[i]) for i in sorted(probe.layers)], hidden.dtype
-
-    def _decode(self, ids):
-        """[6, D] last hidden states of tokens 9 to 14: a prompt of ten in two pieces, then one token at a time."""
-        prompt, device = Request(ids[:10], [0]), self.model.device
-        for begin, end in ((0, 6), (6, 10)):
-            prefill_chunk(self.model, self.cache, [(prompt, [0], begin, end)])
-        hidden: list = [prompt.hidden]
-        table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        for position in range(10, 15):
-            where = torch.tensor([position], device=device)
-            if runs_triton(where):
-                decode = PagedDecode(self.cache, table, where, (where + 1).int())
-            else:
-                decode = DenseDecode(self.cache, table, where, where >= 0, position + 1, (0, 1))
-            hidden.append(self.model.hidden(torch.tensor([ids[position]], device=device), where, decode)[0])
-        return torch.stack(hidden)

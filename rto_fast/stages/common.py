@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rto_fast.batch import pack
 from rto_fast.errors import CheckpointError
-from rto_fast.models.loading import causal_logps
+from rto_fast.models.loading import causal_logps, precise_logps
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.training import ranks
 from rto_fast.training.state_files import replace_folder
@@ -41,14 +42,21 @@ def _write_model(model, tokenizer, folder):
 
 
 @torch.no_grad()
-def response_logps(model, prompt_ids, response_ids, max_tokens, temperature=1.0):
-    """Log-probs of many responses: one packed [T] float32 tensor in the alignment of `pack`, made `max_tokens` at a time."""
-    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
-    with resident(model):
-        device = device_of(model)
+def response_logps(
+    model: nn.Module, prompt_ids: list[list[int]], response_ids: list[list[int]], max_tokens: int,
+    temperature: float = 1.0, precise: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Log-probs of many responses: one packed [T] tensor in the alignment of `pack`, made `max_tokens` at a time.
 
-        def logps(run):
+    precise: computed in a higher precision than the model's; else in float32 from the model's hidden states.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
+    gathered = whole_weights(model) if precise and is_zero3(model) else contextlib.nullcontext()
+    with resident(model), gathered:
+        device, function = device_of(model), precise_logps if precise else causal_logps
+
+        def logps(run: list[int]) -> torch.Tensor:
             batch = pack([prompt_ids[i] for i in run], [response_ids[i] for i in run], device)
-            return causal_logps(model, batch, temperature=temperature)
+            return function(model, batch, temperature=temperature)
 
         return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)

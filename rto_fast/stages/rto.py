@@ -386,10 +386,11 @@ class RTOTrainer:
 
     def _gates(self, experience, metrics):
         """(findings on the first rollout, `gate` of its first update)."""
-        preflight.check_sampler(self.config, metrics)
-        findings = preflight.check_reference(self.config, self.models, experience, metrics)
+        noise = preflight.forward_noise(self.config, self.models.policy, experience)
+        findings = preflight.check_sampler(noise, metrics, self.config.rollout.engine)
+        findings += preflight.check_reference(self.config, self.models, experience, metrics, noise)
         sampled = preflight.are_sampled(metrics)
-        return findings, lambda passes: preflight.check_ratio(self.config, self.models.policy, sampled, passes)
+        return findings, lambda passes: preflight.check_ratio(self.config, noise, sampled, passes)
 
     def release(self):
         """The stage is over: what it holds beside the models is given back."""

@@ -10,6 +10,7 @@ from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import check_causal_lm
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
+from rto_fast.rollout.attention import DenseDecode
 
 GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
 
@@ -48,8 +49,8 @@ def test_a_model_that_decodes_otherwise_than_it_trains_falls_back(monkeypatch):
     forward = type(model.model).forward
 
     def shifted(self, *args, position_ids, paged=None, **kwargs):
-        # As a model would that counts positions by itself: one token is always its first.
-        single = paged is not None and position_ids.shape[1] == 1
+        # As a model would that counts positions by itself: a token that comes alone is always its first.
+        single = isinstance(paged, DenseDecode)
         return forward(self, *args, position_ids=0 * position_ids if single else position_ids, paged=paged, **kwargs)
 
     monkeypatch.setattr(type(model.model), "forward", shifted)

@@ -1,0 +1,109 @@
+"""Whether a model can be decoded: its cached keys and values, found and compared with its own forward pass."""
+
+import torch
+
+from rto_fast.agreement import compare_logits
+from rto_fast.batch import pack_whole
+from rto_fast.config import RolloutConfig
+from rto_fast.errors import ModelError, RolloutError
+from rto_fast.models.precision import higher_precision
+from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
+from rto_fast.rollout.cache import PagedCache
+from rto_fast.rollout.model import RolloutModel
+from rto_fast.rollout.scheduler import Request, prefill_chunk
+
+PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are compared: decoded together, each at a place of its own
+DECODED = 6  # log-probs compared of each: the prompt's last token, and those decoded after it
+
+
+@torch.no_grad()
+def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
+    """The cache that the model's layers need, when decoding with it was found to compute the model.
+
+    Prompts are prefilled in two pieces and some tokens decoded, in one batch. See `rto_fast.agreement` for the limit.
+
+    Raises:
+        ModelError: the model cannot be decoded, or further from its own forward pass than rounding explains.
+    """
+    name = type(model.causal_lm).__name__
+    # One multiplier a sequence: they must not look alike, or a leak between them would not show.
+    sequences = [
+        [((5 + 2 * row) * i + row + 1) % model.vocab_size for i in range(length + DECODED)]
+        for row, length in enumerate(PROMPT_LENGTHS)
+    ]
+    batch = pack_whole(sequences, model.device)
+    ends = [length - 1 for length in PROMPT_LENGTHS]
+    rows = [first + end + i for first, end in zip(batch.cu_seqlens.tolist(), ends) for i in range(DECODED)]
+    try:
+        with model.decoding(max(map(len, sequences))):
+            layers, dtype = _probe(model, sequences[-1], name)
+            cache = PagedCache(layers, config.page_size or 64, dtype, model.device)
+            decoded = _decoded_logits(model, cache, sequences)
+        own = model.packed_logits(batch)[rows]
+        truth = model.packed_logits(batch, higher_precision(own.dtype))[rows]
+    except (ModelError, RolloutError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
+        raise ModelError(f"{name} cannot be decoded natively: {type(error).__name__}: {error}") from error
+    found = compare_logits(decoded, own, truth)
+    if not found.is_rounding:
+        raise ModelError(
+            f"{name}: decoded log-probs differ from those of its forward pass by {found.error:.2g} nats, where rounding "
+            f"explains {found.limit:.2g}"
+        )
+    return cache
+
+
+def _probe(model: RolloutModel, ids: list[int], name: str) -> tuple[list[tuple[int, int]], torch.dtype]:
+    """([(kv heads, head_dim)] of the layers, dtype), from a forward pass."""
+    batch = pack_whole([ids], model.device)
+    probe = Probe(batch.cu_seqlens, batch.max_seqlen)
+    for module in model.causal_lm.modules():
+        kinds = getattr(module, "rope_type", None)
+        if {"longrope", "dynamic"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            raise ModelError(
+                f"{name}: its RoPE ({kinds}) changes with the longest sequence of a batch, so a sample would depend on its "
+                "neighbours"
+            )
+    hidden = model.backbone(batch.input_ids, batch.position_ids, probe)
+    if sorted(probe.layers) != list(range(model.config.get_text_config().num_hidden_layers)):
+        raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
+    return [tuple(probe.layers[i]) for i in sorted(probe.layers)], hidden.dtype
+
+
+def _decoded_logits(model: RolloutModel, cache: PagedCache, sequences: list[list[int]]) -> torch.Tensor:
+    """[len(sequences) · DECODED, V], sequence after sequence."""
+    pages = cache.pages_for(max(map(len, sequences)))
+    count = pages * len(sequences)
+    cache.allocate(count, count, (count + 1) * cache.page_bytes)  # a few tokens: rollout.kv_cache_gib is for rollouts
+    try:
+        logits = model.logits(_decode(model, cache, sequences, pages))
+    finally:
+        cache.release()
+    softcap, divisor = model.head.softcap, model.head.divisor
+    return softcap * torch.tanh(logits / softcap) if softcap else logits / divisor
+
+
+def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], pages: int) -> torch.Tensor:
+    """[len(sequences) · DECODED, D] last hidden states: prompts in two pieces, then all sequences a token at a time."""
+    count, device = len(sequences), model.device
+    table = torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages)
+    prompts = [Request(ids[:length], [row]) for row, (ids, length) in enumerate(zip(sequences, PROMPT_LENGTHS))]
+    middles = [2 * length // 3 for length in PROMPT_LENGTHS]
+    own = table.tolist()
+    prefill_chunk(model, cache, [(p, own[row], 0, middles[row]) for row, p in enumerate(prompts)])
+    prefill_chunk(model, cache, [(p, own[row], middles[row], len(p.ids)) for row, p in enumerate(prompts)])
+    hidden = [torch.stack([prompt.hidden for prompt in prompts if prompt.hidden is not None])]
+    places = torch.tensor(PROMPT_LENGTHS, device=device)
+    for step in range(DECODED - 1):
+        positions = places + step
+        ids = torch.tensor([ids[length + step] for ids, length in zip(sequences, PROMPT_LENGTHS)], device=device)
+        if runs_triton(positions):
+            page = table.gather(1, (positions // cache.page_size)[:, None])[:, 0].long()
+            slot_mapping = page * cache.page_size + positions % cache.page_size
+            decode = PagedDecode(cache, table, slot_mapping, (positions + 1).int())
+        else:
+            longest = max(PROMPT_LENGTHS) + step + 1
+            decode = DenseDecode(cache, table, positions, positions >= 0, longest, (0, count) if pages == 1 else None)
+        hidden.append(model.hidden(ids, positions, decode))
+    return torch.stack(hidden, 1).flatten(0, 1)

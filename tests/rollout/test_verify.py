@@ -1,0 +1,111 @@
+"""The engine's own check: it knows rounding from a wrong computation, on any model and in any dtype."""
+
+import os
+
+import pytest
+import torch
+from models import ARCHITECTURES, tiny
+from transformers import AutoModelForCausalLM
+
+from rto_fast.config import RolloutConfig
+from rto_fast.errors import ModelError
+from rto_fast.rollout import NativeEngine, fuse, verify
+from rto_fast.rollout.model import RolloutModel
+from rto_fast.rollout.verify import verified_cache
+
+REAL = os.environ.get("RTO_FAST_SMOLLM2")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_real = pytest.mark.skipif(not REAL, reason="RTO_FAST_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+SMOLLM2 = pytest.param("SmolLM2", marks=needs_real)
+
+
+def made(name, dtype, device="cpu"):
+    if name == "SmolLM2":
+        return AutoModelForCausalLM.from_pretrained(REAL, dtype=dtype).to(device)
+    return tiny(name).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, SMOLLM2])
+def test_right_decoding_passes_in_every_dtype(name, dtype):
+    for page_size in (None, 16):  # of 16: sequences cross pages
+        NativeEngine(made(name, dtype), None, RolloutConfig(page_size=page_size))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_model_with_much_noise_of_its_own_passes(seed):
+    """Logits of ±50: bfloat16 is off by a third of a nat, whoever computes it."""
+    model = tiny()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (1.0 if parameter.dim() > 1 else 0.0) + (parameter.dim() == 1))
+    NativeEngine(model.to(torch.bfloat16), None, RolloutConfig())
+
+
+def rotated_too_far(monkeypatch, model):
+    hidden = RolloutModel.hidden
+
+    def shifted(self, ids, positions, paged):
+        return hidden(self, ids, positions + (4 if isinstance(paged, verify.DenseDecode) else 0), paged)
+
+    monkeypatch.setattr(RolloutModel, "hidden", shifted)
+
+
+def wrong_scale(monkeypatch, model):
+    attend = verify.DenseDecode.attend
+
+    def scaled(self, module, query, *arguments):
+        return attend(self, module, 1.25 * query, *arguments)
+
+    monkeypatch.setattr(verify.DenseDecode, "attend", scaled)
+
+
+def neighbours_page(monkeypatch, model):
+    rectangle = verify.DenseDecode._rectangle
+
+    def rolled(self, pool):
+        whole = rectangle(self, pool).clone()
+        whole[:, 3] = whole.roll(len(whole) // 4, 0)[:, 3]  # one token of each sequence is its neighbour's
+        return whole
+
+    monkeypatch.setattr(verify.DenseDecode, "_rectangle", rolled)
+
+
+def stale_weights(monkeypatch, model):
+    """Decoding reads the weights as they were: what an update moves is no rounding."""
+    layer = model.model.layers[0].mlp.down_proj
+    before = layer.weight.detach().clone()
+    decoding, packed = RolloutModel.hidden, RolloutModel.packed_logits
+
+    def with_weight(function, weight):
+        def run(*arguments):
+            now = layer.weight.data
+            layer.weight.data = weight
+            try:
+                return function(*arguments)
+            finally:
+                layer.weight.data = now
+
+        return run
+
+    with torch.no_grad():
+        layer.weight.mul_(1.0 + 0.3 * torch.randn(len(before), 1, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(fuse, "FAMILY", set())  # layers as transformers runs them read `layer.weight` when they run
+    monkeypatch.setattr(RolloutModel, "hidden", with_weight(decoding, before))
+    monkeypatch.setattr(RolloutModel, "packed_logits", with_weight(packed, layer.weight.data))
+
+
+def uncapped(monkeypatch, model):
+    logits = RolloutModel.logits
+    monkeypatch.setattr(RolloutModel, "logits", lambda self, hidden: 1.1 * logits(self, hidden))
+
+
+@pytest.mark.parametrize("fault", [rotated_too_far, wrong_scale, neighbours_page, stale_weights, uncapped])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "qwen3", SMOLLM2])
+def test_planted_faults_of_decoding_are_found_in_every_dtype(name, dtype, fault, monkeypatch):
+    model = made(name, dtype)
+    fault(monkeypatch, model)
+    with pytest.raises(ModelError, match="decoded log-probs differ from those of its forward pass by"):
+        verified_cache(RolloutModel(model.eval()), RolloutConfig())
