@@ -39,7 +39,9 @@ def test_a_model_with_much_noise_of_its_own_passes(seed):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (1.0 if parameter.dim() > 1 else 0.0) + (parameter.dim() == 1))
+            parameter.copy_(
+                torch.randn_like(parameter) * (1.0 if parameter.dim() > 1 else 0.0) + (parameter.dim() == 1)
+            )
     NativeEngine(model.to(torch.bfloat16), None, RolloutConfig())
 
 
