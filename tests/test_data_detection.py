@@ -75,6 +75,9 @@ VOTES = {
     "HH among text": ([BARE, HH, BARE], "13", ":2: the row's layout is HH transcript, but most .* implicit prompt"),
     "HH among pairs": ([PAIR, {"prompt": "q", **HH}, PAIR], "13", ":2: the row's layout is HH transcript"),
     "half HH": ([HH, HH, {**HH, "rejected": "green"}], "12", ":3: the row's layout is implicit prompt"),
+    "mostly empty prompts": ([{**PAIR, "prompt": " "}] * 3 + [PAIR], "4", ":1: empty prompt"),
+    "empty messages beside others": ([{**ANSWER, "messages": "", "chosen": "", "rejected": ""}] * 2, "12", ""),
+    "mostly empty responses": ([{**ANSWER, "response": ""}] * 3 + [ANSWER], "4", ":1: empty response"),
     "UltraFeedback": ([PAIR, ULTRA, ULTRA], "23", ":1: the row's layout is explicit prompt, .* UltraFeedback"),
     "UltraFeedback, one message": (
         [{"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}, ULTRA, ULTRA],
@@ -373,6 +376,11 @@ def test_messages_that_cannot_be_read_are_refused(tmp_path, name):
     assert outcome(source)[0] == ["1"]
 
 
+def test_columns_that_are_not_used_may_be_damaged(tmp_path):
+    row = ULTRA | {"messages": str(SIDE)[:-9]}
+    assert load_examples(jsonl(tmp_path / "a.jsonl", [row]))[0].chosen == "blue"
+
+
 def test_a_long_conversation_fits_into_a_csv_field(tmp_path):
     messages = [user("x" * 200_000), assistant("a")]  # csv's own limit is 131,072 characters
     with open(tmp_path / "a.csv", "w", newline="") as file:
@@ -390,7 +398,5 @@ def test_a_long_conversation_fits_into_a_csv_field(tmp_path):
     ],
 )
 def test_damaged_messages_take_no_longer_than_their_length(text):
-    try:
-        assert decoded(text, "chosen", "a.jsonl:1") == text
-    except DataError as error:
-        assert "cannot be parsed" in str(error)
+    found = decoded(text, "chosen", "a.jsonl:1")
+    assert found == text or "cannot be parsed" in str(found)

@@ -15,8 +15,8 @@ LAYOUTS = ("prompt only", *PAIR_LAYOUTS, "messages", "prompt/response")
 def find_layout(rows: Sequence[tuple[str, dict | DataError]], columns: Mapping[str, str] | None = None) -> str:
     """Name of the layout that most rows have (see the table of `rto_fast.data.layouts`).
 
-    A value that is neither text nor a list of messages counts like a null: a row whose layout depends on one does not vote.
-    Only where no row can vote, nulls count like columns that are not there, as in a file of which no row has a prompt.
+    Empty text, and a value that is neither text nor messages, count like a null: a row whose layout depends on one does not
+    vote. Only where no row can vote, they count as values, and nulls like columns that are not there.
 
     Args:
         rows: (origin, row) of the first rows; of one that could not be read, the error.
@@ -41,14 +41,16 @@ def find_layout(rows: Sequence[tuple[str, dict | DataError]], columns: Mapping[s
 
 
 def _vote(values: Mapping[str, Any], strict: bool) -> str | None:
-    """The layout of a row; strict: unless it depends on a value that is neither text nor messages."""
+    """The layout of a row; strict: unless it depends on a null, or on what counts like one."""
     held = {name: value for name, value in values.items() if (_is_usable(value) if strict else value is not None)}
     return layout_of(held, values.keys() - held.keys() if strict else ())
 
 
 def _is_usable(value: Any) -> bool:
-    """Whether a value is text or messages."""
-    return isinstance(value, str) or (isinstance(value, list) and value != [] and isinstance(value[0], dict))
+    """Whether a value is text or messages; blank text is how a csv writes null."""
+    if isinstance(value, str):
+        return value != "" and not value.isspace()
+    return isinstance(value, list) and value != [] and isinstance(value[0], dict)
 
 
 def _unknown_layout(read: list[tuple[str, dict, dict]]) -> DataError:

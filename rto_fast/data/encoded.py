@@ -27,7 +27,9 @@ def decoded(text: str, name: str, origin: str) -> Any:
         text: a value of a column.
         name: of the column, for the error.
         origin: file and line, for the error.
-    Raises DataError for a list of messages that is damaged or cut off, as spreadsheets cut long cells.
+    Returns:
+        The messages or the text; in the place of a list that is damaged or cut off, as spreadsheets cut long cells, the
+        DataError to raise where the value is used.
     """
     opening = _OPENING.match(text)
     if opening is None or not _SPEAKER.search(text):
@@ -38,7 +40,7 @@ def decoded(text: str, name: str, origin: str) -> Any:
     if isinstance(value, dict):  # the caller refuses a message that is not in a list
         return value if value.keys() == {"role", "content"} else text
     if opening[1] and opening[2] in _FIRST_KEYS and _is_one_list(text):
-        raise DataError(
+        return DataError(
             f"{origin}: {name} looks like a list of chat messages written as text, but cannot be parsed, "
             f"{text.strip()[:40]!r}...; write it with json.dumps, or remove the row"
         )

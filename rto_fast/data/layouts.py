@@ -164,7 +164,7 @@ def _split_text(chosen, rejected, origin):
 
 
 def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """The row's values under our names, nulls included; messages in a text column are decoded."""
+    """The row's values under our names, nulls included; `decoded` has read messages in text columns."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {listing(row)}")
@@ -179,10 +179,12 @@ def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> 
     return {name: value for name, value in role_values(row, columns, origin).items() if value is not None}
 
 
-def _need(present, names, row, origin):
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise DataError(f"{origin}: {missing[0]} is missing or null; found {listing(row)}")
+def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, Any], origin: str) -> None:
+    for name in names:
+        if name not in present:
+            raise DataError(f"{origin}: {name} is missing or null; found {listing(row)}")
+        if isinstance(present[name], DataError):  # see encoded.decoded
+            raise present[name]
 
 
 def _prompt(value, origin):

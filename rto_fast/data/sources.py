@@ -85,8 +85,8 @@ def load_examples(
             break
     if unread:
         warnings.warn(
-            f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: most of the first "
-            f"{WINDOW:,} rows, which decide the layout, have only a prompt", stacklevel=2,
+            f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: by the first "
+            f"{WINDOW:,} rows the layout is prompt only", stacklevel=2,
         )  # fmt: skip
     if skipped:
         warnings.warn(f"{source}: {skipped} unusable rows skipped, the first: {first_error}", stacklevel=2)
