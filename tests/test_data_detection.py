@@ -280,6 +280,13 @@ def test_a_turn_may_mention_the_markers():
     )
 
 
+def test_markers_with_spaces_are_text_where_plain_ones_alternate():
+    quoted = "\n\nHuman: a\n\nAssistant: b  \n\n  Human: I think"  # as in a response of the HH data
+    assert transcript_messages(quoted) == (user("a"), assistant("b  \n\n  Human: I think"))
+    mixed = "\n\nHuman: a\n\nAssistant: b\n\n Human: c\n\nAssistant: d"
+    assert transcript_messages(mixed) == (user("a"), assistant("b"), user("c"), assistant("d"))
+
+
 # Messages in text columns
 
 

@@ -1,21 +1,23 @@
 r"""Anthropic HH transcripts: text whose turns begin with "\n\nHuman:" and "\n\nAssistant:".
 
-Line ends may be those of any system, and spaces may stand around a marker's line ends, word and colon.
+Line ends may be those of any system. Spaces may stand around a marker's line ends, word and colon in a transcript whose
+turns do not alternate by the markers without them; elsewhere a marker with spaces is part of what is said: responses of
+the HH data quote turns that way.
 """
 
 import re
+from itertools import pairwise
 from typing import Any
 
 _OPENING = re.compile(r"\s*Human[^\S\r\n]*:")
-# A marker follows a blank line. [^\S\n] is a space of any kind that does not end the line.
-_TURN = re.compile(r"\n[^\S\n]*\n[^\S\n]*(Human|Assistant)[^\S\n]*:")
+_PLAIN = r"\n\n(Human|Assistant):"
+_SPACED = r"\n[^\S\n]*\n[^\S\n]*(Human|Assistant)[^\S\n]*:"  # [^\S\n]: a space of any kind that ends no line
+_ANSWER = re.compile(_SPACED.replace("Human|", ""))
 
 
 def is_transcript(value: Any) -> bool:
     """Whether a value is a transcript: text that opens with a Human turn and has an Assistant turn."""
-    if not isinstance(value, str) or not _OPENING.match(value):
-        return False
-    return any(match[1] == "Assistant" for match in _TURN.finditer(_with_newlines(value)))
+    return isinstance(value, str) and bool(_OPENING.match(value)) and bool(_ANSWER.search(_with_newlines(value)))
 
 
 def transcript_messages(text: str) -> tuple[dict, ...]:
@@ -23,14 +25,23 @@ def transcript_messages(text: str) -> tuple[dict, ...]:
 
     Every line end inside a turn becomes \n, so that two sides which differ only in them share their prompt.
     """
-    pieces = _TURN.split("\n\n" + _with_newlines(text).lstrip())[1:]
     messages: list[dict] = []
-    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
+    for speaker, content in _turns(_with_newlines(text)):
         role, content = "user" if speaker == "Human" else "assistant", content.strip()
         if messages and messages[-1]["role"] == role:
             content = messages.pop()["content"] + "\n\n" + content
         messages.append({"role": role, "content": content})
     return tuple(messages)
+
+
+def _turns(text: str) -> list[tuple[str, str]]:
+    """(speaker, content) of each turn."""
+    for marker in (_PLAIN, _SPACED):
+        before, *pieces = re.split(marker, "\n\n" + text.lstrip())
+        speakers = pieces[::2]
+        if not before and len(speakers) > 1 and all(one != other for one, other in pairwise(speakers)):
+            break
+    return list(zip(speakers, pieces[1::2], strict=True))
 
 
 def _with_newlines(text: str) -> str:
