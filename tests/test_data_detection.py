@@ -222,7 +222,7 @@ def test_a_demonstration_without_a_response_is_unusable(tmp_path):
     data = RunData(DataConfig(sft=str(source), invalid="skip", held_out=0), None, [], print)
     with pytest.warns(UserWarning, match="1 unusable rows skipped, the first: .*a.jsonl:2: no response or chosen"):
         assert [example.response for example in data.sft_examples] == ["blue"]
-    with pytest.raises(DataError, match="a.jsonl:2: no response or chosen, of which demonstrations need one"):
+    with pytest.raises(DataError, match="a.jsonl:2: no response or chosen; this stage needs it: remove the row"):
         RunData(DataConfig(sft=str(source)), None, [], print).sft_examples  # noqa: B018
 
 

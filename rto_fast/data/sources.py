@@ -69,10 +69,12 @@ def load_examples(
     layout, rows = open_examples(
         source, split=split, columns=columns, streaming=streaming, max_unpacked_gib=max_unpacked_gib
     )
-    examples, skipped, first_error, unread = [], 0, None, []
+    examples, unread, skipped, first_error = [], [], 0, None
     for row, example in rows:
         if demonstrations and isinstance(example, Example) and (example.response or example.chosen) is None:
-            example = DataError(f"{example.origin}: no response or chosen, of which demonstrations need one")
+            example = DataError(
+                f"{example.origin}: no response or chosen; this stage needs it: remove the row, or use other data"
+            )
         if isinstance(example, DataError):
             if invalid == "error":
                 raise example
