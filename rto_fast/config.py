@@ -53,13 +53,15 @@ class DataConfig:
     split: str = "train"
     """Split of `preferences`; the other sources' is train unless they name one."""
     invalid: Literal["error", "skip"] = "error"
-    """What an unusable row does: stop the run, or be left out and counted."""
+    """What an unusable row does (a missing value, another layout than most, a malformed line): stop the run, or be left
+    out and counted."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
     limit: int | None = None
-    """Read at most this many examples of each source; of local files no more is read than that takes."""
+    """Read at most this many examples of each source. No more of a local file is read than that takes, but always its
+    first 1,000 rows, which tell the layout."""
     streaming: bool = False
-    """Read HF datasets as a stream: only the first `limit` examples are downloaded."""
+    """Read HF datasets as a stream: only the first `limit` examples are downloaded, but always the first 1,000 rows."""
     deduplicate: bool = True
     """Drop all but the first of examples whose prompt and responses are equal to the letter."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"

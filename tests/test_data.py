@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rto_fast.data.layouts import detect_layout
+from rto_fast.data.detection import find_layout
 from rto_fast.data.sources import DataError, load_examples
 
 
@@ -88,7 +88,7 @@ LAYOUTS = {
 def test_preference_layouts(tmp_path, name):
     layout, row, prompt = LAYOUTS[name]
     (example,) = load(tmp_path, row)
-    assert detect_layout(row) == layout
+    assert find_layout([("row", row)]) == layout
     assert example.prompt == (prompt if isinstance(prompt, str) else tuple(prompt))
     assert (example.chosen, example.rejected, example.response) == ("blue", "green", None)
     assert example.origin == f"{tmp_path}/rows.jsonl:1"
@@ -121,7 +121,7 @@ def test_implicit_plain_prompt_ends_with_a_whole_word(tmp_path, chosen, rejected
 )
 def test_other_layouts(tmp_path, row, layout, prompt, response):
     (example,) = load(tmp_path, row)
-    assert detect_layout(row) == layout
+    assert find_layout([("row", row)]) == layout
     assert (example.prompt, example.response, example.chosen) == (prompt, response, None)
     assert example.extra == ({"answer": 3} if "answer" in row else {})
 

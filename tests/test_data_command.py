@@ -310,7 +310,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     read = []
 
     def rows():
-        for i in range(1000):
+        for i in range(3000):
             read.append(i)
             yield PAIR | {"prompt": str(i)}
 
@@ -320,7 +320,10 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     examples = load_examples("org/name", limit=5, streaming=True)
-    assert [e.prompt for e in examples] == list("01234") and examples[4].origin == "org/name[4]" and len(read) < 50
+    assert [e.prompt for e in examples] == list("01234") and examples[4].origin == "org/name[4]"
+    assert read == list(range(1000))  # the rows that tell the layout, once each
+    read.clear()
+    assert load_examples("org/name", limit=1005, streaming=True)[-1].prompt == "1004" and read == list(range(1005))
     assert [e.prompt for e in load_examples("org/name", split="train[2:4]", streaming=True)] == ["2", "3"]
     with pytest.raises(DataError, match="a stream does not tell"):
         load_examples("org/name", split="train[90%:]", streaming=True)

@@ -10,17 +10,18 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram, visible
-from rto_fast.data.layouts import detect_layout
+from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData, split_of_source
-from rto_fast.data.sources import load_examples, read_rows
+from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, DataError
 
 UNLIMITED = Limits(2**40, 2**40)
 
@@ -74,14 +75,11 @@ def look(options, config, page, say):
     """Says everything there is to say about `options.source`."""
     name, split = split_of_source(options.source, config.split)
     reading = {"streaming": config.streaming, "max_unpacked_gib": config.max_unpacked_gib}
-    columns = config.columns or None
-    (first,) = load_examples(name, split=split, columns=columns, limit=1, invalid=config.invalid, **reading)
-    origin, row = next(iter(read_rows(name, split, **reading)))
-    layout = detect_layout(row, columns, origin)
+    layout, rows = open_examples(name, split=split, columns=config.columns or None, **reading)
     say(f"{page.title('layout')}  {layout}")
+    kind, row, first = _typical(rows, config.limit or WINDOW)
     say("\n".join(columns_table(layout, row, config.columns, first)))
 
-    kind = "pairs" if first.chosen is not None else "sft" if first.response is not None else "prompts"
     field = {"pairs": "preferences", "sft": "sft", "prompts": "prompts"}[kind]
     given = {"preferences": None, "sft": None, "prompts": None, field: options.source}
     if kind != "pairs" and split != "train":  # data.split is of data.preferences; here the split is part of the name
@@ -110,6 +108,27 @@ def look(options, config, page, say):
     if not tokenizer:
         say("  --tokenizer DIR (the model's directory or hub id) shows tokens, what the limits cut, and the loss mask")
     _say_examples(shown, page, tokenizer, say)
+
+
+def _typical(rows: Iterable[tuple[dict, Example | DataError]], count: int) -> tuple[str, dict, Example]:
+    """(kind, row, example) of the first row whose kind is that of most of the first `count` usable rows."""
+    usable: list[tuple[str, dict, Example]] = []
+    first_error = None
+    for row, example in rows:
+        if isinstance(example, DataError):
+            first_error = first_error or example
+            continue
+        usable.append((_kind(example), row, example))
+        if len(usable) == count:
+            break
+    if first_error and not usable:
+        raise first_error
+    most = Counter(kind for kind, _, _ in usable).most_common(1)[0][0]
+    return next(found for found in usable if found[0] == most)
+
+
+def _kind(example: Example) -> str:
+    return "pairs" if example.chosen is not None else "sft" if example.response is not None else "prompts"
 
 
 def _lengths(data, kind, tokenizer, examples):

@@ -1,5 +1,8 @@
 """Rows of local files, one by one: json, jsonl, csv, gzipped or not, and parquet.
 
+In the place of a row that cannot be read by itself, such as a malformed line of JSON, stands a `DataError`; what makes
+the rest of a file unreadable is raised.
+
 What unpacks is bounded, since a small file can hold terabytes of zeros; so is the length of a line.
 """
 
@@ -8,10 +11,14 @@ import gzip
 import io
 import json
 import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from rto_fast.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+Row = dict[str, Any] | DataError
 _LONGEST_LINE = 2**26  # characters; one row is far shorter
 
 
@@ -40,8 +47,8 @@ def _check_left(left, path, gib):
         raise DataError(f"{path}: unpacks to more than {gib:g} GiB; raise data.max_unpacked_gib if that is meant")
 
 
-def rows_of_file(path, max_unpacked_gib):
-    """Iterate over (origin, row) of one local file."""
+def rows_of_file(path: Path, max_unpacked_gib: float) -> Iterator[tuple[str, Row]]:
+    """Iterate over (origin, row) of one local file; of a row that cannot be read, the error."""
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}")
@@ -93,7 +100,7 @@ def _lines(file, path):
         yield line
 
 
-def _json(text, where):
+def _json(text: str, where: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -102,18 +109,22 @@ def _json(text, where):
         raise DataError(f"{where}: JSON that cannot be read: {error}") from None
 
 
-def _json_lines(lines, path):
+def _json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                row = _json(line.strip(), f"{path}:{number}")
-            except json.JSONDecodeError as error:
-                where = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
-                raise DataError(f"{path}:{number}: malformed JSON: {where}") from None
-            yield f"{path}:{number}", _object(row, f"{path}:{number}")
+            yield f"{path}:{number}", _json_line(line.strip(), f"{path}:{number}")
 
 
-def _json_rows(text, path):
+def _json_line(line: str, origin: str) -> Row:
+    try:
+        return _object(_json(line, origin), origin)
+    except json.JSONDecodeError as error:
+        return DataError(f"{origin}: malformed JSON: {error.msg} at column {error.colno}: {line[:60]!r}")
+    except DataError as error:
+        return error
+
+
+def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Row]]:
     """A list of objects; or, as often under this suffix, one object a line."""
     try:
         rows = _json(text, path)
@@ -126,20 +137,24 @@ def _json_rows(text, path):
         yield f"{path}[{index}]", _object(row, f"{path}[{index}]")
 
 
-def _object(row, origin):
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: expected a JSON object with columns, found {type(row).__name__}")
-    return row
+def _object(row: Any, origin: str) -> Row:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"{origin}: expected a JSON object with columns, found {type(row).__name__}")
 
 
-def _csv_rows(lines, path):
-    reader, start = csv.DictReader(lines, strict=True), 2
+def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(_LONGEST_LINE)  # a whole conversation may stand in one field
+    reader = csv.reader(lines, strict=True)
+    header, start = [], 1
     try:
-        for row in reader:
+        for fields in reader:
             origin, start = f"{path}:{start}", reader.line_num + 1
-            if None in row or None in row.values():
-                fields = len(reader.fieldnames or ())
-                raise DataError(f"{origin}: the row does not have the {fields} fields of the header")
-            yield origin, row
+            if not header:
+                header = fields
+            elif len(fields) == len(header):
+                yield origin, dict(zip(header, fields, strict=True))
+            elif fields:  # a blank line has none
+                yield origin, DataError(f"{origin}: the row does not have the {len(header)} fields of the header")
     except csv.Error as error:
         raise DataError(f"{path}:{start}: malformed csv: {error}") from None

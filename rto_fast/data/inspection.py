@@ -47,18 +47,18 @@ SOURCES = {
 
 
 def columns_table(layout, row, columns, example):
-    """Lines: our names, where each comes from, and what the first example has there; then the columns that are left."""
+    """Lines: our names, where each comes from, and what the example of `row` has there; then the columns that are left."""
     lines, taken = [], set()
     for ours in ("prompt", "response", "chosen", "rejected"):
         value = getattr(example, ours)
         if value is None:
             continue
-        natural = "completion" if ours == "response" and "response" not in row else ours
+        natural = "completion" if ours == "response" and row.get("response") is None else ours
         theirs = SOURCES.get(layout, {}).get(ours) or columns.get(ours, natural)
         taken.add(theirs)
         size, unit = (len(value), "message") if isinstance(value, tuple) else (len(value.split()), "word")
         kind = f"{size:,} {unit}{'s' * (size != 1)}"
-        lines.append(f"  {ours:<9} ← {visible(theirs)}   ({kind} in the first)")
+        lines.append(f"  {ours:<9} ← {visible(theirs)}   ({kind} in the first example)")
     if example.extra:
         lines.append(f"  for reward functions: {visible(', '.join(map(str, example.extra)))}")
     return lines

@@ -1,4 +1,4 @@
-r"""Rows of any common layout to `Example`s. The first row's columns decide the layout; plain and conversational mix.
+r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a source's layout from what its first rows hold.
 
 | layout            | columns                                    | prompt                     | responses                   |
 |-------------------|--------------------------------------------|----------------------------|-----------------------------|
@@ -15,16 +15,23 @@ r"""Rows of any common layout to `Example`s. The first row's columns decide the 
 
 Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
 `Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL.
+
+Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON or as Python
+prints them, are read as messages. A row that the layout would misread is unusable.
 """
 
 import os
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from rto_fast.data.encoded import decoded
+from rto_fast.data.transcripts import is_transcript, transcript_messages
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+PAIR_LAYOUTS = ("HH transcript", "explicit prompt", "UltraFeedback", "implicit prompt")
 
 
 @dataclass(frozen=True)
@@ -46,26 +53,29 @@ def check_columns(columns):
         raise DataError(f"columns: {unknown[0]!r} is not one of {', '.join(ROLES)}; write {{ours: theirs}}")
 
 
-def detect_layout(row, columns=None, origin="data"):
-    """Name of the layout (first column of the module's table) of a row (dict), after mapping its columns."""
-    present = _mapped(row, columns or {}, origin)
-    if "chosen" in present and "rejected" in present:
-        if is_transcript(present["chosen"]) and is_transcript(present["rejected"]):
+def layout_of(values: Mapping[str, Any], unknown: Collection[str] = ()) -> str | None:
+    """The layout of one row by itself: a name of the first column of the module's table, or None.
+
+    Args:
+        values: what the row holds under our names.
+        unknown: our names of columns that the row has without a value. The layout is None if it depends on them.
+    """
+    if "chosen" in values and "rejected" in values:
+        if is_transcript(values["chosen"]) and is_transcript(values["rejected"]):
             return "HH transcript"
-        if "prompt" not in present:
-            return "implicit prompt"
-        whole = isinstance(present["prompt"], str) and isinstance(present["chosen"], list)
-        return "UltraFeedback" if whole and len(present["chosen"]) > 1 else "explicit prompt"
-    if "chosen" not in present and "rejected" not in present:
-        if "messages" in present:
-            return "messages"
-        if "prompt" in present:
-            return "prompt/response" if "response" in present or "completion" in present else "prompt only"
-    header = " (a csv begins with a line of their names)" if ".csv:" in origin else ""
-    raise DataError(
-        f"{origin}: no known layout in columns {_listing(row)}{header}; map them with columns, such as "
-        'columns={"prompt": "question", "chosen": "better", "rejected": "worse"}'
-    )
+        if "prompt" not in values:
+            return None if "prompt" in unknown else "implicit prompt"
+        whole = isinstance(values["prompt"], str) and isinstance(values["chosen"], list)
+        return "UltraFeedback" if whole and len(values["chosen"]) > 1 else "explicit prompt"
+    if "chosen" in values or "rejected" in values:
+        return None
+    if "messages" in values:
+        return "messages"
+    if "prompt" not in values:
+        return None
+    if "response" in values or "completion" in values:
+        return "prompt/response"
+    return None if unknown else "prompt only"
 
 
 def to_example(row, layout, origin, columns=None):
@@ -74,8 +84,9 @@ def to_example(row, layout, origin, columns=None):
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
     response = chosen = rejected = None
-    if layout in ("explicit prompt", "UltraFeedback", "implicit prompt", "HH transcript"):
+    if layout in PAIR_LAYOUTS:
         _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
+        _check_layout(present, layout, origin)
         prompt, chosen, rejected = _preference(present, layout, origin)
     elif layout == "messages":
         _need(present, ("messages",), row, origin)
@@ -88,7 +99,7 @@ def to_example(row, layout, origin, columns=None):
         _need(present, ("prompt",), row, origin)
         prompt = _prompt(present["prompt"], origin)
         if layout == "prompt/response":
-            name = "response" if "response" in present else "completion"
+            name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
             response = _text(_after(prompt, present[name], name, origin), name, origin)
     _check_prompt(prompt, origin)
@@ -97,21 +108,21 @@ def to_example(row, layout, origin, columns=None):
     return Example(prompt, response, chosen, rejected, origin, extra)
 
 
-def is_transcript(value):
-    """Whether a value is an Anthropic HH transcript: text that opens with a Human turn."""
-    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None and "\n\nAssistant:" in value
-
-
-def transcript_messages(text):
-    """Messages of an HH transcript; an open last turn has empty content. Repeated speakers are joined."""
-    pieces = _TURN.split("\n\n" + text.lstrip())[1:]
-    messages = []
-    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
-        role, content = "user" if speaker == "Human" else "assistant", content.strip()
-        if messages and messages[-1]["role"] == role:
-            content = messages.pop()["content"] + "\n\n" + content
-        messages.append({"role": role, "content": content})
-    return tuple(messages)
+def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
+    """Refuse a pair that the layout of other rows would misread."""
+    own, chosen = layout_of(present), present["chosen"]
+    both_text = isinstance(chosen, str) and isinstance(present["rejected"], str)
+    one_message = isinstance(chosen, list) and len(chosen) == 1
+    misread = {
+        "HH transcript": own != "HH transcript",
+        "explicit prompt": own == "HH transcript",  # the responses would be whole transcripts
+        "UltraFeedback": both_text or (own == "explicit prompt" and one_message),  # the prompt would be ignored
+        "implicit prompt": own != "implicit prompt",  # the prompt would be ignored, or a transcript split inside a turn
+    }
+    if misread[layout]:
+        raise DataError(
+            f"{origin}: the row's layout is {own}, but most of the first rows' is {layout}; mend or remove the row"
+        )
 
 
 def _preference(present, layout, origin):
@@ -152,21 +163,28 @@ def _split_text(chosen, rejected, origin):
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _mapped(row, columns, origin):
-    """The row's values under our names, without nulls."""
+def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """The row's values under our names, nulls included; `decoded` has read messages in text columns."""
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {_listing(row)}")
+            raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {listing(row)}")
     taken = set(columns.values())
     natural = {name: row[name] for name in ROLES if name in row and name not in taken}
     named = natural | {ours: row[theirs] for ours, theirs in columns.items()}
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: decoded(value, name, origin) if isinstance(value, str) else value for name, value in named.items()}
 
 
-def _need(present, names, row, origin):
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise DataError(f"{origin}: {missing[0]} is missing or null; found {_listing(row)}")
+def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """`role_values` without nulls."""
+    return {name: value for name, value in role_values(row, columns, origin).items() if value is not None}
+
+
+def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, Any], origin: str) -> None:
+    for name in names:
+        if name not in present:
+            raise DataError(f"{origin}: {name} is missing or null; found {listing(row)}")
+        if isinstance(present[name], DataError):  # see encoded.decoded
+            raise present[name]
 
 
 def _prompt(value, origin):
@@ -237,7 +255,8 @@ def _check_unicode(text, name, origin):
         raise DataError(f"{origin}: {name} holds half of a surrogate pair, {where}; mend or remove the row") from None
 
 
-def _listing(row):
+def listing(row: Collection[str]) -> str:
+    """Names of columns, for messages."""
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, row)]
     return ", ".join(names[:12] + [f"{len(names) - 12} more"] * (len(names) > 12)) or "none"
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.cleaning import without_duplicates, without_prompts_of
+from rto_fast.data.layouts import Example
 from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences
 from rto_fast.data.world import EMBEDDED
@@ -37,13 +38,15 @@ class RunData:
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
         self.read = {}  # {source: usable rows}
 
-    def _examples(self, source, split="train", roles=None):
+    def _examples(
+        self, source: str, split: str = "train", roles: tuple[str, ...] | None = None, demonstrations: bool = False
+    ) -> list[Example]:
         config = self.config
         name, split = split_of_source(source, split)
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
         examples = load_examples(
             name, split=split, columns=columns or None, limit=config.limit, invalid=config.invalid,
-            streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib,
+            streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib, demonstrations=demonstrations,
         )  # fmt: skip
         self.read[source] = len(examples)
         unique = without_duplicates(examples)
@@ -128,7 +131,7 @@ class RunData:
     @cached_property
     def sft_examples(self):
         source = self.config.sft
-        examples = self._examples(source, roles=SFT_ROLES) if source else self._preferences[0]
+        examples = self._examples(source, roles=SFT_ROLES, demonstrations=True) if source else self._preferences[0]
         return self._train(examples, "demonstrations")
 
     @cached_property

@@ -12,70 +12,157 @@
 its name as a word (`test.jsonl`, `train-00000-of-00002.parquet`); files without any split's name are `train`. A single
 file is `train`.
 
-Rows are read one by one: a limit, or a range that ends early, leaves the rest of a local file unread. A data set of the
-hub is downloaded whole, unless it is streamed.
+Rows are read one by one. The first 1,000 tell the layout; beyond them, a limit, or a range that ends early, leaves the
+rest of a local file unread. A data set of the hub is downloaded whole, unless it is streamed.
+
+A row that cannot be used is an error, or is left out and counted: a missing or empty value, a wrong type, another layout
+than most, but also a malformed line of JSON or a csv row with too many fields. A file that breaks off, or is not text, is
+always an error: nobody knows what follows there.
 """
 
 import contextlib
 import re
 import sys
 import warnings
+from collections.abc import Iterator, Sized
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
 
-from rto_fast.data.files import SUFFIXES, rows_of_file
-from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, detect_layout, to_example
+from rto_fast.data.detection import find_layout
+from rto_fast.data.files import SUFFIXES, Row, rows_of_file
+from rto_fast.data.layouts import DataError, Example, check_columns, role_values, to_example
 
-__all__ = ["DataError", "Example", "load_examples", "read_rows"]
+__all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
+WINDOW = 1000  # rows that tell the layout
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 def load_examples(
-    source, *, split="train", columns=None, limit=None, invalid="error", streaming=False, max_unpacked_gib=4.0
+    source: str | Path,
+    *,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    invalid: str = "error",
+    streaming: bool = False,
+    max_unpacked_gib: float = 4.0,
+    demonstrations: bool = False,
 ) -> list[Example]:
-    """The examples of a source (see the module's table), at most `limit`.
+    """The examples of a source (see the module's table).
 
-    columns: {ours: theirs} for layouts that are not detected, ours being prompt, response, chosen, rejected, messages.
-    invalid: "error" raises `DataError` at the first row that is unusable (empty or missing response, wrong type, ...),
-        "skip" leaves such rows out and warns once with their number and the first reason.
-    streaming: of a hub data set only download what is read.
+    Args:
+        source, split, columns, streaming, max_unpacked_gib: as in `open_examples`.
+        limit: the most examples; None for all.
+        invalid: "error" raises `DataError` at the first row that is unusable, "skip" leaves such rows out and warns once
+            with their number and the first reason.
+        demonstrations: whether a row without a response is unusable.
     Raises DataError: one line that names the file and line (or row) and the remedy.
     """
     if invalid not in ("error", "skip"):
         raise DataError(f"invalid: {invalid!r} is not 'error' or 'skip'")
-    check_columns(columns)
-    examples, skipped, unread, layout = [], [], [], None
-    for origin, row in () if limit == 0 else read_rows(source, split, streaming, max_unpacked_gib):
-        layout = layout or detect_layout(row, columns, origin)
-        try:
-            examples.append(to_example(row, layout, origin, columns))
-        except DataError as error:
+    if limit == 0:
+        raise DataError(f"{source}: no examples in split {split!r} (limit 0)")
+    layout, rows = open_examples(
+        source, split=split, columns=columns, streaming=streaming, max_unpacked_gib=max_unpacked_gib
+    )
+    examples, unread, skipped, first_error = [], [], 0, None
+    for row, example in rows:
+        if demonstrations and isinstance(example, Example) and (example.response or example.chosen) is None:
+            example = DataError(
+                f"{example.origin}: no response or chosen; this stage needs it: remove the row, or use other data"
+            )
+        if isinstance(example, DataError):
             if invalid == "error":
-                raise
-            skipped.append(error)
-        if layout == "prompt only" and any(row.get(name) for name in ROLES if name != "prompt"):
-            unread.append(origin)
+                raise example
+            skipped, first_error = skipped + 1, first_error or example
+            continue
+        examples.append(example)
+        if layout == "prompt only" and _has_response(row, columns, example.origin):
+            unread.append(example.origin)
         if len(examples) == limit:
             break
     if unread:
         warnings.warn(
-            f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: the very first row, which "
-            "decides the layout, has only a prompt", stacklevel=2,
+            f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: by the first "
+            f"{WINDOW:,} rows the layout is prompt only", stacklevel=2,
         )  # fmt: skip
     if skipped:
-        warnings.warn(f"{source}: {len(skipped)} unusable rows skipped, the first: {skipped[0]}", stacklevel=2)
+        warnings.warn(f"{source}: {skipped} unusable rows skipped, the first: {first_error}", stacklevel=2)
     if not examples:
-        remedy = "all its rows are unusable" if skipped else "it is empty; give other data, or another split"
-        raise DataError(f"{source}: no examples in split {split!r}{' (limit 0)' if limit == 0 else f': {remedy}'}")
+        raise DataError(f"{source}: no examples in split {split!r}: all its rows are unusable")
     return examples
 
 
-def read_rows(source, split="train", streaming=False, max_unpacked_gib=4.0):
-    """Iterate over (origin, row) of a source's split, row being a dict as it stands in the file."""
+def open_examples(
+    source: str | Path,
+    *,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    streaming: bool = False,
+    max_unpacked_gib: float = 4.0,
+) -> tuple[str, Iterator[tuple[dict, Example | DataError]]]:
+    """(layout, iterator over each row and the example it makes) of a source; for an example that cannot be made, why.
+
+    The first `WINDOW` rows are read at once, since they tell the layout, the others when the iterator comes to them. No
+    row is read twice, and an error past the first row is raised where the iterator comes to it.
+
+    Args:
+        source: a file, a folder, a data set's name.
+        split: its split, perhaps with a range of rows.
+        columns: {ours: theirs} for layouts that are not detected, ours being prompt, response, chosen, rejected, messages.
+        streaming: of a hub data set only download what is read.
+        max_unpacked_gib: the most that a compressed file may unpack to, GiB.
+    Raises DataError if there is no row, or no layout.
+    """
+    check_columns(columns)
+    first, rows = _window(read_rows(source, split, streaming, max_unpacked_gib))
+    if not first:
+        raise DataError(f"{source}: no examples in split {split!r}: it is empty; give other data, or another split")
+    layout = find_layout(first, columns)
+    return layout, (_with_example(row, layout, origin, columns) for origin, row in chain(first, rows))
+
+
+def _with_example(
+    row: Row, layout: str, origin: str, columns: dict[str, str] | None
+) -> tuple[dict, Example | DataError]:
+    if isinstance(row, DataError):
+        return {}, row
+    try:
+        return row, to_example(row, layout, origin, columns)
+    except DataError as error:
+        return row, error
+
+
+def _has_response(row: dict, columns: dict[str, str] | None, origin: str) -> bool:
+    return any(value for name, value in role_values(row, columns or {}, origin).items() if name != "prompt")
+
+
+def _window(rows: Iterator[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], Iterator[tuple[str, Row]]]:
+    """(the first rows, the others). What stops the reading of the first is raised by the others, unless it is the first."""
+    first: list[tuple[str, Row]] = []
+    try:
+        for item in islice(rows, WINDOW):
+            first.append(item)
+    except DataError as error:
+        if not first:
+            raise
+        return first, _raising(error)
+    return first, rows
+
+
+def _raising(error: DataError) -> Iterator[tuple[str, Row]]:
+    raise error
+    yield  # makes it a generator, which raises when it is asked for a row
+
+
+def read_rows(
+    source: str | Path, split: str = "train", streaming: bool = False, max_unpacked_gib: float = 4.0
+) -> Iterator[tuple[str, Row]]:
+    """Iterate over (origin, row) of a source's split, row being a dict as it stands in the file, or why it is none."""
     source = str(source)
     match = _SPLIT.fullmatch(split)
     if not match:
@@ -99,11 +186,11 @@ def read_rows(source, split="train", streaming=False, max_unpacked_gib=4.0):
     else:
         rows = _hub_rows(source, name, streaming)
         streamed = streaming
-    if any(bound and not bound.isdigit() for bound in bounds) and not hasattr(rows, "__len__"):
+    if any(bound and not bound.isdigit() for bound in bounds) and not isinstance(rows, Sized):
         if streamed:
             raise DataError(f"split: {split!r} needs the number of rows, which a stream does not tell; as in [:500]")
         rows = list(rows)
-    total = len(rows) if hasattr(rows, "__len__") else sys.maxsize
+    total = len(rows) if isinstance(rows, Sized) else sys.maxsize
     start, stop = (_position(bound, total, default) for bound, default in zip(bounds, (0, total), strict=True))
     return islice(rows, start, max(start, stop))
 

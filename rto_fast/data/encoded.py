@@ -1,0 +1,83 @@
+"""Chat messages that were written into a text column: as JSON, or as Python, pandas and numpy print them.
+
+A csv has no other way to hold messages. Taken for text, their brackets and keys would be trained on.
+"""
+
+import ast
+import json
+import re
+from typing import Any
+
+from rto_fast.errors import DataError
+
+_OPENING = re.compile(r"""\s*(\[?)\s*\{\s*["'](\w+)["']\s*:""")
+_SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:""")
+_FIRST_KEYS = ("role", "content", "from", "value")
+# One of either quotes, or one that is cut off. Nothing is tried twice: a long text of quotes takes a moment.
+_STRING = r"""'[^'\\]*+(?:\\.[^'\\]*+)*+(?:'|\\?\Z)|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)"""
+# numpy prints the objects of an array without commas between them.
+_PYTHON = re.compile(rf"(?P<string>{_STRING})|(?P<word>\b(?:None|True|False)\b)|(?P<gap>\}}\s+(?=\{{))", re.S)
+_WORDS = {"None": "null", "True": "true", "False": "false"}
+
+
+def decoded(text: str, name: str, origin: str) -> Any:
+    """The list of messages that a text spells out; any other text as it is, also one that only begins with a bracket.
+
+    Args:
+        text: a value of a column.
+        name: of the column, for the error.
+        origin: file and line, for the error.
+    Returns:
+        The messages or the text; in the place of a list that is damaged or cut off, as spreadsheets cut long cells, the
+        DataError to raise where the value is used.
+    """
+    opening = _OPENING.match(text)
+    if opening is None or not _SPEAKER.search(text):
+        return text
+    value = _parsed(text)
+    if isinstance(value, list):
+        return value if any(map(_is_message, value)) else text
+    if isinstance(value, dict):  # the caller refuses a message that is not in a list
+        return value if value.keys() == {"role", "content"} else text
+    if opening[1] and opening[2] in _FIRST_KEYS and _is_one_list(text):
+        return DataError(
+            f"{origin}: {name} looks like a list of chat messages written as text, but cannot be parsed, "
+            f"{text.strip()[:40]!r}...; write it with json.dumps, or remove the row"
+        )
+    return text
+
+
+def _is_message(value: Any) -> bool:
+    """Whether a value has a message's keys; its types are checked where the messages are used."""
+    if not isinstance(value, dict):
+        return False
+    return "role" in value and ("content" in value or "tool_calls" in value) or {"from", "value"} <= value.keys()
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text, or of its like in Python; None if it is neither."""
+    for read in (str, _as_json):
+        try:
+            return json.loads(read(text))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # ValueError includes JSONDecodeError
+            continue
+    return None
+
+
+def _as_json(text: str) -> str:
+    """Python's literals as JSON's, one by one: ast.literal_eval of data from elsewhere could use up all memory."""
+
+    def translated(match: re.Match) -> str:
+        if match["string"]:
+            return json.dumps(ast.literal_eval(match["string"]))
+        return _WORDS[match["word"]] if match["word"] else "}, "
+
+    return _PYTHON.sub(translated, text)
+
+
+def _is_one_list(text: str) -> bool:
+    """Whether the brackets outside of strings are never closed, or close at the very end: no prose follows the list."""
+    outside = re.sub(_STRING, "", text, flags=re.S).rstrip()
+    opened = sum(map(outside.count, "[{"))
+    closed = sum(map(outside.count, "]}"))
+    return opened > closed or outside.endswith("]")
