@@ -26,6 +26,12 @@ def _tell(text):
         print(f"rto_fast: {text}", file=sys.stderr)
 
 
+def _end_at_next_signal():
+    """What is still to be ended, threads and libraries, may hang."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_command(main: Callable[[list[str]], object], *, interrupted: str | None = None) -> None:
     """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
 
@@ -44,9 +50,11 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
         _tell(one_line(error))
         sys.exit(2)
     except Interrupted as stop:
+        _end_at_next_signal()
         _tell(str(stop))
         sys.exit(exit_code(stop))
     except KeyboardInterrupt:
+        _end_at_next_signal()
         if interrupted:
             _tell(interrupted)
         sys.exit(130)
