@@ -169,8 +169,8 @@ class Checkpoints:
         order = trainer.order
         if difference := order.difference(state):
             how = (
-                f"the stage goes on as if this had been its data from the beginning: {order.visited:,} visits are done, "
-                f"{trainer.steps - trainer.step_count:,} steps are left; for the run as it was begun, give it its own data"
+                f"the stage goes on as if this had been its data from the beginning (trained on {order.visited:,} examples, "
+                f"steps to go: {trainer.steps - trainer.step_count:,}); for the run as it was begun, give it its own data"
             )
             self.log.warning(stage, trainer.step_count, "data", f"the data has changed: {difference}", how)
         elif "fingerprint" not in state:

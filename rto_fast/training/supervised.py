@@ -73,7 +73,8 @@ class SupervisedTrainer:
         """Data, batch size and epochs may be others than the state's: the stage then ends when what is left is visited."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.steps = self.step_count + count_steps(self.order.remaining, self.stage.batch_size)
+        left = count_steps(self.order.remaining, self.stage.batch_size)
         if self.stage.max_steps is not None:
-            self.steps = min(self.steps, self.stage.max_steps)
+            left = min(left, max(0, self.stage.max_steps - self.step_count))
+        self.steps = self.step_count + left
         self.optimizer.total_steps = self.steps
