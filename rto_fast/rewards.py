@@ -134,7 +134,8 @@ class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
     Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
-    the name of another column of the data (such as `answer`), is given those lists by keyword.
+    the name of another column of the data (such as `answer`), is given those lists by keyword. One that scores right or wrong,
+    1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a rate's confidence interval.
     """
 
     def __init__(self, path: str, key: str, device: torch.device | str = "cpu", timeout: float | None = None):
@@ -144,6 +145,7 @@ class RewardFunction:
             parameters = [*inspect.signature(self.function).parameters.values()]
         except ValueError as error:
             raise ConfigError(f"{key}: {error}; give a function written in Python") from None
+        self.is_rate = bool(getattr(self.function, "is_rate", False))
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         self.names = {p.name for p in parameters}
         self.required = [p.name for p in parameters[2:] if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
@@ -188,7 +190,10 @@ class RewardFunction:
             raise RewardError(f"{self.path}: {_told(error)}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
-        return _finite(scores, completions, self.path)
+        scores = _finite(scores, completions, self.path)
+        if self.is_rate and len(odd := scores[(scores < 0) | (scores > 1)]):
+            raise RewardError(f"{self.path}: its is_rate promises scores from 0 to 1, and one is {odd[0].item():g}")
+        return scores
 
     def _in_time(self, prompts, responses, extra):
         if self.timeout is None:
