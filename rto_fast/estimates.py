@@ -1,7 +1,7 @@
 """Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model.
 
-Who makes a number says of which kind it is, by the function called: `mean` or `rate`. Values do not tell: a KL may be 0 in all
-samples, and a score 1, without being outcomes of a trial.
+Who makes a number says of which kind it is, by the function called: `mean` or `rate`. Values do not tell: a KL may be 0
+in all samples, and a score 1, without being outcomes of a trial.
 """
 
 import functools

@@ -134,8 +134,8 @@ class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
     Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
-    the name of another column of the data (such as `answer`), is given those lists by keyword. One that scores right or wrong,
-    1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a rate's confidence interval.
+    the name of another column of the data (such as `answer`), is given those lists by keyword. One that scores right or
+    wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a rate's confidence interval.
     """
 
     def __init__(self, path: str, key: str, device: torch.device | str = "cpu", timeout: float | None = None):

@@ -289,9 +289,9 @@ def test_a_checkpoint_tells_that_the_data_is_another(tmp_path):
     assert goes_on(tmp_path, Trainer()) == [begins]
     assert goes_on(tmp_path, Trainer(size=50, data="other")) == [
         begins,
-        "data: sft, step 3: the data has changed: 50 items, it had 100 when the checkpoint was made; the stage goes on as if "
-        "this had been its data from the beginning (trained on 30 examples, steps to go: 2); for the run as it was begun, give "
-        "it its own data",
+        "data: sft, step 3: the data has changed: 50 items, it had 100 when the checkpoint was made; the stage goes on as "
+        "if this had been its data from the beginning (trained on 30 examples, steps to go: 2); for the run as it was "
+        "begun, give it its own data",
     ]
     (said,) = goes_on(tmp_path, Trainer(size=20, data="other"))[1:]
     assert "20 items, it had 100 when" in said and "steps to go: 0)" in said
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_an_older_version_is_taken_with_a_line(tmp_path):
     state = {"steps": 3, "order": {"epoch": 0, "position": 30}}
     trainer.state_dict = lambda: state
     Checkpoints(tmp_path, Log()).save("sft", trainer)
-    line = "sft: an older version wrote the checkpoint, without saying of what data; taken to be the same"
+    line = "sft: an older version wrote the checkpoint and did not record its data; it is taken as the same"
     assert goes_on(tmp_path, Trainer()) == ["sft: goes on after step 3", line]
     assert "20 items, which is fewer than when the checkpoint was made" in goes_on(tmp_path, Trainer(size=20))[1]
 

@@ -306,8 +306,8 @@ def test_a_restored_trainer_goes_on_bitwise():
 
 def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
     """Six prompts twice, in rollouts of five: 5, 5 and 2, each with two responses a prompt in optimizer steps of four."""
-    settings = ("--rto.iterations", "null", "--rto.epochs", "2", "--rto.prompts_per_rollout", "5")
-    settings += ("--rto.samples_per_prompt", "2", "--rto.batch_size", "4", "--rto.ppo_epochs", "3")
+    settings = ["--rto.iterations=null", "--rto.epochs=2", "--rto.prompts_per_rollout=5"]
+    settings += ["--rto.samples_per_prompt=2", "--rto.batch_size=4", "--rto.ppo_epochs=3"]
     first = trainer(*settings)
     metrics, coefficients = [], [first.kl_coef]
     while first.step_count < first.steps:
@@ -320,7 +320,9 @@ def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
     assert [round(step["tokens"] / float(step["length"])) for step in metrics] == responses
     for optimizer in first.optimizers.values():
         assert optimizer.steps == optimizer.total_steps == 3 * (3 + 3 + 1)
-    expected = [rto.adapt_kl_coef(c, float(m["kl"]), n, 1.0, 10000) for c, m, n in zip(coefficients, metrics, responses)]
+    expected = [
+        rto.adapt_kl_coef(c, float(m["kl"]), n, 1.0, 10000) for c, m, n in zip(coefficients, metrics, responses)
+    ]
     assert coefficients[1:] == expected  # the last rollout counts for as many responses as it has
     second = trainer(*settings)
     second.load_state_dict(state)
@@ -331,9 +333,9 @@ def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("asked, rollouts", [(["--rto.iterations", "null"], [6]), (["--rto.iterations", "3"], [16, 16, 16])])
+@pytest.mark.parametrize("asked, rollouts", [("--rto.iterations=null", [6]), ("--rto.iterations=3", [16, 16, 16])])
 def test_prompts_fill_a_rollout_more_than_once_only_where_iterations_are_asked_for(asked, rollouts):
-    built = trainer("--rto.prompts_per_rollout", "16", "--rto.epochs", "1", *asked)
+    built = trainer("--rto.prompts_per_rollout", "16", "--rto.epochs", "1", asked)
     assert built.steps == len(rollouts)
     assert [len(built.order.take(16)) for _ in rollouts] == rollouts
 
@@ -341,7 +343,7 @@ def test_prompts_fill_a_rollout_more_than_once_only_where_iterations_are_asked_f
 @pytest.mark.parametrize("prompts, rollouts", [(2, []), (4, []), (6, [4]), (7, [4, 2]), (20, [4] * 8)])
 def test_rto_goes_on_with_other_prompts_until_they_are_visited(prompts, rollouts):
     """After two of the three rollouts that six prompts fill twice."""
-    settings = ("--rto.iterations", "null", "--rto.epochs", "2", "--rto.prompts_per_rollout", "4", "--rto.batch_size", "3")
+    settings = ["--rto.iterations=null", "--rto.epochs=2", "--rto.prompts_per_rollout=4", "--rto.batch_size=3"]
     before = trainer(*settings)
     for _ in range(2):
         before.step()

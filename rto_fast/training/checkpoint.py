@@ -169,12 +169,15 @@ class Checkpoints:
         order = trainer.order
         if difference := order.difference(state):
             how = (
-                f"the stage goes on as if this had been its data from the beginning (trained on {order.visited:,} examples, "
-                f"steps to go: {trainer.steps - trainer.step_count:,}); for the run as it was begun, give it its own data"
+                "the stage goes on as if this had been its data from the beginning "
+                f"(trained on {order.visited:,} examples, steps to go: {trainer.steps - trainer.step_count:,}); "
+                "for the run as it was begun, give it its own data"
             )
             self.log.warning(stage, trainer.step_count, "data", f"the data has changed: {difference}", how)
         elif "fingerprint" not in state:
-            self.log.say(f"{stage}: an older version wrote the checkpoint, without saying of what data; taken to be the same")
+            self.log.say(
+                f"{stage}: an older version wrote the checkpoint and did not record its data; it is taken as the same"
+            )
 
     def keep_best(self, score: float) -> None:
         self.best = score

@@ -48,7 +48,8 @@ class Schedule:
     """What every optimizer has: the learning rate's course, and the count of steps done and skipped.
 
     Args:
-        total_steps: length of the schedule; a resumed stage may set another one. lr: peak learning rate, default the stage's.
+        total_steps: length of the schedule; a resumed stage may set another one.
+        lr: peak learning rate, default the stage's.
     """
 
     def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):

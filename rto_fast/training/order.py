@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import torch
 
-
 WHENCE = ("example", "origin")  # where an item came from is no part of what is trained on
 
 

@@ -17,12 +17,13 @@ ECHO = 0.5
 
 
 class StopRequest:
-    """Ends the run at once where nothing would be lost, and in a stage (`waits`) after the present step. As a context it takes
-    SIGINT and SIGTERM; without, none ever comes.
+    """Ends the run at once where nothing would be lost, and in a stage (`waits`) after the present step. As a context it
+    takes SIGINT and SIGTERM; without, none ever comes.
 
-    After the first signal, and its echo, both have the system's default action again: the next one ends the process, whatever
-    it is doing. A thread sees to this, for Python calls handlers in the main thread only, which may be in foreign code that
-    does not return. (Code that also keeps Python's lock, from before the first signal on, can only be ended by SIGKILL.)
+    After the first signal, and its echo, both have the system's default action again: the next one ends the process,
+    whatever it is doing. A thread sees to this, for Python calls handlers in the main thread only, which may be in foreign
+    code that does not return. (Code that has kept Python's lock since before the first signal can only be ended by
+    SIGKILL.)
     """
 
     active: "StopRequest | None" = None  # the one that takes signals in this process
