@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from rto_fast.data.inspection import visible
 from rto_fast.errors import Interrupted, UserError
+from rto_fast.training import deepspeed_import
 
 
 def one_line(error: BaseException, kind: bool = False) -> str:
@@ -41,7 +42,8 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        main([argument for argument in sys.argv[1:] if argument != "--debug"])
+        with deepspeed_import.hidden():
+            main([argument for argument in sys.argv[1:] if argument != "--debug"])
     except BrokenPipeError:  # `| head`
         raise
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it

@@ -19,6 +19,7 @@ from rto_fast.rollout import Sampling, build_engine
 from rto_fast.run import generation_config, quiet_libraries, resolve_device
 from rto_fast.stages.common import response_logps
 from rto_fast.stages.dpo import pair_logps
+from rto_fast.training import deepspeed_import
 
 
 def measure(options: EvaluateConfig, say: Callable[[str], None]) -> dict:
@@ -36,6 +37,8 @@ class Measurement:
         if options.threads:
             torch.set_num_threads(options.threads)
         trust = options.trust_remote_code
+        if trust:
+            deepspeed_import.reveal()  # a model's own code may want it
         self.placement = {"device": device, "dtype": resolve_dtype(options.dtype, device), "trust_remote_code": trust}
         # Mistakes show before the first response is sampled.
         self.function = RewardFunction(options.reward, "--reward", device) if options.reward else None

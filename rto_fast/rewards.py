@@ -17,7 +17,7 @@ from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
 from rto_fast.models.placement import device_of, resident
-from rto_fast.training import ranks
+from rto_fast.training import deepspeed_import, ranks
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def import_function(path: str, key: str) -> Callable:
     """The function that `module:function` names; `key` is the configuration key for messages."""
     module_name, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        with deepspeed_import.revealed():
+            function = getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # the module is somebody else's code, and a script may end itself
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
     if not callable(function):
@@ -182,7 +183,8 @@ class RewardFunction:
 
     def _call(self, prompts, completions, extra):
         try:
-            scores = self._in_time(prompts, [c.text for c in completions], extra)
+            with deepspeed_import.revealed():
+                scores = self._in_time(prompts, [c.text for c in completions], extra)
             scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
         except RewardError:
             raise

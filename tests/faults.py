@@ -35,6 +35,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402, F401
 
 import rto_fast.data.world  # noqa: E402
+import rto_fast.training.stop  # noqa: E402
 import rto_fast.training.zero  # noqa: E402, F401
 from rto_fast.config import load_config  # noqa: E402
 from rto_fast.run import Run  # noqa: E402
@@ -244,6 +245,20 @@ class BadDays:
                 raise Lost(f"SIGTERM: the state was not saved: {said[-500:]}")
         return True
 
+    def stop_twice(self):
+        """A second signal, of either kind, while what the first asked for is done: the last step, its checkpoint."""
+        session = self.start(prepare=lambda: setattr(rto_fast.training.stop, "ECHO", 0.0))
+        if session.run(self.dice.uniform(0, self.longest)):
+            return self._whole(session)
+        first, second = self.dice.choices([signal.SIGINT, signal.SIGTERM], k=2)
+        session.send(first)
+        session.run(self.dice.choice([0.001, 0.01, 0.03, 0.1]), every=0.0005)
+        session.send(second)
+        codes = session.end()
+        if not {*codes} <= {0, 130, -signal.SIGINT, -signal.SIGTERM}:
+            raise Lost(f"two signals: exit codes {codes}: {session.said()[-500:]}")
+        return not self.is_over()
+
     def damage(self):
         """Checkpoint files that are cut, changed by a bit, or gone: found, and an older one is taken."""
         if not self.checkpoints():
@@ -328,6 +343,7 @@ HARMS = {
     "SIGKILL at any moment": (BadDays.kill, 8),
     "SIGKILL while writing": (BadDays.kill_writing, 5),
     "SIGTERM": (BadDays.terminate, 4),
+    "two signals": (BadDays.stop_twice, 4),
     "damaged checkpoint": (BadDays.damage, 2),
     "full disk": (BadDays.full_disk, 2),
     "clock jumps": (BadDays.clock, 2),

@@ -304,7 +304,7 @@ def test_a_checkpoint_of_an_older_version_is_taken_with_a_line(tmp_path):
     state = {"steps": 3, "order": {"epoch": 0, "position": 30}}
     trainer.state_dict = lambda: state
     Checkpoints(tmp_path, Log()).save("sft", trainer)
-    line = "sft: an older version wrote the checkpoint and did not record its data; it is taken as the same"
+    line = "sft: the checkpoint's version did not record its data; it is taken to be the same"
     assert goes_on(tmp_path, Trainer()) == ["sft: goes on after step 3", line]
     assert "20 items, which is fewer than when the checkpoint was made" in goes_on(tmp_path, Trainer(size=20))[1]
 
