@@ -44,7 +44,8 @@ from rto_fast.train import command  # noqa: E402
 STAGES = ("sft", "reward_model", "dpo", "rto")
 OPTIONS = [
     "--threads", "1", "--data.limit", "48", "--data.held_out", "4", "--data.cache_dir", "null", "--eval.prompts", "8",
-    "--rollout.max_new_tokens", "8", "--dpo.batch_size", "4", "--rto.iterations", "3", "--rto.prompts_per_rollout", "8",
+    "--rollout.max_new_tokens", "8", "--sft.batch_size", "40", "--dpo.batch_size", "4",
+    "--rto.iterations", "3", "--rto.prompts_per_rollout", "8",
     "--rto.batch_size", "4", "--eval.every", "2", "--eval.keep_best", "true", "--keep_checkpoints", "2",
     *(f"--{stage}.save_every=1" for stage in STAGES), *(f"--{stage}.max_steps=3" for stage in STAGES[:3]),
 ]  # fmt: skip

@@ -20,8 +20,8 @@ from rto_fast.training.state_files import find_damage, load_state, save_state
 
 OPTIONS = [
     "--threads", "1", "--data.limit", "64", "--data.held_out", "8", "--eval.prompts", "16",
-    "--rollout.max_new_tokens", "12", "--sft.max_steps", "4", "--reward_model.max_steps", "4", "--dpo.max_steps", "4",
-    "--dpo.batch_size", "8", "--rto.iterations", "4", "--rto.prompts_per_rollout", "8", "--rto.batch_size", "4",
+    "--rollout.max_new_tokens", "12", "--sft.batch_size", "40", "--reward_model.max_steps", "4", "--dpo.max_steps", "4",
+    "--dpo.batch_size", "8", "--rto.iterations", "null", "--rto.prompts_per_rollout", "16", "--rto.batch_size", "8",
     "--eval.every", "2", "--eval.keep_best", "true",
 ]  # fmt: skip
 EVERY_STEP = [f"--{stage}.save_every=1" for stage in ("sft", "reward_model", "dpo", "rto")]
@@ -79,7 +79,8 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-# Together these kill in every stage: SFT has steps 1–4, the reward model 5–8, DPO 9–12, RTO 13–16.
+# Together these kill in every stage: SFT has steps 1–4, the reward model 5–8, DPO 9–12, RTO 13–16. The last steps of SFT
+# (8 of 128 examples, in steps of 40) and of RTO (10 of 58 prompts, in rollouts of 16) are smaller than the others.
 @pytest.mark.parametrize("steps", [(2, 5), (6,), (10, 4)], ids=str)
 def test_killed_and_resumed_is_the_same_run(steps, uninterrupted, tmp_path):
     folder, killer = tmp_path / "killed", KILLER.format(signal=int(signal.SIGKILL))
@@ -108,8 +109,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
 def test_every_stage_goes_on_with_other_data(tmp_path):
     """Killed in each stage, and gone on with fewer or more examples than that session had, or with responses cut shorter."""
     folder, killer = tmp_path / "run", KILLER.format(signal=int(signal.SIGKILL))
-    endless = [f"--{stage}.max_steps=null" for stage in ("sft", "reward_model", "dpo")] + ["--rto.iterations=null"]
-    options = [*OPTIONS, *endless, *EVERY_STEP, "--rto.prompts_per_rollout", "20"]
+    sizes = ["--sft.batch_size=32", "--rto.prompts_per_rollout=20"]
+    sizes += [f"--{stage}.max_steps=null" for stage in ("reward_model", "dpo")]
+    options = [*OPTIONS, *sizes, *EVERY_STEP]
     assert run(3, *options, "--output_dir", folder, code=killer).returncode == -signal.SIGKILL
     # Steps of the session: none of SFT and 3 of the reward model; 3 and 3 of DPO; 5 and 2 of RTO; 1.
     sessions = [
