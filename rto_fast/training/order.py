@@ -97,6 +97,6 @@ class ShuffledIndices:
             return f"{self.size:,} items, which is fewer than when the checkpoint was made"
         if size is not None and size != self.size:
             return f"{self.size:,} items, it had {size:,} when the checkpoint was made"
-        if state.get("fingerprint", self.fingerprint) != self.fingerprint:
+        if self.fingerprint and state.get("fingerprint", self.fingerprint) != self.fingerprint:
             return "its items are not those of the checkpoint, or in another order"
         return None

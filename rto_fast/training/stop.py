@@ -73,7 +73,8 @@ class StopRequest:
             if number and self.waits and os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):
                     what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
-                    print(f"\nrto_fast: {what}", file=sys.stderr, flush=True)
+                    line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
+                    print(f"{line_end}rto_fast: {what}", file=sys.stderr, flush=True)
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():
