@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from rto_fast.data.inspection import visible
 from rto_fast.errors import Interrupted, UserError
+from rto_fast.training import deepspeed_import
 
 
 def one_line(error: BaseException, kind: bool = False) -> str:
@@ -26,6 +27,12 @@ def _tell(text):
         print(f"rto_fast: {text}", file=sys.stderr)
 
 
+def _end_at_next_signal():
+    """What is still to be ended, threads and libraries, may hang."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_command(main: Callable[[list[str]], object], *, interrupted: str | None = None) -> None:
     """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
 
@@ -35,7 +42,8 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        main([argument for argument in sys.argv[1:] if argument != "--debug"])
+        with deepspeed_import.hidden():
+            main([argument for argument in sys.argv[1:] if argument != "--debug"])
     except BrokenPipeError:  # `| head`
         raise
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
@@ -44,9 +52,11 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
         _tell(one_line(error))
         sys.exit(2)
     except Interrupted as stop:
+        _end_at_next_signal()
         _tell(str(stop))
         sys.exit(exit_code(stop))
     except KeyboardInterrupt:
+        _end_at_next_signal()
         if interrupted:
             _tell(interrupted)
         sys.exit(130)

@@ -98,7 +98,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     epochs: int = 1
-    """Passes over the stage's data."""
+    """Passes over all of the stage's data. Its last step takes what is left (RTO: its last rollout), and may be smaller."""
     batch_size: int = 128
     """Examples in one optimizer step."""
     micro_batch_tokens: int = 16384
@@ -181,7 +181,7 @@ class RTOConfig(TrainingConfig):
     critic_lr: float = 9e-6
     """Peak learning rate of the critic (AdamW)."""
     iterations: int | None = None
-    """Rollouts; default: one pass (`epochs` passes) over the prompts."""
+    """Rollouts, on the prompts as often as that takes; default: as many as `epochs` passes over the prompts take."""
     prompts_per_rollout: int = 1024
     """Prompts in one rollout."""
     samples_per_prompt: int = 1
@@ -364,7 +364,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
     threads: int | None = None
-    """CPU threads; default: torch's choice. Results repeat to the last bit only for the same number of threads."""
+    """CPU threads; default: torch's choice. A run repeats to the last bit on the same machine with the same versions and the
+    same number of threads; another CPU, or another number of threads, rounds differently, and samples then differ."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

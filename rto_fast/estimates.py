@@ -1,4 +1,8 @@
-"""Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model."""
+"""Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model.
+
+Who makes a number says of which kind it is, by the function called: `mean` or `rate`. Values do not tell: a KL may be 0
+in all samples, and a score 1, without being outcomes of a trial.
+"""
 
 import functools
 import math
@@ -38,12 +42,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean(values: Numbers) -> Estimate:
-    """Mean of [N] values with Student's t interval; of outcomes that are all 0 or 1, with `rate`'s, which does not shrink
-    to a point when they are all alike."""
+    """Mean of [N] values on any scale (scores, lengths, nats) with Student's t interval, whatever the values happen to be;
+    of outcomes, which are right or wrong, take `rate`."""
     values = torch.as_tensor(values, dtype=torch.float64)
     count, value = len(values), values.mean().item()
-    if ((values == 0) | (values == 1)).all():
-        return rate(values)
     if count < 2:
         return Estimate(value, math.nan, math.nan, count)
     half = t_quantile(count - 1) * values.std(correction=1).item() / math.sqrt(count)

@@ -19,6 +19,7 @@ from rto_fast.rollout import Sampling, build_engine
 from rto_fast.run import generation_config, quiet_libraries, resolve_device
 from rto_fast.stages.common import response_logps
 from rto_fast.stages.dpo import pair_logps
+from rto_fast.training import deepspeed_import
 
 
 def measure(options: EvaluateConfig, say: Callable[[str], None]) -> dict:
@@ -36,6 +37,8 @@ class Measurement:
         if options.threads:
             torch.set_num_threads(options.threads)
         trust = options.trust_remote_code
+        if trust:
+            deepspeed_import.reveal()  # a model's own code may want it
         self.placement = {"device": device, "dtype": resolve_dtype(options.dtype, device), "trust_remote_code": trust}
         # Mistakes show before the first response is sampled.
         self.function = RewardFunction(options.reward, "--reward", device) if options.reward else None
@@ -80,8 +83,8 @@ class Measurement:
         if options.reference in self.logps:
             results["kl"] = self._kl()
         scores = {}
-        for name, judge in self._judges():
-            results["rewards"][name] = self._reward(judge, scores.setdefault(name, {}))
+        for name, judge, estimate in self._judges():
+            results["rewards"][name] = self._reward(judge, estimate, scores.setdefault(name, {}))
         if options.dpo_model:
             results["dpo"] = self._implicit_reward()
         results["samples"] = self._samples(scores)
@@ -128,10 +131,11 @@ class Measurement:
         return kl
 
     def _judges(self):
-        """(name, completions → scores) of each reward source; a reward model is loaded when its turn comes."""
+        """(name, completions → scores, `mean` or `rate` of scores) of each reward source; a reward model is loaded when its
+        turn comes."""
         options = self.options
         if self.function:
-            yield options.reward.partition(":")[2], self.function
+            yield options.reward.partition(":")[2], self.function, rate if self.function.is_rate else mean
         if options.reward_model:
             self.say(f"{options.reward_model}: scores")
             model = load_scorer(options.reward_model, trainable=False, **self.placement)
@@ -143,20 +147,20 @@ class Measurement:
                 model.config, "score_std", None
             ):  # as in training, where policies meet these scores
                 source = NormalizedScores(source, options.reward_model, model.config.score_mean, deviation)
-            yield "reward_model", source
+            yield "reward_model", source, mean
 
-    def _reward(self, judge, scores):
+    def _reward(self, judge, estimate, scores):
         """Scores, win rates and preference accuracy by one reward source; `scores` takes {path: [N]}."""
         options, out = self.options, {}
         for path, completions in self.completions.items():
             scores[path] = judge(completions).double().cpu()
         if options.model in scores:
-            out["score"] = asdict(mean(scores[options.model]))
+            out["score"] = asdict(estimate(scores[options.model]))
         if options.reference in scores:
             outcomes = wins(scores[options.model], scores[options.reference])
             lengths = (_lengths(self.rollouts[path]) for path in (options.model, options.reference))
             out |= {
-                "reference_score": asdict(mean(scores[options.reference])),
+                "reference_score": asdict(estimate(scores[options.reference])),
                 "win_rate": asdict(rate(outcomes)) | {"ties": (outcomes == 0.5).double().mean().item()},
                 "length_controlled_win_rate": asdict(length_controlled_win_rate(outcomes, *lengths)),
             }

@@ -60,3 +60,6 @@ def gsm8k(prompts: list, responses: list[str], answer: list) -> list[float]:
             raise ValueError(f"expected a number in the column `answer` of every row, found {given!r}")
         scores.append(float(final_number(response) == right))
     return scores
+
+
+gsm8k.is_rate = True  # type: ignore[attr-defined]  # right or wrong: see `rto_fast.rewards.RewardFunction`

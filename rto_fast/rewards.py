@@ -17,7 +17,7 @@ from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.loading import token_scores
 from rto_fast.models.placement import device_of, resident
-from rto_fast.training import ranks
+from rto_fast.training import deepspeed_import, ranks
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def import_function(path: str, key: str) -> Callable:
     """The function that `module:function` names; `key` is the configuration key for messages."""
     module_name, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        with deepspeed_import.revealed():
+            function = getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # the module is somebody else's code, and a script may end itself
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
     if not callable(function):
@@ -134,7 +135,8 @@ class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
     Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
-    the name of another column of the data (such as `answer`), is given those lists by keyword.
+    the name of another column of the data (such as `answer`), is given those lists by keyword. One that scores right or
+    wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a rate's confidence interval.
     """
 
     def __init__(self, path: str, key: str, device: torch.device | str = "cpu", timeout: float | None = None):
@@ -144,6 +146,7 @@ class RewardFunction:
             parameters = [*inspect.signature(self.function).parameters.values()]
         except ValueError as error:
             raise ConfigError(f"{key}: {error}; give a function written in Python") from None
+        self.is_rate = bool(getattr(self.function, "is_rate", False))
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         self.names = {p.name for p in parameters}
         self.required = [p.name for p in parameters[2:] if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
@@ -180,7 +183,8 @@ class RewardFunction:
 
     def _call(self, prompts, completions, extra):
         try:
-            scores = self._in_time(prompts, [c.text for c in completions], extra)
+            with deepspeed_import.revealed():
+                scores = self._in_time(prompts, [c.text for c in completions], extra)
             scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
         except RewardError:
             raise
@@ -188,7 +192,10 @@ class RewardFunction:
             raise RewardError(f"{self.path}: {_told(error)}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")
-        return _finite(scores, completions, self.path)
+        scores = _finite(scores, completions, self.path)
+        if self.is_rate and len(odd := scores[(scores < 0) | (scores > 1)]):
+            raise RewardError(f"{self.path}: its is_rate promises scores from 0 to 1, and one is {odd[0].item():g}")
+        return scores
 
     def _in_time(self, prompts, responses, extra):
         if self.timeout is None:

@@ -41,7 +41,7 @@ from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
-from rto_fast.training import ranks
+from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
 from rto_fast.training.state_files import write_text
@@ -84,7 +84,7 @@ def quiet_libraries(device):
     """One progress line is enough: no bars for files of a model, no notice that there is no GPU."""
     logging.disable_progress_bar()
     if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when transformers imports deepspeed to save a model
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 
 
 class Run:
@@ -118,6 +118,8 @@ class Run:
         }
         self.loader = Loader(config, self.placement)
         trust = config.model.trust_remote_code
+        if trust:
+            deepspeed_import.reveal()  # a model's own code may want it
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
         self._check_models(trust)

@@ -35,6 +35,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402, F401
 
 import rto_fast.data.world  # noqa: E402
+import rto_fast.training.stop  # noqa: E402
 import rto_fast.training.zero  # noqa: E402, F401
 from rto_fast.config import load_config  # noqa: E402
 from rto_fast.run import Run  # noqa: E402
@@ -43,7 +44,8 @@ from rto_fast.train import command  # noqa: E402
 STAGES = ("sft", "reward_model", "dpo", "rto")
 OPTIONS = [
     "--threads", "1", "--data.limit", "48", "--data.held_out", "4", "--data.cache_dir", "null", "--eval.prompts", "8",
-    "--rollout.max_new_tokens", "8", "--dpo.batch_size", "4", "--rto.iterations", "3", "--rto.prompts_per_rollout", "8",
+    "--rollout.max_new_tokens", "8", "--sft.batch_size", "40", "--dpo.batch_size", "4",
+    "--rto.iterations", "3", "--rto.prompts_per_rollout", "8",
     "--rto.batch_size", "4", "--eval.every", "2", "--eval.keep_best", "true", "--keep_checkpoints", "2",
     *(f"--{stage}.save_every=1" for stage in STAGES), *(f"--{stage}.max_steps=3" for stage in STAGES[:3]),
 ]  # fmt: skip
@@ -244,6 +246,23 @@ class BadDays:
                 raise Lost(f"SIGTERM: the state was not saved: {said[-500:]}")
         return True
 
+    def stop_twice(self):
+        """A second signal, of either kind, while what the first asked for is done: the last step, its checkpoint."""
+        session = self.start(prepare=lambda: setattr(rto_fast.training.stop, "ECHO", 0.0))
+        if session.run(self.dice.uniform(0, self.longest)):
+            return self._whole(session)
+        first, second = self.dice.choices([signal.SIGINT, signal.SIGTERM], k=2)
+        session.send(first)
+        session.run(self.dice.choice([0.001, 0.01, 0.03, 0.1]), every=0.0005)
+        session.send(second)
+        codes = session.end()
+        allowed = {0, 130, -signal.SIGINT, -signal.SIGTERM}
+        if self.ranks > 1:  # one that took the second signal for an echo finds the other gone
+            allowed.add(1)
+        if not allowed.issuperset(codes):
+            raise Lost(f"two signals: exit codes {codes}: {session.said()[-500:]}")
+        return not self.is_over()
+
     def damage(self):
         """Checkpoint files that are cut, changed by a bit, or gone: found, and an older one is taken."""
         if not self.checkpoints():
@@ -328,6 +347,7 @@ HARMS = {
     "SIGKILL at any moment": (BadDays.kill, 8),
     "SIGKILL while writing": (BadDays.kill_writing, 5),
     "SIGTERM": (BadDays.terminate, 4),
+    "two signals": (BadDays.stop_twice, 4),
     "damaged checkpoint": (BadDays.damage, 2),
     "full disk": (BadDays.full_disk, 2),
     "clock jumps": (BadDays.clock, 2),

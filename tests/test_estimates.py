@@ -41,7 +41,16 @@ def test_the_interval_of_a_rate_solves_wilsons_equation():
     nothing, everything = rate([False] * 4), rate([True] * 4)
     assert bounds(nothing) == pytest.approx((0, Z**2 / (4 + Z**2))) and nothing.value == 0
     assert bounds(everything) == pytest.approx((4 / (4 + Z**2), 1)) and everything.value == 1
-    assert mean([0.0, 1.0, 1.0]) == rate([0.0, 1.0, 1.0])  # scores that are right or wrong
+
+
+@pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [0.0, 1.0, 1.0], [1.0, 0.0], [0.5] * 3, [2.0] * 3])
+def test_the_kind_of_an_interval_does_not_depend_on_the_values(values):
+    """A mean moves with its values, and so does its interval; a rate's cannot."""
+    estimate, moved = mean(values), mean([value + 5 for value in values])
+    assert (moved.value, *bounds(moved)) == pytest.approx((estimate.value + 5, estimate.low + 5, estimate.high + 5))
+    if len(set(values)) == 1:
+        assert bounds(estimate) == (values[0], values[0])
+    assert rate([min(value, 1.0) for value in values]).high - rate([min(value, 1.0) for value in values]).low > 0.1
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

@@ -199,7 +199,21 @@ def test_a_model_against_itself(folder):
     results = main(arguments(folder, "--reward", GOLD, "--prompts", "6", reference="model"))
     gold = results["rewards"]["gold_reward"]
     assert gold["win_rate"]["value"] == gold["length_controlled_win_rate"]["value"] == 0.5
-    assert gold["win_rate"]["ties"] == 1 and results["kl"]["k1"]["value"] == 0 and results["prompts"] == 6
+    assert gold["win_rate"]["ties"] == 1 and results["prompts"] == 6
+    assert all(results["kl"][k] == {"value": 0, "low": 0, "high": 0, "count": 6} for k in ("k1", "k3"))  # of a mean
+    assert "[0.00, 0.00]" in [line for line in table(results).splitlines() if "(k1)" in line][0]
+
+
+@pytest.mark.parametrize("is_rate, interval", [(True, [0.61, 1.0]), (False, [1.0, 1.0])])
+def test_a_mean_score_has_the_interval_of_its_kind(folder, monkeypatch, is_rate, interval):
+    def right(prompts, responses):
+        return [1.0] * len(responses)
+
+    right.is_rate = is_rate
+    monkeypatch.setitem(sys.modules, "some_rewards", SimpleNamespace(right=right))
+    results = main(arguments(folder, "--reward", "some_rewards:right", "--prompts", "6"))["rewards"]["right"]
+    for name in ("score", "reference_score"):  # Wilson's of 6 in 6: n / (n + 1.96²)
+        assert [results[name][key] for key in ("low", "high")] == pytest.approx(interval, abs=2e-3)
 
 
 def test_each_measurement_alone(folder):

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from rto_fast.errors import CheckpointError, ConfigError
 from rto_fast.training import state_files
 from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
 
 OPTIONS = [
     "--threads", "1", "--data.limit", "64", "--data.held_out", "8", "--eval.prompts", "16",
-    "--rollout.max_new_tokens", "12", "--sft.max_steps", "4", "--reward_model.max_steps", "4", "--dpo.max_steps", "4",
-    "--dpo.batch_size", "8", "--rto.iterations", "4", "--rto.prompts_per_rollout", "8", "--rto.batch_size", "4",
+    "--rollout.max_new_tokens", "12", "--sft.batch_size", "40", "--reward_model.max_steps", "4", "--dpo.max_steps", "4",
+    "--dpo.batch_size", "8", "--rto.iterations", "null", "--rto.prompts_per_rollout", "16", "--rto.batch_size", "8",
     "--eval.every", "2", "--eval.keep_best", "true",
 ]  # fmt: skip
 EVERY_STEP = [f"--{stage}.save_every=1" for stage in ("sft", "reward_model", "dpo", "rto")]
@@ -45,7 +46,7 @@ def run(*arguments, code=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = ["-c", code] if code else ["-m", "rto_fast.train"]
     return subprocess.run(
-        [sys.executable, *start, *map(str, arguments)], capture_output=True, text=True, env=environment
+        [sys.executable, *start, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=150
     )
 
 
@@ -78,7 +79,8 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-# Together these kill in every stage: SFT has steps 1–4, the reward model 5–8, DPO 9–12, RTO 13–16.
+# Together these kill in every stage: SFT has steps 1–4, the reward model 5–8, DPO 9–12, RTO 13–16. The last steps of SFT
+# (8 of 128 examples, in steps of 40) and of RTO (10 of 58 prompts, in rollouts of 16) are smaller than the others.
 @pytest.mark.parametrize("steps", [(2, 5), (6,), (10, 4)], ids=str)
 def test_killed_and_resumed_is_the_same_run(steps, uninterrupted, tmp_path):
     folder, killer = tmp_path / "killed", KILLER.format(signal=int(signal.SIGKILL))
@@ -102,6 +104,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert process.returncode == 0 and "stopped in rto after step 2" in process.stderr
     assert run("--resume", folder).returncode == 0
     assert_same_run(folder, uninterrupted)
+
+
+def test_every_stage_goes_on_with_other_data(tmp_path):
+    """Killed in each stage, and gone on with fewer or more examples than that session had, or with responses cut shorter."""
+    folder, killer = tmp_path / "run", KILLER.format(signal=int(signal.SIGKILL))
+    sizes = ["--sft.batch_size=32", "--rto.prompts_per_rollout=20"]
+    sizes += [f"--{stage}.max_steps=null" for stage in ("reward_model", "dpo")]
+    options = [*OPTIONS, *sizes, *EVERY_STEP]
+    assert run(3, *options, "--output_dir", folder, code=killer).returncode == -signal.SIGKILL
+    # Steps of the session: none of SFT and 3 of the reward model; 3 and 3 of DPO; 5 and 2 of RTO; 1.
+    sessions = [
+        (3, "--data.limit=40", "sft, step 3", "40 items, it had 64", 0),
+        (6, "--data.limit=64", "reward_model, step 3", "58 items, it had 36", 3),
+        (7, "--data.max_response_tokens=20", "dpo, step 3", "its items are not those of the checkpoint", 5),
+        (99, "--data.limit=60", "rto, step 2", "54 items, it had 58", 1),
+    ]
+    for steps, change, place, what, left in sessions:
+        process = run(steps, "--resume", folder, change, code=killer)
+        assert process.returncode == (0 if steps == 99 else -signal.SIGKILL), process.stderr
+        (line,) = [line for line in process.stdout.splitlines() if "the data has changed" in line]
+        assert line.startswith(f"warning: {place}: the data has changed: {what}") and f"steps to go: {left})" in line
+    recorded = [json.loads(line) for line in open(folder / "warnings.jsonl")]
+    assert [r["stage"] for r in recorded if r["name"] == "data"] == ["sft", "reward_model", "dpo", "rto"]
 
 
 # The files
@@ -167,14 +192,19 @@ def test_damage_to_a_state_is_found(tmp_path, name, damage):
 
 
 class Trainer:
-    def __init__(self):
-        self.step_count = 0
+    """Steps of ten items."""
+
+    def __init__(self, size=100, data="one"):
+        self.step_count, self.steps = 0, 10
+        self.order = ShuffledIndices(size, 0, epochs=1, fingerprint=data)
 
     def state_dict(self):
-        return {"steps": self.step_count}
+        return {"steps": self.step_count, "order": self.order.state_dict()}
 
     def load_state_dict(self, state):
         self.step_count = state["steps"]
+        self.order.load_state_dict(state["order"])
+        self.steps = self.step_count + self.order.remaining // 10
 
 
 class Log:
@@ -185,6 +215,9 @@ class Log:
 
     def say(self, text):
         self.said.append(text)
+
+    def warning(self, stage, step, name, what, remedy):
+        self.said.append(f"{name}: {stage}, step {step}: {what}; {remedy}")
 
     def seconds(self):
         return time.perf_counter() - self.start
@@ -240,6 +273,42 @@ def test_what_followed_a_step_and_failed_is_done_by_the_resumed_run(tmp_path):
     assert resumed.restore("sft", Trainer()) and not resumed.restore("dpo", Trainer())
     resumed.save("sft", Trainer())
     assert not Checkpoints(tmp_path, Log(), resume=True).restore("sft", Trainer())
+
+
+def goes_on(folder, trainer):
+    """What is said when `trainer` goes on from the checkpoint in `folder`."""
+    log = Log()
+    Checkpoints(folder, log, resume=True).restore("sft", trainer)
+    return log.said
+
+
+def test_a_checkpoint_tells_that_the_data_is_another(tmp_path):
+    trainer = Trainer()
+    trainer.order.take(30)
+    trainer.step_count = 3
+    Checkpoints(tmp_path, Log()).save("sft", trainer)
+    begins = "sft: goes on after step 3"
+    assert goes_on(tmp_path, Trainer()) == [begins]
+    assert goes_on(tmp_path, Trainer(size=50, data="other")) == [
+        begins,
+        "data: sft, step 3: the data has changed: 50 items, it had 100 when the checkpoint was made; the stage goes on as "
+        "if this had been its data from the beginning (trained on 30 examples, steps to go: 2); for the run as it was "
+        "begun, give it its own data",
+    ]
+    (said,) = goes_on(tmp_path, Trainer(size=20, data="other"))[1:]
+    assert "20 items, it had 100 when" in said and "steps to go: 0)" in said
+    (said,) = goes_on(tmp_path, Trainer(data="other"))[1:]
+    assert "its items are not those of the checkpoint, or in another order" in said and "steps to go: 7)" in said
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_with_a_line(tmp_path):
+    trainer = Trainer()
+    state = {"steps": 3, "order": {"epoch": 0, "position": 30}}
+    trainer.state_dict = lambda: state
+    Checkpoints(tmp_path, Log()).save("sft", trainer)
+    line = "sft: the checkpoint's version did not record its data; it is taken to be the same"
+    assert goes_on(tmp_path, Trainer()) == ["sft: goes on after step 3", line]
+    assert "20 items, which is fewer than when the checkpoint was made" in goes_on(tmp_path, Trainer(size=20))[1]
 
 
 def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):

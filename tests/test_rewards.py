@@ -131,6 +131,18 @@ def test_a_function_that_is_not_there_is_named(path):
         RewardFunction(path, "reward_model.function")
 
 
+def test_a_function_says_itself_whether_its_scores_are_right_or_wrong(tmp_path, monkeypatch):
+    body = "def f(prompts, responses): return [{}.0] * len(responses)\n"
+    write_module(tmp_path, monkeypatch, body.format(1) + "g = lambda p, r: f(p, r)\ng.is_rate = True\n")
+    assert RewardFunction("my_rewards:g", "k").is_rate and not RewardFunction("my_rewards:f", "k").is_rate
+    assert RewardFunction("my_rewards:g", "k")([completion()]).tolist() == [1.0]
+    assert RewardFunction("rto_fast.rewards:gsm8k", "k").is_rate
+    assert not RewardFunction("rto_fast.data.world:gold_reward", "k").is_rate
+    write_module(tmp_path, monkeypatch, body.format(2) + "f.is_rate = True\n")
+    with pytest.raises(RewardError, match="my_rewards:f: its is_rate promises scores from 0 to 1, and one is 2"):
+        RewardFunction("my_rewards:f", "k")([completion()])
+
+
 def test_statistics_normalise_and_survive_constant_scores():
     source = RewardFunction("rto_fast.data.world:gold_reward", "k")
     completions = [completion(), completion("two red cup ."), completion("um")]

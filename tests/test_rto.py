@@ -278,11 +278,11 @@ def test_kl_controller_moves_towards_its_target_within_bounds():
     assert rto.adapt_kl_coef(0.1, 0.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
 
 
-def trainer(*overrides, say=print):
+def trainer(*overrides, say=print, prompts=6):
     settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
     models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
-    prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS * 2]
-    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), prompts, "cpu", say)
+    given = [Prompt(PROMPTS[i % 3], "1 red cup", {}) for i in range(prompts)]
+    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), given, "cpu", say)
 
 
 def test_a_restored_trainer_goes_on_bitwise():
@@ -302,6 +302,57 @@ def test_a_restored_trainer_goes_on_bitwise():
         pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))
+
+
+def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
+    """Six prompts twice, in rollouts of five: 5, 5 and 2, each with two responses a prompt in optimizer steps of four."""
+    settings = ["--rto.iterations=null", "--rto.epochs=2", "--rto.prompts_per_rollout=5"]
+    settings += ["--rto.samples_per_prompt=2", "--rto.batch_size=4", "--rto.ppo_epochs=3"]
+    first = trainer(*settings)
+    metrics, coefficients = [], [first.kl_coef]
+    while first.step_count < first.steps:
+        if first.step_count == 2:
+            state, visited = copy.deepcopy(first.state_dict()), first.order.visited
+        metrics.append(first.step())
+        coefficients.append(first.kl_coef)
+    responses = [10, 10, 4]
+    assert first.steps == 3 and first.order.remaining == 0 and visited == 10
+    assert [round(step["tokens"] / float(step["length"])) for step in metrics] == responses
+    for optimizer in first.optimizers.values():
+        assert optimizer.steps == optimizer.total_steps == 3 * (3 + 3 + 1)
+    expected = [
+        rto.adapt_kl_coef(c, float(m["kl"]), n, 1.0, 10000) for c, m, n in zip(coefficients, metrics, responses)
+    ]
+    assert coefficients[1:] == expected  # the last rollout counts for as many responses as it has
+    second = trainer(*settings)
+    second.load_state_dict(state)
+    again = second.step()
+    assert second.steps == 3 and all(float(again[k]) == float(metrics[2][k]) for k in again if "second" not in k)
+    for name in ("policy", "critic"):
+        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("asked, rollouts", [("--rto.iterations=null", [6]), ("--rto.iterations=3", [16, 16, 16])])
+def test_prompts_fill_a_rollout_more_than_once_only_where_iterations_are_asked_for(asked, rollouts):
+    built = trainer("--rto.prompts_per_rollout", "16", "--rto.epochs", "1", asked)
+    assert built.steps == len(rollouts)
+    assert [len(built.order.take(16)) for _ in rollouts] == rollouts
+
+
+@pytest.mark.parametrize("prompts, rollouts", [(2, []), (4, []), (6, [4]), (7, [4, 2]), (20, [4] * 8)])
+def test_rto_goes_on_with_other_prompts_until_they_are_visited(prompts, rollouts):
+    """After two of the three rollouts that six prompts fill twice."""
+    settings = ["--rto.iterations=null", "--rto.epochs=2", "--rto.prompts_per_rollout=4", "--rto.batch_size=3"]
+    before = trainer(*settings)
+    for _ in range(2):
+        before.step()
+    after = trainer(*settings, prompts=prompts)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.steps == 2 + len(rollouts)
+    updates = after.config.rto.ppo_epochs * sum(-(-n // 3) for n in rollouts)
+    assert all(o.total_steps == o.steps + updates for o in after.optimizers.values())
+    assert [len(after.order.take(4)) for _ in rollouts] == rollouts and after.order.take(4) == []
 
 
 def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from rto_fast.config import DeepSpeedConfig, StageConfig
+from rto_fast.data.layouts import Example
+from rto_fast.data.tokenizing import Pair, Prompt, Sequence
 from rto_fast.errors import TrainingError
 from rto_fast.training.optimizer import Optimizer, learning_rate_factor
-from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.steps import count_steps
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -115,18 +118,26 @@ def test_a_restored_order_goes_on():
     assert order.take(9) == other.take(9)
 
 
-def linear_trainer(say=print, **options):
-    """y = w·x on ten items; the loss is the mean over the step's items."""
+def linear_trainer(say=print, items=10, data="", seen=None, **options):
+    """y = w·x on some items; the loss is the mean over the step's items. seen: takes the items of each step."""
     torch.manual_seed(0)
-    x, y, model = torch.randn(10, 3), torch.randn(10), torch.nn.Linear(3, 1, bias=False)
+    model, x, y = torch.nn.Linear(3, 1, bias=False), torch.randn(items, 3), torch.randn(items)
 
     def loss(indices, step):
+        if seen is not None and indices[0] == step[0]:
+            seen.append(step)
         error = model(x[indices])[:, 0] - y[indices]
         return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
 
     stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig())
-    return SupervisedTrainer(model, stage, [5] * 10, loss, config, say)
+    return SupervisedTrainer(model, stage, [5] * items, loss, config, say, data)
+
+
+def train(trainer, steps=None):
+    """Steps it to its end, or so often; returns the metrics."""
+    end = trainer.steps if steps is None else trainer.step_count + steps
+    return [trainer.step() for _ in range(end - trainer.step_count)]
 
 
 def test_a_step_is_the_same_whatever_its_micro_batches():
@@ -185,23 +196,122 @@ def test_a_bfloat16_backward_that_broke_off_leaves_nothing():
 
 def test_a_restored_trainer_goes_on_bitwise():
     first, second = linear_trainer(), linear_trainer()
-    for _ in range(3):
-        first.step()
+    train(first, 3)
     state = copy.deepcopy(first.state_dict())
-    while first.step_count < first.steps:
-        first.step()
+    expected = train(first)
     second.load_state_dict(state)
-    while second.step_count < second.steps:
-        second.step()
-    assert torch.equal(first.model.weight, second.model.weight) and first.optimizer.steps == second.optimizer.steps == 7
+    assert train(second) == expected and expected[-1]["tokens"] == 10  # the last step has two items
+    assert torch.equal(first.model.weight, second.model.weight) and first.optimizer.steps == second.optimizer.steps == 8
+
+
+@pytest.mark.parametrize(
+    "items, epochs, batch_size", [(10, 3, 4), (60, 1, 31), (60, 1, 59), (12, 2, 4), (3, 1, 128), (3, 5, 128), (1, 1, 1)]
+)
+def test_a_stage_trains_on_all_of_its_data_as_often_as_it_has_epochs(items, epochs, batch_size):
+    seen = []
+    trainer = linear_trainer(items=items, epochs=epochs, batch_size=batch_size, min_lr_ratio=0.0, seen=seen)
+    metrics = train(trainer)
+    assert sorted(index for step in seen for index in step) == sorted([*range(items)] * epochs)
+    total, last = len(seen), items * epochs % batch_size or batch_size
+    assert [len(step) for step in seen] == [min(batch_size, items * epochs)] * (total - 1) + [last]
+    assert total == trainer.steps == count_steps(items * epochs, batch_size)
+    assert all(step["items"].item() == pytest.approx(1) for step in metrics)  # a mean over the step's own items
+    for number, step in enumerate(metrics):
+        assert step["lr"] == 0.1 * learning_rate_factor(number, total, 0.03, 0.0)
+
+
+def test_a_smaller_last_step_is_normalised_by_its_own_number_of_items():
+    trainer = linear_trainer(items=5, epochs=1, batch_size=3, micro_batch_tokens=5, max_grad_norm=1e9)
+    train(trainer, 1)
+    weight = trainer.model.weight.detach().clone().requires_grad_()
+    left = trainer.order._order[3:]
+    torch.manual_seed(0)
+    _, x, y = torch.nn.Linear(3, 1, bias=False), torch.randn(5, 3), torch.randn(5)
+    (x[left] @ weight[0] - y[left]).square().mean().backward()
+    assert train(trainer)[-1]["grad_norm"] == pytest.approx(weight.grad.norm().item(), rel=1e-6)
 
 
 def test_steps_of_a_stage():
-    assert linear_trainer().steps == 7
     assert linear_trainer(max_steps=5).steps == 5
-    assert linear_trainer(batch_size=40, epochs=1).steps == 1
+    assert linear_trainer(max_steps=9).steps == 8
     with pytest.raises(ValueError, match="no data"):
         ShuffledIndices(0, seed=0)
+
+
+# 3 steps of 4 items, of 10 items 3 times; then the stage goes on with other data or another batch size.
+@pytest.mark.parametrize(
+    "changes, left",
+    [
+        ({"items": 5}, [3]),
+        ({"items": 4}, []),
+        ({"items": 1}, []),
+        ({"items": 100}, [4] * 72),
+        ({"items": 11, "epochs": 2}, [4, 4, 2]),
+        ({"batch_size": 7}, [7, 7, 4]),
+        ({"batch_size": 1}, [1] * 18),
+        ({"epochs": 1}, []),
+        ({"epochs": 2}, [4, 4]),
+        ({"max_steps": 4}, [4]),
+        ({"max_steps": 2}, []),
+    ],
+)
+def test_a_stage_that_goes_on_with_other_data_ends_when_that_is_visited(changes, left):
+    before, seen = linear_trainer(data="one"), []
+    train(before, 3)
+    after = linear_trainer(**{"data": "one", "seen": seen} | changes)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.steps == after.optimizer.total_steps == 3 + len(left)
+    train(after)
+    assert [len(step) for step in seen] == left
+    # As if this had been the data from the beginning: what comes after the first twelve visits.
+    order = ShuffledIndices(after.order.size, 0)
+    order.take(12)
+    assert [index for step in seen for index in step] == order.take(sum(left))
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_in_its_data_and_on_shorter_data():
+    """It knew no size of the data, and its stage would have ended before the last two of the 30 visits."""
+    trainer = linear_trainer(data="one")
+    train(trainer, 5)
+    old = trainer.state_dict() | {"order": {"epoch": 1, "position": 10}}
+    for items, left in ((10, [4, 4, 2]), (5, [4, 1])):
+        seen = []
+        resumed = linear_trainer(items=items, data="one", seen=seen)
+        resumed.load_state_dict(copy.deepcopy(old))
+        train(resumed)
+        assert [len(step) for step in seen] == left
+
+
+def test_a_state_tells_whether_the_data_is_the_same():
+    def order(size, data):
+        return ShuffledIndices(size, seed=0, epochs=1, fingerprint=data)
+
+    state = order(5, "a").state_dict()
+    assert order(5, "a").difference(state) is None
+    assert order(5, "b").difference(state) == "its items are not those of the checkpoint, or in another order"
+    assert order(1000, "b").difference(state) == "1,000 items, it had 5 when the checkpoint was made"
+    old = {"epoch": 0, "position": 5}
+    assert order(5, "a").difference(old) is None  # it does not say
+    assert "fewer than when" in order(4, "a").difference(old)
+
+
+def test_a_fingerprint_changes_with_all_that_is_trained_on():
+    def prompt(ids=(1, 2), text="a", origin="data.jsonl:1", **columns):
+        return Prompt(list(ids), text, columns, origin)
+
+    def pair(chosen=(3,), rejected=(4, 5), origin="data.jsonl:1"):
+        return Pair([1, 2], list(chosen), list(rejected), Example("a", origin=origin))
+
+    different = [
+        [], [prompt()], [prompt(), prompt()], [prompt((1, 2, 3))], [prompt((2, 1))], [prompt(text="b")],
+        [prompt(answer="4")], [prompt(answer="5")], [prompt(answer=4)], [prompt(), prompt(text="b")],
+        [prompt(text="b"), prompt()], [pair()], [pair((3, 4), (5,))], [pair((4, 5), (3,))], [Sequence([1, 2], [3])],
+        [Sequence([1], [2, 3])], [prompt(answer="\ud800")],
+    ]  # fmt: skip
+    assert len({fingerprint(items) for items in different}) == len(different)
+    assert fingerprint([prompt()]) == fingerprint([prompt(origin="elsewhere")])
+    assert fingerprint([pair()]) == fingerprint([pair(origin="elsewhere")])
+    assert fingerprint([prompt(image=object())]) == fingerprint([prompt(image=object())])
 
 
 def test_training_stops_when_no_gradient_is_finite_any_more():

@@ -12,6 +12,7 @@ from rto_fast.planning.hardware import GIB, Machine
 from rto_fast.planning.memory import Memory, Work
 from rto_fast.planning.outline import Items, Phase, Plan, StagePlan, configured_items, setting_of
 from rto_fast.planning.shapes import find_shape
+from rto_fast.training.steps import count_steps
 
 CACHE_SHARE = {True: 0.85, False: 0.5}  # of a GPU's and a CPU's free memory: see rto_fast/rollout/cache.py
 MONITORED = 1 / 16  # of a rollout's responses: see rto_fast/stages/behaviour.py
@@ -88,11 +89,9 @@ class _Planner:
         )
         sequences = costs.Pass(sides * batch, mean / sides, batch * labelled)
         seconds = self._training_seconds(trained, sequences, work, 0 if is_scorer else 4)
-        steps = None
+        steps = stage.max_steps
         if items.count is not None:
-            steps = max(1, items.count * stage.epochs // stage.batch_size)
-        if stage.max_steps is not None:
-            steps = stage.max_steps if steps is None else min(steps, stage.max_steps)
+            steps = count_steps(items.count * stage.epochs, stage.batch_size, stage.max_steps)
         model_bytes = self.setting.itemsize * parameters
         phase = Phase(name, "step", peak, seconds)
         return StagePlan(name, (phase,), mean * stage.batch_size, steps, 12 * trained, model_bytes)
@@ -172,7 +171,7 @@ class _Planner:
         )
         steps = rto.iterations
         if steps is None and items.count is not None:
-            steps = max(1, rto.epochs * items.count // rto.prompts_per_rollout)
+            steps = count_steps(rto.epochs * items.count, rto.prompts_per_rollout)
         parameters = sum(parameters for _, parameters in trained)
         models = (1 + config.eval.keep_best) * shape.parameters + (critic.scorer_parameters if critic else 0)
         models *= setting.itemsize
@@ -228,7 +227,7 @@ class _Planner:
         mean, batch = items.prompt + items.response, rto.batch_size / machine.count
         work = self._work(mean, items.longest, items.response, batch, rto.micro_batch_tokens, "linear_ppo_loss")
         responses = rto.prompts_per_rollout * rto.samples_per_prompt
-        updates = rto.ppo_epochs * -(-responses // rto.batch_size)
+        updates = rto.ppo_epochs * count_steps(responses, rto.batch_size)
         kept = [memory.gradients(parameters, setting) for _, parameters in trained]
         candidates, times = [], []
         for number, (shape, parameters) in enumerate(trained):

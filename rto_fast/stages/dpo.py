@@ -10,6 +10,7 @@ from rto_fast.preflight import preference_finding
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
+from rto_fast.training.order import fingerprint
 from rto_fast.training.ranks import map_items
 from rto_fast.training.supervised import SupervisedTrainer
 
@@ -49,7 +50,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         margin = stage.beta * (better - worse).detach()
         return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say)
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
     model.eval()
     if held_out:

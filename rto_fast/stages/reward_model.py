@@ -7,6 +7,7 @@ from rto_fast.rewards import score_sequences, score_statistics
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
+from rto_fast.training.order import fingerprint
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -30,7 +31,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         share = 1.0 / len(step_indices)
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say)
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     train("reward_model", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
     model.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)

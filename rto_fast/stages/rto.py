@@ -30,8 +30,9 @@ from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.loop import train
 from rto_fast.training.optimizer import build_optimizer
-from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.order import ShuffledIndices, fingerprint
 from rto_fast.training.ranks import map_items
+from rto_fast.training.steps import count_steps
 from rto_fast.training.zero import release
 
 
@@ -324,22 +325,31 @@ class RTOTrainer:
     def __init__(self, config, models, tokenizer, sampling, prompts, device, say):
         self.config, self.models, self.tokenizer, self.prompts, self.device = config, models, tokenizer, prompts, device
         self.sampling, rto = sampling, config.rto
-        self.steps = rto.iterations or max(1, rto.epochs * len(prompts) // rto.prompts_per_rollout)
         self.step_count, self.kl_coef = 0, rto.kl_coef
         self.token_records = []  # of the last iteration, if it is one of those that are recorded
         self.findings = []  # of the gates before the first update, while it is the last iteration
-        self.responses = rto.prompts_per_rollout * rto.samples_per_prompt
-        steps = self.steps * rto.ppo_epochs * -(-self.responses // rto.batch_size)
-        self.optimizers = {"policy": build_optimizer(models.policy, rto, steps, config.deepspeed)}
+        epochs = None if rto.iterations else rto.epochs  # so many iterations draw on prompts without end
+        self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
+        self.steps, updates = self._count_steps()
+        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config.deepspeed)}
         if models.critic is not None:
-            self.optimizers["critic"] = build_optimizer(models.critic, rto, steps, config.deepspeed, rto.critic_lr)
+            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config.deepspeed, rto.critic_lr)
         self.accumulator = Accumulator(rto.micro_batch_tokens, say)
-        self.order = ShuffledIndices(len(prompts), config.seed)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
             vocab_size = vocabulary_of(models.policy)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
+
+    def _count_steps(self) -> tuple[int, int]:
+        """(iterations, those done included; optimizer steps of those still to come)."""
+        rto = self.config.rto
+        left = self.order.remaining
+        if rto.iterations:
+            left = max(0, rto.iterations - self.step_count) * rto.prompts_per_rollout
+        whole, rest = divmod(int(left), rto.prompts_per_rollout)
+        updates = [count_steps(n * rto.samples_per_prompt, rto.batch_size) for n in (rto.prompts_per_rollout, rest)]
+        return self.step_count + whole + bool(rest), rto.ppo_epochs * (whole * updates[0] + updates[1])
 
     @property
     def skipped(self) -> int:
@@ -371,7 +381,7 @@ class RTOTrainer:
         end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.responses, rto.kl_target, rto.kl_horizon)
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, len(repeated), rto.kl_target, rto.kl_horizon)
         self.step_count += 1
         seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
@@ -411,6 +421,9 @@ class RTOTrainer:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.steps, updates = self._count_steps()
+        for optimizer in self.optimizers.values():
+            optimizer.total_steps = optimizer.steps + updates
 
 
 def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
@@ -421,8 +434,9 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
             iteration, every `eval.every`.
     """
     trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, log.say)
-    if len(prompts) < config.rto.prompts_per_rollout:
-        log.say(f"rto: {len(prompts)} prompts fill a rollout of {config.rto.prompts_per_rollout} more than once")
+    rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
+    if len(prompts) < rollout:
+        log.say(f"rto: {len(prompts)} prompts fill a rollout of {rollout} more than once")
 
     health = Health(config, log)
 

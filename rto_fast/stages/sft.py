@@ -5,6 +5,7 @@ from rto_fast.models.loading import causal_logps
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
+from rto_fast.training.order import fingerprint
 from rto_fast.training.supervised import SupervisedTrainer
 
 
@@ -22,7 +23,7 @@ def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **plac
         return -causal_logps(model, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-    trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say)
+    trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say, fingerprint(sequences))
     train("sft", trainer, log, checkpoints, stage.save_every, ("loss", "lr", "tokens_per_second"))
     path = save_model(model, tokenizer, output)
     trainer.release()

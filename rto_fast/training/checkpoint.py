@@ -13,6 +13,7 @@ import torch
 from rto_fast.errors import CheckpointError, UserError
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
 from rto_fast.training.stop import StopRequest
 
@@ -23,6 +24,7 @@ class Trainer(Protocol):
     """What a stage steps, and a checkpoint holds."""
 
     steps: int
+    order: ShuffledIndices
 
     @property
     def step_count(self) -> int:
@@ -159,7 +161,21 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
                                   "options it was begun with") from error  # fmt: skip
         self.log.say(f"{stage}: goes on after step {trainer.step_count}")
+        self._compare_data(stage, trainer, state["order"])
         return self.points[-1].get("unfinished", False)
+
+    def _compare_data(self, stage, trainer, state):
+        """Says where the data is another than that of the checkpoint, and how the stage goes on."""
+        order = trainer.order
+        if difference := order.difference(state):
+            how = (
+                "the stage goes on as if this had been its data from the beginning "
+                f"(trained on {order.visited:,} examples, steps to go: {trainer.steps - trainer.step_count:,}); "
+                "for the run as it was begun, give it its own data"
+            )
+            self.log.warning(stage, trainer.step_count, "data", f"the data has changed: {difference}", how)
+        elif "fingerprint" not in state:
+            self.log.say(f"{stage}: the checkpoint's version did not record its data; it is taken to be the same")
 
     def keep_best(self, score: float) -> None:
         self.best = score

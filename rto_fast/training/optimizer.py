@@ -48,14 +48,14 @@ class Schedule:
     """What every optimizer has: the learning rate's course, and the count of steps done and skipped.
 
     Args:
-        total_steps: length of the schedule. lr: peak learning rate, default the stage's.
+        total_steps: length of the schedule; a resumed stage may set another one.
+        lr: peak learning rate, default the stage's.
     """
 
     def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
         self.stage, self.total_steps = stage, total_steps
         self.peak_lr = stage.lr if lr is None else lr
         self.steps = self.skipped = self.skipped_in_a_row = 0
-        self.max_skipped = min(MAX_SKIPPED, max(1, total_steps // 2))
 
     def step(self) -> dict[str, float]:
         """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
@@ -72,7 +72,7 @@ class Schedule:
         skipped = not math.isfinite(norm)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row >= self.max_skipped:
+        if self.skipped_in_a_row >= min(MAX_SKIPPED, max(1, self.total_steps // 2)):
             raise TrainingError(f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
                                 "learning rate, or look for NaN in the weights it started from")  # fmt: skip
         self.steps += 1

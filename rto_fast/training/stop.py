@@ -1,44 +1,97 @@
-"""A stop that loses nothing: Ctrl-C, or a scheduler's SIGTERM."""
+"""A stop that loses nothing: Ctrl-C, or a scheduler's SIGTERM. A second signal ends the process at once."""
 
+import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 
 from rto_fast.errors import Interrupted
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+# Seconds in which a further signal is an echo of the first: `timeout` sends its own twice, and a launcher passes on what
+# the terminal has sent to all its processes.
+ECHO = 0.5
+
 
 class StopRequest:
-    """Ends the run at once where nothing would be lost, and in a stage (`waits`) after the present step; a second Ctrl-C
-    everywhere at once. As a context it takes the signals; without, none ever comes.
+    """Ends the run at once where nothing would be lost, and in a stage (`waits`) after the present step. As a context it
+    takes SIGINT and SIGTERM; without, none ever comes.
+
+    After the first signal, and its echo, both have the system's default action again: the next one ends the process,
+    whatever it is doing. A thread sees to this, for Python calls handlers in the main thread only, which may be in foreign
+    code that does not return. (Code that has kept Python's lock since before the first signal can only be ended by
+    SIGKILL.)
     """
+
+    active: "StopRequest | None" = None  # the one that takes signals in this process
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.since, self.waits = 0.0, False
+        self.waits = False
         self.folder: str | Path | None = None  # of a run that can be resumed
+        self.before: dict = {}
 
     def __enter__(self):
-        self.before = {}
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self.before[number] = signal.signal(number, self._receive)
+            self.left, self.lock = threading.Event(), threading.Lock()
+            reading, self.writing = os.pipe()
+            os.set_blocking(self.writing, False)
+            self.wakeup_before = signal.set_wakeup_fd(self.writing)  # gets the number of each signal as it comes
+            threading.Thread(target=self._give_back, args=(reading,), daemon=True).start()
+            StopRequest.active = self
         return self
 
     def __exit__(self, *_):
+        if self.before:
+            with self.lock:
+                self.left.set()
+            self._take_off()
+            os.close(self.writing)
+
+    def _take_off(self):
+        StopRequest.active = None
+        signal.set_wakeup_fd(self.wakeup_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
         if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
+            self.signal = number
             if not self.waits:
                 raise self.interrupted("stopped", together=False)
-        elif number == signal.SIGINT and time.monotonic() - self.since > 2.0:
-            raise KeyboardInterrupt  # sooner it was the launcher's echo of the first
+
+    def _give_back(self, reading):
+        """Waits for the first signal, in a thread; then gives both back to the system."""
+        with open(reading, "rb", buffering=0) as numbers:
+            while (number := numbers.read(1)) and number[0] not in SIGNALS:
+                pass  # another signal, with a handler of its own
+            if number and self.waits and os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):
+                    what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
+                    line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
+                    print(f"{line_end}rto_fast: {what}", file=sys.stderr, flush=True)
+            if number and not self.left.wait(ECHO):
+                with self.lock:
+                    if not self.left.is_set():
+                        for signal_number in SIGNALS:  # `signal.signal` works in the main thread only
+                            ctypes.CDLL(None).signal(int(signal_number), ctypes.c_void_p(signal.SIG_DFL))
 
     def interrupted(self, what: str, together: bool = True) -> Interrupted:
         """The error that ends the run. what: is said, followed by how to go on."""
         how = f"go on with: python -m rto_fast.train --resume {self.folder}"
         message = f"{what}; {how}" if self.folder else f"{what} before the first step; start it again"
         return Interrupted(message, self.signal or signal.SIGTERM, together)
+
+
+def _in_a_fork():
+    """A worker process that somebody forks is no run: a signal that should end it must end it, and not this one."""
+    if StopRequest.active:
+        StopRequest.active._take_off()
+
+
+os.register_at_fork(after_in_child=_in_a_fork)

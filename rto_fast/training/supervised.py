@@ -9,28 +9,29 @@ from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.steps import count_steps
 
 
 class SupervisedTrainer:
-    """Trains `model` on a fixed list of items.
+    """Trains `model` on a fixed list of items: on all of them in each epoch, so that the last step may have fewer than the
+    others.
 
     Args:
         lengths: tokens of each item. loss: called with the items' indices of one micro-batch and
             those of the whole optimizer step; returns (loss, metrics), sums that add up to the step's over its
             micro-batches.
-        say: see `Accumulator`.
+        say: see `Accumulator`. fingerprint: of the items, see `ShuffledIndices`.
     """
 
     def __init__(
         self, model: nn.Module, stage: StageConfig, lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]], config: Config,
-        say: Callable[[str], object],
+        say: Callable[[str], object], fingerprint: str = "",
     ):  # fmt: skip
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
-        steps = max(1, len(lengths) * stage.epochs // stage.batch_size)
-        self.steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
+        self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
         self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)
-        self.order = ShuffledIndices(len(lengths), config.seed)
+        self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
         self.accumulator = Accumulator(stage.micro_batch_tokens, say)
 
     @property
@@ -69,5 +70,11 @@ class SupervisedTrainer:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Data, batch size and epochs may be others than the state's: the stage then ends when what is left is visited."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        left = count_steps(self.order.remaining, self.stage.batch_size)
+        if self.stage.max_steps is not None:
+            left = min(left, max(0, self.stage.max_steps - self.step_count))
+        self.steps = self.step_count + left
+        self.optimizer.total_steps = self.steps

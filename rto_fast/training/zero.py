@@ -15,7 +15,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden, score_head
 from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
-from rto_fast.training import ranks
+from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
 
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
@@ -51,6 +51,7 @@ def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
 
 
 def _initialize(model, config, optimizer=None):
+    deepspeed_import.reveal()
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first, for a minute

@@ -108,7 +108,10 @@ def test_a_rank_of_zero_that_runs_out_of_memory_ends_all(outcomes):
 
 def test_a_scheduler_that_stops_both(outcomes):
     found = outcomes["terminated"]
-    (line,) = lines(found["said"])
+    first, line = lines(found["said"])
+    assert first.startswith(
+        "rto_fast: stopping: the present step ends first and is saved; a second signal ends the run"
+    )
     assert found["codes"] == [0, 0] and "; go on with: python -m rto_fast.train --resume" in line
     assert found["resumed"]["codes"] == [0, 0]
     assert [step for name, step in found["metrics"] if name == "sft"] == [1, 2, 3]

@@ -21,6 +21,12 @@ SETTINGS = [
 ]  # fmt: skip
 LORA = ["--lora.rank", "2", "--sft.lr", "1e-2"]
 BFLOAT16 = ["--model.dtype", "bfloat16", "--rto.enabled", "false"]
+# Each stage's last step has one item, which one of the ranks is without.
+REMAINDERS = [
+    "--sft.max_steps", "null", "--sft.epochs", "1", "--sft.batch_size", "19", "--reward_model.max_steps", "null",
+    "--reward_model.epochs", "1", "--reward_model.batch_size", "29", "--dpo.max_steps", "null", "--dpo.batch_size", "29",
+    "--rto.iterations", "null", "--rto.prompts_per_rollout", "29", "--rto.batch_size", "29", "--rto.ppo_epochs", "1",
+]  # fmt: skip
 # {name: (what it is compared with, options)}
 RUNS = {
     "ZeRO 0": ("whole", ["--deepspeed.zero_stage", "0"]),
@@ -37,6 +43,8 @@ RUNS = {
     ),
     "LoRA, ZeRO 2": ("LoRA", LORA),
     "bfloat16, ZeRO 2": ("bfloat16", BFLOAT16),
+    "last steps of one item, ZeRO 2": ("last steps", REMAINDERS),
+    "last steps of one item, ZeRO 3": ("last steps", [*REMAINDERS, "--deepspeed.zero_stage", "3"]),
 }  # fmt: skip
 MODELS = ("sft", "reward_model", "dpo", "rto", "rto_critic")
 
@@ -107,7 +115,7 @@ def alone(options):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run_launched(__file__, folder)
-    for name, options in {"whole": [], "LoRA": LORA, "bfloat16": BFLOAT16}.items():
+    for name, options in {"whole": [], "LoRA": LORA, "bfloat16": BFLOAT16, "last steps": REMAINDERS}.items():
         alone([*SETTINGS, *options, "--output_dir", folder / name])
     return folder
 
@@ -147,6 +155,14 @@ def test_bfloat16_weights_have_float32_masters_on_two_ranks_too(runs):
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("bfloat16")])
 def test_two_ranks_train_what_one_does(name, runs):
     assert_same(runs / name, runs / RUNS[name][0])
+
+
+def test_the_last_steps_have_one_item(runs):
+    found = records(runs / "last steps of one item, ZeRO 2")
+    last = {r["stage"]: r for r in found if "tokens" in r}
+    steps = {"sft": 6, "reward_model": 4, "dpo": 4, "rto": 4}  # of 96 = 5 × 19 + 1 and 88 = 3 × 29 + 1 items
+    assert {stage: record["step"] for stage, record in last.items()} == steps
+    assert all(record["imbalance"] == 2 for record in last.values())  # all the work is one rank's
 
 
 def test_ranks_are_given_alike_work(runs):

@@ -1,0 +1,38 @@
+"""DeepSpeed is imported where a run trains with it, and by foreign code that wants it; nowhere else.
+
+transformers and accelerate import it wherever it is installed, in `save_pretrained` for one, to ask whether a model is one
+of its engines. That takes seconds, and without a GPU it writes a warning to stdout. While it is hidden they find none.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """DeepSpeed cannot be found in the context, unless it was imported before or `reveal` is called."""
+    sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # what Python takes for "there is no such module"
+    try:
+        yield
+    finally:
+        reveal()
+
+
+def reveal() -> bool:
+    """From here on DeepSpeed can be imported, if it is installed; returns whether it was hidden."""
+    was_hidden = sys.modules.get("deepspeed", "") is None
+    if was_hidden:
+        del sys.modules["deepspeed"]
+    return was_hidden
+
+
+@contextlib.contextmanager
+def revealed() -> Iterator[None]:
+    """DeepSpeed can be imported in the context."""
+    was_hidden = reveal()
+    try:
+        yield
+    finally:
+        if was_hidden:
+            sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]
