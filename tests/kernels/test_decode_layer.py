@@ -50,6 +50,15 @@ def test_the_reference_is_transformers_norm():
     assert torch.equal(reference.rms_norm(x, weight, 1e-5), module(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_rotates_as_transformers(dtype):
+    """To the last bit."""
+    x, rope = normal(9, 6, 64, seed=0, dtype=dtype), rope_of(9, 64, dtype, "cpu")
+    cos, sin = rope[None, :, 0], torch.cat([rope[:, 1, 32:]] * 2, 1)[None]
+    expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    assert torch.equal(reference.rotate(x, rope), expected[0].transpose(0, 1))
+
+
 def sums_exactly(*shape, seed, dtype=torch.float32, device="cpu"):
     """Numbers of 7 bits: float32 adds up their squares without rounding, in any order."""
     return (normal(*shape, seed=seed) * 16).round().clamp(-64, 63).div(16).to(device, dtype)
