@@ -114,14 +114,14 @@ def _draw(log_probs, uniforms):
 
 
 def _invert(weights, uniforms):
-    """The first index [B, 1] where the running sum exceeds uniform·sum; 0 where weights are NaN.
+    """The first index [B, 1] whose running sum exceeds uniform·sum, never one of weight 0; 0 where weights are NaN.
 
-    Never one of weight 0, there the running sum (sequential, hence monotone) stays as it is; and there always is one:
-    u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
+    The running sums of a GPU's parallel scan may rise or fall by a rounding from one index to the next, also where the
+    weight is 0. So the indices of weight 0 are taken out, and the largest of the other sums counts as the whole: one of
+    them is above u times that, for u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
     """
-    cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, cumulative[:, -1:] * uniforms, right=True)
-    return index.remainder_(weights.shape[1])  # the search runs to the end where everything is NaN
+    sums = weights.cumsum(-1).masked_fill_(weights == 0, -math.inf)
+    return (sums > sums.amax(-1, keepdim=True) * uniforms).max(-1, keepdim=True).indices
 
 
 def _threshold(z, temperature, top_k, top_p, min_p):
@@ -141,9 +141,11 @@ def _threshold(z, temperature, top_k, top_p, min_p):
         width = top_k or min(256, z.shape[1])
         while True:
             values = z.topk(width).values
-            short = (((values - highest) / temperature).exp_().cumsum(-1) < target).sum(-1, keepdim=True)
-            if top_k or width == z.shape[1] or (short < width).all():
+            is_short = ((values - highest) / temperature).exp_().cumsum(-1) < target
+            # The first that is not: of a parallel scan's sums, later ones may be short again.
+            is_enough, last_kept = is_short.logical_not_().max(-1, keepdim=True)
+            if top_k or width == z.shape[1] or is_enough.all():
                 break
             width = min(16 * width, z.shape[1])
-        threshold = torch.maximum(threshold, values.gather(-1, short.clamp_(max=width - 1)))
+        threshold = torch.maximum(threshold, values.gather(-1, last_kept.where(is_enough, width - 1)))
     return threshold
