@@ -114,13 +114,16 @@ def _draw(log_probs, uniforms):
 
 
 def _invert(weights, uniforms):
-    """The first index [B, 1] whose running sum exceeds uniform·sum, never one of weight 0; 0 where weights are NaN.
-
-    The running sums of a GPU's parallel scan may rise or fall by a rounding from one index to the next, also where the
-    weight is 0. So the indices of weight 0 are taken out, and the largest of the other sums counts as the whole: one of
-    them is above u times that, for u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
-    """
-    sums = weights.cumsum(-1).masked_fill_(weights == 0, -math.inf)
+    """The first index [B, 1] whose running sum exceeds uniform·sum, never one of weight 0; 0 where weights are NaN."""
+    sums = weights.cumsum(-1)
+    index = torch.searchsorted(sums, sums[:, -1:] * uniforms, right=True)
+    index.remainder_(weights.shape[1])  # the search runs to the end where everything is NaN
+    if weights.gather(-1, index).all():
+        return index
+    # Sequential sums stay as they are where the weight is 0; those of a GPU's parallel scan may rise or fall by a rounding.
+    # So these indices are taken out, and the largest sum of the others counts as the whole: one of them is above u times
+    # that, for u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
+    sums.mul_(weights.sign())
     return (sums > sums.amax(-1, keepdim=True) * uniforms).max(-1, keepdim=True).indices
 
 
