@@ -52,9 +52,11 @@ def linear_ppo_kernel(
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + token).to(tl.float32)
     x_ptr += pid_t * stride_x_t
-    z_label, _ = load_logits(x_ptr, None, label + tl.arange(0, 1), num_cols, cap, False)
+    # A label outside of the row is not read: its log-prob is NaN, and so are the loss and the gradient.
+    is_label = (label >= 0) & (label < num_cols)
+    z_label, _ = load_logits(x_ptr, None, tl.where(is_label, label, 0) + tl.arange(0, 1), num_cols, cap, False)
     m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
-    logp, entropy, log2_s = finish_row(tl.sum(z_label, 0), m, s, u, scale)
+    logp, entropy, log2_s = finish_row(tl.where(is_label, tl.sum(z_label, 0), float("nan")), m, s, u, scale)
     loss, dlogp, kl, is_clipped = ppo_terms(
         logp, tl.load(old_logps_ptr + token).to(tl.float32), tl.load(advantages_ptr + token).to(tl.float32), ratio_low,
         ratio_high, dual_clip,
