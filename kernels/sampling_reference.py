@@ -75,6 +75,8 @@ def _sample(logits, uniforms, stop_allowed, temperature, top_k, top_p, min_p, so
         z = softcap * torch.tanh(z / softcap)
     drawn_from = z
     if stop_ids is not None and stop_allowed is not None and not stop_allowed.all():
+        if ((stop_ids < 0) | (stop_ids >= z.shape[1])).any():
+            raise ValueError(f"stop_ids: expected values in [0, {z.shape[1]}), got {stop_ids.tolist()}")
         drawn_from = z.index_fill(-1, stop_ids, -math.inf).where(~stop_allowed[:, None], z)
     log_probs = _log_softmax(z, temperature or 1.0)
     if temperature == 0:

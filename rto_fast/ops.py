@@ -351,6 +351,7 @@ def sample_tokens(
         min_p: keeps of these what has at least min_p times the probability of the highest; in [0, 1].
         softcap: c·tanh(logits / c) before anything else (Gemma-2), or None.
         stop_ids: [K] int64 in [0, V), which rows of which stop_allowed [B] bool is False cannot draw (None: they can).
+            Others: ValueError on a CPU once they would be forbidden, no effect on CUDA.
     Returns:
         tokens [B] int64; logps [B] float32 under softmax(logits / temperature), nothing filtered or forbidden (at
         temperature 1 for 0): the policy that PPO optimises; sampling_logps [B] float32 under the distribution drawn
