@@ -352,6 +352,8 @@ def test_offsets_beyond_32_bits(sample, device):
     memory = torch.empty(size, dtype=torch.float16, device=device) if device.type == "cuda" else np.empty(size, "f2")
     x = torch.as_tensor(memory).as_strided((3, 600), (stride, 1))
     x.copy_(dense)
+    # Rows 16 elements aligned, as x's are: the same kernel, hence the same order of sums, bit by bit.
+    dense = torch.nn.functional.pad(dense, (0, 8))[:, :600]
     for value, other in zip(sample(x, uniforms), check(sample, dense, uniforms)):
         assert torch.equal(value, other)
 
