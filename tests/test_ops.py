@@ -43,7 +43,8 @@ REFUSED = {
     "linear_token_logps": [
         ("hidden_states", torch.zeros(())), ("hidden_states", torch.zeros(T, D).int()),
         ("lm_head_weight", torch.zeros(V, D + 1)), ("lm_head_weight", torch.zeros(V, D).half()),
-        ("labels", LABELS[:-1]), ("labels", LABELS + V), ("labels", LABELS - 1), ("bias", torch.zeros(V + 1)), ("temperature", -1.0), ("softcap", 0.0),
+        ("labels", LABELS[:-1]), ("labels", LABELS + V), ("labels", LABELS - 1),
+        ("bias", torch.zeros(V + 1)), ("temperature", -1.0), ("softcap", 0.0),
     ],
     "linear_ppo_loss": [
         ("lm_head_weight", torch.zeros(V)), ("labels", LABELS.int()), ("labels", LABELS + V),
