@@ -108,7 +108,7 @@ def linear_ppo_sweep(
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
-    # float32, small as it is: its long sums over V are split, and 16-bit outputs may round the parts.
+    # float32: see `gemm` on long sums, as those over V are here.
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
     chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
