@@ -22,9 +22,7 @@ EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, reciprocal, eps, BLOCK_D: tl.constexpr
-):
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, reciprocal, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * num_cols
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < num_cols
