@@ -34,6 +34,8 @@ REGISTERS_PER_SM = 65536
 LIMITS = {80: (163 << 10, 164 << 10, 64), 90: (227 << 10, 228 << 10, 64), 100: (227 << 10, 228 << 10, 64)}
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
+MOVE = r"\bmov\.b(?:16|32)\s+(%\w+), (-?(?:0x)?[0-9A-F]+);"  # of a constant to a register
+
 
 @dataclass
 class Facts:
@@ -49,6 +51,7 @@ class Facts:
     loads: dict[int, int]  # width in bits -> number of instructions
     stores: dict[int, int]
     tensor_core: int
+    inexact: int
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -71,6 +74,8 @@ class Facts:
                 self.failures.append(f"{wide} {name} (128 bits), expected at least {expected[name]}")
         if expected.get("tensor_core") and not self.tensor_core:
             self.failures.append("no tensor-core instruction")
+        if expected.get("exact") and self.inexact:
+            self.failures.append(f"{self.inexact} operations that do not round each by itself, expected 0")
 
 
 def record_launches(call, *call_args):
@@ -105,6 +110,23 @@ def _widths(sass, instruction):
     return dict(sorted(widths.items(), reverse=True))
 
 
+def _inexact(ptx, sass):
+    """Number of operations that are, or may be, fused into one rounding, and of divisions that do not round correctly.
+
+    bfloat16 has no other instruction than fma on sm_80: a·b is a·b + −0 there, and a ± b is b·±1 + a. Those round once
+    anyway. ptxas may fuse what does not say how it rounds (.rn).
+    """
+    constants = {register: int(number, 0) & 0xFFFF for register, number in re.findall(MOVE, ptx)}
+    count = len(re.findall(r"\bFFMA2?\b", sass))
+    for operation, operands in re.findall(r"\b((?:fma|mul|add|sub|div)\.[\w.]*b?f(?:16|32)\w*)\s+(.*);", ptx):
+        if operation.startswith("fma"):
+            _, a, b, addend = re.split(r",\s*", operands)
+            count += not (constants.get(addend) == 0x8000 or {0x3F80, 0xBF80} & {constants.get(a), constants.get(b)})
+        else:
+            count += ".rn" not in operation
+    return count
+
+
 def read_facts(compiled, case, sm):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -116,6 +138,7 @@ def read_facts(compiled, case, sm):
     facts = Facts(
         metadata.name, case, sm, metadata.num_warps, usage["REG"], usage["STACK"] + usage["LOCAL"], metadata.shared,
         _widths(dump, "LDG"), _widths(dump, "STG"), len(re.findall(TENSOR_CORE[sm], dump)),
+        _inexact(compiled.asm["ptx"], dump),
     )  # fmt: skip
     facts.check()
     return facts

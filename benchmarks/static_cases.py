@@ -2,7 +2,8 @@
 
 import torch
 
-# Accesses of 128 bits a kernel must at least have, where it streams rows, and whether it must use the tensor cores.
+# Accesses of 128 bits a kernel must at least have, where it streams rows; whether it must use the tensor cores; whether it
+# must round every operation by itself, as torch's kernels do ("exact").
 EXPECTED = {
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
     "ppo_policy_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
@@ -16,8 +17,8 @@ EXPECTED = {
     "paged_attention_kernel": {"wide_loads": 16},
     "combine_splits_kernel": {"wide_loads": 1},
     "sample_tokens_kernel": {"wide_loads": 6},
-    "add_rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1},
-    "rotate_and_store_kernel": {"wide_loads": 2, "wide_stores": 2},
+    "add_rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1, "exact": True},
+    "rotate_and_store_kernel": {"wide_loads": 2, "wide_stores": 2, "exact": True},
 }
 
 
@@ -200,6 +201,7 @@ CASES = {
     "layer llama bf16": decode_layer(256, 4096, 32, 8, 128),
     "layer qwen bf16 head norms": decode_layer(256, 1024, 16, 8, 128, norms=True),
     "layer 20M bf16": decode_layer(256, 384, 6, 2, 64),
+    "layer fp16 head norms": decode_layer(256, 384, 6, 2, 64, torch.float16, norms=True),
     "layer fp32": decode_layer(256, 384, 6, 2, 64, torch.float32, norms=True),
     "step of 256": decode_step(256, 2, 3, True),
     "first draw of 1": decode_step(1, 1, 1, False),

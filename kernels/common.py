@@ -206,15 +206,27 @@ def gradient_view(buffer, dtype):
     return buffer if dtype == torch.float32 else buffer.view(dtype)[:, buffer.shape[1] :]
 
 
-def gemm(a, b, out, accumulate=False):
-    """out (+)= a @ b, accumulated in float32 and rounded to out's dtype."""
+# cuBLAS splits the sum over K where a product has too few tiles to fill the GPU, and may then add up the parts in the dtype
+# of a 16-bit output. Products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in float32, which is
+# 32 MiB at most, and then rounded. (The largest that an H200 was seen to split had 2^20 elements.)
+SPLIT_K_ELEMENTS = 1 << 23
+
+
+def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    """out (+)= a @ b, accumulated in float32 and rounded to out's dtype once.
+
+    torch forbids parts in 16 bits by flags only (`allow_bf16_reduced_precision_reduction`), which are the user's.
+    """
     # Always with `out=`: unlike the functional forms, those take no part in autocast.
-    if not a.is_cuda and a.dtype != torch.float32:
+    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
+    if a.dtype != torch.float32 and not a.is_cuda:
         # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
         product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
-        return out.add_(product) if accumulate else out.copy_(product)
-    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
-    return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
+    elif out.dtype.itemsize == 2 and out.numel() <= SPLIT_K_ELEMENTS:
+        product = gemm(a, b, torch.empty(out.shape, dtype=torch.float32, device=out.device))
+    else:
+        return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
+    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def autocast_operands(*tensors):

@@ -2,8 +2,14 @@
 
 A decode step is short: of 256 sequences a small model's layer reads 10 µs of weights and cache, and each kernel costs
 about 2 µs before it reads a byte. So a residual sum goes with the norm that follows it; and norms of heads, rotary
-embedding and the stores to the cache, which touch the same elements, go together. Both round where transformers' modules
-round, so that a token's keys are those of the training forward, bit by bit where the GEMMs are.
+embedding and the stores to the cache, which touch the same elements, go together.
+
+Both kernels round where transformers' modules round on a GPU, so that a token's keys are those of the training forward,
+bit by bit where the GEMMs and the order of a norm's sum are:
+- A product that is added to something is rounded first. The compiler would contract both into one fused multiply-add, also
+  where the product is cast to 16 bits in between: it narrows the product to 16 bits, then contracts. `EXACT` forbids that.
+- The mean is the sum times the float32 reciprocal of the size, as torch's CUDA kernel computes it.
+- `tl.rsqrt` is rsqrt.approx, as CUDA's rsqrtf is.
 """
 
 import torch
@@ -12,9 +18,11 @@ import triton.language as tl
 
 from rto_fast.kernels.paged_attention import cache_pointers
 
+EXACT = {"enable_fp_fusion": False}
+
 
 @triton.jit
-def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, eps, BLOCK_D: tl.constexpr):
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, reciprocal, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * num_cols
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < num_cols
@@ -25,7 +33,7 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, eps,
         z = (z.to(tl.float32) + x.to(tl.float32)).to(z.dtype)
         tl.store(residual_ptr + row + offs_d, z, mask=mask)
     wide = z.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / num_cols + eps)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) * reciprocal + eps)
     out = (wide * scale).to(z.dtype).to(tl.float32) * weight
     tl.store(out_ptr + row + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -62,7 +70,7 @@ def rotate_and_store_kernel(
         query_high = tl.load(query_norm_ptr + HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         key_low = tl.load(key_norm_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         key_high = tl.load(key_norm_ptr + HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        scale = tl.rsqrt(tl.sum(a * a + b * b, 1) / HEAD_DIM + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1) * (1.0 / HEAD_DIM) + eps)[:, None]
         a = (a * scale).to(dtype).to(tl.float32) * tl.where(is_query[:, None], query_low, key_low)
         b = (b * scale).to(dtype).to(tl.float32) * tl.where(is_query[:, None], query_high, key_high)
         a = a.to(dtype).to(tl.float32)
@@ -100,8 +108,8 @@ def add_rms_norm(x, residual, weight, eps):
         num_warps = min(max(block_d * residual.element_size() // 1024, 1), 16)
         with torch.cuda.device_of(residual):
             add_rms_norm_kernel[(num_rows,)](
-                x, residual, weight, out, num_cols, eps, BLOCK_D=block_d, num_warps=num_warps
-            )  # fmt: skip
+                x, residual, weight, out, num_cols, 1.0 / num_cols, eps, BLOCK_D=block_d, num_warps=num_warps, **EXACT
+            )
     return out
 
 
@@ -125,5 +133,5 @@ def rotate_and_store(
         rotate_and_store_kernel[(num_tokens, triton.cdiv(num_rows, block_h))](
             qkv, rope, query_norm, key_norm, addresses, slots, qkv.stride(0), eps, NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
-            num_warps=num_warps,
+            num_warps=num_warps, **EXACT,
         )  # fmt: skip

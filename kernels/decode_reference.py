@@ -23,8 +23,9 @@ def add_rms_norm(x, residual, weight, eps):
 
 def rotate(x, rope):
     """Rotary embedding of [T, heads, D] by rope [T, 2, D]: cosines (twice the same half), and sines whose first half is
-    negative: halves (a, b) of a head become (a·cos − b·sin, b·cos + a·sin)."""
-    return torch.addcmul(x * rope[:, None, 0], x.roll(x.shape[-1] // 2, -1), rope[:, None, 1])
+    negative: halves (a, b) of a head become (a·cos − b·sin, b·cos + a·sin). Both products are rounded before they are added,
+    as in transformers, where `torch.addcmul` would round one of them together with the sum."""
+    return (x * rope[:, None, 0]).add_(x.roll(x.shape[-1] // 2, -1).mul_(rope[:, None, 1]))
 
 
 def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):

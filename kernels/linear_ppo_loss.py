@@ -52,9 +52,11 @@ def linear_ppo_kernel(
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + token).to(tl.float32)
     x_ptr += pid_t * stride_x_t
-    z_label, _ = load_logits(x_ptr, None, label + tl.arange(0, 1), num_cols, cap, False)
+    # A label outside of the row is not read: its log-prob is NaN, and so are the loss and the gradient.
+    is_label = (label >= 0) & (label < num_cols)
+    z_label, _ = load_logits(x_ptr, None, tl.where(is_label, label, 0) + tl.arange(0, 1), num_cols, cap, False)
     m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
-    logp, entropy, log2_s = finish_row(tl.sum(z_label, 0), m, s, u, scale)
+    logp, entropy, log2_s = finish_row(tl.where(is_label, tl.sum(z_label, 0), float("nan")), m, s, u, scale)
     loss, dlogp, kl, is_clipped = ppo_terms(
         logp, tl.load(old_logps_ptr + token).to(tl.float32), tl.load(advantages_ptr + token).to(tl.float32), ratio_low,
         ratio_high, dual_clip,
@@ -106,7 +108,7 @@ def linear_ppo_sweep(
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
-    # float32, small as it is: its long sums over V are split, and 16-bit outputs may round the parts.
+    # float32: see `gemm` on long sums, as those over V are here.
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
     chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.

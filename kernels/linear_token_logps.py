@@ -111,7 +111,7 @@ def linear_token_logps_fwd(
                     TILE_COLS, split, first_col, scale, softcap, ignore_index, WITH_ENTROPY=with_entropy,
                     BLOCK_V=block_v, num_warps=num_warps,
                 )  # fmt: skip
-        combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy)
+        combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy)
     return logps, entropy, state
 
 

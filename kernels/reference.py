@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Logits of a block: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
@@ -30,14 +31,43 @@ class RTOAdvantages(NamedTuple):
     stats: dict[str, torch.Tensor]
 
 
+@torch.library.custom_op("rto_fast::checked_labels", mutates_args=())
+def checked_labels(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
+    """labels, with -1 where they do not count.
+
+    An op of its own: `torch.compile` traces it as one node, where a look at values would break the graph.
+
+    Args:
+        labels: [...] int64. counts: [...] bool.
+        exempt: which labels do not count, for the error's message.
+    Raises:
+        ValueError: a label that counts is not in [0, vocab_size).
+    """
+    outside = counts & ((labels < 0) | (labels >= vocab_size))
+    if outside.any():
+        index = tuple(outside.nonzero()[0].tolist())
+        where = f" at {list(index)}" if index else ""
+        raise ValueError(f"labels: expected values in [0, {vocab_size}){exempt}, got {labels[index].item()}{where}")
+    return labels.where(counts, -1)
+
+
+@checked_labels.register_fake
+def _(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
+    return torch.empty_like(labels)
+
+
+def _without_ignored(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    return checked_labels(labels, labels != ignore_index, vocab_size, f" or ignore_index ({ignore_index})")
+
+
 class _TokenLogps(torch.autograd.Function):
-    """Log-probs and entropies of rows of logits. Forward and backward go through blocks of rows that stay in cache,
-    and nothing as large as the logits is kept: the softmax is cheaper to compute again than to read back."""
+    """Log-probs and entropies of rows of logits, 0 where the label is -1. Forward and backward go through blocks of rows
+    that stay in cache, and nothing as large as the logits is kept: the softmax is cheaper to compute again than to read
+    back."""
 
     @staticmethod
-    def forward(ctx, logits, labels, temperature, ignore_index, with_entropy):
+    def forward(ctx, logits, labels, temperature, with_entropy):
         dtype = compute_dtype(logits)
-        labels = labels.where(labels != ignore_index, -1)
         logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
         entropy = torch.zeros_like(logps) if with_entropy else None
         for rows in _row_blocks(logits, CACHE_ELEMENTS):
@@ -70,7 +100,7 @@ class _TokenLogps(torch.autograd.Function):
                 gradient.mul_(slope.neg_())
             gradient.scatter_add_(-1, labels[rows].clamp(min=0).unsqueeze(-1), dlogps[rows].unsqueeze(-1))
             dlogits[rows] = gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)
-        return dlogits, None, None, None, None
+        return dlogits, None, None, None
 
 
 def _row_blocks(matrix, elements):
@@ -90,8 +120,9 @@ def _finite(log_probs):
 
 def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
     """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
+    labels = _without_ignored(labels, ignore_index, logits.shape[-1])
     logps, entropy = _TokenLogps.apply(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature, ignore_index, return_entropy
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature, return_entropy
     )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
@@ -101,7 +132,7 @@ def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
-    return _TokenLogps.apply(logits, labels, temperature, -1, with_entropy)
+    return _TokenLogps.apply(logits, labels, temperature, with_entropy)
 
 
 def linear_token_logps(
@@ -109,8 +140,9 @@ def linear_token_logps(
     return_entropy=False,
 ):  # fmt: skip
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
-    hidden, flat_labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
-    rows = (flat_labels != ignore_index).nonzero().squeeze(-1)
+    flat_labels = _without_ignored(labels, ignore_index, len(lm_head_weight)).reshape(-1)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    rows = (flat_labels >= 0).nonzero().squeeze(-1)
     is_sparse = len(rows) < len(flat_labels)
     if is_sparse:
         hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
@@ -198,9 +230,10 @@ def linear_ppo_loss(
     clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
 ):  # fmt: skip
     """See `rto_fast.ops.linear_ppo_loss`. Tokens outside the mask are dropped before the GEMM."""
+    labels = checked_labels(labels, loss_mask, len(lm_head_weight), " where loss_mask is True")
     logps, entropy = linear_token_logps(
-        hidden_states, lm_head_weight, labels.masked_fill(~loss_mask, -100), temperature=temperature,
-        softcap=softcap, return_entropy=True,
+        hidden_states, lm_head_weight, labels, temperature=temperature, softcap=softcap, ignore_index=-1,
+        return_entropy=True,
     )  # fmt: skip
     loss, metrics = ppo_policy_loss(
         logps, old_logps, advantages, loss_mask, weights=weights, num_items=num_items, clip_eps=clip_eps,

@@ -75,6 +75,8 @@ def _sample(logits, uniforms, stop_allowed, temperature, top_k, top_p, min_p, so
         z = softcap * torch.tanh(z / softcap)
     drawn_from = z
     if stop_ids is not None and stop_allowed is not None and not stop_allowed.all():
+        if ((stop_ids < 0) | (stop_ids >= z.shape[1])).any():
+            raise ValueError(f"stop_ids: expected values in [0, {z.shape[1]}), got {stop_ids.tolist()}")
         drawn_from = z.index_fill(-1, stop_ids, -math.inf).where(~stop_allowed[:, None], z)
     log_probs = _log_softmax(z, temperature or 1.0)
     if temperature == 0:
@@ -114,14 +116,17 @@ def _draw(log_probs, uniforms):
 
 
 def _invert(weights, uniforms):
-    """The first index [B, 1] where the running sum exceeds uniform·sum; 0 where weights are NaN.
-
-    Never one of weight 0, there the running sum (sequential, hence monotone) stays as it is; and there always is one:
-    u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
-    """
-    cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, cumulative[:, -1:] * uniforms, right=True)
-    return index.remainder_(weights.shape[1])  # the search runs to the end where everything is NaN
+    """The first index [B, 1] whose running sum exceeds uniform·sum, never one of weight 0; 0 where weights are NaN."""
+    sums = weights.cumsum(-1)
+    index = torch.searchsorted(sums, sums[:, -1:] * uniforms, right=True)
+    index.remainder_(weights.shape[1])  # the search runs to the end where everything is NaN
+    if weights.gather(-1, index).all():
+        return index
+    # Sequential sums stay as they are where the weight is 0; those of a GPU's parallel scan may rise or fall by a rounding.
+    # So these indices are taken out, and the largest sum of the others counts as the whole: one of them is above u times
+    # that, for u ≤ 1 − 2^-24 makes u·S < S in float32 too, unless S is subnormal.
+    sums.mul_(weights.sign())
+    return (sums > sums.amax(-1, keepdim=True) * uniforms).max(-1, keepdim=True).indices
 
 
 def _threshold(z, temperature, top_k, top_p, min_p):
@@ -141,9 +146,11 @@ def _threshold(z, temperature, top_k, top_p, min_p):
         width = top_k or min(256, z.shape[1])
         while True:
             values = z.topk(width).values
-            short = (((values - highest) / temperature).exp_().cumsum(-1) < target).sum(-1, keepdim=True)
-            if top_k or width == z.shape[1] or (short < width).all():
+            is_short = ((values - highest) / temperature).exp_().cumsum(-1) < target
+            # The first that is not: of a parallel scan's sums, later ones may be short again.
+            is_enough, last_kept = is_short.logical_not_().max(-1, keepdim=True)
+            if top_k or width == z.shape[1] or is_enough.all():
                 break
             width = min(16 * width, z.shape[1])
-        threshold = torch.maximum(threshold, values.gather(-1, short.clamp_(max=width - 1)))
+        threshold = torch.maximum(threshold, values.gather(-1, last_kept.where(is_enough, width - 1)))
     return threshold

@@ -4,6 +4,9 @@ Bytes are all there is: the forward pass reads 2TV bytes (bf16), the backward pa
 owns a row, so that its state stays in registers; when rows are fewer than the GPU needs to be busy, a row is split
 over several programs and a second launch adds up their states in a fixed order.
 
+A label outside of its row is not read, and to look for one would take a host sync: the log-prob is NaN, and so is the row's
+maximum in the state that the backward pass takes, which makes the gradient NaN.
+
 Rows whose length is no multiple of 16 bytes (GPT-2's 50257) are loaded element by element: 9.3 instructions instead of
 8.7 an element forward, 17 instead of 11 backward (sm_90), where HBM leaves an H200 time for 14 and 27. So no head is
 peeled off to align the rest. The linear ops pad their buffers.
@@ -41,9 +44,11 @@ def token_logps_fwd_kernel(
     log2_s = 0.0
     if label != ignore_index:
         x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
-        z_label = tl.load(x_ptr + label).to(tl.float32)
+        is_label = (label >= 0) & (label < num_cols)
+        z_label = tl.load(x_ptr + label, mask=is_label, other=float("nan")).to(tl.float32)
         m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, None, WITH_ENTROPY, BLOCK_V)
         logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
+        m = tl.where(is_label, m, float("nan"))
     tl.store(logps_ptr + pid_t, logp)
     tl.store(state_ptr + pid_t, m)
     tl.store(state_ptr + num_rows + pid_t, log2_s)
@@ -65,7 +70,7 @@ def partial_state_kernel(
         begin = pid_s * split_cols
         end = tl.minimum(begin + split_cols, num_cols)
         partials_ptr += (first_split + pid_s).to(tl.int64) * 4 * stride_p + pid_t
-        col = label.to(tl.int32) - first_col
+        col = label - first_col
         is_here = (col >= begin) & (col < end)
         z_label, _ = load_logits(x_ptr, bias_ptr, tl.where(is_here, col, begin) + tl.arange(0, 1), end, cap, False)
         tl.store(partials_ptr + 3 * stride_p, tl.where(is_here, tl.sum(z_label, 0), 0.0))
@@ -75,15 +80,16 @@ def partial_state_kernel(
         tl.store(partials_ptr + 2 * stride_p, u)
 
 
-@triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits", "vocab_size"])
 def combine_states_kernel(
     partials_ptr, labels_ptr, rows_ptr, logps_ptr, entropy_ptr, state_ptr, num_partial_rows, num_rows, num_splits,
-    scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
+    vocab_size, scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits' states in order and writes the results of partial row i to row `rows[i]` (i without rows)."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_partial_rows
-    valid = mask_t & (tl.load(labels_ptr + offs_t, mask=mask_t, other=ignore_index) != ignore_index)
+    label = tl.load(labels_ptr + offs_t, mask=mask_t, other=ignore_index)
+    valid = mask_t & (label != ignore_index)
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_T,), tl.float32)
     u = tl.zeros((BLOCK_T,), tl.float32)
@@ -106,6 +112,9 @@ def combine_states_kernel(
         z_label += tl.load(partials_ptr + 3 * num_partial_rows, mask=valid, other=0.0)
         partials_ptr += 4 * num_partial_rows
     logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
+    is_label = (label >= 0) & (label < vocab_size)
+    logp = tl.where(is_label, logp, float("nan"))
+    m = tl.where(is_label, m, float("nan"))
     if rows_ptr is not None:
         offs_t = tl.load(rows_ptr + offs_t, mask=mask_t, other=0)
     tl.store(logps_ptr + offs_t, tl.where(valid, logp, 0.0), mask=mask_t)
@@ -147,12 +156,12 @@ def _splits(num_rows, num_cols, block_v):
     return triton.cdiv(num_cols, split_cols), split_cols
 
 
-def combine_partials(partials, labels, rows, logps, entropy, state, scale, ignore_index, with_entropy):
+def combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy):
     """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
     num_splits, _, num_partial_rows = partials.shape
     combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
-        partials, labels, rows, logps, entropy, state, num_partial_rows, len(logps), num_splits, scale, ignore_index,
-        WITH_ENTROPY=with_entropy, BLOCK_T=128, num_warps=4,
+        partials, labels, rows, logps, entropy, state, num_partial_rows, len(logps), num_splits, vocab_size, scale,
+        ignore_index, WITH_ENTROPY=with_entropy, BLOCK_T=128, num_warps=4,
     )  # fmt: skip
 
 
@@ -179,7 +188,7 @@ def token_logps_fwd(
                 split_cols, 0, 0, scale, None, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v,
                 num_warps=num_warps,
             )  # fmt: skip
-            combine_partials(partials, labels, None, logps, entropy, state, scale, ignore_index, with_entropy)
+            combine_partials(partials, labels, None, logps, entropy, state, num_cols, scale, ignore_index, with_entropy)
         else:
             token_logps_fwd_kernel[(num_rows,)](
                 logits, labels, logps, entropy, state, logits.stride(0), logits.stride(1), rows_per_batch, num_rows,

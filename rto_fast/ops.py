@@ -4,7 +4,9 @@ Everything works on packed tensors: T tokens of N sequences back to back, `cu_se
 index t is the state s_t and the action `labels[t]` (labels are already shifted). CUDA tensors run the Triton kernels,
 CPU tensors the plain torch reference; with TRITON_INTERPRET=1 in the environment CPU tensors run the Triton code
 through its interpreter. Log-probs, entropies and KL are in nats; outputs are float32 (float64 from float64 on CPU).
-Wrong shapes, devices or dtypes raise ValueError naming the argument. The algorithm is arXiv 2404.18922. `sample_tokens`
+Wrong shapes, devices or dtypes raise ValueError naming the argument. Labels outside [0, V) do so on a CPU; Triton does not
+wait for the device to look for them, nor reads outside of a row: the log-prob of such a label is NaN, and so are the loss it
+is in, the gradient of its row and the whole gradient of `lm_head_weight`. The algorithm is arXiv 2404.18922. `sample_tokens`
 is for decoding: it has no gradient, and on CUDA it neither waits for the device nor depends on it, for CUDA graphs.
 
 `torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). In the reference,
@@ -133,7 +135,8 @@ def token_logps(
 
     Args:
         logits: [..., V] float32, bfloat16 or float16; accumulated in float32.
-        labels: [...] int64 in [0, V), or `ignore_index` where the result (and its gradient) is 0.
+        labels: [...] int64 in [0, V), or `ignore_index` where the result (and its gradient) is 0. Others: ValueError on a
+            CPU, NaN on CUDA.
         temperature: divides the logits; above 0.
         return_entropy: also return the entropy of each row's distribution, from the same read of the logits.
         inplace_backward: let the backward pass overwrite `logits` with its gradient (CUDA; saves one [T, V] buffer).
@@ -170,7 +173,9 @@ def linear_token_logps(
 
     Args:
         hidden_states: [..., D], the output of the last layer (after its norm).
-        lm_head_weight: [V, D], same dtype. labels: [...] int64, `ignore_index` rows are dropped before the GEMM.
+        lm_head_weight: [V, D], same dtype.
+        labels: [...] int64 in [0, V), or `ignore_index`: these rows are dropped before the GEMM. Others: ValueError on a
+            CPU, NaN on CUDA.
         bias: [V] or None. softcap: c·tanh(logits / c) before the temperature (Gemma-2), or None.
     Returns:
         logps [...] float32, or (logps, entropy); differentiable in hidden_states, lm_head_weight and bias.
@@ -193,7 +198,8 @@ def linear_ppo_loss(
     The loss is Σ weights·(policy loss − entropy_coef·entropy) / num_items over `loss_mask`; see `ppo_policy_loss`.
 
     Args:
-        hidden_states: [..., D]. lm_head_weight: [V, D]. labels: [...] int64 (any value outside the mask).
+        hidden_states: [..., D]. lm_head_weight: [V, D].
+        labels: [...] int64, in [0, V) inside the mask (others: ValueError on a CPU, a loss of NaN on CUDA), any outside.
         old_logps, advantages: [...] float. loss_mask: [...] bool. The rest as in `ppo_policy_loss`.
     Returns:
         (loss 0-d, metrics): those of `ppo_policy_loss` and `entropy` (mean, nats), 0-d tensors on the device.
@@ -345,6 +351,7 @@ def sample_tokens(
         min_p: keeps of these what has at least min_p times the probability of the highest; in [0, 1].
         softcap: c·tanh(logits / c) before anything else (Gemma-2), or None.
         stop_ids: [K] int64 in [0, V), which rows of which stop_allowed [B] bool is False cannot draw (None: they can).
+            Others: ValueError on a CPU once they would be forbidden, no effect on CUDA.
     Returns:
         tokens [B] int64; logps [B] float32 under softmax(logits / temperature), nothing filtered or forbidden (at
         temperature 1 for 0): the policy that PPO optimises; sampling_logps [B] float32 under the distribution drawn

@@ -28,5 +28,14 @@ def interpreter():
     import triton
 
     versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 5):
-        pytest.skip("Triton 3.6's interpreter does not run on NumPy 2.5: use NumPy 2.4, Triton 3.7 or a GPU")
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter does not run on NumPy 2.4 and later: use NumPy 2.3, Triton 3.7 or a GPU")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where the Triton kernels run in this process: what a test hands to them must lie there, models too."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    request.getfixturevalue("interpreter")
+    return torch.device("cpu")

@@ -122,7 +122,7 @@ def main(rank, store):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero3(tmp_path):
+def test_zero3(tmp_path, interpreter):
     run_ranks(__file__, tmp_path, TRITON_INTERPRET="1")
 
 

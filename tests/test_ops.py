@@ -29,7 +29,7 @@ ARGUMENTS = {
         "old_logps": FLOAT, "ref_logps": FLOAT, "dpo_logps": FLOAT, "values": FLOAT, "scores": torch.zeros(N),
         "cu_seqlens": BOUNDS, "response_mask": MASK,
     },
-    "sample_tokens": {"logits": torch.zeros(T, V), "uniforms": torch.zeros(T, 2)},
+    "sample_tokens": {"logits": torch.zeros(T, V), "uniforms": torch.zeros(T, 2), "stop_allowed": ~MASK},
 }  # fmt: skip
 
 SHORT, INTEGERS, META = FLOAT[:-1], FLOAT.long(), FLOAT.to("meta")
@@ -38,15 +38,17 @@ REFUSED = {
     "token_logps": [
         ("logits", torch.zeros(())), ("logits", torch.zeros(T, 0)), ("logits", torch.zeros(T, V, dtype=torch.int64)),
         ("labels", LABELS[:-1]), ("labels", LABELS.int()), ("labels", LABELS.to("meta")), ("labels", None),
-        ("temperature", 0.0),
+        ("labels", LABELS + V), ("labels", LABELS - 1), ("temperature", 0.0),
     ],
     "linear_token_logps": [
         ("hidden_states", torch.zeros(())), ("hidden_states", torch.zeros(T, D).int()),
         ("lm_head_weight", torch.zeros(V, D + 1)), ("lm_head_weight", torch.zeros(V, D).half()),
-        ("labels", LABELS[:-1]), ("bias", torch.zeros(V + 1)), ("temperature", -1.0), ("softcap", 0.0),
+        ("labels", LABELS[:-1]), ("labels", LABELS + V), ("labels", LABELS - 1),
+        ("bias", torch.zeros(V + 1)), ("temperature", -1.0), ("softcap", 0.0),
     ],
     "linear_ppo_loss": [
-        ("lm_head_weight", torch.zeros(V)), ("labels", LABELS.int()), ("old_logps", SHORT), ("old_logps", META),
+        ("lm_head_weight", torch.zeros(V)), ("labels", LABELS.int()), ("labels", LABELS + V),
+        ("labels", LABELS - 100), ("old_logps", SHORT), ("old_logps", META),
         ("old_logps", INTEGERS), ("advantages", SHORT), ("loss_mask", FLOAT),
         ("weights", INTEGERS), ("temperature", 0.0), ("softcap", -1.0), *PPO_BOUNDS,
     ],
@@ -71,6 +73,7 @@ REFUSED = {
         ("logits", FLOAT), ("logits", torch.zeros(T, 0)), ("logits", torch.zeros(T, V, dtype=torch.int64)),
         ("logits", torch.zeros(V, T).t()), ("uniforms", torch.zeros(T, 3)), ("uniforms", torch.zeros(T, 2).half()),
         ("uniforms", torch.zeros(T, 2).to("meta")), ("stop_ids", LABELS.int()), ("stop_ids", LABELS[None]),
+        ("stop_ids", LABELS + V), ("stop_ids", LABELS - 1),
         ("stop_allowed", MASK[:-1]), ("stop_allowed", LABELS), ("temperature", -0.1), ("temperature", float("nan")),
         ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("softcap", 0.0),
     ],

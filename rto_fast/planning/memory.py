@@ -213,15 +213,21 @@ def head_backward(shape: Shape, work: "Work", setting: Setting) -> float:
         logits = b * vocab * (kept + block) + 4 * vocab * block * (b < 4)
         return logits + b * weight * (1 + several) + b * rows * (2 + several)
     from rto_fast.kernels import linear_ppo_loss, linear_token_logps
+    from rto_fast.kernels.common import SPLIT_K_ELEMENTS
+
+    def product(elements: float) -> float:
+        """What a 16-bit gradient of the weight is rounded from, where it is small."""
+        return 4 * elements if b < 4 and elements <= SPLIT_K_ELEMENTS else 0.0
 
     if work.op == "linear_ppo_loss":
         chunk = linear_ppo_loss._chunk_rows(int(labelled), vocab, shape.hidden_size, work.trains_all)
         chunks = -(-labelled // chunk)
         # float32 logits, gradients of the rows, then of all tokens; of the weight, in float32 if there are several chunks.
-        sweep = 4 * chunk * vocab + 4 * rows + (b if chunks == 1 else 4 + b) * weight
+        sweep = 4 * chunk * vocab + 4 * rows + (b * weight + product(weight) if chunks == 1 else (4 + b) * weight)
         return b * rows + max(sweep, 4 * rows + (4 + 4 + b) * tokens * shape.hidden_size + 2 * b * weight)
     columns = min(linear_token_logps._chunk_cols(int(labelled), vocab), vocab)
-    return b * rows + 4 * labelled * columns + (4 + b) * rows + b * weight
+    of_weight = b * weight + product(columns * shape.hidden_size) * work.trains_all
+    return b * rows + 4 * labelled * columns + (4 + b) * rows + of_weight
 
 
 def _block_rows(shape, labelled):

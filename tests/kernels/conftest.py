@@ -4,14 +4,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def device(request):
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    request.getfixturevalue("interpreter")
-    return torch.device("cpu")
-
-
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """torch.empty is full of NaN (integers: their maximum), so that an output a kernel forgot to write is seen."""

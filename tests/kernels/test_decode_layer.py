@@ -50,6 +50,56 @@ def test_the_reference_is_transformers_norm():
     assert torch.equal(reference.rms_norm(x, weight, 1e-5), module(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_rotates_as_transformers(dtype):
+    """To the last bit."""
+    x, rope = normal(9, 6, 64, seed=0, dtype=dtype), rope_of(9, 64, dtype, "cpu")
+    cos, sin = rope[None, :, 0], torch.cat([rope[:, 1, 32:]] * 2, 1)[None]
+    expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    assert torch.equal(reference.rotate(x, rope), expected[0].transpose(0, 1))
+
+
+def sums_exactly(*shape, seed, dtype=torch.float32, device="cpu"):
+    """Numbers of 7 bits: float32 adds up their squares without rounding, in any order."""
+    return (normal(*shape, seed=seed) * 16).round().clamp(-64, 63).div(16).to(device, dtype)
+
+
+def llama_norm(x, weight, eps):
+    module = LlamaRMSNorm(len(weight), eps).to(weight)
+    module.weight.data = weight
+    return module(x)
+
+
+def cuda_norm(x, weight, eps):
+    """LlamaRMSNorm by the operations of torch's CUDA kernels: its mean multiplies by 1/D, where a CPU's divides by D."""
+    wide = x.float()
+    reciprocal = torch.tensor(1.0 / x.shape[-1], dtype=torch.float32, device=x.device)
+    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) * reciprocal + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def exact_dtype(request, device):
+    if device.type == "cpu" and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16: needs a GPU")
+    return request.param
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("size", [64, 100, 576, 896, 4096])
+def test_add_rms_norm_rounds_where_transformers_does(size, adds, exact_dtype, device):
+    """To the last bit, where the order of the sum does not matter."""
+    residual, x = (sums_exactly(50, size, seed=seed, dtype=exact_dtype, device=device) for seed in (0, 1))
+    weight, x = normal(size, seed=2, dtype=exact_dtype, device=device), x if adds else None
+    total = (residual + x).clamp(-4, 4) if adds else residual
+    if adds:
+        x = total - residual
+    found = kernel.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    assert torch.equal(found, cuda_norm(total, weight, 1e-5))
+    if device.type == "cuda" or size & (size - 1) == 0:
+        assert torch.equal(found, llama_norm(total, weight, 1e-5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_reference_norm_of_wide_dtypes_is_the_same(dtype):
     x, weight = normal(6, 40, seed=0).to(dtype), normal(40, seed=1).to(dtype)
@@ -128,18 +178,19 @@ def test_rotate_and_store(shape, norms, dtype, device):
         assert cache.isfinite().sum() == kept.sum() * case.kv_heads * source.shape[-1]
 
 
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
 @pytest.mark.parametrize("norms", [False, True])
-def test_rounds_where_transformers_does(norms, device):
-    """To the last bit, in a dtype whose rounding the interpreter gets right."""
-    case = Case(device, 5, 4, 2, 16, 16, torch.float16, norms)
+def test_rounds_where_transformers_does(norms, head_dim, exact_dtype, device):
+    """To the last bit, where the order of a norm's sum does not matter."""
+    case = Case(device, 15, 4, 2, head_dim, 16, exact_dtype, norms)
+    case.qkv = sums_exactly(15, 8, head_dim, seed=3, dtype=exact_dtype, device=device)
     query, key, value = case.run(case.qkv.clone()).split([4, 2, 2], 1)
     q, k, _ = case.qkv.split([4, 2, 2], 1)
     if norms:
-        modules = [LlamaRMSNorm(16, 1e-6).to(device, torch.float16) for _ in range(2)]
-        for module, weight in zip(modules, case.norms):
-            module.weight.data = weight
-        q, k = (module(x) for module, x in zip(modules, (q, k)))
-    cos, sin = case.rope[None, :, 0], case.rope[None, :, 1] * torch.tensor([-1.0] * 8 + [1.0] * 8, device=device).half()
+        norm = llama_norm if device.type == "cuda" else cuda_norm
+        q, k = (norm(x, weight, 1e-6) for x, weight in zip((q, k), case.norms))
+    cos, sin = case.rope[None, :, 0], case.rope[None, :, 1].clone()
+    sin[..., : head_dim // 2].neg_()
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     for actual, truth in zip((query, key), expected):
         assert torch.equal(actual, truth[0].transpose(0, 1))

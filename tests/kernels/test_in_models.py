@@ -113,7 +113,9 @@ def test_accumulation_over_micro_batches(as_tensor, place):
     model, batch = TiedModel().to(place), make_batch(place)
     batch["loss_mask"][11:14] = False
     whole = ppo_loss(model(batch), model.embedding, batch)
-    expected = gradients(whole, model)
+    exact = TiedModel().to(place).double()
+    truths = gradients(dense_ppo_loss(exact(batch), exact.embedding, batch), exact)
+    peers = gradients(dense_ppo_loss(model(batch), model.embedding, batch), model)
     num_items = batch["loss_mask"].sum()
     total = 0.0
     for here in (slice(0, 11), slice(11, 14), slice(14, ROWS)):
@@ -121,9 +123,10 @@ def test_accumulation_over_micro_batches(as_tensor, place):
         loss = ppo_loss(model(part), model.embedding, part, num_items if as_tensor else num_items.item())
         loss.backward()
         total += loss.detach()
-    torch.testing.assert_close(total, whole.detach(), rtol=1e-6, atol=1e-6)
-    for parameter, gradient in zip(model.parameters(), expected):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(total, whole.detach())
+    # Sums of other batches round otherwise: as exact as torch's float32, which errs about as much as two of ours differ.
+    for parameter, truth, peer in zip(model.parameters(), truths, peers):
+        assert (parameter.grad.double() - truth).norm() <= 4 * (peer.double() - truth).norm()
 
 
 def call(name, model, batch):

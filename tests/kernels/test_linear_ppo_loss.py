@@ -78,6 +78,18 @@ def assert_matches(inputs, **options):
     return actual
 
 
+def assert_as_exact_as_torch(gradients, inputs, **options):
+    """Against float64, with at most 4 times the error of torch's float32 (ours is 1 to 1.6 times that on a CPU).
+
+    For gradients of other chunks or batches than those of a comparison: their GEMMs add up in another order, and two orders
+    differ by as much as each of them errs. An element that is nearly 0 has the error of its terms, so norms are compared.
+    """
+    truths = evaluate(reference.linear_ppo_loss, in_double(inputs), **options)[2]
+    peers = evaluate(torch_in_dtype, inputs, **options)[2]
+    for gradient, truth, peer in zip(gradients, truths, peers):
+        assert (gradient.double() - truth).norm() <= 4 * (peer.double() - truth).norm()
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 16 rows of 900 columns."""
@@ -227,11 +239,11 @@ def test_micro_batches_add_up(device):
     for here in (slice(0, 13), slice(13, 14), slice(14, 40)):
         part = [inputs[0][here], inputs[1], *(t[here] for t in inputs[2:])]
         parts.append(evaluate(kernel.linear_ppo_loss, part, num_items=total, entropy_coef=0.1))
-    torch.testing.assert_close(sum(part[0] for part in parts), whole[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sum(part[0] for part in parts), whole[0])
     for name, value in whole[1].items():
-        torch.testing.assert_close(sum(part[1][name] for part in parts), value, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(torch.cat([part[2][0] for part in parts]), whole[2][0], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(sum(part[2][1] for part in parts), whole[2][1], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(sum(part[1][name] for part in parts), value)
+    gradients = torch.cat([part[2][0] for part in parts]), sum(part[2][1] for part in parts)
+    assert_as_exact_as_torch(gradients, inputs, entropy_coef=0.1)
 
 
 def test_chunks_do_not_change_the_result(device, monkeypatch):
@@ -241,8 +253,8 @@ def test_chunks_do_not_change_the_result(device, monkeypatch):
     monkeypatch.setattr(kernel, "_chunk_rows", lambda *_: 7)
     chunked = evaluate(kernel.linear_ppo_loss, inputs, entropy_coef=0.1)
     torch.testing.assert_close(chunked[0], whole[0])
-    for gradient, other in zip(chunked[2], whole[2]):
-        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-7)
+    for gradients in (whole[2], chunked[2]):
+        assert_as_exact_as_torch(gradients, inputs, entropy_coef=0.1)
 
 
 @pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True)])

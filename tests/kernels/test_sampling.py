@@ -152,6 +152,56 @@ def test_never_draws_what_has_no_probability(u, vocab, first, last, sample, devi
     assert (check(sample, logits.masked_fill(outside, -200.0), uniforms)[0] == expected).all()
 
 
+def parallel_scan(x):
+    """Running sums [..., n] as a GPU has them: within chunks of 32, and of what precedes a chunk in an order of its own."""
+    sums = x.copy()
+    for start in range(0, x.shape[-1], 32):
+        order = np.random.default_rng(start).permutation(start)
+        before = x[..., order].cumsum(-1)[..., -1:] if start else 0
+        sums[..., start : start + 32] = before + x[..., start : start + 32].cumsum(-1)
+    return sums
+
+
+@pytest.fixture
+def gpu_scans(device, monkeypatch):
+    """Running sums that are not monotone, in torch and in Triton's interpreter; on a GPU they are the GPU's own."""
+    if device.type == "cpu":
+        sums, numpy_cumsum = torch.Tensor.cumsum, np.cumsum
+        monkeypatch.setattr(
+            torch.Tensor, "cumsum",
+            lambda x, dim: torch.from_numpy(parallel_scan(x.numpy())) if x.is_floating_point() else sums(x, dim),
+        )  # fmt: skip
+        monkeypatch.setattr(
+            np, "cumsum", lambda x, axis: parallel_scan(x) if x.dtype == np.float32 else numpy_cumsum(x, axis=axis)
+        )
+        weights = torch.rand(512, generator=torch.Generator().manual_seed(0))
+        weights[100:400] = 0.0
+        steps = weights.cumsum(-1).diff()[100:399]
+        assert (steps < 0).any() and (steps > 0).any(), "as monotone as a sequential sum"
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+def test_sums_that_are_not_monotone(options, sample, gpu_scans, device):
+    """Most of the row has no probability, in blocks, and the uniforms lie about the running sums of the chosen tile."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 1500, generator=generator)
+    logits[0, torch.randperm(50, generator=generator)[:40, None] * 30 + torch.arange(30)] = -INF
+    probs = torch.nn.functional.pad(truth(logits, **options)[1].exp(), (0, 36)).view(3, TILE)
+    mass = probs.sum(-1)
+    within = (probs.cumsum(-1) / mass[:, None])[:, ::128].flatten()
+    tile = torch.arange(3).repeat_interleave(len(within) // 3)
+    first = ((mass.cumsum(-1) - 0.5 * mass) / mass.sum())[tile]  # the middle of the tile
+    uniforms = torch.cat([torch.stack([first, within + i * 2.0**-24], -1) for i in (-1, 0, 1)])
+    uniforms = uniforms.mul(2**24).round().clamp(0, 2**24 - 1).div(2**24).float().to(device)
+    check(sample, logits.to(device).expand(len(uniforms), -1), uniforms, **options)
+
+
+@pytest.mark.parametrize("u", [0.0, LAST])
+@pytest.mark.parametrize("vocab, first, last", [(7, 1, 5), (2000, 600, 1400), (20000, 5000, 15000)])
+def test_never_draws_what_has_no_probability_whatever_the_scan(u, vocab, first, last, sample, gpu_scans, device):
+    test_never_draws_what_has_no_probability(u, vocab, first, last, sample, device)
+
+
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_filters(options, sample, device):
     """Kept sets by their mass (the log-probs' difference), with ties around every threshold in the first rows."""
@@ -302,6 +352,8 @@ def test_offsets_beyond_32_bits(sample, device):
     memory = torch.empty(size, dtype=torch.float16, device=device) if device.type == "cuda" else np.empty(size, "f2")
     x = torch.as_tensor(memory).as_strided((3, 600), (stride, 1))
     x.copy_(dense)
+    # Rows 16 elements aligned, as x's are: the same kernel, hence the same order of sums, bit by bit.
+    dense = torch.nn.functional.pad(dense, (0, 8))[:, :600]
     for value, other in zip(sample(x, uniforms), check(sample, dense, uniforms)):
         assert torch.equal(value, other)
 
