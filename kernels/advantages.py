@@ -29,6 +29,8 @@ from rto_fast.kernels.token_groups import GROUP, join_columns, load_groups, spli
 
 BLOCK_WHITEN, BLOCK_N = 2048, 1024
 MAX_TILE = 1024  # tokens: 8 warps. With 16, registers spill
+# Of rto_advantages with 8 warps: left to itself, ptxas may take 64 and spill. 80 still are three programs an SM.
+LARGE_TILE_REGISTERS = 80
 # 132 SMs hold 1024 threads of 64 registers each: tokens that all programs together have in their tiles, if none waits.
 RESIDENT_TOKENS = 132 * 1024 * GROUP.value
 STATS = ("count", "advantage_mean", "advantage_var", "dpo_reward_sum", "kl_sum", "score_reward_sum", "dpo_clip_count")
@@ -306,7 +308,7 @@ def rto_whiten_kernel(
         tl.store(stats_ptr + rows, tl.sum(sums, 1))
 
 
-def _tile(num_tokens, num_sequences):
+def _tile(num_tokens: int, num_sequences: int) -> dict[str, int]:
     """The mean sequence in one tile, unless the programs would not all fit on the GPU: then several smaller tiles."""
     mean, share = triton.cdiv(num_tokens, max(num_sequences, 1)), RESIDENT_TOKENS // max(num_sequences, 1)
     tile = min(triton.next_power_of_2(mean), triton.next_power_of_2(share + 1) // 2, MAX_TILE)
@@ -349,7 +351,7 @@ def _rto_advantages(
     token_rewards, kl, advantages, returns = outputs
     stats = torch.empty(len(STATS), dtype=torch.float32, device=old_logps.device)
     partials = torch.empty(len(STATS), num_sequences, dtype=torch.float32, device=old_logps.device)
-    response_mask = response_mask.contiguous()
+    response_mask, tile = response_mask.contiguous(), _tile(num_tokens, num_sequences)
     with torch.cuda.device_of(old_logps):
         if num_sequences:
             rto_advantages_kernel[(num_sequences,)](
@@ -357,7 +359,7 @@ def _rto_advantages(
                 *contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
                 partials, num_tokens, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
                 score_clip or None, gamma, gamma * gae_lambda, GRANULARITY=granularity, SHAPING=shaping,
-                **_tile(num_tokens, num_sequences),
+                **tile, maxnreg=LARGE_TILE_REGISTERS if tile["num_warps"] == 8 else None,
             )  # fmt: skip
         programs = triton.cdiv(num_tokens, BLOCK_WHITEN) if whiten else 1
         rto_whiten_kernel[(max(programs, 1),)](
