@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
 
-Forward: cuBLAS writes float32 logits a tile at a time, at most an eighth of them all, and a row kernel folds each tile
-into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
+Forward: cuBLAS writes float32 logits a tile at a time, an eighth of them all or 32 MiB, at most 512 MiB, and a row kernel
+folds each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
 written once with all its tokens in one accumulation and only dX, the small one, is accumulated over chunks in float32.
 float32 logits matter: bfloat16 ones cost .03 nats of log-prob at |z| ~ 19, more than PPO's clipping range resolves.
 Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a share of the FLOPs that is 50 % and more
@@ -29,7 +29,7 @@ from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 # A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do not
 # pay on an H200: short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took 15.22, 6.37 and 8.35 ms
 # in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and 7.98 in 4096 x 32768
-# (512 MiB). The least is what is nothing beside a model.
+# (512 MiB). Less than the lower bound is not worth saving.
 MIN_TILE_BYTES, MAX_TILE_BYTES = 32 << 20, 512 << 20
 MAX_TILE_ROWS = 4096
 # Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
