@@ -219,7 +219,7 @@ def write_plots(folder, stem, result):
         if group in VECTOR_OPS + DECODE_OPS or mask != "full" or not any("median_ms" in r for r in records):
             continue
         paths.append(folder / f"{stem}-{group}-{phase.replace('+', '-')}.png")
-        plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}", records)
+        plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}, commit {result['commit']}", records)
     return paths
 
 
