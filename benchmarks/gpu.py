@@ -75,7 +75,7 @@ class Report:
         }  # fmt: skip
         if path.exists() and (old := json.loads(path.read_text()))["commit"] == self.data["commit"]:
             kept = {name: old[name] for name in ("tests", "rollout", "end_to_end") if name in old and name not in parts}
-            kept["seconds"] = {name: spent for name, spent in old["seconds"].items() if name in BUDGETS}
+            kept["seconds"] = {name: spent for name, spent in old.get("seconds", {}).items() if name in BUDGETS}
             self.data |= kept | {"kernels": [r for r in old["kernels"] if r["part"] not in parts]}
 
     def save(self):

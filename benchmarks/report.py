@@ -42,6 +42,8 @@ def _cell(record):
     if "median_ms" not in record:
         return "—"
     share = [] if record["percent_of_limit"] is None else [f"{record['percent_of_limit']:.0f} %"]
+    if "percent_of_sustained_limit" in record:
+        share.append(f"{record['percent_of_sustained_limit']:.0f} % sustained")
     memory = [] if record["peak_bytes"] is None else [f"{record['peak_bytes'] / 2**20:,.0f} MB"]
     return f"{record['median_ms']:.3g} ms ({', '.join(share + memory)})"
 
@@ -73,24 +75,33 @@ def results_section(results):
     """Markdown of every result file."""
     parts = []
     for result in results:
-        ceilings, tests = result["ceilings"], result["tests"]
+        ceilings, tests = result["ceilings"], result.get("tests", {})
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
         parts.append(
             f"### {result['gpu']}\n\nCommit {result['commit']}, {result['date']} UTC; {versions}. Measured in the same run: "
-            f"copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, GEMM {ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s. "
-            f"Tests: {tests.get('passed', 0)} passed, {tests.get('failed', 0) + tests.get('error', 0)} failed, "
-            f"{tests.get('skipped', 0)} skipped."
+            f"copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, GEMM {ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s "
+            "in a burst."
         )  # fmt: skip
+        if tests:
+            parts[-1] += (
+                f" Tests: {tests.get('passed', 0):,} passed, {tests.get('failed', 0) + tests.get('error', 0)} failed, "
+                f"{tests.get('skipped', 0)} skipped."
+            )
         for (group, phase, mask), records in _groups(result).items():
             title = f"**{group}**, {phase}" + (", half of the tokens masked out" if mask == "half" else "")
             parts.append(f"{title}: median (% of limit, extra memory)\n\n{_table(records)}")
-        missing = dict.fromkeys(f"{r['provider']}: {r.get('skipped') or r['error']}" for r in result["kernels"]
-                                if "median_ms" not in r)  # fmt: skip
+        missing = {}
+        for r in result["kernels"]:
+            if "median_ms" not in r:
+                models = missing.setdefault((r["group"], r["provider"], r.get("skipped") or r["error"]), {})
+                models[r["model"]] = None
         if missing:
-            parts.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in missing))
-        parts += [f"- {note}" for note in result["notes"]]
+            lines = [f"- {op}, {name} ({', '.join(found)}): {why}" for (op, name, why), found in missing.items()]
+            parts.append("Not measured:\n\n" + "\n".join(lines))
+        if notes := result.get("notes"):
+            parts.append("\n".join(f"- {note}" for note in notes))
         parts += rollout_tables.results(result.get("rollout", []))
-        if "tokens_per_second" in (end := result["end_to_end"]):
+        if "tokens_per_second" in (end := result.get("end_to_end", {})):
             parts.append(
                 f"**End to end** ({end['parameters'] / 1e6:.0f}M parameters, {end['responses']} responses of "
                 f"{end['response_tokens']} tokens): {end['rollout_tokens_per_second']:,.0f} tokens/s of rollout, "
@@ -110,8 +121,10 @@ def cpu_section():
     rates = ceilings(clock)
     groups = {}
     for case in chain(cpu_cases(), decode_cases.cpu_cases()):
-        # Limits are those of 16-bit tensors.
-        records = [r | {"percent_of_limit": None} for r in run(case, clock, rates, rounds=9, seconds=2.5)]
+        records = run(case, clock, rates, rounds=9, seconds=2.5)
+        for record in records:  # limits are those of 16-bit tensors
+            record["percent_of_limit"] = None
+            record.pop("percent_of_sustained_limit", None)
         groups.setdefault((case.group, case.phase, case.mask), []).extend(records)
     parts = [f"{_machine()}; float32 GEMM "
              f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."]  # fmt: skip
@@ -133,7 +146,7 @@ def headline(results):
     """The short table of the top README: ours and the best peer, at the three models' shapes."""
     lines = []
     for result in results:
-        lines += [f"{result['gpu']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
+        lines += [f"{result['gpu']}, commit {result['commit']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
         lines += ["| | " + " | ".join(s.name for s in MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
         for op, phase in HEADLINE:
             row = []
@@ -146,7 +159,8 @@ def headline(results):
                 peers = [r["median_ms"] for r in records if not r["provider"].startswith("ours")]
                 best = f" / {min(peers):.3g}" if peers else ""
                 row.append(f"{ours[0]['median_ms']:.3g} ({ours[0]['percent_of_limit']:.0f} %){best}" if ours else "—")
-            lines.append(f"| {op} {phase} | " + " | ".join(row) + " |")
+            if set(row) != {"—"}:
+                lines.append(f"| {op} {phase} | " + " | ".join(row) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -205,7 +219,7 @@ def write_plots(folder, stem, result):
         if group in VECTOR_OPS + DECODE_OPS or mask != "full" or not any("median_ms" in r for r in records):
             continue
         paths.append(folder / f"{stem}-{group}-{phase.replace('+', '-')}.png")
-        plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}", records)
+        plot_group(paths[-1], f"{group}, {phase}: {result['gpu']}, commit {result['commit']}", records)
     return paths
 
 

@@ -68,10 +68,15 @@ class Facts:
             self.failures.append(f"{self.local_bytes} bytes of local memory or stack, expected 0")
         if self.shared_bytes > LIMITS[self.sm][0]:
             self.failures.append(f"{self.shared_bytes} bytes of shared memory, at most {LIMITS[self.sm][0]} fit")
-        for name, widths in (("wide_loads", self.loads), ("wide_stores", self.stores)):
-            wide = sum(number for width, number in widths.items() if width >= 128)
+        accesses = (
+            ("wide_loads", self.loads, 128),
+            ("vector_loads", self.loads, 64),
+            ("wide_stores", self.stores, 128),
+        )
+        for name, widths, least in accesses:
+            wide = sum(number for width, number in widths.items() if width >= least)
             if wide < expected.get(name, 0):
-                self.failures.append(f"{wide} {name} (128 bits), expected at least {expected[name]}")
+                self.failures.append(f"{wide} {name} ({least} bits), expected at least {expected[name]}")
         if expected.get("tensor_core") and not self.tensor_core:
             self.failures.append("no tensor-core instruction")
         if expected.get("exact") and self.inexact:

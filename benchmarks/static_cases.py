@@ -2,9 +2,12 @@
 
 import torch
 
-# Accesses of 128 bits a kernel must at least have, where it streams rows; whether it must use the tensor cores; whether it
-# must round every operation by itself, as torch's kernels do ("exact").
+# Accesses of 128 bits a kernel must at least have, where it streams rows (vector_loads: of at least 64 bits, which is
+# four tokens of a 16-bit input); whether it must use the tensor cores; whether it must round every operation by itself, as
+# torch's kernels do ("exact").
 EXPECTED = {
+    "gae_kernel": {"vector_loads": 2, "wide_stores": 2},
+    "rto_advantages_kernel": {"vector_loads": 5, "wide_stores": 4},
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
     "ppo_policy_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "ppo_value_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
@@ -150,7 +153,9 @@ CASES = {
     "gae fp32 short": gae(1000, 10),
     "gae bf16 long masked bootstrap": gae(32768, 2, torch.bfloat16, masked=True),
     "rto fp32 mean length 100": rto_advantages(1000, 10),
+    "gae fp32 1M tokens": gae(1 << 20, 1024, masked=True),
     "rto fp32 mean length 1000": rto_advantages(8000, 8),
+    "rto fp32 1M tokens": rto_advantages(1 << 20, 1024),
     "rto fp32 mean length 16k": rto_advantages(32768, 2),
     "rto bf16 sequence": rto_advantages(8000, 8, torch.bfloat16, granularity="sequence"),
     "rto bf16 sentence shaping bootstrap": rto_advantages(

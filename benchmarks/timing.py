@@ -10,6 +10,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -145,16 +146,33 @@ def measure(providers, clock, *, rounds=20, seconds=5.0, warmup=2, prepare_secon
     return results
 
 
-def ceilings(clock):
-    """What this device reaches: {"copy_bytes_per_s", "gemm_flops_per_s"} (bfloat16 through cuBLAS; float32 on a CPU)."""
-    size, width, dtype = (1 << 30, 8192, torch.bfloat16) if clock.is_cuda else (1 << 26, 512, torch.float32)
-    source = torch.ones(size, dtype=torch.int8, device=clock.device)
-    target = torch.empty_like(source)
+def gemms(clock: Clock, flops: float) -> tuple[Callable, float]:
+    """(provider of a call that does about `flops` in large GEMMs, one after the other; the FLOPs it does): what a device
+    reaches for as long as an op of so many runs. A GPU's power limit lowers its clock within milliseconds, so that the
+    rate of one GEMM alone is that of a burst."""
+    width, dtype = (8192, torch.bfloat16) if clock.is_cuda else (512, torch.float32)
+    count = max(1, round(flops / (2.0 * width**3)))
     a, b = (torch.randn(width, width, device=clock.device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    providers = {"copy": lambda: lambda: target.copy_(source), "gemm": lambda: lambda: torch.mm(a, b, out=out)}
+
+    def call():
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+        return out
+
+    return lambda: call, 2.0 * count * width**3
+
+
+def ceilings(clock):
+    """What this device reaches: {"copy_bytes_per_s", "gemm_flops_per_s"} (bfloat16 through cuBLAS; float32 on a CPU); the
+    latter is the rate of one GEMM alone."""
+    size = 1 << 30 if clock.is_cuda else 1 << 26
+    source = torch.ones(size, dtype=torch.int8, device=clock.device)
+    target = torch.empty_like(source)
+    gemm, flops = gemms(clock, 0.0)
+    providers = {"copy": lambda: lambda: target.copy_(source), "gemm": gemm}
     found = measure(providers, clock, rounds=20, seconds=2.0, warmup=3)
     return {
         "copy_bytes_per_s": 2e3 * size / found["copy"]["median_ms"],
-        "gemm_flops_per_s": 2e3 * width**3 / found["gemm"]["median_ms"],
+        "gemm_flops_per_s": 1e3 * flops / found["gemm"]["median_ms"],
     }

@@ -1,19 +1,21 @@
 """RTO's token rewards, their generalised advantage estimation, and whitening, over packed sequences.
 
-One program a sequence walks its tiles from the end. A tile is loaded in reversed order, so the recursion runs forward
-in the tile and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not needed. Each token hands the
-one before it
+One program a sequence walks its tiles from the end. Each token hands the one before it
 
     h_t = γ·V_t + γλ·A_t,    so that    A_t = r_t − V_t + h_{t+1},
 
-and a token that is no action hands on what it was handed: holes need no look-up of the next value. Every program also
-leaves its sums and (count, mean, M2); a second launch merges them in a fixed order (no atomics: bitwise repeatable) and
-whitens. Nothing is padded and the host never waits.
+and a token that is no action hands on what it was handed: holes need no look-up of the next value. What the last action
+gets on top, the score say, is handed to it. Every program also leaves its sums and (count, mean, M2); a second launch
+merges them in a fixed order (no atomics: bitwise repeatable) and whitens. Nothing is padded and the host never waits.
 
-A program walks its tiles one after the other, each at the latency of its loads and one scan: some 2 µs, by estimate. So
-a tile is as long as the mean sequence, up to 1024 tokens: 128 sequences of 1k are one tile on every SM at once, 1M
-tokens in many sequences some 8 rounds of tiles, and 8 sequences of 32k, the worst use of a GPU, 32 tiles: still nothing
-next to the minutes that sampling them takes.
+Tiles are made of groups of four tokens (`token_groups.py`), one group a thread. Their rows are in reversed order, so that
+the recursion runs forward through a tile, and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not
+needed. Within its group a thread walks backward by itself.
+
+The kernels wait for latency, not for bytes: for every tile two loads, one after the other, a scan and its barriers. So
+what counts is how many programs an SM holds meanwhile. With two tokens a thread and tiles of 1024 it held one program
+(101 registers), and 1M tokens of 1024 sequences took 63 µs on an H200, gae 24; now it holds eight of 512 tokens (64
+registers), which is all of them at once. benchmarks/README.md has the prediction.
 """
 
 import torch
@@ -21,10 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import contiguous, sum_row
+from rto_fast.kernels.common import contiguous
 from rto_fast.kernels.reference import RTOAdvantages
+from rto_fast.kernels.token_groups import GROUP, join_columns, load_groups, split_columns, store_groups, token_groups
 
 BLOCK_WHITEN, BLOCK_N = 2048, 1024
+MAX_TILE = 1024  # tokens: 8 warps. With 16, registers spill
+# Of rto_advantages with 8 warps: left to itself, ptxas may take 64 and spill. 80 still are three programs an SM.
+LARGE_TILE_REGISTERS = 80
+# 132 SMs hold 1024 threads of 64 registers each: tokens that all programs together have in their tiles, if none waits.
+RESIDENT_TOKENS = 132 * 1024 * GROUP.value
 STATS = ("count", "advantage_mean", "advantage_var", "dpo_reward_sum", "kl_sum", "score_reward_sum", "dpo_clip_count")
 
 
@@ -42,13 +50,8 @@ def _join_sentences(starts_1, sum_1, starts_2, sum_2):
 
 
 @triton.jit
-def _last(block, BLOCK_T: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, BLOCK_T) == BLOCK_T - 1, block, 0.0))
-
-
-@triton.jit
-def _load(ptr, offs_t, mask_t):
-    return tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32)
+def _last(block, BLOCK: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, block, 0.0))
 
 
 @triton.jit
@@ -69,33 +72,43 @@ def _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma):
 
 
 @triton.jit
-def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T: tl.constexpr):
-    """(advantages of a tile in reversed order, what its earliest token hands on)."""
-    a = tl.where(valid, gamma_lambda, 1.0)
-    b = tl.where(valid, gamma * value + gamma_lambda * (reward - value), 0.0)
-    a, b, p, q = tl.associative_scan((a, b, tl.full((BLOCK_T,), 1.0, tl.float32), tl.zeros_like(b)), 0, _compose)
-    advantage = tl.where(valid, reward - value + (p * handed + q), 0.0)
-    return advantage, _last(a * handed + b, BLOCK_T)
+def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS: tl.constexpr):
+    """(advantages of a tile, what its earliest token hands on); reward and value are 0 where a token is not valid."""
+    delta = reward - value
+    a_0, a_1, a_2, a_3 = split_columns(tl.where(valid, gamma_lambda, 1.0), ROWS)
+    b_0, b_1, b_2, b_3 = split_columns(gamma * value + gamma_lambda * delta, ROWS)
+    # A thread's four tokens as one, then what every thread is handed, then what every token is.
+    a_01, b_01 = a_0 * a_1, a_0 * b_1 + b_0
+    a_23, b_23 = a_2 * a_3, a_2 * b_3 + b_2
+    a, b = a_01 * a_23, a_01 * b_23 + b_01
+    a, b, p, q = tl.associative_scan((a, b, tl.full((ROWS,), 1.0, tl.float32), tl.zeros_like(b)), 0, _compose)
+    handed_3 = p * handed + q
+    handed_2 = a_3 * handed_3 + b_3
+    handed_1 = a_2 * handed_2 + b_2
+    handed_0 = a_1 * handed_1 + b_1
+    advantage = tl.where(valid, delta + join_columns(handed_0, handed_1, handed_2, handed_3, ROWS), 0.0)
+    return advantage, _last(a * handed + b, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def gae_kernel(
-    rewards_ptr, values_ptr, cu_seqlens_ptr, mask_ptr, bootstrap_values_ptr, advantages_ptr, returns_ptr, gamma,
-    gamma_lambda, BLOCK_T: tl.constexpr,
+    rewards_ptr, values_ptr, cu_seqlens_ptr, mask_ptr, bootstrap_values_ptr, advantages_ptr, returns_ptr, num_tokens,
+    gamma, gamma_lambda, ROWS: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0)
     start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
-    for done in range(0, end - start, BLOCK_T):
-        offs_t = end - 1 - done - tl.arange(0, BLOCK_T)
-        mask_t = offs_t >= start
+    groups = tl.cdiv(end, GROUP)
+    for done in range(0, groups - start // GROUP, ROWS):
+        first_t, offs_t, mask_t, group_whole = token_groups(groups - done, start, end, ROWS)
+        is_whole = (groups - done) * GROUP <= num_tokens
         valid = mask_t
         if mask_ptr is not None:
-            valid = tl.load(mask_ptr + offs_t, mask=mask_t, other=0) != 0
-        value = _load(values_ptr, offs_t, valid)
-        reward = _load(rewards_ptr, offs_t, valid)
-        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T)
-        tl.store(advantages_ptr + offs_t, advantage, mask=mask_t)
-        tl.store(returns_ptr + offs_t, advantage + value, mask=mask_t)
+            valid = mask_t & (load_groups(mask_ptr, first_t, mask_t, is_whole) != 0)
+        value = tl.where(valid, load_groups(values_ptr, first_t, valid, is_whole).to(tl.float32), 0.0)
+        reward = tl.where(valid, load_groups(rewards_ptr, first_t, valid, is_whole).to(tl.float32), 0.0)
+        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS)
+        store_groups(advantages_ptr, first_t, advantage, mask_t, group_whole)
+        store_groups(returns_ptr, first_t, advantage + value, mask_t, group_whole)
 
 
 @triton.jit
@@ -112,7 +125,8 @@ def _move_to_delimiters(
         offs_t = start + done + tl.arange(0, BLOCK_T)
         mask_t = offs_t < end
         valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
-        log_ratio = _load(dpo_logps_ptr, offs_t, valid) - _load(dpo_ref_logps_ptr, offs_t, valid)
+        log_ratio = tl.load(dpo_logps_ptr + offs_t, mask=valid, other=0.0).to(tl.float32)
+        log_ratio -= tl.load(dpo_ref_logps_ptr + offs_t, mask=valid, other=0.0).to(tl.float32)
         clipped = _clip(dpo_reward_scale * log_ratio, dpo_reward_clip)
         totals += clipped
         if delimiter_mask_ptr is not None:
@@ -135,12 +149,17 @@ def _merge(count, mean, m2):
     return total, centre, tl.sum(m2 + count * (mean - centre) * (mean - centre))
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit
+def _add(x_1, y_1, z_1, x_2, y_2, z_2):
+    return x_1 + x_2, y_1 + y_2, z_1 + z_2
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def rto_advantages_kernel(
     old_logps_ptr, ref_logps_ptr, dpo_logps_ptr, dpo_ref_logps_ptr, values_ptr, scores_ptr, cu_seqlens_ptr,
     response_mask_ptr, delimiter_mask_ptr, bootstrap_values_ptr, token_rewards_ptr, kl_ptr, advantages_ptr, returns_ptr,
-    partials_ptr, num_sequences, dpo_reward_scale, dpo_reward_clip, kl_coef, score_scale, score_clip, gamma,
-    gamma_lambda, GRANULARITY: tl.constexpr, SHAPING: tl.constexpr, BLOCK_T: tl.constexpr,
+    partials_ptr, num_tokens, num_sequences, dpo_reward_scale, dpo_reward_clip, kl_coef, score_scale, score_clip, gamma,
+    gamma_lambda, GRANULARITY: tl.constexpr, SHAPING: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0)
     start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
@@ -152,7 +171,7 @@ def rto_advantages_kernel(
     if SHAPING or GRANULARITY != "token":
         total, rest = _move_to_delimiters(
             dpo_logps_ptr, dpo_ref_logps_ptr, response_mask_ptr, delimiter_mask_ptr, token_rewards_ptr, start, end,
-            dpo_reward_scale, dpo_reward_clip, BLOCK_T,
+            dpo_reward_scale, dpo_reward_clip, 2 * ROWS,  # two tokens a thread: with four, registers spill
         )  # fmt: skip
         if SHAPING:
             score -= total
@@ -161,72 +180,75 @@ def rto_advantages_kernel(
         if GRANULARITY == "sentence":
             moved = rest
             tl.debug_barrier()  # the sums on delimiters are read back below by other threads of this program
+    on_top = moved + score
+    handed += on_top  # tokens after the last response token hand it on untouched
 
     last = start - 1  # index of the last response token, which is the first one met
-    count = tl.zeros((BLOCK_T,), tl.float32)  # every lane's own statistics: one reduction at the end, none a tile
-    mean = tl.zeros((BLOCK_T,), tl.float32)
-    m2 = tl.zeros((BLOCK_T,), tl.float32)
-    dpo_sum = tl.zeros((BLOCK_T,), tl.float32)
-    kl_sum = tl.zeros((BLOCK_T,), tl.float32)
-    clip_count = tl.zeros((BLOCK_T,), tl.float32)
-    for done in range(0, end - start, BLOCK_T):
-        offs_t = end - 1 - done - tl.arange(0, BLOCK_T)
-        mask_t = offs_t >= start
-        # Nothing is read outside the response: a prompt costs one byte a token, and NaN there cannot leak.
-        valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
-        kl = _load(old_logps_ptr, offs_t, valid) - _load(ref_logps_ptr, offs_t, valid)
-        log_ratio = _load(dpo_logps_ptr, offs_t, valid) - _load(dpo_ref_logps_ptr, offs_t, valid)
-        dense = dpo_reward_scale * log_ratio
-        value = _load(values_ptr, offs_t, valid)
+    count = tl.zeros((ROWS,), tl.float32)  # every thread's own statistics: one reduction at the end, none a tile
+    mean = tl.zeros((ROWS,), tl.float32)
+    m2 = tl.zeros((ROWS,), tl.float32)
+    dpo_sum = tl.zeros((ROWS,), tl.float32)
+    kl_sum = tl.zeros((ROWS,), tl.float32)
+    clip_count = tl.zeros((ROWS,), tl.float32)
+    groups = tl.cdiv(end, GROUP)
+    for done in range(0, groups - start // GROUP, ROWS):
+        first_t, offs_t, mask_t, group_whole = token_groups(groups - done, start, end, ROWS)
+        is_whole = (groups - done) * GROUP <= num_tokens
+        valid = mask_t & (load_groups(response_mask_ptr, first_t, mask_t, is_whole) != 0)
+        # Groups without a response token are not read: a prompt costs one byte a token. NaN in one cannot leak.
+        old_logp = load_groups(old_logps_ptr, first_t, valid, is_whole).to(tl.float32)
+        ref_logp = load_groups(ref_logps_ptr, first_t, valid, is_whole).to(tl.float32)
+        dpo_logp = load_groups(dpo_logps_ptr, first_t, valid, is_whole).to(tl.float32)
+        dpo_ref_logp = load_groups(dpo_ref_logps_ptr, first_t, valid, is_whole).to(tl.float32)
+        value = tl.where(valid, load_groups(values_ptr, first_t, valid, is_whole).to(tl.float32), 0.0)
+        kl = tl.where(valid, old_logp - ref_logp, 0.0)
+        dense = tl.where(valid, dpo_reward_scale * (dpo_logp - dpo_ref_logp), 0.0)
         clipped = _clip(dense, dpo_reward_clip)
         if GRANULARITY == "token":
             reward = clipped - kl_coef * kl
         elif GRANULARITY == "sentence":
-            reward = _load(token_rewards_ptr, offs_t, valid) - kl_coef * kl
+            moved_here = load_groups(token_rewards_ptr, first_t, valid, is_whole)
+            reward = tl.where(valid, moved_here, 0.0) - kl_coef * kl
         else:
             reward = -kl_coef * kl
-        last = tl.maximum(last, tl.max(tl.where(valid, offs_t, start - 1)))
-        reward = tl.where(valid & (offs_t == last), reward + (moved + score), reward)
-        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, BLOCK_T)
-        tl.store(kl_ptr + offs_t, kl, mask=mask_t)
-        tl.store(token_rewards_ptr + offs_t, reward, mask=mask_t)
-        tl.store(advantages_ptr + offs_t, advantage, mask=mask_t)
-        tl.store(returns_ptr + offs_t, advantage + value, mask=mask_t)
+        # What is needed no more is written and summed before the scan: registers limit how many programs an SM holds.
+        store_groups(kl_ptr, first_t, kl, mask_t, group_whole)
+        dpo_sum += tl.sum(clipped, 1)
+        kl_sum += tl.sum(kl, 1)
+        clip_count += tl.sum((clipped != dense).to(tl.float32), 1)
+        if last < start:
+            last = tl.max(tl.where(valid, offs_t, last))
+        paid = tl.where(offs_t == last, reward + on_top, reward)
+        store_groups(token_rewards_ptr, first_t, paid, mask_t, group_whole)
 
-        dpo_sum += clipped
-        kl_sum += kl
-        clip_count += (clipped != dense).to(tl.float32)
-        count += valid.to(tl.float32)
-        deviation = advantage - mean
-        mean += tl.where(valid, deviation / tl.maximum(count, 1.0), 0.0)
-        m2 += tl.where(valid, deviation * (advantage - mean), 0.0)
+        advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS)
+        store_groups(advantages_ptr, first_t, advantage, mask_t, group_whole)
+        store_groups(returns_ptr, first_t, advantage + value, mask_t, group_whole)
+        # Chan's formula, with a thread's four tokens as the second sample.
+        count_here = tl.sum(valid.to(tl.float32), 1)
+        mean_here = tl.sum(advantage, 1) / tl.maximum(count_here, 1.0)
+        deviation = tl.where(valid, advantage - mean_here[:, None], 0.0)
+        share = count_here / tl.maximum(count + count_here, 1.0)
+        shift = mean_here - mean
+        m2 += tl.sum(deviation * deviation, 1) + shift * shift * count * share
+        mean += shift * share
+        count += count_here
 
     count, mean, m2 = _merge(count, mean, m2)
+    dpo_sum, kl_sum, clip_count = tl.reduce((dpo_sum, kl_sum, clip_count), 0, _add)
     partials_ptr += pid_n
     tl.store(partials_ptr, count)
     tl.store(partials_ptr + num_sequences, mean)
     tl.store(partials_ptr + 2 * num_sequences, m2)
-    tl.store(partials_ptr + 3 * num_sequences, tl.sum(dpo_sum))
-    tl.store(partials_ptr + 4 * num_sequences, tl.sum(kl_sum))
+    tl.store(partials_ptr + 3 * num_sequences, dpo_sum)
+    tl.store(partials_ptr + 4 * num_sequences, kl_sum)
     tl.store(partials_ptr + 5 * num_sequences, tl.where(last >= start, score, 0.0))
-    tl.store(partials_ptr + 6 * num_sequences, tl.sum(clip_count))
+    tl.store(partials_ptr + 6 * num_sequences, clip_count)
 
 
 @triton.jit
-def _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, mask_t):
-    valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
-    advantage = tl.load(advantages_ptr + offs_t, mask=mask_t, other=0.0)
-    tl.store(advantages_ptr + offs_t, tl.where(valid, (advantage - mean) * scale, 0.0), mask=mask_t)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
-def rto_whiten_kernel(
-    advantages_ptr, response_mask_ptr, partials_ptr, stats_ptr, num_tokens, num_sequences, WHITEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Every program merges all partials, in the same order; that is cheaper than a launch of its own. The first one
-    writes the statistics."""
-    pid_t = tl.program_id(0)
+def _merge_partials(partials_ptr, num_sequences, BLOCK_N: tl.constexpr):
+    """(count, mean, variance) of all tokens."""
     count = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
@@ -242,28 +264,56 @@ def rto_whiten_kernel(
         mean += deviation * share
         count += count_n
     count, mean, m2 = _merge(count, mean, m2)
-    variance = m2 / tl.maximum(count, 1.0)
+    return count, mean, m2 / tl.maximum(count, 1.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
+def rto_whiten_kernel(
+    advantages_ptr, response_mask_ptr, partials_ptr, stats_ptr, num_tokens, num_sequences, WHITEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Every program merges all partials, in the same order; that is cheaper than a launch of its own. The first one
+    writes the statistics."""
+    pid_t = tl.program_id(0)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+    is_whole = (pid_t + 1) * BLOCK_T <= num_tokens
+    if WHITEN:  # loaded here, so that they are on their way while the partials are merged
+        if is_whole:
+            valid = tl.load(response_mask_ptr + offs_t) != 0
+            advantage = tl.load(advantages_ptr + offs_t)
+        else:
+            valid = tl.load(response_mask_ptr + offs_t, mask=mask_t, other=0) != 0
+            advantage = tl.load(advantages_ptr + offs_t, mask=mask_t, other=0.0)
+    count, mean, variance = _merge_partials(partials_ptr, num_sequences, BLOCK_N)
+    if WHITEN:
+        scale = 1.0 / tl.sqrt(tl.maximum(variance, 1e-8))
+        advantage = tl.where(valid, (advantage - mean) * scale, 0.0)
+        if is_whole:
+            tl.store(advantages_ptr + offs_t, advantage)
+        else:
+            tl.store(advantages_ptr + offs_t, advantage, mask=mask_t)
     if pid_t == 0:
         tl.store(stats_ptr, count)
         tl.store(stats_ptr + 1, mean)
         tl.store(stats_ptr + 2, variance)
-        for row in tl.static_range(3, 7):
-            tl.store(stats_ptr + row, sum_row(partials_ptr, row, num_sequences, BLOCK_N))
-    if WHITEN:
-        scale = 1.0 / tl.sqrt(tl.maximum(variance, 1e-8))
-        offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
-        if (pid_t + 1) * BLOCK_T <= num_tokens:
-            whole = tl.full((BLOCK_T,), True, tl.int1)
-            _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, whole)
-        else:
-            _whiten_block(advantages_ptr, response_mask_ptr, mean, scale, offs_t, offs_t < num_tokens)
+        rows = 3 + tl.arange(0, 4)
+        sums = tl.zeros((4, BLOCK_N), tl.float32)
+        for done in range(0, num_sequences, BLOCK_N):
+            offs_n = done + tl.arange(0, BLOCK_N)[None, :]
+            sums += tl.load(
+                partials_ptr + rows[:, None] * num_sequences + offs_n, mask=offs_n < num_sequences, other=0.0
+            )
+        tl.store(stats_ptr + rows, tl.sum(sums, 1))
 
 
-def _tile(num_tokens, num_sequences):
-    """The mean sequence in one tile, within bounds. Two tokens a thread: four of them spill registers."""
-    block = min(max(triton.next_power_of_2(triton.cdiv(num_tokens, max(num_sequences, 1))), 128), 1024)
-    return {"BLOCK_T": block, "num_warps": block // 64}
+def _tile(num_tokens: int, num_sequences: int) -> dict[str, int]:
+    """The mean sequence in one tile, unless the programs would not all fit on the GPU: then several smaller tiles."""
+    mean, share = triton.cdiv(num_tokens, max(num_sequences, 1)), RESIDENT_TOKENS // max(num_sequences, 1)
+    tile = min(triton.next_power_of_2(mean), triton.next_power_of_2(share + 1) // 2, MAX_TILE)
+    rows = max(tile // GROUP.value, 32)
+    return {"ROWS": rows, "num_warps": rows // 32}
 
 
 @torch.library.custom_op("rto_fast::gae", mutates_args=())
@@ -277,8 +327,8 @@ def _gae(
     if num_tokens:
         with torch.cuda.device_of(rewards):
             gae_kernel[(num_sequences,)](
-                *contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns, gamma,
-                gamma * gae_lambda, **_tile(num_tokens, num_sequences),
+                *contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns,
+                num_tokens, gamma, gamma * gae_lambda, **_tile(num_tokens, num_sequences),
             )  # fmt: skip
     return advantages, returns
 
@@ -301,15 +351,15 @@ def _rto_advantages(
     token_rewards, kl, advantages, returns = outputs
     stats = torch.empty(len(STATS), dtype=torch.float32, device=old_logps.device)
     partials = torch.empty(len(STATS), num_sequences, dtype=torch.float32, device=old_logps.device)
-    response_mask = response_mask.contiguous()
+    response_mask, tile = response_mask.contiguous(), _tile(num_tokens, num_sequences)
     with torch.cuda.device_of(old_logps):
         if num_sequences:
             rto_advantages_kernel[(num_sequences,)](
                 *contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens), response_mask,
                 *contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
-                partials, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
+                partials, num_tokens, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
                 score_clip or None, gamma, gamma * gae_lambda, GRANULARITY=granularity, SHAPING=shaping,
-                **_tile(num_tokens, num_sequences),
+                **tile, maxnreg=LARGE_TILE_REGISTERS if tile["num_warps"] == 8 else None,
             )  # fmt: skip
         programs = triton.cdiv(num_tokens, BLOCK_WHITEN) if whiten else 1
         rto_whiten_kernel[(max(programs, 1),)](

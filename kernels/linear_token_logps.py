@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
 
-Forward: cuBLAS writes float32 logits a tile at a time, small enough to be read back from L2, and a row kernel folds
-each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
+Forward: cuBLAS writes float32 logits a tile at a time, an eighth of them all or 32 MiB, at most 512 MiB, and a row kernel
+folds each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
 written once with all its tokens in one accumulation and only dX, the small one, is accumulated over chunks in float32.
 float32 logits matter: bfloat16 ones cost .03 nats of log-prob at |z| ~ 19, more than PPO's clipping range resolves.
 Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a share of the FLOPs that is 50 % and more
@@ -26,12 +26,12 @@ from rto_fast.kernels.common import (
 )
 from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
-# 1024 x 8192 float32 logits are 33.5 MB: they fit the L2 of an A100 (40 MB) and an H100/H200 (50 MB), are 256 output
-# tiles of 128x256, which is two waves on 132 SMs less 3 %, and one register tile of the row kernel a row.
-TILE_ROWS, TILE_COLS = 1024, 8192
-# Rows x hidden size below which a tile's GEMM is over (2.1e6: 43 us on an H200) before the host has launched the next
-# tile (25-45 us, by estimate): small models take up to four times the rows, and read their logits from HBM.
-MIN_TILE_WORK = 1 << 21
+# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do not
+# pay on an H200: short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took 15.22, 6.37 and 8.35 ms
+# in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and 7.98 in 4096 x 32768
+# (512 MiB). Less than the lower bound is not worth saving.
+MIN_TILE_BYTES, MAX_TILE_BYTES = 32 << 20, 512 << 20
+MAX_TILE_ROWS = 4096
 # Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
 # 735/C of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k rows, and is
 # half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
@@ -68,9 +68,12 @@ def _kept_rows(labels, ignore_index, hidden_states):
     return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
 
 
-def _tile_rows(hidden_size):
-    """Rows of a forward tile: what fits L2, or more where its GEMM would be too short."""
-    return max(TILE_ROWS, min(4 * TILE_ROWS, triton.next_power_of_2(MIN_TILE_WORK // hidden_size)))
+def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
+    """(rows, columns) of a forward tile: equal shares of both."""
+    tile_bytes = min(max(4 * num_rows * vocab_size // 8, MIN_TILE_BYTES), MAX_TILE_BYTES)
+    tile_rows = min(num_rows, equal_share(num_rows, MAX_TILE_ROWS))
+    largest = triton.cdiv(tile_bytes // (4 * tile_rows), 128) * 128
+    return tile_rows, min(vocab_size, equal_share(vocab_size, largest))
 
 
 def _chunk_cols(num_rows, vocab_size):
@@ -92,15 +95,15 @@ def linear_token_logps_fwd(
     if not len(rows):
         return logps, entropy, state
     labels, vocab_size, scale = labels[rows], len(weight), LOG2E.value / temperature
-    tile_rows = _tile_rows(hidden.shape[1])
-    buffer = logits_buffer(min(tile_rows, len(rows)), min(TILE_COLS, vocab_size), hidden)
-    partials = logps.new_empty(triton.cdiv(vocab_size, TILE_COLS), 4, len(rows))
-    block_v, num_warps = row_block(min(TILE_COLS, vocab_size), 4)
+    tile_rows, tile_cols = forward_tile(len(rows), vocab_size)
+    buffer = logits_buffer(tile_rows, tile_cols, hidden)
+    partials = logps.new_empty(triton.cdiv(vocab_size, tile_cols), 4, len(rows))
+    block_v, num_warps = row_block(tile_cols, 4)
     # Views cost the host microseconds: they are made once a row of tiles, not once a tile.
     row_tiles = list(zip(hidden.split(tile_rows), labels.split(tile_rows), partials.split(tile_rows, dim=2)))
     with torch.cuda.device_of(hidden):
-        for split, tile_weight in enumerate(weight.split(TILE_COLS)):
-            first_col, num_cols, tile_weight = split * TILE_COLS, len(tile_weight), tile_weight.t()
+        for split, tile_weight in enumerate(weight.split(tile_cols)):
+            first_col, num_cols, tile_weight = split * tile_cols, len(tile_weight), tile_weight.t()
             tile_bias = None if bias is None else bias[first_col : first_col + num_cols]
             for tile_hidden, tile_labels, tile_partials in row_tiles:
                 num_rows = len(tile_labels)
@@ -108,7 +111,7 @@ def linear_token_logps_fwd(
                 gemm(tile_hidden, tile_weight, logits)
                 partial_state_kernel[(num_rows, 1)](
                     logits, tile_bias, tile_labels, tile_partials, 0, logits.stride(0), num_rows, len(rows), num_cols,
-                    TILE_COLS, split, first_col, scale, softcap, ignore_index, WITH_ENTROPY=with_entropy,
+                    tile_cols, split, first_col, scale, softcap, ignore_index, WITH_ENTROPY=with_entropy,
                     BLOCK_V=block_v, num_warps=num_warps,
                 )  # fmt: skip
         combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy)

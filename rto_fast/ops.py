@@ -171,6 +171,9 @@ def linear_token_logps(
 ):  # fmt: skip
     """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, which are never held as [T, V].
 
+    On CUDA the forward pass holds a float32 tile of them: an eighth of the logits of all rows that are not ignored, but
+    at least 32 and at most 512 MiB (columns are rounded up to a multiple of 128). The backward pass holds at most 1 GiB.
+
     Args:
         hidden_states: [..., D], the output of the last layer (after its norm).
         lm_head_weight: [V, D], same dtype.

@@ -12,9 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import (  # noqa: E402
+    cases,
     costs,
     decode_cases,
     decoders,
+    gpu,
     loops,
     peers,
     report,
@@ -258,6 +260,55 @@ def test_gpu_script_and_report(tmp_path):
     paths = report.write_plots(tmp_path, "smoke", result)
     roofline.plot(tmp_path / "roofline.png", [result])
     assert len(paths) >= 5 and all(path.stat().st_size > 10_000 for path in [*paths, tmp_path / "roofline.png"])
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+OPTIONAL = ("tests", "seconds", "rollout", "end_to_end", "notes", "ceilings_after")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_are_in_the_readmes(path, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = json.loads(path.read_text())
+    assert report.results_section(roofline.load_results()) in (ROOT / "benchmarks" / "README.md").read_text()
+    assert report.headline(roofline.load_results()).strip() in (ROOT / "README.md").read_text()
+    names = {png.name for png in report.write_plots(tmp_path, path.stem, result)}
+    assert names and names == {png.name for png in path.parent.glob(f"{path.stem}-*.png")}, (
+        "run python -m benchmarks.report"
+    )
+
+
+@pytest.mark.parametrize("absent", [*((name,) for name in OPTIONAL), OPTIONAL], ids="-".join)
+def test_results_without_an_optional_part(tmp_path, absent):
+    """Parts run in calls of their own: a file may lack any of them, for the readers and for a run that goes on from it."""
+    result = {name: part for name, part in json.loads(RESULTS[0].read_text()).items() if name not in absent}
+    (tmp_path / "some-gpu.json").write_text(json.dumps(result | {"commit": gpu.commit()}))
+    section = report.results_section(roofline.load_results(tmp_path))
+    assert "**token_logps**, forward" in section
+    assert ("passed" in section) == ("tests" not in absent) and ("**End to end**" in section) == (
+        "end_to_end" not in absent
+    )
+    assert report.headline([result]) and roofline.measured_points([result])
+    kept = gpu.Report(tmp_path / "some-gpu.json", torch.device("cpu"), ["advantages"]).data
+    assert {r["part"] for r in kept["kernels"]} == {"kernels", "scaling"} and kept["seconds"] == {}
+    assert kept["rollout"] == result.get("rollout", []) and kept["tests"] == result.get("tests", {})
+
+
+def test_a_gemm_bound_op_is_held_against_gemms_that_run_as_long(monkeypatch):
+    """One large GEMM alone runs at the clock of a burst; 10 GEMMs of 2·512³ FLOPs take as long as the op would."""
+    calls = []
+    monkeypatch.setattr(timing.torch, "mm", lambda a, b, out: calls.append(out.shape))
+    provider, flops = timing.gemms(timing.Clock("cpu"), 10.4 * 2 * 512**3)
+    provider()()
+    assert len(calls) == 10 and flops == 10 * 2 * 512**3
+    monkeypatch.undo()
+    case = next(iter(cases.linear_ppo_cases(shapes.CPU_SHAPES[0], torch.device("cpu"), torch.float32, ("half",))))
+    case.functions = {"ours": case.functions["ours"]}
+    rates = {"copy_bytes_per_s": 1e12, "gemm_flops_per_s": 1e12}
+    (record,) = cases.run(case, timing.Clock("cpu"), rates, rounds=3)
+    assert record["percent_of_limit"] == pytest.approx(100 * record["limit_ms"] / record["median_ms"])
+    assert record["percent_of_limit"] < record["percent_of_sustained_limit"] <= 110  # this CPU is no 1 TFLOP/s device
+    assert "% sustained" in report._cell(record)
 
 
 def test_sections_are_replaced(tmp_path):

@@ -187,10 +187,10 @@ def head_forward(shape: Shape, labelled: float, setting: Setting) -> float:
     """Log-probs without gradients: a block of logits, and the labelled rows of the hidden states."""
     rows = labelled * shape.hidden_size * setting.itemsize
     if setting.gpu:
-        from rto_fast.kernels.linear_token_logps import TILE_COLS, _tile_rows
+        from rto_fast.kernels.linear_token_logps import forward_tile
 
-        tile = min(_tile_rows(shape.hidden_size), labelled) * min(TILE_COLS, shape.vocab_size)
-        return rows + 4 * tile + 16 * labelled * -(-shape.vocab_size // TILE_COLS)
+        tile_rows, tile_columns = forward_tile(max(int(labelled), 1), shape.vocab_size)
+        return rows + 4 * tile_rows * tile_columns + 16 * labelled * -(-shape.vocab_size // tile_columns)
     return rows + 4 * _block_rows(shape, labelled) * shape.vocab_size
 
 

@@ -1,5 +1,8 @@
 """The Triton gae and rto_advantages against the float64 reference."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -83,6 +86,73 @@ def assert_matches(batch, **options):
 @pytest.mark.parametrize("granularity", ["token", "sentence", "sequence"])
 def test_shapes(device, lengths, granularity):
     assert_matches(make_batch(lengths, device), granularity=granularity, shaping=granularity == "sentence")
+
+
+@pytest.mark.parametrize("remainder", range(4))
+@pytest.mark.parametrize("granularity", ["token", "sentence", "sequence"])
+def test_sequences_start_and_end_anywhere(device, granularity, remainder):
+    """In every place of a group of four tokens, several in one group, and totals that leave a part of a group."""
+    lengths = [1, 1, 1, 0, 2, 4, 3, 8, 5, 0, 6, 7, 9, 130, 5]
+    lengths.append(8 + remainder - sum(lengths) % 4)
+    assert sum(lengths) % 4 == remainder
+    assert_matches(make_batch(lengths, device, seed=remainder), granularity=granularity, shaping=remainder % 2 == 1)
+
+
+@pytest.mark.parametrize("lengths", [[2051, 3, 4097], [1] * 60 + [2051]], ids=["large tiles", "small tiles"])
+def test_sequences_longer_than_a_tile(device, lengths):
+    assert_matches(make_batch(lengths, device, seed=9))
+
+
+def test_tiles():
+    def tile(tokens, sequences):
+        return advantages._tile(tokens, sequences)["ROWS"] * 4
+
+    assert tile(100, 1) == tile(10, 10) == tile(1 << 24, 1 << 16) == 128
+    assert tile(600, 1) == tile(1 << 18, 8) == tile(1 << 19, 256) == advantages.MAX_TILE
+    assert tile(1 << 20, 1024) == 512  # all 1024 programs at once
+
+
+def test_views_that_begin_anywhere(device):
+    """Addresses that are no multiple of 16 bytes."""
+    batch = make_batch([40, 1, 0, 303], device, seed=10)
+    expected = advantages.rto_advantages(**batch)
+    for shift in range(1, 4):
+        shifted = {name: torch.cat([x[:shift], x])[shift:] for name, x in batch.items()}
+        actual = advantages.rto_advantages(**shifted)
+        assert all(map(torch.equal, actual[:4], expected[:4]))
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from rto_fast.kernels import advantages
+
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+
+def guarded(x):
+    # A copy whose next byte belongs to a page that may not be read.
+    pages = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + page
+    assert libc.mprotect(ctypes.c_void_p(address), page, 0) == 0
+    kept.append(pages)
+    return torch.frombuffer(pages, dtype=x.dtype, count=len(x), offset=page - x.nbytes).copy_(x)
+
+kept = []
+for count in (1, 2, 3, 4, 129, 130, 131):
+    x, mask = torch.randn(count), torch.ones(count, dtype=torch.bool)
+    bounds = guarded(torch.tensor([0, count // 2, count, count], dtype=torch.int32))
+    arguments = [guarded(x) for _ in range(4)]
+    advantages.rto_advantages(*arguments, guarded(torch.ones(3)), bounds, guarded(mask))
+    advantages.gae(*arguments[:2], bounds, mask=guarded(mask))
+print("read nothing else")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect of glibc")
+def test_reads_nothing_past_the_end():
+    """On the CPU, by the interpreter, in a process of its own: a forbidden read ends it."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True)
+    assert process.stdout == "read nothing else\n", process.stderr
 
 
 @pytest.mark.parametrize("granularity", ["token", "sentence", "sequence"])

@@ -66,9 +66,7 @@ def assert_matches(hidden, weight, bias, labels, **options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles of rows and columns, and several backward chunks, where the real sizes would make one."""
-    monkeypatch.setattr(kernel, "TILE_ROWS", 16)
-    monkeypatch.setattr(kernel, "MIN_TILE_WORK", 0)
-    monkeypatch.setattr(kernel, "TILE_COLS", 256)
+    monkeypatch.setattr(kernel, "forward_tile", lambda *_: (16, 256))
     monkeypatch.setattr(kernel, "MAX_CHUNK_COLS", 384)
 
 
@@ -100,9 +98,7 @@ def test_many_rows_of_few_columns(device, small_tiles):
 def test_tiles_do_not_change_the_result(device, monkeypatch):
     inputs = make(20, 500, 32, device)
     whole = evaluate(kernel.linear_token_logps, *inputs)
-    monkeypatch.setattr(kernel, "TILE_ROWS", 13)
-    monkeypatch.setattr(kernel, "MIN_TILE_WORK", 0)
-    monkeypatch.setattr(kernel, "TILE_COLS", 128)
+    monkeypatch.setattr(kernel, "forward_tile", lambda *_: (13, 128))
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 4 * 16 * 128)
     for value, other in zip(evaluate(kernel.linear_token_logps, *inputs), whole):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
@@ -263,6 +259,15 @@ def test_compile(device):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("hidden_size, rows", [(8192, 1024), (4096, 1024), (1024, 2048), (640, 4096), (64, 4096)])
-def test_small_models_take_larger_tiles(hidden_size, rows):
-    assert kernel._tile_rows(hidden_size) == rows
+@pytest.mark.parametrize("vocab", [1, 49, 900, 32000, 128256, 151936, 262144])
+@pytest.mark.parametrize("rows", [1, 63, 1000, 4097, 8192, 100_000])
+def test_a_forward_tile_is_an_eighth_of_the_logits(rows, vocab):
+    tile_rows, tile_cols = kernel.forward_tile(rows, vocab)
+    assert 1 <= tile_rows <= min(rows, kernel.MAX_TILE_ROWS) and 1 <= tile_cols <= vocab
+    share = min(max(rows * vocab / 2, kernel.MIN_TILE_BYTES), kernel.MAX_TILE_BYTES)
+    assert 4 * tile_rows * tile_cols <= share + 4 * tile_rows * 128  # columns are rounded up to 128
+
+
+def test_forward_tiles_as_they_were_fastest():
+    found = [kernel.forward_tile(8192, vocab) for vocab in (128256, 151936, 262144)]
+    assert found == [(4096, 32128), (4096, 30464), (4096, 32768)]

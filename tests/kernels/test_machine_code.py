@@ -33,3 +33,22 @@ def test_machine_code(facts, kernel):
     assert {fact["sm"] for fact in found} == {80, 90, 100}, "the kernel needs a case in benchmarks/static_cases.py"
     assert [(fact["case"], fact["sm"], fact["failures"]) for fact in found if fact["failures"]] == []
     assert all(16 <= fact["registers"] <= 255 and fact["loads"] and fact["stores"] for fact in found)
+
+
+def test_warps_of_a_row_of_logits(facts):
+    """What was fastest on an H200: 64 bytes a thread, in the forward pass at most 4096 elements a tile."""
+    found = {(fact["kernel"], fact["case"]): fact["warps"] for fact in facts}
+    assert found["token_logps_fwd_kernel", "logits llama bf16"] == 4
+    assert found["token_logps_fwd_kernel", "logits llama fp32 entropy"] == 8
+    assert found["token_logps_bwd_kernel", "logits llama bf16"] == 8
+
+
+@pytest.mark.parametrize("kernel, programs", [("rto_advantages_kernel", 6), ("gae_kernel", 6)])
+def test_programs_that_wait_for_latency_share_an_sm(facts, kernel, programs):
+    """A million tokens of 1024 sequences, 7.8 programs for each SM of an H200. In another release of Triton registers may
+    differ a little; with one or two programs an SM these kernels took four to eight rounds."""
+    found = [fact for fact in facts if fact["kernel"] == kernel and fact["case"].endswith("1M tokens")]
+    assert {fact["sm"] for fact in found} == {80, 90, 100}
+    for fact in found:
+        registers = -(-fact["registers"] // 8) * 8 * 32 * fact["warps"]
+        assert 65536 // registers >= programs, fact
