@@ -1,20 +1,20 @@
-"""Models and tokenizers from disk or hub, and the two forward passes every stage is made of."""
+"""Models from disk or hub, and the two forward passes every stage is made of."""
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rto_fast.batch import PackedBatch, pack
+from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
+from rto_fast.models.directory import KINDS, check_weights, from_pretrained, refuse_misfit
 from rto_fast.models.head import OpLinear
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_token_logps, token_logps
@@ -51,72 +51,37 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _from_pretrained(auto_class, what, path, **options):
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        is_local, reason = os.path.isdir(path), str(error).strip().splitlines()[0]
-        place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
-        remedy = "" if is_local else "; check the name and the network, or give a local directory"
-        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
-
-
-def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
-    """Embeddings of the model at `path`."""
-    from transformers import AutoConfig
-
-    config = _from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
-    return config.get_text_config().vocab_size
-
-
-def check_vocabulary(
-    path: str, tokenizer: PreTrainedTokenizerBase, key: str, *, trust_remote_code: bool = False
-) -> None:
-    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
-    of a model without a tokenizer of its own only the number of embeddings is known."""
-    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
-    try:
-        same = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab() == tokenizer.get_vocab()
-    except ModelError:
-        same = True
-    if not same or size < len(tokenizer):
-        raise ModelError(
-            f"{key}: {path} has a vocabulary of {size} tokens that is not the policy's ({len(tokenizer)} tokens); "
-            "its log-probs of the policy's tokens would mean nothing; give models that share one tokenizer"
-        )
-
-
-def check_weights(path: str) -> None:
-    """Raises ModelError unless a directory holds whole safetensors; of a name on the hub nothing is known yet."""
-    if not os.path.isdir(path):
-        return
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
-        reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
-        raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: damaged weights: {error}; copy the file again") from error
-
-
-def _load_weights(auto_class, what, path, **options):
-    """(model, names of the parameters that the checkpoint does not hold)."""
+def _load_weights(
+    path: str, kind: str, *, device: torch.device | str, trainable: bool, gradient_checkpointing: bool,
+    trust_remote_code: bool, new_head: bool = False, **options: Any,
+) -> PreTrainedModel:  # fmt: skip
+    """A model of one of `KINDS`, ready for packed sequences; every weight of it and of its checkpoint is in use."""
     check_weights(path)
-    with _quiet():  # transformers only warns of missing weights; here they are wanted or refused
-        model, info = _from_pretrained(
-            auto_class, what, path, use_safetensors=True, output_loading_info=True, **options
-        )
-    return model, set(info["missing_keys"])
+    what, auto_class, settings = KINDS[kind]
+    with _quiet():  # transformers only warns of weights that do not fit; here they are refused
+        model, info = from_pretrained(
+            getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
+        )  # fmt: skip
+    if new_head and info["missing_keys"]:
+        info |= _start_head(model, info, trust_remote_code)
+    refuse_misfit(path, kind, info)
+    return _prepare(model, path, device, trainable, gradient_checkpointing)
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+def _start_head(model: PreTrainedModel, info: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Sets the head of a scorer that was read from a causal language model to 0; returns what remains of `info`."""
+    head = score_head(model)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.zero_()
+    own = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
+    return {
+        "missing_keys": info["missing_keys"] - own,
+        "unexpected_keys": info["unexpected_keys"] - set(causal_lm.state_dict()),
+    }
 
 
 def _prepare(model, path, device, trainable, gradient_checkpointing):
@@ -149,46 +114,33 @@ def load_causal_lm(
     Raises:
         ModelError: nothing usable at `path`, or an architecture that cannot be packed.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, missing = _load_weights(
-        AutoModelForCausalLM, "a causal language model", path, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    _refuse_missing(missing, path)
-    model = _prepare(model, path, device, trainable, gradient_checkpointing)
+    model = _load_weights(
+        path, "causal_lm", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     check_causal_lm(model, path)
     return model
 
 
 def load_scorer(
     path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, new_head: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """A sequence classification model with one label: a reward model (its score of the last token) or a critic (its
-    score of every token). From a causal language model directory the backbone is taken and the head starts at 0."""
-    from transformers import AutoModelForSequenceClassification
+    score of every token).
 
-    model, missing = _load_weights(
-        AutoModelForSequenceClassification,
-        "a sequence classifier with one label",
-        path,
-        dtype=dtype,
-        num_labels=1,
-        trust_remote_code=trust_remote_code,
-    )
-    head = score_head(model)
-    head_keys = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    _refuse_missing(missing - head_keys, path)
-    if missing:
-        with torch.no_grad():
-            for p in head.parameters():
-                p.zero_()
-    return _prepare(model, path, device, trainable, gradient_checkpointing)
-
-
-def _refuse_missing(names, path):
-    if names:
-        raise ModelError(f"{path}: the checkpoint lacks weights: {', '.join(sorted(names))}")
+    Args:
+        path: directory or hub id. dtype: of the weights. trainable: train mode and gradients, or neither.
+        new_head: `path` is a causal language model's, to be trained: the backbone is taken, and the head starts at 0.
+    Raises:
+        ModelError: nothing usable at `path`, or scores that are not those of the model's own forward pass.
+    """
+    model = _load_weights(
+        path, "scorer", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+        trust_remote_code=trust_remote_code, new_head=new_head,
+    )  # fmt: skip
+    check_scorer(model, path)
+    return model
 
 
 @contextlib.contextmanager
@@ -250,6 +202,38 @@ def _float_linear(hidden, weight, bias=None):
 def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The score head at every position, [T], in float32: at 20 a bfloat16 score has steps of an eighth."""
     return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
+
+
+def read_position(ids: Sequence[int], config: PreTrainedConfig) -> int:
+    """The position whose score is that of a sequence: transformers' ...ForSequenceClassification reads the last token that
+    is no padding token (`pad_token_id` of its config), were it all over the sequence the first."""
+    pad = config.get_text_config().pad_token_id
+    return next((i for i in reversed(range(len(ids))) if ids[i] != pad), 0)
+
+
+@torch.no_grad()
+def check_scorer(model: PreTrainedModel, name: str) -> None:
+    """Compares `token_scores` of two packed sequences with the scores that the model's own forward pass gives each alone.
+
+    Raises:
+        ModelError: they differ: the class does something to the score, or reads another token.
+    """
+    device, size = model.device, model.get_input_embeddings().weight.shape[0]
+    training = model.training
+    model.eval()
+    ids = [[(7 * i + j) % size for i in range(8)] for j in (1, 2)]
+    batch = pack_whole(ids, device)
+    scores = token_scores(model, batch)
+    ours = scores[[int(batch.cu_seqlens[i]) + read_position(s, model.config) for i, s in enumerate(ids)]]
+    with attention_implementation(model, "eager"):
+        own = torch.cat([model(input_ids=torch.tensor([s], device=device)).logits[0].float() for s in ids])
+    model.train(training)
+    error = (ours - own).abs().max().item()
+    # Relative to the scores themselves, whose scale is arbitrary; in 16 bits hidden states differ by a few per cent.
+    tolerance = (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1) * scores.abs().max().item()
+    if not error <= tolerance:
+        raise ModelError(f"{name}: packed scores differ from the model's own by {error:.3g}: {type(model).__name__} does "
+                         "something to its scores that is not known here, or does not respect packing")  # fmt: skip
 
 
 @torch.no_grad()

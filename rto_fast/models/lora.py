@@ -153,7 +153,11 @@ def _linear_layers(base):
 
 
 def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer: bool = False) -> Adapter:
-    """An adapter that `save_pretrained` wrote into `folder`/adapter."""
+    """An adapter that `save_pretrained` wrote into `folder`/adapter.
+
+    Raises:
+        ModelError: there is none, or it is not one of this base and of this kind (a policy's, or a scorer's with its head).
+    """
     path = Path(folder) / FOLDER
     peft = _peft()
     try:
@@ -162,12 +166,20 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot load an adapter: {error}") from error
     config.modules_to_save, config.inference_mode = None, False
+    if scorer != (SCORE in state):
+        has, needed = ("a", "language") if SCORE in state else ("no", "reward")
+        raise ModelError(f"{path}: the adapter has {has} score head; give the directory of a {needed} model")
     adapter = _inject(base, name, config, scorer)
-    score = state.pop(SCORE, None)
     if scorer:
-        adapter.score.weight.data.copy_(score)
+        adapter.score.weight.data.copy_(state.pop(SCORE))
         adapter.config = AutoConfig.from_pretrained(folder)  # with the statistics of its scores
+        # The merged weights on disk may have a row more, of the padding token.
+        adapter.config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    expected = set(peft.get_peft_model_state_dict(base, adapter_name=name))
+    if odd := sorted(expected ^ set(state)):
+        raise ModelError(f"{path}: {odd[0]} is in the adapter or in its base ({base.name_or_path}), not in both; "
+                         "give the adapter's own base")  # fmt: skip
     peft.set_peft_model_state_dict(base, state, adapter_name=name)
     return adapter
 
