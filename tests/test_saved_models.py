@@ -38,7 +38,9 @@ SHORT = [
 def chatml_tokenizer(pad=None):
     """EOS is <eos>, a turn of the template ends with <|im_end|>, as of Qwen2.5's base model."""
     tokenizer = build_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<file>", special=True)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<|im_end|>", special=True), AddedToken("<file>", special=True)], special_tokens=True
+    )
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>", "<|im_end|>")
     tokenizer.pad_token = pad or "<pad>"
     return tokenizer
