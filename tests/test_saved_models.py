@@ -175,7 +175,10 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
     assert assert_alike(tmp_path / "again", WORDS)[0].config.vocab_size == 62
 
 
-def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_path, monkeypatch):
+    if rank:
+        pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
     monkeypatch.setattr(Run, "report", lambda self: None)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.pad_token = tokenizer.unk_token = None
@@ -187,7 +190,7 @@ def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(tmp_path, m
     save_model(model, tokenizer, tmp_path / "sft")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3)))
     options = [*SHORT, "--sft.model", str(tmp_path / "sft"), "--data.preferences", str(tmp_path / "pairs.jsonl"),
-               "--rto.dpo_reward_scale", "0", "--rto.iterations", "1", "--eval.function", "null"]  # fmt: skip
+               "--rto.dpo_reward_scale", "0", "--rto.iterations", "1", "--eval.function", "null", "--lora.rank", str(rank)]  # fmt: skip
     main([*options, "--output_dir", str(tmp_path / "first")])
     for name in ("reward_model", "rto_critic"):
         assert AutoConfig.from_pretrained(tmp_path / "first" / name).vocab_size == 50

@@ -14,7 +14,7 @@ from rto_fast import evaluate, train
 from rto_fast.config import LoraConfig
 from rto_fast.data.__main__ import load_tokenizer_and_stops
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
-from rto_fast.errors import ModelError
+from rto_fast.errors import ModelError, RewardError
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import check_fit
 from rto_fast.models.loading import load_causal_lm, load_scorer
@@ -326,9 +326,9 @@ SETTINGS = {
     "empty": ("", ""),
     "a list": ("[1]", ""),
     "null": ("null", ""),
-    "a word": ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', not the id of a token or a list of ids"),
-    "words": ('{"eos_token_id": [1, "</s>"]}', "eos_token_id is [1, '</s>'], not the id of a token or a list of ids"),
-    "negative": ('{"eos_token_id": -1}', "eos_token_id is -1, not the id of a token or a list of ids"),
+    "a word": ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', not a token's id or a list of ids"),
+    "words": ('{"eos_token_id": [1, "</s>"]}', "eos_token_id is [1, '</s>'], not a token's id or a list of ids"),
+    "negative": ('{"eos_token_id": -1}', "eos_token_id is -1, not a token's id or a list of ids"),
     "not UTF-8": (b"\xff\xfe", ""),
 }  # fmt: skip
 
@@ -339,7 +339,7 @@ def test_generation_settings_that_transformers_refuses(refused, folder, tmp_path
     path = shutil.copytree(folder / "model", tmp_path / "broken")
     (path / "generation_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     told = f"{path}/generation_config.json cannot be used: {message}"
-    remedy = "; mend the file, or delete it if its settings are not needed\n"
+    remedy = "; mend it, or take the settings out\n"
     line = refused(*SFT, "--model.path", str(path))
     assert line.startswith(f"rto_fast: model.path: {told}") and line.endswith(remedy)
     if name == "malformed":
@@ -348,6 +348,37 @@ def test_generation_settings_that_transformers_refuses(refused, folder, tmp_path
         assert told in refused("--model", str(path), "--data", "pairs.jsonl", command=evaluate)
     with pytest.raises(ModelError, match="generation_config.json cannot be used"):
         load_tokenizer_and_stops(str(path), False)
+
+
+def test_settings_of_old_models_in_config_json(refused, folder, tmp_path):
+    path = shutil.copytree(folder / "model", tmp_path / "old")
+    (path / "generation_config.json").unlink()
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_new_tokens": -1}))
+    line = refused(*SFT, "--model.path", str(path))
+    assert f"model.path: {file} cannot be used: `max_new_tokens` must be greater than 0, but is -1" in line
+
+
+def test_an_adapter_alone_is_no_model(refused, folder, tmp_path):
+    path = shutil.copytree(folder / "model", tmp_path / "adapter")
+    (path / "adapter_config.json").write_text("{}")
+    line = refused(*RTO, *GOLD, "--dpo.model", str(path))
+    assert f"dpo.model: {path}: an adapter (adapter_config.json), not a whole model; give the directory of the" in line
+
+
+def test_a_reward_model_of_another_vocabulary_is_measured_by_its_own_tokens(folder, tmp_path):
+    """By the policy's there are too many, which is told; then one text is too long by its own, and the run is kept."""
+    path = shutil.copytree(folder / "short_scorer", tmp_path / "foreign")
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(path)
+    options = [*RTO, "--reward_model.model", str(path), "--rto.normalize_scores", "false"]
+    with pytest.raises(
+        RewardError, match="reward model: .* of its tokens for a prompt and its response, its context is 10"
+    ):
+        train.main([*options, "--output_dir", str(tmp_path / "out")])
+    (warning,) = map(json.loads, (tmp_path / "out" / "warnings.jsonl").read_text().splitlines())
+    assert warning["name"] == "reward_model_context" and "has a context of 10 tokens" in warning["what"]
 
 
 def test_stop_tokens_that_the_model_does_not_have(refused, folder, tmp_path):

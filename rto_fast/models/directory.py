@@ -1,8 +1,9 @@
 """What the directory (or hub id) of a model tells before its weights are loaded."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,24 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
         raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers only warns of is refused here, or wanted."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
+    first, *more = [line.strip() for line in str(error).strip().split("\n")]
+    text = f"{first} {more[0]}" if first.endswith(":") and more else first
     return (
-        text if isinstance(error, OSError | ValueError | RuntimeError) and text else f"{type(error).__name__}: {text}"
+        text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
     )
 
 
@@ -88,24 +103,34 @@ def generation_config(path: str, *, trust_remote_code: bool = False) -> Generati
     """The `generation_config.json` of the model at `path`; None where it has none.
 
     Raises:
-        ModelError: the file is one that transformers refuses, so that no program can load the model, or its eos_token_id
-            are no token ids.
+        ModelError: settings that transformers refuses, so that no program can load the model, or an eos_token_id that is
+            none.
     """
-    file = f"{path}/generation_config.json"
+    config = _settings(path, "generation_config.json", trust_remote_code)
+    if config is None:  # transformers then takes settings from here
+        _settings(path, "config.json", trust_remote_code)
+        return None
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids if i is not None):
+        raise _refused(
+            f"{path}/generation_config.json",
+            f"eos_token_id is {config.eos_token_id!r}, not a token's id or a list of ids",
+        )
+    return config
+
+
+def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig | None:
+    file = f"{path}/{name}"
     try:
-        config = GenerationConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_pretrained(path, name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the file may hold any JSON, or none: each kind fails somewhere else in transformers
         if isinstance(error, OSError) and not os.path.isfile(file) and "valid JSON" not in str(error):
             return None
         raise _refused(file, _first_line(error)) from error
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids if i is not None):
-        raise _refused(file, f"eos_token_id is {config.eos_token_id!r}, not the id of a token or a list of ids")
-    return config
 
 
 def _refused(file: str, reason: str) -> ModelError:
-    return ModelError(f"{file} cannot be used: {reason}; mend the file, or delete it if its settings are not needed")
+    return ModelError(f"{file} cannot be used: {reason}; mend it, or take the settings out")
 
 
 def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
@@ -138,6 +163,11 @@ def check_weights(path: str) -> None:
 
 def _shapes(path: str) -> dict[str, torch.Tensor]:
     """{name: tensor without data} of the weights in a directory."""
+    if os.path.isfile(
+        f"{path}/adapter_config.json"
+    ):  # transformers would read its base instead, whatever else is there
+        raise ModelError(f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that "
+                         "it was merged into")  # fmt: skip
     files = _weight_files(path)
     if not files:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
@@ -169,14 +199,16 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
 
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
     trusted = {"trust_remote_code": trust_remote_code}
-    config = from_pretrained(transformers.AutoConfig, what, path, **options, **trusted)
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
+            config = from_pretrained(transformers.AutoConfig, what, path, **options, **trusted)
             model_class = type(getattr(transformers, auto_class).from_config(config, **trusted))
         _, info = model_class.from_pretrained(
             None, config=config, state_dict=shapes, device_map={"": "meta"}, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+    except ModelError:
+        raise
     except Exception as error:  # as in `from_pretrained`
         raise ModelError(f"{path}: cannot be {what}: {_first_line(error)}") from error
     refuse_misfit(path, kind, info)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
-from rto_fast.models.directory import KINDS, check_weights, from_pretrained, refuse_misfit
+from rto_fast.models.directory import KINDS, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.head import OpLinear
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_token_logps, token_logps
@@ -58,7 +58,7 @@ def _load_weights(
     """A model of one of `KINDS`, ready for packed sequences; every weight of it and of its checkpoint is in use."""
     check_weights(path)
     what, auto_class, settings = KINDS[kind]
-    with _quiet():  # transformers only warns of weights that do not fit; here they are refused
+    with quiet():  # transformers only warns of weights that do not fit; here they are refused
         model, info = from_pretrained(
             getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
@@ -141,18 +141,6 @@ def load_scorer(
     )  # fmt: skip
     check_scorer(model, path)
     return model
-
-
-@contextlib.contextmanager
-def _quiet():
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

@@ -90,8 +90,12 @@ class Adapter:
         if "score" in vars(self):
             from transformers import AutoModelForSequenceClassification
 
+            config = copy.deepcopy(self.config)
+            text = config.get_text_config()
+            if (text.pad_token_id or 0) >= text.vocab_size:  # a row that the base has not, see `load_adapter`
+                text.pad_token_id = None
             with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(self.config)
+                model = AutoModelForSequenceClassification.from_config(config)
             names = set(model.state_dict())
             weights = {name: value for name, value in weights.items() if name in names}
             weights["score.weight"] = self.score.weight.detach()
@@ -172,8 +176,8 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     adapter = _inject(base, name, config, scorer)
     if scorer:
         adapter.score.weight.data.copy_(state.pop(SCORE))
-        adapter.config = AutoConfig.from_pretrained(folder)  # with the statistics of its scores
-        # The merged weights on disk may have a row more, of the padding token.
+        # With the statistics of its scores and the padding token, for which the weights on disk may have a row more.
+        adapter.config = AutoConfig.from_pretrained(folder)
         adapter.config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     expected = set(peft.get_peft_model_state_dict(base, adapter_name=name))
