@@ -1,4 +1,4 @@
-"""What plain transformers does with the models that are written: it stops where they were trained to, and scores as they do."""
+"""Plain transformers on the models that are written: it stops where they were trained to stop, and scores as they do."""
 
 import json
 
@@ -109,7 +109,7 @@ def assert_alike(folder, sequences):
     model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForSequenceClassification, AutoTokenizer))
     batch = pack_whole(sequences)
     ours = token_scores(load_scorer(folder, trainable=False, **PLACEMENT), batch)[batch.last]
-    assert ours.std() > 0.01  # else any token's score would do
+    assert ours.std() > 1e-3  # else any token's score would do
     assert model.config.pad_token_id == tokenizer.pad_token_id < model.get_input_embeddings().weight.shape[0]
     alone = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in sequences])
     torch.testing.assert_close(alone, ours, atol=1e-5, rtol=1e-5)
@@ -190,7 +190,8 @@ def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_p
     save_model(model, tokenizer, tmp_path / "sft")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3)))
     options = [*SHORT, "--sft.model", str(tmp_path / "sft"), "--data.preferences", str(tmp_path / "pairs.jsonl"),
-               "--rto.dpo_reward_scale", "0", "--rto.iterations", "1", "--eval.function", "null", "--lora.rank", str(rank)]  # fmt: skip
+               "--rto.dpo_reward_scale", "0", "--rto.iterations", "1", "--eval.function", "null",
+               "--lora.rank", str(rank)]  # fmt: skip
     main([*options, "--output_dir", str(tmp_path / "first")])
     for name in ("reward_model", "rto_critic"):
         assert AutoConfig.from_pretrained(tmp_path / "first" / name).vocab_size == 50

@@ -241,13 +241,13 @@ def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
 # Contexts
 
 TOO_LONG = {
-    "SFT, learned positions": ([*SFT, "--model.path", "gpt2_short"], "model.path: gpt2_short has a context of 10 tokens, the "
-                               "longest demonstration has "),
+    "SFT, learned positions": ([*SFT, "--model.path", "gpt2_short"], "model.path: gpt2_short has a context of 10 tokens, "
+                               "the longest demonstration has "),
     "SFT, RoPE": ([*SFT, "--model.path", "short"], "model.path: short has a context of 10 tokens, the longest demonstration "
                   "has 81; lower data.max_prompt_tokens or data.max_response_tokens\n"),
-    "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest of data.preferences"),
-    "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt with "
-                "the first token of a response has "),
+    "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest of data."),
+    "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt "
+                "with the first token of a response has "),
     "reference": ([*RTO, *GOLD, "--rto.ref_model", "short"], "rto.ref_model: short has a context of 10 tokens, the longest "
                   "prompt with rollout.max_new_tokens has "),
     "reward model": ([*RTO, "--reward_model.model", "gpt2_short_scorer"], "reward_model.model: gpt2_short_scorer has a "
@@ -268,8 +268,8 @@ def test_a_context_that_is_too_short(refused, name):
 
 EVALUATED = {
     "model": (["--model", "short"], "--model: short has a context of 10 tokens, the longest prompt with the first token"),
-    "reference": (["--model", "model", "--reference", "short"], "--reference: short has a context of 10 tokens, the longest "),
-    "reward model": (["--model", "model", "--reward_model", "gpt2_short_scorer"], "--reward_model: gpt2_short_scorer has a "),
+    "reference": (["--model", "model", "--reference", "short"], "--reference: short has a context of 10 tokens, the "),
+    "reward model": (["--model", "model", "--reward_model", "gpt2_short_scorer"], "--reward_model: gpt2_short_scorer has "),
     "DPO model": (["--model", "model", "--preferences", "pairs.jsonl", "--reference", "model", "--dpo_model", "short"],
                   "--dpo_model: short has a context of 10 tokens, the longest of --preferences has "),
 }  # fmt: skip

@@ -165,9 +165,11 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
     """{name: tensor without data} of the weights in a directory."""
     if os.path.isfile(
         f"{path}/adapter_config.json"
-    ):  # transformers would read its base instead, whatever else is there
-        raise ModelError(f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that "
-                         "it was merged into")  # fmt: skip
+    ):  # transformers would read the base that it names, and nothing here
+        raise ModelError(
+            f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that it was "
+            "merged into"
+        )
     files = _weight_files(path)
     if not files:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
