@@ -90,7 +90,8 @@ class Measurement:
         refuse_long(given("reference"), totals[0], ROLLOUT, ROLLOUT_LIMITS, trust)  # it reads the model's responses
         pairs = longest_pair(self.pairs)
         refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS, trust)
-        check_judge(self.models.get("reward_model"), self.tokenizer, max(*totals, pairs), self._warn, trust)
+        for scorer in given("reward_model"):
+            check_judge(scorer, self.tokenizer, max(*totals, pairs), self._warn, trust)
 
     def _warn(self, finding: Finding) -> None:
         self.say(f"{finding.what}; {finding.remedy}")

@@ -20,7 +20,7 @@ from rto_fast.models.directory import (
     load_tokenizer,
     model_config,
 )
-from rto_fast.preflight import stop_finding
+from rto_fast.preflight import CHECKED_PAIRS, stop_finding
 from rto_fast.rewards import same_tokens
 
 if TYPE_CHECKING:
@@ -172,8 +172,7 @@ def check_contexts(run: "Run") -> None:
         ModelError: a model's context is too short.
     """
     config, data, trust = run.config, run.data, run.config.model.trust_remote_code
-    base, *_ = run.models
-    models = {model.key: model for model in run.models}
+    base, models = run.models[0], {model.key: model for model in run.models}
 
     def refuse(keys, longest, what, remedy):
         refuse_long([models[key] for key in keys if key in models], longest, what, remedy, trust)
@@ -181,40 +180,47 @@ def check_contexts(run: "Run") -> None:
     if not config.sft.model:
         longest = max(len(s.prompt_ids) + len(s.response_ids) for s in data.sft)
         refuse([base.key], longest, "the longest demonstration", DATA_LIMITS)
-    reads_pairs = [base.key] if run._trains_reward_model or run._trains_dpo else []
-    if config.pays_dense_reward and config.data.preferences:
-        reads_pairs += ["dpo.model", "dpo.ref_model"]
-    if any(key in models for key in reads_pairs):
-        longest = longest_pair([*data.pairs, *data.held_out_pairs])
-        refuse(reads_pairs, longest, "the longest of data.preferences", DATA_LIMITS)
+    if run._trains_reward_model or run._trains_dpo:
+        refuse(
+            [base.key], longest_pair([*data.pairs, *data.held_out_pairs]), "the longest preference pair", DATA_LIMITS
+        )
+    dpo_models = ["dpo.model", "dpo.ref_model" if config.dpo.ref_model else base.key]
+    if config.dpo.model and config.pays_dense_reward:
+        longest = longest_pair(data.held_out_pairs[:CHECKED_PAIRS])
+        refuse(dpo_models, longest, "the longest held-out preference pair", DATA_LIMITS)
 
     judged = data.eval_prompts[: config.eval.prompts] if run._judged else []
-    starts = models["dpo.model"] if config.rto.init_from == "dpo" and "dpo.model" in models else base
-    trained = data.prompts if config.rto.enabled else []
-    compared = list({model.key: model for model in (base, models.get("dpo.model", base), starts)}.values())
+    start = models["dpo.model"] if config.rto.init_from == "dpo" and config.dpo.model else base
+    compared = [model for model in (base, models.get("dpo.model")) if model and model is not start]
     sampling = config.rollout.max_new_tokens, run.log.say, trust
-    in_training = longest_written([starts], [*trained, *judged], *sampling)
-    in_all = longest_written([model for model in compared if model is not starts], judged, *sampling)
+    written = longest_written([start], [*(data.prompts if config.rto.enabled else []), *judged], *sampling)
     if config.rto.enabled:
-        readers = [base.key, "dpo.model", "dpo.ref_model", "rto.ref_model", "rto.critic"]
-        refuse(readers, in_training, ROLLOUT, ROLLOUT_LIMITS)
-    if run._judged:
-        longest = max(in_training, in_all)
-        check_judge(models.get("reward_model.model"), run.tokenizer, longest, run.warn_of_model, trust)
+        readers = ["rto.ref_model" if config.rto.ref_model else base.key]
+        readers += dpo_models if config.pays_dense_reward else []
+        readers += ["rto.critic"] if config.rto.advantage == "gae" else []
+        refuse(readers, written, ROLLOUT, ROLLOUT_LIMITS)
+    longest = max(written, longest_written(compared, judged, *sampling))
+    scorer = models.get("reward_model.model")
+    if scorer and config.needs_reward_model:
+        if config.rto.normalize_scores and config.data.preferences and not has_statistics(scorer, trust):
+            longest = max(longest, longest_pair(data.held_out_pairs or data.pairs))
+        check_judge(scorer, run.tokenizer, longest, run.warn_of_model, trust)
+
+
+def has_statistics(scorer: Supplied, trust_remote_code: bool) -> bool:
+    """Whether a reward model brings the mean and std of its scores along, as those that are trained here do."""
+    config = model_config(scorer.path, trust_remote_code=trust_remote_code)
+    return bool(getattr(config, "score_std", None))
 
 
 def check_judge(
-    model: Supplied | None, tokenizer: PreTrainedTokenizerBase, longest: int, warn: Callable[[Finding], Any],
+    model: Supplied, tokenizer: PreTrainedTokenizerBase, longest: int, warn: Callable[[Finding], Any],
     trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Raises ModelError if a reward model's context is too short for `longest` tokens of the policy's; only warns where it
-    has a tokenizer of its own, by which there may be fewer.
-
-    Args:
-        model: None: there is none.
-    """
-    told = model and _too_long(model, longest, "the longest text that it may have to score", trust_remote_code)
-    if not model or not told:
+    has a tokenizer of its own, by which there may be fewer."""
+    told = _too_long(model, longest, "the longest text that it may have to score", trust_remote_code)
+    if told is None:
         return
     if same_tokens(load_tokenizer(model.path, trust_remote_code=trust_remote_code), tokenizer):
         raise ModelError(f"{told}; {ROLLOUT_LIMITS}")

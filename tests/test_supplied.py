@@ -1,26 +1,29 @@
-"""Supplied models that cannot be meant: one line before anything runs, exit code 2, in training and in evaluation."""
+"""Supplied models that cannot be meant: one line before anything runs, in training and in evaluation."""
 
+import copy
+import functools
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from rto_fast import evaluate, train
-from rto_fast.config import LoraConfig
+from rto_fast.config import LoraConfig, load_config
 from rto_fast.data.__main__ import load_tokenizer_and_stops
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
-from rto_fast.errors import ModelError, RewardError
+from rto_fast.errors import ModelError, RewardError, UserError
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import check_fit
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
+from rto_fast.run import Run
 from rto_fast.stages.common import save_model
-from rto_fast.training.supervised import SupervisedTrainer
+from rto_fast.training.stop import StopRequest
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
 SHORT = [
@@ -74,9 +77,10 @@ def folder(tmp_path_factory):
     save_file(weights, folder / "with_value_head" / "model.safetensors", {"format": "pt"})
     mixed = shutil.copytree(folder / "model", folder / "mixed") / "config.json"
     mixed.write_text(json.dumps(json.loads(mixed.read_text()) | {"intermediate_size": 96}))
+    scaled = {"rope_type": "linear", "factor": 8.0}
     for name, settings in {
         "gpt2_short": {"architecture": "gpt2", "n_positions": 10}, "short": {"max_position_embeddings": 10},
-        "long": {}, "scaled": {"max_position_embeddings": 10, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "middle": {"max_position_embeddings": 40}, "scaled": {"max_position_embeddings": 10, "rope_scaling": scaled},
     }.items():  # fmt: skip
         write(folder / name, AutoModelForCausalLM.from_config(config_of(**settings)))
         write(folder / f"{name}_scorer", scorer(**settings))
@@ -89,25 +93,34 @@ def inside(folder, monkeypatch):
     monkeypatch.setattr("rto_fast.run.Run.report", lambda self: None)
 
 
+@pytest.fixture(scope="module")
+def parsed():
+    """The command line's parser takes longer than all that is tested here."""
+    return load_config(SHORT)
+
+
 @pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
-    """Runs a command line that must not train, sample or score anything, and returns its one line."""
+def refused(parsed, monkeypatch, capsys, tmp_path):
+    """What a run, or an evaluation, says that must end before it trains, samples or scores anything."""
+
+    def begins(*_):
+        raise AssertionError("something ran")
 
     def refused(*arguments, command=train):
-        def begins(*_):
-            raise AssertionError("something ran")
-
-        monkeypatch.setattr(SupervisedTrainer, "__init__", begins)
         monkeypatch.setattr("rto_fast.run.Run.train_sft", begins)
         monkeypatch.setattr("rto_fast.evaluation_run.Measurement.results", begins)
-        output = ["--output_dir", str(tmp_path / "out")] if command is train else []
-        monkeypatch.setattr(sys, "argv", ["command", *arguments, *output])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            command.command()
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("rto_fast: ") and error.count("\n") == 1, error
-        return error
+        with pytest.raises(UserError) as stop:
+            if command is evaluate:
+                evaluate.main(list(arguments))
+            config = copy.deepcopy(parsed)
+            for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+                *groups, name = option.removeprefix("--").split(".")
+                setattr(functools.reduce(getattr, groups, config), name, yaml.safe_load(value))
+            config.output_dir = str(tmp_path / "out")
+            Run(config, StopRequest()).train_sft()
+        assert "\n" not in str(stop.value) and capsys.readouterr().err == ""
+        return str(stop.value)
 
     return refused
 
@@ -133,7 +146,7 @@ def test_a_scorer_whose_head_would_not_be_used(refused, key, name):
         line = refused("--model", "model", "--preferences", "pairs.jsonl", key, name, command=evaluate)
     else:
         line = refused(*RTO, *(GOLD if key == "rto.critic" else []), f"--{key}", name)
-    assert line.startswith(f"rto_fast: {key}: {name}: {SCORERS[name]}")
+    assert line.startswith(f"{key}: {name}: {SCORERS[name]}")
     with pytest.raises(ModelError, match=name):  # a name on the hub is not known before it is loaded
         load_scorer(name, **PLACEMENT)
 
@@ -168,7 +181,7 @@ def test_a_language_model_that_is_another_model(refused, key, name):
         ],
     }.get(key, [*RTO, *GOLD, f"--{key}", name])
     line = refused(*options, command=evaluate if key == "--dpo_model" else train)
-    assert line.startswith(f"rto_fast: {key}: {name}: {CAUSAL[name]}")
+    assert line.startswith(f"{key}: {name}: {CAUSAL[name]}")
     with pytest.raises(ModelError, match=name):
         load_causal_lm(name, **PLACEMENT)
 
@@ -178,7 +191,7 @@ def test_models_that_fit(folder, tmp_path):
     for path, kind in (
         ("model", "causal_lm"),
         ("scorer", "scorer"),
-        ("long", "causal_lm"),
+        ("middle", "causal_lm"),
         ("gpt2_short", "causal_lm"),
     ):
         check_fit(path, kind)
@@ -215,6 +228,15 @@ def test_a_score_that_the_class_changes_is_refused(folder, monkeypatch):
         load_scorer("scorer", **PLACEMENT)
 
 
+def test_a_scorer_without_a_decoders_head_is_refused_before_anything_runs(refused, folder, tmp_path):
+    sizes = dict(vocab_size=49, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    write(tmp_path / "bert", AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bert", num_labels=1, **sizes)
+    ))  # fmt: skip
+    line = refused(*RTO, "--reward_model.model", str(tmp_path / "bert"))
+    assert "reward_model.model: BertForSequenceClassification: no `score` head" in line
+
+
 def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
     pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
     base = load_causal_lm("model", **PLACEMENT)
@@ -244,8 +266,8 @@ TOO_LONG = {
     "SFT, learned positions": ([*SFT, "--model.path", "gpt2_short"], "model.path: gpt2_short has a context of 10 tokens, "
                                "the longest demonstration has "),
     "SFT, RoPE": ([*SFT, "--model.path", "short"], "model.path: short has a context of 10 tokens, the longest demonstration "
-                  "has 81; lower data.max_prompt_tokens or data.max_response_tokens\n"),
-    "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest of data."),
+                  "has 81; lower data.max_prompt_tokens or data.max_response_tokens"),
+    "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest preference "),
     "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt "
                 "with the first token of a response has "),
     "reference": ([*RTO, *GOLD, "--rto.ref_model", "short"], "rto.ref_model: short has a context of 10 tokens, the longest "
@@ -254,8 +276,11 @@ TOO_LONG = {
                      "context of 10 tokens, the longest text that it may have to score has "),
     "critic": ([*RTO, *GOLD, "--rto.critic", "short_scorer"], "rto.critic: short_scorer has a context of 10 tokens, the"),
     "DPO model": ([*RTO, *GOLD, "--rto.dpo_reward_scale", "1", "--dpo.model", "short"], "dpo.model: short has a context of"),
+    "pairs that a reward model's scores are normalised by": (
+        [*RTO, "--reward_model.model", "middle_scorer", "--rollout.max_new_tokens", "1"], "reward_model.model: middle_"
+        "scorer has a context of 40 tokens, the longest text that it may have to score has "),
     "DPO's reference": ([*RTO, *GOLD, "--rto.dpo_reward_scale", "1", "--dpo.model", "model", "--dpo.ref_model", "short"],
-                        "dpo.ref_model: short has a context of 10 tokens, the longest of data.preferences has "),
+                        "dpo.ref_model: short has a context of 10 tokens, the longest held-out "),
 }  # fmt: skip
 
 
@@ -263,7 +288,7 @@ TOO_LONG = {
 def test_a_context_that_is_too_short(refused, name):
     arguments, message = TOO_LONG[name]
     line = refused(*arguments)
-    assert f"rto_fast: {message}" in line and "; lower data.max_prompt_tokens" in line
+    assert message in line and "; lower data.max_prompt_tokens" in line
 
 
 EVALUATED = {
@@ -279,7 +304,7 @@ EVALUATED = {
 def test_a_context_that_is_too_short_to_evaluate(refused, name):
     arguments, message = EVALUATED[name]
     line = refused(*arguments, "--data", "pairs.jsonl", "--rollout.max_new_tokens", "8", command=evaluate)
-    assert f"rto_fast: {message}" in line
+    assert message in line
 
 
 def test_limits_that_no_data_reaches_are_no_mistake_and_a_response_that_is_cut_is_told(capsys, tmp_path):
@@ -321,7 +346,7 @@ def test_contexts_of_other_architectures():
 
 SETTINGS = {
     "several sequences": ('{"eos_token_id": 1, "num_return_sequences": 4}', "Greedy methods (do_sample != True)"),
-    "no tokens": ('{"eos_token_id": 1, "max_new_tokens": -1}', "`max_new_tokens` must be greater than 0, but is -1."),
+    "no tokens": ('{"eos_token_id": 1, "max_new_tokens": -1}', "`max_new_tokens` must be greater than 0, but is -1;"),
     "malformed": ('{"eos_token_id": 1,', ""),
     "empty": ("", ""),
     "a list": ("[1]", ""),
@@ -339,9 +364,9 @@ def test_generation_settings_that_transformers_refuses(refused, folder, tmp_path
     path = shutil.copytree(folder / "model", tmp_path / "broken")
     (path / "generation_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     told = f"{path}/generation_config.json cannot be used: {message}"
-    remedy = "; mend it, or take the settings out\n"
+    remedy = "mend it, or take the settings out"
     line = refused(*SFT, "--model.path", str(path))
-    assert line.startswith(f"rto_fast: model.path: {told}") and line.endswith(remedy)
+    assert line.startswith(f"model.path: {told}") and line.endswith(remedy)
     if name == "malformed":
         for key in ("sft.model", "rto.ref_model", "dpo.model"):
             assert f"{key}: {told}" in refused(*RTO, *GOLD, f"--{key}", str(path))

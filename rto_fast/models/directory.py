@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rto_fast.errors import ModelError
+from rto_fast.models.head import score_head
 
 # What a model is read as: its name in messages, and the transformers class that reads it, with these options.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -130,7 +131,7 @@ def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig
 
 
 def _refused(file: str, reason: str) -> ModelError:
-    return ModelError(f"{file} cannot be used: {reason}; mend it, or take the settings out")
+    return ModelError(f"{file} cannot be used: {reason.rstrip(".")}; mend it, or take the settings out")
 
 
 def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
@@ -202,17 +203,20 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
     trusted = {"trust_remote_code": trust_remote_code}
     try:
-        with quiet(), torch.device("meta"):
+        with quiet():
             config = from_pretrained(transformers.AutoConfig, what, path, **options, **trusted)
-            model_class = type(getattr(transformers, auto_class).from_config(config, **trusted))
-        _, info = model_class.from_pretrained(
-            None, config=config, state_dict=shapes, device_map={"": "meta"}, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            with torch.device("meta"):
+                model = getattr(transformers, auto_class).from_config(config, **trusted)
+            _, info = type(model).from_pretrained(
+                None, config=config, state_dict=shapes, device_map={"": "meta"}, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except ModelError:
         raise
     except Exception as error:  # as in `from_pretrained`
         raise ModelError(f"{path}: cannot be {what}: {_first_line(error)}") from error
+    if kind == "scorer":
+        score_head(model)
     refuse_misfit(path, kind, info)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_weights, from_pretrained, quiet, refuse_misfit
-from rto_fast.models.head import OpLinear
+from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_token_logps, token_logps
 
@@ -141,14 +140,6 @@ def load_scorer(
     )  # fmt: skip
     check_scorer(model, path)
     return model
-
-
-def score_head(model: PreTrainedModel) -> nn.Linear:
-    head = getattr(model, "score", None)
-    if head is None:
-        raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
-                         "Hugging Face's ...ForSequenceClassification head")  # fmt: skip
-    return head
 
 
 def output_head(model: PreTrainedModel) -> Head:
