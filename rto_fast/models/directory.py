@@ -131,7 +131,7 @@ def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig
 
 
 def _refused(file: str, reason: str) -> ModelError:
-    return ModelError(f"{file} cannot be used: {reason.rstrip(".")}; mend it, or take the settings out")
+    return ModelError(f"{file} cannot be used: {reason.rstrip('.')}; mend it, or take the settings out")
 
 
 def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
