@@ -77,7 +77,8 @@ def check_models(
     for model in models:
         with _named(model.key):
             check_weights(model.path)
-            generation_config(model.path, **trusted)
+            if model.kind == "causal_lm":
+                generation_config(model.path, **trusted)
             check_fit(model.path, model.kind, **trusted)
 
 
@@ -101,10 +102,9 @@ def check_endings(
     trusted = {"trust_remote_code": config.model.trust_remote_code}
     end = encode_response(tokenizer, "prompt", "response", config.data.prompt_format, stop_ids)[-1]
     for model in models:
-        settings = generation_config(model.path, **trusted)
         try:
             own = load_tokenizer(model.path, **trusted)
-            own_stop_ids = stop_token_ids(own, settings)
+            own_stop_ids = stop_token_ids(own, generation_config(model.path, **trusted))
         except (ModelError, DataError):  # no tokenizer or no stop token of its own: taken to have the policy's
             continue
         if model.reads_ids or same_tokens(own, tokenizer):

@@ -23,6 +23,7 @@ from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.run import Run
 from rto_fast.stages.common import save_model
+from rto_fast.supplied import check_endings, check_models, supplied_models
 from rto_fast.training.stop import StopRequest
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
@@ -373,6 +374,15 @@ def test_generation_settings_that_transformers_refuses(refused, folder, tmp_path
         assert told in refused("--model", str(path), "--data", "pairs.jsonl", command=evaluate)
     with pytest.raises(ModelError, match="generation_config.json cannot be used"):
         load_tokenizer_and_stops(str(path), False)
+
+
+def test_a_reward_model_needs_no_generation_settings(folder, tmp_path):
+    path = shutil.copytree(folder / "scorer", tmp_path / "rm")
+    (path / "generation_config.json").write_text('{"num_return_sequences": 4}')
+    config = load_config([*RTO, "--reward_model.model", str(path)])
+    models = supplied_models(config, "model")
+    check_models(models, build_tokenizer())
+    check_endings(config, models[1:], build_tokenizer(), [1], lambda finding: pytest.fail(finding.what))
 
 
 def test_settings_of_old_models_in_config_json(refused, folder, tmp_path):
