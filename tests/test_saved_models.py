@@ -21,6 +21,7 @@ from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer, pre
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import load_causal_lm, load_scorer, token_scores
 from rto_fast.models.lora import new_adapter
+from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
 from rto_fast.run import Run
 from rto_fast.stages.common import save_model
@@ -137,6 +138,34 @@ def words_tokenizer(*special):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     tokenizer.add_special_tokens({role: "<eos>" for role in special})
     return tokenizer
+
+
+@pytest.mark.parametrize(
+    "special, template, stop_ids, size, pad",
+    [
+        (["<a>", "<my_pad>", "<b>"], None, [60], 99, "<my_pad>"),
+        (["<a>", "<my_pad>", "<b>"], "<my_pad> {{ x }} <a>", [60], 99, "<b>"),  # the others are in use
+        (["<a>", "<b>"], None, [60, 61], 99, "<b>"),  # nor one that stops
+        (["<a>", "<b>"], None, [60], 61, "<|pad|>"),  # nor one that the model does not know
+        ([], None, [60], 61, "<|pad|>"),
+    ],
+)
+def test_the_padding_token_is_one_that_is_not_used(special, template, stop_ids, size, pad):
+    for role in ((), ("pad_token",)):
+        tokenizer = words_tokenizer(*role)
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in special], special_tokens=True)
+        tokenizer.chat_template = template
+        chosen = choose_pad(tokenizer, stop_ids, size)
+        assert chosen.pad_token == pad and chosen.pad_token_id not in stop_ids
+        assert tokenizer.pad_token == ("<eos>" if role else None)  # ours is as it was
+        assert tokenizer("w3 w9").input_ids == chosen("w3 w9").input_ids
+        own = words_tokenizer()
+        own.add_special_tokens({"pad_token": "w5"})
+        assert choose_pad(own, stop_ids, size).pad_token == "w5"  # one that it has is kept
+    llama = words_tokenizer()
+    llama.add_special_tokens({"unk_token": "<unk>", "bos_token": "<s>"})  # in its template, but never at the end
+    llama.chat_template = "<s>{{ x }}"
+    assert choose_pad(llama, [60], 99).pad_token == "<unk>"
 
 
 SIZES = dict(

@@ -87,12 +87,13 @@ def write_pad_token(folder: Path, config_class: type[PreTrainedConfig], pad: int
     config.pad_token_id = text.pad_token_id = pad
     grows, text.vocab_size = text.vocab_size <= pad, max(text.vocab_size, pad + 1)
     config.save_pretrained(folder)
+    ending = "." + ".".join(embedding.split(".")[-2:])  # on disk some architectures' names begin otherwise
     for file in folder.glob("*.safetensors") if grows else ():
         with safe_open(file, "pt") as opened:
-            metadata, names = opened.metadata(), opened.keys()
-        if embedding in names:
+            metadata, names = opened.metadata(), [name for name in opened.keys() if f".{name}".endswith(ending)]  # noqa: SIM118
+        for name in names:
             state = load_file(file)
-            rows = state[embedding]
+            rows = state[name]
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            state[embedding] = torch.cat([rows, mean.expand(pad + 1 - len(rows), -1)])
+            state[name] = torch.cat([rows, mean.expand(pad + 1 - len(rows), -1)])
             save_file(state, file, metadata)
