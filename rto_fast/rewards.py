@@ -94,7 +94,7 @@ class RewardModel:
         longest = max(map(len, sequences), default=0)
         if context and longest > context:
             raise RewardError(f"reward model: {longest} of its tokens for a prompt and its response, its context is "
-                              f"{context}; lower rollout.max_new_tokens or data.max_prompt_tokens")  # fmt: skip
+                              f"{context}; lower max_prompt_tokens or rollout.max_new_tokens")  # fmt: skip
         read = [read_position(ids, self.model.config) for ids in sequences]
         scores = score_sequences(self.model, sequences, self.max_tokens, read)
         return _finite(scores, completions, "reward model")

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from rto_fast.run import Run
 
 
-DATA_LIMITS = "lower data.max_prompt_tokens or data.max_response_tokens"
-ROLLOUT_LIMITS = "lower data.max_prompt_tokens or rollout.max_new_tokens"
+# As they are called in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
+DATA_LIMITS = "lower max_prompt_tokens or max_response_tokens"
+ROLLOUT_LIMITS = "lower max_prompt_tokens or rollout.max_new_tokens"
 ROLLOUT = "the longest prompt with rollout.max_new_tokens"
 
 
@@ -148,7 +149,7 @@ def longest_written(
     longest, totals = max((len(p.prompt_ids) for p in prompts), default=0), [0]
     for policy in policies if prompts else ():
         what = "the longest prompt with the first token of a response"
-        refuse_long([policy], longest + 1, what, "lower data.max_prompt_tokens", trust_remote_code)
+        refuse_long([policy], longest + 1, what, "lower max_prompt_tokens", trust_remote_code)
         context = _context(policy, trust_remote_code) or longest + max_new_tokens
         totals.append(min(longest + max_new_tokens, context))
         if longest + max_new_tokens > context:

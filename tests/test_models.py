@@ -126,5 +126,5 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     tiny("llama", AutoModelForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="lacks weights: lm_head.weight"):
         load_causal_lm(tmp_path, **options)
-    with pytest.raises(ModelError, match="its score head has 2 labels; a sequence classifier with one label is needed"):
+    with pytest.raises(ModelError, match="its score head has 2 labels; a reward model or critic has one"):
         load_scorer(tmp_path, **options)

@@ -134,7 +134,7 @@ SCORERS = {
     "v_head": f"{NO_HEAD}; {UNUSED}v_head.summary.bias, v_head.summary.weight; give",
     "deep_head": f"{NO_HEAD}; {UNUSED}score.0.weight, score.2.weight; give",
     "biased": f"not a sequence classifier with one label: {UNUSED}score.bias; give",
-    "two_labels": "its score head has 2 labels; a sequence classifier with one label is needed",
+    "two_labels": "its score head has 2 labels; a reward model or critic has one, the score",
 }  # fmt: skip
 
 
@@ -267,7 +267,7 @@ TOO_LONG = {
     "SFT, learned positions": ([*SFT, "--model.path", "gpt2_short"], "model.path: gpt2_short has a context of 10 tokens, "
                                "the longest demonstration has "),
     "SFT, RoPE": ([*SFT, "--model.path", "short"], "model.path: short has a context of 10 tokens, the longest demonstration "
-                  "has 81; lower data.max_prompt_tokens or data.max_response_tokens"),
+                  "has 81; lower max_prompt_tokens or max_response_tokens"),
     "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest preference "),
     "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt "
                 "with the first token of a response has "),
@@ -289,7 +289,7 @@ TOO_LONG = {
 def test_a_context_that_is_too_short(refused, name):
     arguments, message = TOO_LONG[name]
     line = refused(*arguments)
-    assert message in line and "; lower data.max_prompt_tokens" in line
+    assert message in line and "; lower max_prompt_tokens" in line
 
 
 EVALUATED = {

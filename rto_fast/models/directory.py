@@ -145,15 +145,16 @@ def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
 
 def _weight_files(path: str) -> list[Path]:
     """The safetensors that transformers reads from a directory."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
-    return [folder / name for name in sorted(set(names))]
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def check_weights(path: str) -> None:
@@ -164,9 +165,8 @@ def check_weights(path: str) -> None:
 
 def _shapes(path: str) -> dict[str, torch.Tensor]:
     """{name: tensor without data} of the weights in a directory."""
-    if os.path.isfile(
-        f"{path}/adapter_config.json"
-    ):  # transformers would read the base that it names, and nothing here
+    if os.path.isfile(f"{path}/adapter_config.json"):
+        # transformers would read the base that it names, and nothing else here
         raise ModelError(
             f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that it was "
             "merged into"
@@ -214,6 +214,8 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     except ModelError:
         raise
     except Exception as error:  # as in `from_pretrained`
+        if trust_remote_code:  # somebody's code need not know weights without data
+            return
         raise ModelError(f"{path}: cannot be {what}: {_first_line(error)}") from error
     if kind == "scorer":
         score_head(model)
@@ -226,12 +228,11 @@ def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
     Args:
         info: transformers' `output_loading_info`.
     """
-    what = KINDS[kind][0]
     for name, found, expected in sorted(info["mismatched_keys"]):
         found, expected = list(found), list(expected)
         if kind == "scorer" and name.startswith("score.") and found[1:] == expected[1:]:
             raise ModelError(
-                f"{path}: its score head has {found[0]} labels; {what} is needed, whose only one is the score"
+                f"{path}: its score head has {found[0]} labels; a reward model or critic has one, the score"
             )
         raise ModelError(
             f"{path}: {name} is {found} in the checkpoint and {expected} by config.json: two models are mixed"
@@ -246,7 +247,7 @@ def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
         if kind == "scorer"
         else "if it is one all the same, write it anew with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
     )
-    raise ModelError(f"{path}: not {what}: {'; '.join(faults)}; {remedy}")
+    raise ModelError(f"{path}: not {KINDS[kind][0]}: {'; '.join(faults)}; {remedy}")
 
 
 def _some(names: Iterable[str], shown: int = 4) -> str:
