@@ -108,8 +108,9 @@ def generation_config(path: str, *, trust_remote_code: bool = False) -> Generati
             none.
     """
     config = _settings(path, "generation_config.json", trust_remote_code)
-    if config is None:  # transformers then takes settings from here
-        _settings(path, "config.json", trust_remote_code)
+    if config is None:
+        if os.path.isfile(f"{path}/config.json"):  # transformers then takes settings from here
+            _settings(path, "config.json", trust_remote_code)
         return None
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids if i is not None):
