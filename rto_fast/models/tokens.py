@@ -42,7 +42,7 @@ def write_stop_tokens(
     config.eos_token_id = config.get_text_config().eos_token_id = ids
     config.save_pretrained(folder)
     generation.eos_token_id = ids
-    generation._from_model_config = False  # else transformers may put the model's own in its place
+    vars(generation).pop("_from_model_config", None)  # else transformers may put config.json's in its place
     # Not by `save_pretrained`, see `plain_generation`.
     generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
