@@ -34,7 +34,7 @@ OTHER_MODEL = 0.25  # nats a token of KL between sampler and policy: no importan
 class Agreement:
     """How far a path is from the truth, beside how far the model's own forward pass is.
 
-    Both are means of |Δ log-prob| in nats a token. `resolution` is what a float32 log-prob resolves.
+    Both are means of |Δ|: of log-probs in nats a token, or of scores. `resolution` is what float32 resolves of them.
     """
 
     error: float
@@ -69,6 +69,13 @@ def compare_logits(path: Tensor, own: Tensor, truth: Tensor) -> Agreement:
     return Agreement(mean(path - truth), mean(own - truth), torch.finfo(torch.float32).eps * mean(truth))
 
 
+def compare_values(path: Tensor, truth: Tensor, noise: float = 0.0) -> Agreement:
+    """Compares values [N], such as a reward model's scores, with the true ones; noise as in `Agreement`."""
+    path, truth = path.double(), truth.double()
+    resolution = torch.finfo(torch.float32).eps * truth.abs().mean().item()
+    return Agreement((path - truth).abs().mean().item(), noise, resolution)
+
+
 @dataclass(frozen=True)
 class Noise:
     """What rounding does to the log-probs of drawn tokens in one model's training forward pass.
@@ -82,9 +89,9 @@ class Noise:
     @classmethod
     def measure(cls, own: Tensor, truth: Tensor) -> "Noise":
         """From log-probs [n] of drawn tokens in the model's dtype, and in a higher precision."""
-        delta = own.double() - truth.double()
-        resolution = torch.finfo(torch.float32).eps * truth.double().abs().mean().item()
-        return cls(delta.abs().mean().item() + resolution, (delta.expm1() - delta).mean().item() + resolution**2 / 2)
+        delta, found = own.double() - truth.double(), compare_values(own, truth)
+        k3 = (delta.expm1() - delta).mean().item()
+        return cls(found.error + found.resolution, k3 + found.resolution**2 / 2)
 
     @property
     def repeated_mean(self) -> float:

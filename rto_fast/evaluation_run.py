@@ -13,12 +13,25 @@ from rto_fast.errors import DataError
 from rto_fast.estimates import length_controlled_win_rate, mean, rate, wins
 from rto_fast.evaluate import EvaluateConfig
 from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
-from rto_fast.models.loading import check_vocabulary, load_causal_lm, load_scorer, load_tokenizer, resolve_dtype
+from rto_fast.health import Finding
+from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.loading import load_causal_lm, load_scorer, resolve_dtype
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.run import generation_config, quiet_libraries, resolve_device
+from rto_fast.run import quiet_libraries, resolve_device
 from rto_fast.stages.common import response_logps
 from rto_fast.stages.dpo import pair_logps
+from rto_fast.supplied import (
+    DATA_LIMITS,
+    ROLLOUT,
+    ROLLOUT_LIMITS,
+    Supplied,
+    check_judge,
+    check_models,
+    longest_pair,
+    longest_written,
+    refuse_long,
+)
 from rto_fast.training import deepspeed_import
 
 
@@ -43,12 +56,14 @@ class Measurement:
         # Mistakes show before the first response is sampled.
         self.function = RewardFunction(options.reward, "--reward", device) if options.reward else None
         self.tokenizer = load_tokenizer(options.tokenizer or options.model, trust_remote_code=trust)
-        for key in ("model", "reference", "dpo_model", "dpo_reference"):
-            if path := getattr(options, key):
-                check_vocabulary(path, self.tokenizer, f"--{key}", trust_remote_code=trust)
-        if options.reward_model:
-            load_tokenizer(options.reward_model, trust_remote_code=trust)
-        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(options.model, trust))
+        self.models = {
+            key: Supplied(f"--{key}", path, "causal_lm" if key != "reward_model" else "scorer", key != "reward_model")
+            for key in ("model", "reference", "dpo_model", "dpo_reference", "reward_model")
+            if (path := getattr(options, key))
+        }
+        check_models([*self.models.values()], self.tokenizer, trust_remote_code=trust)
+        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(options.model, trust_remote_code=trust))
+        check_stop_ids(self.stop_ids, options.model, vocabulary_size(options.model, trust_remote_code=trust))
         self.sampling = Sampling.of(options.rollout, self.stop_ids)
         if options.greedy:
             self.sampling = dataclasses.replace(self.sampling, temperature=0.0)
@@ -66,6 +81,23 @@ class Measurement:
             )
         if self.function:
             self.function.check_columns(self.prompts[:1] + [pair.example for pair in self.pairs[:1]])
+        self._check_contexts(trust)
+
+    def _check_contexts(self, trust: bool) -> None:
+        def given(*keys):
+            return [self.models[key] for key in keys if key in self.models]
+
+        limit = self.options.rollout.max_new_tokens
+        policies = given("model", "reference")
+        totals = [longest_written([policy], self.prompts, limit, self.say, trust) for policy in policies]
+        refuse_long(given("reference"), totals[0], ROLLOUT, ROLLOUT_LIMITS, trust)  # it reads the model's responses
+        pairs = longest_pair(self.pairs)
+        refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS, trust)
+        for scorer in given("reward_model"):
+            check_judge(scorer, self.tokenizer, max(*totals, pairs), self._warn, trust)
+
+    def _warn(self, finding: Finding) -> None:
+        self.say(f"{finding.what}; {finding.remedy}")
 
     def results(self):
         options = self.options

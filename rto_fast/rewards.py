@@ -15,7 +15,9 @@ from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response, stop_token_ids
 from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
-from rto_fast.models.loading import token_scores
+from rto_fast.models.context import context_of
+from rto_fast.models.directory import same_vocabulary
+from rto_fast.models.loading import read_position, token_scores
 from rto_fast.models.placement import device_of, resident
 from rto_fast.training import deepspeed_import, ranks
 
@@ -53,12 +55,13 @@ def completions_of_pairs(
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a reward model can be given the policy's ids as they are."""
-    same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-    return same_vocabulary and tokenizer.chat_template in (None, policy_tokenizer.chat_template)
+    own_template = tokenizer.chat_template not in (None, policy_tokenizer.chat_template)
+    return same_vocabulary(tokenizer, policy_tokenizer) and not own_template
 
 
 class RewardModel:
-    """Scores whole conversations with a sequence classification model of one label.
+    """Scores whole conversations with a sequence classification model of one label, as its own forward pass does: by the
+    last token that is no padding token of its config.
 
     Args:
         model: from `load_scorer`. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
@@ -72,7 +75,7 @@ class RewardModel:
     ):  # fmt: skip
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.prompt_format = prompt_format
-        self.same_vocabulary = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.same_vocabulary = same_vocabulary(tokenizer, policy_tokenizer)
         self.same_tokens = same_tokens(tokenizer, policy_tokenizer)
         self.stop_ids = None if self.same_tokens else stop_token_ids(tokenizer)
 
@@ -87,7 +90,13 @@ class RewardModel:
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
         """[N] float32 scores on the model's device."""
-        scores = score_sequences(self.model, [self._ids(c) for c in completions], self.max_tokens)
+        sequences, context = [self._ids(c) for c in completions], context_of(self.model.config)
+        longest = max(map(len, sequences), default=0)
+        if context and longest > context:
+            raise RewardError(f"reward model: {longest} of its tokens for a prompt and its response, its context is "
+                              f"{context}; lower max_prompt_tokens or rollout.max_new_tokens")  # fmt: skip
+        read = [read_position(ids, self.model.config) for ids in sequences]
+        scores = score_sequences(self.model, sequences, self.max_tokens, read)
         return _finite(scores, completions, "reward model")
 
 
@@ -99,14 +108,23 @@ def _finite(scores, completions, source):
 
 
 @torch.no_grad()
-def score_sequences(model: PreTrainedModel, sequences: list[list[int]], max_tokens: int) -> torch.Tensor:
-    """Score of each sequence's last token, [N] float32, packed `max_tokens` at a time."""
+def score_sequences(
+    model: PreTrainedModel, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Scores of sequences, [N] float32, packed `max_tokens` at a time.
+
+    Args:
+        read: the position in each sequence whose score is taken; default: the last.
+    """
     with resident(model):
         device = device_of(model)
 
         def scores(run):
             batch = pack_whole([sequences[i] for i in run], device)
-            return token_scores(model, batch)[batch.last]
+            last = batch.last
+            if read is not None:
+                last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in run], device=device)
+            return token_scores(model, batch)[last]
 
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
 

@@ -7,40 +7,28 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rto_fast.config import dump_config
 from rto_fast.data.run_data import RunData
-from rto_fast.data.tokenizing import encode_response, stop_token_ids
+from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError, DataError, ModelError
+from rto_fast.errors import ConfigError
 from rto_fast.evaluation import evaluate, measured_kl, samples
-from rto_fast.models.loading import (
-    check_vocabulary,
-    check_weights,
-    load_causal_lm,
-    load_tokenizer,
-    resolve_dtype,
-    vocabulary_size,
-)
+from rto_fast.health import Finding
+from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.loading import load_causal_lm, resolve_dtype
 from rto_fast.models.placement import resident
 from rto_fast.planning.room import check_room
-from rto_fast.preflight import CHECKED_PAIRS, preference_finding, stop_finding
+from rto_fast.preflight import CHECKED_PAIRS, preference_finding
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.trackers import Service, TensorBoard
-from rto_fast.rewards import (
-    NormalizedScores,
-    RewardFunction,
-    RewardModel,
-    completions_of_pairs,
-    same_tokens,
-    score_statistics,
-)
+from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
+from rto_fast.supplied import check_contexts, check_endings, check_models, supplied_models
 from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -71,13 +59,6 @@ def resolve_device(name):
             f"device: process {local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}"
         )
     return f"cuda:{local_rank()}" if use_cuda else "cpu"
-
-
-def generation_config(path, trust_remote_code):
-    try:
-        return GenerationConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError:  # many models have none: the tokenizer's EOS is then the only stop token
-        return None
 
 
 def quiet_libraries(device):
@@ -122,17 +103,20 @@ class Run:
             deepspeed_import.reveal()  # a model's own code may want it
         self.base = config.sft.model or (self._embedded() if config.model.path == "embedded" else config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
-        self._check_models(trust)
-        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust))
-        self._check_endings(trust)
-        self.sampling = Sampling.of(config.rollout, self.stop_ids)
+        self.models = supplied_models(config, self.base)
+        check_models(self.models, self.tokenizer, trust_remote_code=trust)
+        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust_remote_code=trust))
         size = vocabulary_size(self.base, trust_remote_code=trust)
+        check_stop_ids(self.stop_ids, self.base, size)
+        check_endings(config, self.models[1:], self.tokenizer, self.stop_ids, self.warn_of_model)
+        self.sampling = Sampling.of(config.rollout, self.stop_ids)
         self.data = RunData(config.data, self.tokenizer, self.stop_ids, self.log.say, size)
         # Mistakes in functions and data show now, not after the first stages.
         self.reward_function = self._function("reward_model.function")
         self.eval_function = self._function("eval.function")
         self._load_data()
         self._check_functions()
+        check_contexts(self)
         check_room(self)
 
     def _trackers(self):
@@ -145,43 +129,6 @@ class Run:
 
     def _embedded(self):
         return save_model(build_model(self.config.seed), build_tokenizer(), self.folder / "base")
-
-    def _check_models(self, trust_remote_code):
-        """Supplied models must be there, and know the policy's tokens as the policy does if they are given them."""
-        config = self.config
-        supplied = {
-            "model.path": config.model.tokenizer and not config.sft.model and self.base,
-            "sft.model": config.sft.model, "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model,
-            "rto.ref_model": config.rto.ref_model, "rto.critic": config.rto.critic,
-        }  # fmt: skip
-        for key, path in supplied.items():
-            if path:
-                check_vocabulary(path, self.tokenizer, key, trust_remote_code=trust_remote_code)
-        if config.reward_model.model:
-            load_tokenizer(config.reward_model.model, trust_remote_code=trust_remote_code)
-        for path in filter(None, [self.base, config.reward_model.model, *supplied.values()]):
-            check_weights(path)
-
-    def _check_endings(self, trust_remote_code):
-        """Supplied models that are given the policy's tokens should know the one that its responses end with."""
-        config = self.config
-        end = encode_response(self.tokenizer, "prompt", "response", config.data.prompt_format, self.stop_ids)[-1]
-        supplied = {
-            "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model, "rto.ref_model": config.rto.ref_model,
-            "rto.critic": config.rto.critic, "reward_model.model": config.reward_model.model,
-        }  # fmt: skip
-        for key, path in supplied.items():
-            if not path:
-                continue
-            try:
-                own = load_tokenizer(path, trust_remote_code=trust_remote_code)
-                stop_ids = stop_token_ids(own, generation_config(path, trust_remote_code))
-            except (ModelError, DataError):  # no tokenizer or no stop token of its own: taken to have the policy's
-                continue
-            is_given_text = key == "reward_model.model" and not same_tokens(own, self.tokenizer)
-            finding = None if is_given_text else stop_finding(key, path, stop_ids, end, self.tokenizer)
-            if finding:
-                self.log.warning("models", 0, *finding)
 
     def _function(self, key):
         stage, name = key.split(".")
@@ -233,23 +180,33 @@ class Run:
         self.checkpoints.finish(name)
         return path
 
+    def warn_of_model(self, finding: Finding) -> None:
+        self.log.warning("models", 0, *finding)
+
+    @property
+    def _supervised(self):
+        """What the stages that learn from examples are given beside those."""
+        return self.placement | {"stop_ids": self.stop_ids}
+
     def train_sft(self):
         if self.config.sft.model:
             return self.config.sft.model
-        return self._trained("sft", sft, self.base, self.tokenizer, self.data.sft, **self.placement)
+        return self._trained("sft", sft, self.base, self.tokenizer, self.data.sft, **self._supervised)
 
     def train_reward_model(self, sft_path):
         """A directory, or None where scores come from a function or from nowhere."""
         if not self._trains_reward_model:
             return self.config.reward_model.model
         pairs, held_out = self.data.pairs, self.data.held_out_pairs
-        return self._trained("reward_model", reward_model, sft_path, self.tokenizer, pairs, held_out, **self.placement)
+        return self._trained(
+            "reward_model", reward_model, sft_path, self.tokenizer, pairs, held_out, **self._supervised
+        )
 
     def train_dpo(self, sft_path):
         if not self._trains_dpo:
             return self.config.dpo.model if self.config.needs_dpo_model else None
         pairs, held_out = self.data.pairs, self.data.held_out_pairs
-        return self._trained("dpo", dpo, sft_path, self.tokenizer, pairs, held_out, **self.placement)
+        return self._trained("dpo", dpo, sft_path, self.tokenizer, pairs, held_out, **self._supervised)
 
     def scorer(self, sft_path, reward_path):
         """`NormalizedScores`, or None."""
@@ -381,7 +338,7 @@ class Run:
                          f"KL {result.kl:.3g} nats, {result.length:.1f} tokens")  # fmt: skip
             best = self.checkpoints.best
             if self.config.eval.keep_best and (best is None or result.score > best):
-                save_model(models.policy, self.tokenizer, self.folder / "rto_best")
+                save_model(models.policy, self.tokenizer, self.folder / "rto_best", self.stop_ids)
                 self.checkpoints.keep_best(result.score)
 
         return self._trained(

@@ -87,8 +87,8 @@ def logps(model, prompt, response):
 
 @torch.no_grad()
 def model_score(scorer, ids):
-    """Of the last token (transformers' own pooling passes over pad tokens, which a random model samples)."""
-    return scorer.score(scorer.model(torch.tensor([ids])).last_hidden_state)[0, -1].item()
+    """Its own, which passes over pad tokens at the end: a random model samples some."""
+    return scorer(torch.tensor([ids])).logits[0, 0].item()
 
 
 def responses(folder, name, prompt_ids):

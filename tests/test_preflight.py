@@ -19,6 +19,7 @@ from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.run import Run
 from rto_fast.stages import dpo, rto
 from rto_fast.stages.loader import Loader
+from rto_fast.supplied import check_endings, supplied_models
 from rto_fast.training.checkpoint import Checkpoints
 
 TOKENIZER = build_tokenizer()
@@ -221,11 +222,12 @@ def test_models_that_end_a_response_otherwise_are_named(tmp_path):
         folders[name] = str(tmp_path / name)
     options = ["--dpo.model", folders["other"], "--rto.ref_model", folders["same"], "--dpo.ref_model", folders["other"],
                "--rto.critic", str(tmp_path / "none"), "--reward_model.model", folders["other"]]  # fmt: skip
-    stub(options, tmp_path, tokenizer=TOKENIZER, stop_ids=[1])._check_endings(False)
-    found = recorded(tmp_path)
-    assert [w["name"].split()[0] for w in found] == ["dpo.model", "dpo.ref_model", "reward_model.model"]
-    assert "'<pad>' (0)" in found[0]["what"] and "'<eos>' (1)" in found[0]["what"] and found[0]["step"] == 0
+    config, found = load_config(options), []
+    supplied = supplied_models(config, folders["same"])[1:]
+    check_endings(config, supplied, TOKENIZER, [1], found.append)
+    assert [finding.name.split()[0] for finding in found] == ["dpo.model", "dpo.ref_model", "reward_model.model"]
+    assert "'<pad>' (0)" in found[0].what and "'<eos>' (1)" in found[0].what
     GenerationConfig(eos_token_id=[0, 1]).save_pretrained(folders["other"])  # knows both
-    (tmp_path / "warnings.jsonl").unlink()
-    stub(options, tmp_path, tokenizer=TOKENIZER, stop_ids=[1])._check_endings(False)
-    assert recorded(tmp_path) == []
+    found.clear()
+    check_endings(config, supplied, TOKENIZER, [1], found.append)
+    assert found == []

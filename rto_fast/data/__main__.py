@@ -57,18 +57,12 @@ def parse(arguments):
 def load_tokenizer_and_stops(path, trust_remote_code):
     """(tokenizer, ids that end a response), as a run has them."""
     from rto_fast.data.world import build_tokenizer
-    from rto_fast.models.loading import load_tokenizer
+    from rto_fast.models.directory import generation_config, load_tokenizer
 
     if path == "embedded":
         return build_tokenizer(), stop_token_ids(build_tokenizer())
-    from transformers import GenerationConfig
-
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    try:
-        generation = GenerationConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError:
-        generation = None
-    return tokenizer, stop_token_ids(tokenizer, generation)
+    return tokenizer, stop_token_ids(tokenizer, generation_config(path, trust_remote_code=trust_remote_code))
 
 
 def look(options, config, page, say):

@@ -49,3 +49,16 @@ def use_op_linear(model: "PreTrainedModel", head: nn.Module | None = None) -> Op
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     head.__class__ = OpLinear
     return cast(OpLinear, head)
+
+
+def score_head(model: "PreTrainedModel") -> nn.Linear:
+    """The layer that makes a scorer's scores of its hidden states.
+
+    Raises:
+        ModelError: there is none of the name that transformers gives it in decoders.
+    """
+    head = getattr(model, "score", None)
+    if head is None:
+        raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
+                         "Hugging Face's ...ForSequenceClassification head")  # fmt: skip
+    return head

@@ -1,23 +1,22 @@
-"""Models and tokenizers from disk or hub, and the two forward passes every stage is made of."""
+"""Models from disk or hub, and the two forward passes every stage is made of."""
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rto_fast.agreement import compare_logits
+from rto_fast.agreement import compare_logits, compare_values
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.kernels import reference
 from rto_fast.models.attention import PACKED
-from rto_fast.models.head import OpLinear
+from rto_fast.models.directory import KINDS, check_weights, from_pretrained, quiet, refuse_misfit
+from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.ops import linear_token_logps
@@ -54,72 +53,37 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _from_pretrained(auto_class, what, path, **options):
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        is_local, reason = os.path.isdir(path), str(error).strip().splitlines()[0]
-        place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
-        remedy = "" if is_local else "; check the name and the network, or give a local directory"
-        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
-
-
-def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
-    """Embeddings of the model at `path`."""
-    from transformers import AutoConfig
-
-    config = _from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
-    return config.get_text_config().vocab_size
-
-
-def check_vocabulary(
-    path: str, tokenizer: PreTrainedTokenizerBase, key: str, *, trust_remote_code: bool = False
-) -> None:
-    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
-    of a model without a tokenizer of its own only the number of embeddings is known."""
-    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
-    try:
-        same = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab() == tokenizer.get_vocab()
-    except ModelError:
-        same = True
-    if not same or size < len(tokenizer):
-        raise ModelError(
-            f"{key}: {path} has a vocabulary of {size} tokens that is not the policy's ({len(tokenizer)} tokens); "
-            "its log-probs of the policy's tokens would mean nothing; give models that share one tokenizer"
-        )
-
-
-def check_weights(path: str) -> None:
-    """Raises ModelError unless a directory holds whole safetensors; of a name on the hub nothing is known yet."""
-    if not os.path.isdir(path):
-        return
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
-        reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
-        raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: damaged weights: {error}; copy the file again") from error
-
-
-def _load_weights(auto_class, what, path, **options):
-    """(model, names of the parameters that the checkpoint does not hold)."""
+def _load_weights(
+    path: str, kind: str, *, device: torch.device | str, trainable: bool, gradient_checkpointing: bool,
+    trust_remote_code: bool, new_head: bool = False, **options: Any,
+) -> PreTrainedModel:  # fmt: skip
+    """A model of one of `KINDS`, ready for packed sequences; every weight of it and of its checkpoint is in use."""
     check_weights(path)
-    with _quiet():  # transformers only warns of missing weights; here they are wanted or refused
-        model, info = _from_pretrained(
-            auto_class, what, path, use_safetensors=True, output_loading_info=True, **options
-        )
-    return model, set(info["missing_keys"])
+    what, auto_class, settings = KINDS[kind]
+    with quiet():  # transformers only warns of weights that do not fit; here they are refused
+        model, info = from_pretrained(
+            getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
+        )  # fmt: skip
+    if new_head and info["missing_keys"]:
+        info |= _start_head(model, info, trust_remote_code)
+    refuse_misfit(path, kind, info)
+    return _prepare(model, path, device, trainable, gradient_checkpointing)
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+def _start_head(model: PreTrainedModel, info: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Sets the head of a scorer that was read from a causal language model to 0; returns what remains of `info`."""
+    head = score_head(model)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.zero_()
+    own = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
+    return {
+        "missing_keys": info["missing_keys"] - own,
+        "unexpected_keys": info["unexpected_keys"] - set(causal_lm.state_dict()),
+    }
 
 
 def _prepare(model, path, device, trainable, gradient_checkpointing):
@@ -152,66 +116,33 @@ def load_causal_lm(
     Raises:
         ModelError: nothing usable at `path`, or an architecture that cannot be packed.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, missing = _load_weights(
-        AutoModelForCausalLM, "a causal language model", path, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    _refuse_missing(missing, path)
-    model = _prepare(model, path, device, trainable, gradient_checkpointing)
+    model = _load_weights(
+        path, "causal_lm", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     check_causal_lm(model, path)
     return model
 
 
 def load_scorer(
     path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, new_head: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """A sequence classification model with one label: a reward model (its score of the last token) or a critic (its
-    score of every token). From a causal language model directory the backbone is taken and the head starts at 0."""
-    from transformers import AutoModelForSequenceClassification
+    score of every token).
 
-    model, missing = _load_weights(
-        AutoModelForSequenceClassification,
-        "a sequence classifier with one label",
-        path,
-        dtype=dtype,
-        num_labels=1,
-        trust_remote_code=trust_remote_code,
-    )
-    head = score_head(model)
-    head_keys = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    _refuse_missing(missing - head_keys, path)
-    if missing:
-        with torch.no_grad():
-            for p in head.parameters():
-                p.zero_()
-    return _prepare(model, path, device, trainable, gradient_checkpointing)
-
-
-def _refuse_missing(names, path):
-    if names:
-        raise ModelError(f"{path}: the checkpoint lacks weights: {', '.join(sorted(names))}")
-
-
-@contextlib.contextmanager
-def _quiet():
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def score_head(model: PreTrainedModel) -> nn.Linear:
-    head = getattr(model, "score", None)
-    if head is None:
-        raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
-                         "Hugging Face's ...ForSequenceClassification head")  # fmt: skip
-    return head
+    Args:
+        path: directory or hub id. dtype: of the weights. trainable: train mode and gradients, or neither.
+        new_head: `path` is a causal language model's, to be trained: the backbone is taken, and the head starts at 0.
+    Raises:
+        ModelError: nothing usable at `path`, or scores that are not those of the model's own forward pass.
+    """
+    model = _load_weights(
+        path, "scorer", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+        trust_remote_code=trust_remote_code, new_head=new_head,
+    )  # fmt: skip
+    check_scorer(model, path)
+    return model
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -278,42 +209,88 @@ def precise_logps(model: nn.Module, batch: PackedBatch, *, temperature: float = 
         return output_head(model).run(reference.linear_token_logps, hidden, batch.labels, temperature=temperature)
 
 
+def read_position(ids: Sequence[int], config: PreTrainedConfig) -> int:
+    """The position whose score is that of a sequence: transformers' ...ForSequenceClassification reads the last token that
+    is no padding token (`pad_token_id` of its config), were it all over the sequence the first."""
+    pad = config.get_text_config().pad_token_id
+    return next((i for i in reversed(range(len(ids))) if ids[i] != pad), 0)
+
+
+@torch.no_grad()
+def check_scorer(model: PreTrainedModel, name: str) -> None:
+    """Compares `token_scores` of packed sequences with the scores that the model's own forward pass gives each alone.
+
+    The noise is that of the scores of all tokens, for a sequence has but one that the model's own forward pass returns.
+
+    Raises:
+        ModelError: they differ: the class does something to the score, or reads another token.
+    """
+    device, size = model.device, model.get_input_embeddings().weight.shape[0]
+    ids = _check_ids(size, [5 + i for i in range(8)])
+    batch = pack_whole(ids, device)
+    read = [first + read_position(s, model.config) for first, s in zip(batch.cu_seqlens.tolist(), ids)]
+    with _precisions(model) as precisions:
+        for precision in precisions:
+            with precise(model, higher_precision(precision)):
+                scores_truth, own_truth = token_scores(model, batch), _own_logits(model, ids)[:, 0]
+            with precise(model, precision):
+                scores = token_scores(model, batch)
+            found = compare_values(scores[read], own_truth, compare_values(scores, scores_truth).error)
+            if not found.is_rounding:
+                raise ModelError(
+                    f"{name}: packed scores differ from the model's own by {found.error:.2g} in {precision}, where rounding "
+                    f"explains {found.limit:.2g}: {type(model).__name__} does something to its scores that is not known "
+                    "here, or does not respect packing"
+                )
+
+
 @torch.no_grad()
 def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     """Compares packed sequences with the model's own logits of each alone (see `rto_fast.agreement`).
 
-    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak. It
-    looks twice: in a high precision, where the smallest leak shows, and in the model's dtype, whose kernels are others.
+    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak.
 
     Raises:
         ModelError: they are further apart than rounding explains.
     """
-    device, dtype = device_of(model), next(model.parameters()).dtype
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    ids = [[(7 * i + 3 * j * i + j) % vocab_size for i in range(8 + 4 * j)] for j in range(1, 4)]
-    training = model.training
-    model.eval()
-    try:
-        for precision in dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)):
+    ids = _check_ids(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
+    batch = pack_whole(ids, device_of(model))
+    with _precisions(model) as precisions:
+        for precision in precisions:
             with precise(model, higher_precision(precision)):
                 truth = _own_logits(model, ids)
             with precise(model, precision):
-                found = compare_logits(packed_logits(model, pack_whole(ids, device)), _own_logits(model, ids), truth)
+                found = compare_logits(packed_logits(model, batch), _own_logits(model, ids), truth)
             if not found.is_rounding:
                 raise ModelError(
                     f"{name}: packed log-probs differ from the model's own by {found.error:.2g} nats in {precision}, where "
                     f"rounding explains {found.limit:.2g}: {type(model).__name__} does something between hidden states and "
                     "logits that is not known here, or does not respect packing"
                 )
+
+
+def _check_ids(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences of these lengths that do not look alike, or a leak between them would not show."""
+    return [[((5 + 2 * row) * i + row + 1) % vocab_size for i in range(length)] for row, length in enumerate(lengths)]
+
+
+@contextlib.contextmanager
+def _precisions(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
+    """The precisions that a check runs in, the model in evaluation mode meanwhile: first a high one, where the smallest
+    leak shows, then the model's own, whose kernels are others."""
+    dtype, training = next(model.parameters()).dtype, model.training
+    try:
+        model.eval()
+        yield list(dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)))
     finally:
         model.train(training)
 
 
 def _own_logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
-    """[T, V]: the model's own, of each sequence alone."""
+    """What the model's own forward pass returns of each sequence alone: [T, V], or [N, 1] scores."""
     with attention_implementation(model, "eager"):
         rows = (torch.tensor([sequence], device=device_of(model)) for sequence in ids)
-        return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+        return torch.cat([model(input_ids=row, use_cache=False).logits.flatten(0, -2) for row in rows])
 
 
 @contextlib.contextmanager

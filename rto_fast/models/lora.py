@@ -90,8 +90,12 @@ class Adapter:
         if "score" in vars(self):
             from transformers import AutoModelForSequenceClassification
 
+            config = copy.deepcopy(self.config)
+            text = config.get_text_config()
+            if (text.pad_token_id or 0) >= text.vocab_size:  # a row that the base has not, see `load_adapter`
+                text.pad_token_id = None
             with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(self.config)
+                model = AutoModelForSequenceClassification.from_config(config)
             names = set(model.state_dict())
             weights = {name: value for name, value in weights.items() if name in names}
             weights["score.weight"] = self.score.weight.detach()
@@ -153,7 +157,11 @@ def _linear_layers(base):
 
 
 def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer: bool = False) -> Adapter:
-    """An adapter that `save_pretrained` wrote into `folder`/adapter."""
+    """An adapter that `save_pretrained` wrote into `folder`/adapter.
+
+    Raises:
+        ModelError: there is none, or it is not one of this base and of this kind (a policy's, or a scorer's with its head).
+    """
     path = Path(folder) / FOLDER
     peft = _peft()
     try:
@@ -162,12 +170,20 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot load an adapter: {error}") from error
     config.modules_to_save, config.inference_mode = None, False
+    if scorer != (SCORE in state):
+        has, needed = ("a", "language") if SCORE in state else ("no", "reward")
+        raise ModelError(f"{path}: the adapter has {has} score head; give the directory of a {needed} model")
     adapter = _inject(base, name, config, scorer)
-    score = state.pop(SCORE, None)
     if scorer:
-        adapter.score.weight.data.copy_(score)
-        adapter.config = AutoConfig.from_pretrained(folder)  # with the statistics of its scores
+        adapter.score.weight.data.copy_(state.pop(SCORE))
+        # With the statistics of its scores and the padding token, for which the weights on disk may have a row more.
+        adapter.config = AutoConfig.from_pretrained(folder)
+        adapter.config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    expected = set(peft.get_peft_model_state_dict(base, adapter_name=name))
+    if odd := sorted(expected ^ set(state)):
+        raise ModelError(f"{path}: {odd[0]} is in the adapter or in its base ({base.name_or_path}), not in both; "
+                         "give the adapter's own base")  # fmt: skip
     peft.set_peft_model_state_dict(base, state, adapter_name=name)
     return adapter
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED
+from rto_fast.models.context import context_of
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
@@ -72,7 +73,7 @@ class RolloutModel:
     @property
     def context(self):
         """Longest sequence the model has positions for, or None."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.config)
 
     def addresses(self):
         """Where the weights and the table of rotations lie: CUDA graphs hold these."""

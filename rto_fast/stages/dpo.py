@@ -32,7 +32,7 @@ def pair_logps(model, pairs, max_tokens):
     return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
 
 
-def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
+def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, stop_ids=None, **placement):
     """Trains `base` (a directory), which is also the reference, and returns the directory of the result."""
     stage = config.dpo
     model = Loader(config, placement).trained("causal_lm", base)
@@ -60,6 +60,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
         if finding := preference_finding(change, supplied=False):
             log.warning("dpo", trainer.steps, *finding)
-    path = save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output, stop_ids)
     trainer.release()
     return path

@@ -1,5 +1,7 @@
 """Loads a run's models: whole, or as adapters of one base (LoRA)."""
 
+from typing import Any
+
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
 from rto_fast.training.zero import place_frozen
@@ -32,14 +34,18 @@ class Loader:
         model = LOADERS[kind](path, trainable=False, **placement)
         return place_frozen(model, self.config.deepspeed, self.placement["device"])
 
-    def trained(self, kind, path):
-        """A `causal_lm` or `scorer` to train: all of it, or an adapter."""
+    def trained(self, kind, path, new_head=False):
+        """A `causal_lm` or `scorer` to train: all of it, or an adapter.
+
+        new_head: the model at `path` is a `causal_lm` that becomes a scorer.
+        """
+        head: dict[str, Any] = {"new_head": True} if new_head else {}
         if not self.config.lora.rank:
-            return LOADERS[kind](path, trainable=True, **self._training)
+            return LOADERS[kind](path, trainable=True, **self._training, **head)
         if self.base is not None and has_adapter(path, self.base_path):
             return load_adapter(self.base, self._name(kind), path, scorer=kind == "scorer")
         is_shared = path == self.base_path
-        base = self.base if is_shared else self._frozen_base(kind, path)
+        base = self.base if is_shared else self._frozen_base(kind, path, **head)
         name = self._name(kind) if is_shared else "default"
         return new_adapter(base, name, self.config.lora, self.config.seed, scorer=kind == "scorer")
 
@@ -47,9 +53,9 @@ class Loader:
     def _training(self):
         return self.placement | {"gradient_checkpointing": self.config.model.gradient_checkpointing}
 
-    def _frozen_base(self, kind, path):
+    def _frozen_base(self, kind, path, **head):
         """In training mode: activations are checkpointed in no other."""
-        return LOADERS[kind](path, trainable=True, **self._training).requires_grad_(False)
+        return LOADERS[kind](path, trainable=True, **self._training, **head).requires_grad_(False)
 
     def _name(self, kind):
         return f"{kind}_{sum(name.startswith(kind) for name in getattr(self.base, 'peft_config', ()))}"

@@ -16,14 +16,14 @@ def _sides(pairs):
     return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
 
 
-def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, **placement):
+def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, stop_ids=None, **placement):
     """Trains a reward model on the backbone of `base` (a directory) and returns the directory of the result.
 
     The mean and standard deviation of its scores over `held_out` (chosen and rejected; over `pairs` if there are none) are
     stored in its config.json as `score_mean` and `score_std`.
     """
     stage = config.reward_model
-    model = Loader(config, placement).trained("scorer", base)
+    model = Loader(config, placement).trained("scorer", base, new_head=True)
 
     def loss(indices, step_indices):
         batch = pack_whole(_sides([pairs[i] for i in indices]), placement["device"])
@@ -41,6 +41,6 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     accuracy = (better > worse).float().mean().item()
     log.metrics("reward_model", trainer.steps, {f"{name}_accuracy": accuracy, "score_std": model.config.score_std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {name.replace('_', '-')} pairs ranked right")
-    path = save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output, stop_ids)
     trainer.release()
     return path

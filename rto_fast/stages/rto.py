@@ -86,16 +86,18 @@ def load_models(config, sft, dpo, critic, scorer, loader):
         reference=frozen(reference),
         dpo=frozen(dpo) if pays else None,
         dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
-        critic=load_critic(critic, scorer, loader) if rto.advantage == "gae" else None,
+        critic=load_critic(critic, scorer, loader, critic == sft and not rto.critic)
+        if rto.advantage == "gae"
+        else None,
         scorer=scorer,
         origins=(start, reference),
     )
 
 
-def load_critic(path, scorer, loader):
+def load_critic(path, scorer, loader, new_head):
     """A critic in the units of the scores it predicts: one that starts from the reward model takes over the statistics by
-    which the scores are normalised, and keeps them in its config."""
-    critic = loader.trained("scorer", path)
+    which the scores are normalised, and keeps them in its config. new_head: it starts from a language model."""
+    critic = loader.trained("scorer", path, new_head)
     if scorer is not None and path == scorer.path:
         critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
     return critic
@@ -453,7 +455,7 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
     shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
     train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
     if models.critic is not None:
-        save_model(models.critic, tokenizer, f"{output}_critic")
-    path = save_model(models.policy, tokenizer, output)
+        save_model(models.critic, tokenizer, f"{output}_critic", sampling.stop_ids)
+    path = save_model(models.policy, tokenizer, output, sampling.stop_ids)
     trainer.release()
     return path

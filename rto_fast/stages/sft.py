@@ -9,7 +9,7 @@ from rto_fast.training.order import fingerprint
 from rto_fast.training.supervised import SupervisedTrainer
 
 
-def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **placement):
+def main(config, base, tokenizer, sequences, *, output, log, checkpoints, stop_ids=None, **placement):
     """Trains `base` (a directory) on `sequences` (prompt_ids, response_ids) and returns the directory of the result."""
     stage = config.sft
     model = Loader(config, placement).trained("causal_lm", base)
@@ -25,6 +25,6 @@ def main(config, base, tokenizer, sequences, *, output, log, checkpoints, **plac
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say, fingerprint(sequences))
     train("sft", trainer, log, checkpoints, stage.save_every, ("loss", "lr", "tokens_per_second"))
-    path = save_model(model, tokenizer, output)
+    path = save_model(model, tokenizer, output, stop_ids)
     trainer.release()
     return path

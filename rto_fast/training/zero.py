@@ -12,8 +12,8 @@ import torch
 
 from rto_fast.batch import pack_whole
 from rto_fast.errors import TrainingError
-from rto_fast.models.head import use_op_linear
-from rto_fast.models.loading import forward_hidden, score_head
+from rto_fast.models.head import score_head, use_op_linear
+from rto_fast.models.loading import forward_hidden
 from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
 from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage

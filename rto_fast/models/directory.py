@@ -1,0 +1,256 @@
+"""What the directory (or hub id) of a model tells before its weights are loaded."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rto_fast.errors import ModelError
+from rto_fast.models.head import score_head
+
+# What a model is read as: its name in messages, and the transformers class that reads it, with these options.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "causal_lm": ("a causal language model", "AutoModelForCausalLM", {}),
+    "scorer": ("a sequence classifier with one label", "AutoModelForSequenceClassification", {"num_labels": 1}),
+}
+
+
+def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(path)`; whatever is wrong with the files becomes a ModelError of one line."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # the files may hold anything, and each mistake fails somewhere else in transformers
+        is_local, reason = os.path.isdir(path), _first_line(error)
+        place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
+        remedy = "" if is_local else "; check the name and the network, or give a local directory"
+        raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers only warns of is refused here, or wanted."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _first_line(error: Exception) -> str:
+    first, *more = [line.strip() for line in str(error).strip().split("\n")]
+    text = f"{first} {more[0]}" if first.endswith(":") and more else first
+    return (
+        text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
+    )
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    return from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+
+
+def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The `config.json` at `path`, as transformers reads it."""
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
+
+
+def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
+    """Embeddings of the model at `path`."""
+    return model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+
+
+def same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both give every token the same id. A padding token that only one of them has makes no difference: no text
+    contains it."""
+    different = tokenizer.get_vocab().items() ^ other.get_vocab().items()
+    return different <= {(each.pad_token, each.pad_token_id) for each in (tokenizer, other)}
+
+
+def check_vocabulary(
+    path: str, tokenizer: PreTrainedTokenizerBase, key: str, *, trust_remote_code: bool = False
+) -> None:
+    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
+    of a model without a tokenizer of its own only the number of embeddings is known."""
+    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
+    try:
+        same = same_vocabulary(load_tokenizer(path, trust_remote_code=trust_remote_code), tokenizer)
+    except ModelError:
+        same = True
+    if not same or size < len(tokenizer):
+        raise ModelError(
+            f"{key}: {path} has a vocabulary of {size} tokens that is not the policy's ({len(tokenizer)} tokens); "
+            "its log-probs of the policy's tokens would mean nothing; give models that share one tokenizer"
+        )
+
+
+def generation_config(path: str, *, trust_remote_code: bool = False) -> GenerationConfig | None:
+    """The `generation_config.json` of the model at `path`; None where it has none.
+
+    Raises:
+        ModelError: settings that transformers refuses, so that no program can load the model, or an eos_token_id that is
+            none.
+    """
+    config = _settings(path, "generation_config.json", trust_remote_code)
+    if config is None:
+        if os.path.isfile(f"{path}/config.json"):  # transformers then takes settings from here
+            _settings(path, "config.json", trust_remote_code)
+        return None
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids if i is not None):
+        raise _refused(
+            f"{path}/generation_config.json",
+            f"eos_token_id is {config.eos_token_id!r}, not a token's id or a list of ids",
+        )
+    return config
+
+
+def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig | None:
+    file = f"{path}/{name}"
+    try:
+        return GenerationConfig.from_pretrained(path, name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the file may hold any JSON, or none: each kind fails somewhere else in transformers
+        if isinstance(error, OSError) and not os.path.isfile(file) and "valid JSON" not in str(error):
+            return None
+        raise _refused(file, _first_line(error)) from error
+
+
+def _refused(file: str, reason: str) -> ModelError:
+    return ModelError(f"{file} cannot be used: {reason.rstrip('.')}; mend it, or take the settings out")
+
+
+def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
+    """Raises ModelError unless all stop tokens are among the `size` tokens of the model at `path`."""
+    if outside := [token for token in stop_ids if token >= size]:
+        raise ModelError(
+            f"{path}: eos_token_id (of the tokenizer or generation_config.json) names {outside}, the model has {size} "
+            "tokens; give the model's own tokenizer, or mend generation_config.json"
+        )
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors that transformers reads from a directory."""
+    single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
+    return [index.with_name(name) for name in sorted(set(names))]
+
+
+def check_weights(path: str) -> None:
+    """Raises ModelError unless a directory holds whole safetensors; of a name on the hub nothing is known yet."""
+    if os.path.isdir(path):
+        _shapes(path)
+
+
+def _shapes(path: str) -> dict[str, torch.Tensor]:
+    """{name: tensor without data} of the weights in a directory."""
+    if os.path.isfile(f"{path}/adapter_config.json"):
+        # transformers would read the base that it names, and nothing else here
+        raise ModelError(
+            f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that it was "
+            "merged into"
+        )
+    files = _weight_files(path)
+    if not files:
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
+        reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
+        raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: damaged weights: {error}; copy the file again") from error
+    return shapes
+
+
+def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError unless the weights in a directory are all those, and only those, of a model of this kind.
+
+    transformers itself matches the names, on weights without data: a model of any size takes a moment. Of a name on the hub
+    nothing is known before it is loaded; then the loader refuses it in the same words.
+
+    Args:
+        kind: a key of `KINDS`.
+    """
+    if not os.path.isdir(path):
+        return
+    import transformers
+
+    shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
+    trusted = {"trust_remote_code": trust_remote_code}
+    try:
+        with quiet():
+            config = from_pretrained(transformers.AutoConfig, what, path, **options, **trusted)
+            with torch.device("meta"):
+                model = getattr(transformers, auto_class).from_config(config, **trusted)
+            _, info = type(model).from_pretrained(
+                None, config=config, state_dict=shapes, device_map={"": "meta"}, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except ModelError:
+        raise
+    except Exception as error:  # as in `from_pretrained`
+        if trust_remote_code:  # somebody's code need not know weights without data
+            return
+        raise ModelError(f"{path}: cannot be {what}: {_first_line(error)}") from error
+    if kind == "scorer":
+        score_head(model)
+    refuse_misfit(path, kind, info)
+
+
+def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
+    """Raises ModelError if transformers left a weight of the model or of the checkpoint without its counterpart.
+
+    Args:
+        info: transformers' `output_loading_info`.
+    """
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        found, expected = list(found), list(expected)
+        if kind == "scorer" and name.startswith("score.") and found[1:] == expected[1:]:
+            raise ModelError(
+                f"{path}: its score head has {found[0]} labels; a reward model or critic has one, the score"
+            )
+        raise ModelError(
+            f"{path}: {name} is {found} in the checkpoint and {expected} by config.json: two models are mixed"
+        )
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if not missing and not unexpected:
+        return
+    faults = [f"the checkpoint lacks weights: {_some(missing)}"] if missing else []
+    faults += [f"it holds weights that would not be used: {_some(unexpected)}"] if unexpected else []
+    remedy = (
+        "give one with transformers' own `score` head, without a bias, as AutoModelForSequenceClassification writes it"
+        if kind == "scorer"
+        else "if it is one all the same, write it anew with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+    )
+    raise ModelError(f"{path}: not {KINDS[kind][0]}: {'; '.join(faults)}; {remedy}")
+
+
+def _some(names: Iterable[str], shown: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
