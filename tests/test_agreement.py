@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.agreement import Noise, compare_logits, k3_limit, mismatch, ppo_notices
 from rto_fast.batch import pack, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.models import attention
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import causal_logps, check_causal_lm, forward_hidden, precise_logps
+from rto_fast.models.loading import causal_logps, check_causal_lm, check_scorer, forward_hidden, precise_logps
 from rto_fast.models.precision import higher_precision, precise
 from tests.rollout.models import ARCHITECTURES, tiny
 
@@ -76,6 +76,32 @@ def test_planted_faults_of_packing_are_found_in_every_dtype(name, dtype, fault, 
     fault(monkeypatch, model)
     with pytest.raises(ModelError, match="packed log-probs differ from the model's own"):
         check_causal_lm(model, name)
+
+
+def scorer(dtype):
+    torch.manual_seed(0)
+    config = tiny("llama").config
+    config.num_labels, config.pad_token_id = 1, 0
+    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
+    model.set_attn_implementation(PACKED)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scorers_pass_and_their_planted_faults_are_found_in_every_dtype(dtype, monkeypatch):
+    model = scorer(dtype)
+    check_scorer(model, "right")
+    head = model.score.forward
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="packed scores differ from the model's own"):
+        patch.setattr(model.score, "forward", lambda x: head(x).sigmoid())  # what our own path does not know
+        check_scorer(model, "sigmoid")
+    for fault in (leak, small_leak, wrong_scale):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ModelError, match="packed scores differ from the model's own"),
+        ):
+            fault(patch, model)
+            check_scorer(model, fault.__name__)
 
 
 def test_a_kernel_that_is_wrong_in_16_bits_alone_is_found(monkeypatch):

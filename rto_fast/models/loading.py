@@ -201,7 +201,7 @@ def _logits(
 
 
 @torch.no_grad()
-def precise_logps(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
+def precise_logps(model: torch.nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """`causal_logps` in a higher precision than the model's, [T]; of ZeRO-3 the weights must be whole."""
     activate(model)
     with precise(model, higher_precision(next(model.parameters()).dtype)):
