@@ -64,7 +64,11 @@ class DataConfig:
     """Drop all but the first of examples whose prompt and responses are equal to the letter."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """chat: a prompt given as text becomes one user message; text: it is used as it is; auto: chat if the tokenizer
-    has a chat template."""
+    has a chat template. Text that is chat-templated already stays as it is, unless this is chat."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Of chat templates that know thoughts: whether the model thinks before it answers. on, off: the template's
+    `enable_thinking`; off also leaves out a `<think>` with which prompts would end. auto: on if responses that are
+    trained on have thoughts."""
     max_prompt_tokens: int = 1024
     """Longer prompts are handled as `overlong_prompt` says."""
     max_response_tokens: int = 1024

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from rto_fast.config import dump_config
+from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.run_data import RunData
-from rto_fast.data.tokenizing import encode_response, stop_token_ids
+from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, DataError, ModelError
 from rto_fast.evaluation import evaluate, measured_kl, samples
@@ -163,7 +164,7 @@ class Run:
     def _check_endings(self, trust_remote_code):
         """Supplied models that are given the policy's tokens should know the one that its responses end with."""
         config = self.config
-        end = encode_response(self.tokenizer, "prompt", "response", config.data.prompt_format, self.stop_ids)[-1]
+        end = ConversationEncoder(self.tokenizer, config.data.prompt_format, self.stop_ids, None).usual_end()
         supplied = {
             "dpo.model": config.dpo.model, "dpo.ref_model": config.dpo.ref_model, "rto.ref_model": config.rto.ref_model,
             "rto.critic": config.rto.critic, "reward_model.model": config.reward_model.model,

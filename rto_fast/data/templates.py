@@ -1,0 +1,363 @@
+r"""What a chat template makes of a conversation: the prompt's text, and the response's.
+
+A template is a program, and the only authority on it is what it renders. So a conversation is rendered twice: the prompt
+with a generation prompt, and the whole. What the whole has beyond the prompt, up to its stop token, is the response. A row
+whose whole does not begin with its prompt cannot be trained on: no template would ever show a model their join.
+
+Thoughts. Some generation prompts end with an empty thought (`enable_thinking=False` of Qwen3), others open one (DeepSeek
+R1). `Thinking` says how prompts end; `choose_thinking` finds it from the responses of the data, so that prompts of rollouts
+end as those that were trained on.
+
+Templates differ in what they take: arguments of tool calls as a dict or as JSON text, a content that is missing, None or
+empty beside them, function schemas bare or within {"type": "function"}. What a template refuses in one form it is given in
+the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions drop every None.)
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.data.messages import (
+    CALLS,
+    THOUGHT_CLOSES,
+    THOUGHT_OPENS,
+    as_message,
+    from_json,
+    thought_in_text,
+    thought_of,
+)
+from rto_fast.errors import DataError
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] | trim }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] | trim }}{{ eos_token }}"
+    "{% else %}{{ '\n\nHuman: ' + message['content'] | trim }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+SHOWN = 30  # characters of a rendering in messages
+_LOST = "the chat template leaves out the response's thought"
+_KEEPS = "give the tokenizer a template that keeps it"
+_QUESTION, _ANSWER, _MORE = ("xQuestionx", "xAnswerx", "xMorex")  # whose places in a rendering are looked up
+
+
+class Thinking(NamedTuple):
+    """How prompts end, as far as thoughts go."""
+
+    enabled: bool  # the template's `enable_thinking`
+    may_open: bool  # whether the prompt may open a thought; if not, an opening at its end is cut off
+
+
+NO_THOUGHTS = Thinking(enabled=False, may_open=False)  # responses have none
+THOUGHTS = Thinking(enabled=True, may_open=True)  # responses have some, or templates write an empty one for them
+BOTH = Thinking(enabled=True, may_open=False)  # some have one, which they open themselves
+UNKNOWN = Thinking(enabled=False, may_open=True)  # prompts alone: the template's own, with its switch off
+MODES = {"on": THOUGHTS, "off": NO_THOUGHTS}
+
+
+class Response(NamedTuple):
+    """A response as text: all that the template writes behind the prompt, up to its stop token."""
+
+    text: str
+    stop: str | None  # the stop token that the template writes behind it, if any
+    tail: str = ""  # what the template writes between a response and its stop token; part of `text`
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or `FALLBACK_TEMPLATE` if it has none.
+
+    Args:
+        stop_tokens: the run's, as text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._stops = list(dict.fromkeys([*stop_tokens, *filter(None, [tokenizer.eos_token])]))
+        self._special = any_of([*special, *self._stops])
+
+    # Rendering
+
+    def render(self, messages: Sequence[dict], tools: Any, thinking: Thinking, *, generation: bool = False) -> str:
+        """The template's text; `generation` adds what begins an answer. Raises whatever the template raises."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer, tools = self.tokenizer, list(tools) if tools else None
+        template = FALLBACK_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template(None, tools)
+        switches = {"enable_thinking": thinking.enabled, "thinking": thinking.enabled}
+        rendered, _ = render_jinja_template(
+            conversations=[list(messages)], tools=tools, chat_template=template, add_generation_prompt=generation,
+            **{**tokenizer.special_tokens_map, **switches},
+        )  # fmt: skip
+        return rendered[0]
+
+    def conversation(
+        self,
+        prompt: Sequence[dict],
+        responses: Sequence[str | dict],
+        tools: Any,
+        thinking: Thinking,
+        strict: bool = True,
+    ) -> tuple[str, list[Response]]:
+        """Texts of a prompt and of the responses to it, such that each join is what the template renders.
+
+        Args:
+            prompt: messages. responses: text, or the assistant's message; may be empty. tools: function schemas, or None.
+            strict: refuse a conversation of which something would be lost, or whose prompt does not end as `thinking` says;
+                else the prompt ends earlier.
+        Raises:
+            DataError: the template refuses the conversation, or the two parts cannot be told apart.
+        """
+        failure: Exception | None = None
+        for turns, answers, schemas in _forms(prompt, [as_message(response) for response in responses], tools):
+            try:
+                text = _ended(self.render(turns, schemas, thinking, generation=True), thinking)
+                answers = [_opened(answer, text) for answer in answers]
+                wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
+            except Exception as error:  # a template is somebody else's code: TypeError, UndefinedError, its own refusal
+                failure = failure or error
+                continue
+            if not strict:
+                text = os.path.commonprefix([text, *wholes])
+            return text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
+        roles = ", ".join(message["role"] for message in [*prompt, *map(as_message, responses[:1])])
+        said = str(failure) if isinstance(failure, jinja2.TemplateError) else f"{type(failure).__name__}: {failure}"
+        raise DataError(f"the chat template refuses roles {roles}: {said}") from failure
+
+    def _response(self, prompt: str, whole: str, message: dict, strict: bool) -> Response:
+        """What `whole` has beyond the prompt, up to its stop token."""
+        if not whole.startswith(prompt):
+            raise DataError(self._difference(prompt, whole, message))
+        rest = whole[len(prompt) :]
+        stop = any_of([*self._stops, *filter(None, [self.turn.stop])]).search(rest)
+        text, after = (rest[: stop.start()], rest[stop.end() :]) if stop else (rest.removesuffix(self.turn.tail), "")
+        if not strict:
+            return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
+        if self._special.sub("", after).strip():
+            raise DataError(f"the chat template goes on behind the response's {stop[0]}: {_brief(after.strip())}")  # type: ignore[index]
+        if not (text.removesuffix(self.turn.tail) if stop else text).strip():
+            raise DataError("empty response: the chat template renders nothing of it")
+        thought = thought_in_text(message.get("content") or "")
+        if thought and thought not in text:
+            raise DataError(f"{_LOST} {_brief(thought)}; {_KEEPS}")
+        return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
+
+    @staticmethod
+    def _difference(prompt: str, whole: str, message: dict) -> str:
+        """Why a whole does not begin with its prompt."""
+        same = len(os.path.commonprefix([prompt, whole]))
+        where = (f"behind {_brief(prompt[:same], last=True)} the prompt has {_brief(prompt[same:])}, "
+                 f"the conversation {_brief(whole[same:])}")  # fmt: skip
+        thought = thought_of(message)
+        if thought and thought not in whole:
+            return f"{_LOST} {_brief(thought)}: {where}; {_KEEPS}"
+        if re.search(THOUGHT_CLOSES, prompt[same:]) and thought:
+            return f"the prompt ends without a thought, the response has one: {where}; set data.thinking to on"
+        if re.search(THOUGHT_OPENS, prompt[same:]):
+            return f"the prompt opens a thought, the response has none: {where}; set data.thinking to off"
+        return (f"the chat template's prompt is not how its conversation begins: {where}; give the tokenizer a template "
+                "that ends a prompt where the answer begins")  # fmt: skip
+
+    # What it does to every conversation, seen on one
+
+    def _probe(self, *messages: dict, thinking: Thinking = NO_THOUGHTS, generation: bool = False) -> str:
+        try:
+            return self.render(messages, None, thinking, generation=generation)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise DataError(f"the chat template does not render a question and its answer: {said}") from error
+
+    @cached_property
+    def _question(self) -> str:
+        return self._probe(_user(_QUESTION))
+
+    @cached_property
+    def turn(self) -> Response:
+        """What it writes behind a response: `tail`, then the token that ends the turn, if any."""
+        after = self._probe(_user(_QUESTION), _assistant(_ANSWER)).rpartition(_ANSWER)[2]
+        end = self._special.search(after)
+        return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
+
+    @cached_property
+    def endings(self) -> dict[Thinking, str]:
+        """What it writes behind the question of a prompt that ends so."""
+        prompts = {
+            thinking: _ended(self._probe(_user(_QUESTION), thinking=thinking, generation=True), thinking)
+            for thinking in (UNKNOWN, NO_THOUGHTS, THOUGHTS, BOTH)
+        }
+        return {thinking: prompt.rpartition(_QUESTION)[2] for thinking, prompt in prompts.items()}
+
+    def choose_thinking(self, responses: Iterable[str | dict]) -> Thinking:
+        """How prompts must end for these responses, and those of the same run without any."""
+        found = {bool(thought_of(response)) for response in responses}
+        if found != {True, False}:
+            return THOUGHTS if found == {True} else NO_THOUGHTS if found else UNKNOWN
+        try:
+            self.conversation([_user(_QUESTION)], [_ANSWER], None, THOUGHTS)
+        except DataError:  # an answer without a thought does not follow a prompt that opens one
+            return BOTH
+        return THOUGHTS
+
+    def opening_left_out(self, thinking: Thinking) -> str:
+        """The mark of a thought with which its generation prompts end, if `thinking` leaves it out."""
+        whole = self.endings[THOUGHTS if thinking.enabled else UNKNOWN]
+        return whole[len(self.endings[thinking]) :].strip()
+
+    @cached_property
+    def control_tokens(self) -> list[str]:
+        """Added tokens that it sets around what people say, thoughts aside, even if the tokenizer calls them not special."""
+        turns = [_user(_QUESTION), _assistant(_ANSWER)]
+        try:
+            text = self._probe(*turns, _user(_MORE), generation=True)
+        except DataError:
+            text = ""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        return [token for token in added if token in text and token.strip() and not is_thought_mark(token)]
+
+    # Prompts that somebody templated before
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        """What it sets before the first message, without BOS and the space around."""
+        answered = [_user(_QUESTION), _assistant(_ANSWER), _user(_MORE)]
+        system = [{"role": "system", "content": _MORE}, _user(_QUESTION)]
+        openings = []
+        for turns, begins, ends in ((answered, _ANSWER, _MORE), (system, "", _MORE), (answered[:1], "", _QUESTION)):
+            try:
+                text = self._probe(*turns)
+            except DataError:  # many know no system message
+                continue
+            before, found, _ = text[text.find(begins) + len(begins) :].partition(ends)
+            before = before.removeprefix(self.turn.tail).removeprefix(self.turn.stop or "") if begins else before
+            openings.append(self._without_bos(before).partition("\n")[0].strip() if found else "")
+        return tuple(filter(None, openings))
+
+    def _without_bos(self, text: str) -> str:
+        return text.strip().removeprefix(self.tokenizer.bos_token or "").strip()
+
+    def recognise(self, text: str) -> tuple[str, Thinking, str] | None:
+        """Whether the text of a prompt is a conversation that this template rendered.
+
+        Returns:
+            None, or: the text with the template's BOS and generation prompt, how it ends, and what a response may repeat
+            of it.
+        """
+        bare = self._without_bos(text)
+        if not bare.startswith(self._openings):
+            return None
+        bos = self.tokenizer.bos_token or ""
+        full = text.strip() if not bos or not self._question.startswith(bos) else bos + text.strip().removeprefix(bos)
+        for thinking, ending in sorted(self.endings.items(), key=lambda item: -len(item[1])):
+            shared = os.path.commonprefix([self._pieces(self._question.rpartition(_QUESTION)[2]), self._pieces(ending)])
+            turn_end = "".join(shared)
+            header = ending[len(turn_end) :]
+            for complete, missing in ((ending, ""), (turn_end, header)):
+                if complete.strip() and bare.endswith(complete.strip()):
+                    return full + complete[len(complete.rstrip()) :] + missing, thinking, header
+        return None
+
+    def _pieces(self, text: str) -> list[str]:
+        return re.split(f"({self._special.pattern})", text)
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of these texts, the longest first, as tokenizers do; nothing if there are none."""
+    longest_first = sorted(set(tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def is_thought_mark(token: str) -> bool:
+    return re.fullmatch(rf"{THOUGHT_OPENS}|{THOUGHT_CLOSES}", token) is not None
+
+
+def _ended(prompt: str, thinking: Thinking) -> str:
+    return prompt if thinking.may_open else re.sub(rf"{THOUGHT_OPENS}\s*\Z", "", prompt)
+
+
+def _opened(message: dict, prompt: str) -> dict:
+    """The message with the mark of its thought where it has only the closing one, for the prompt that it followed had it."""
+    opening, content = re.search(rf"{THOUGHT_OPENS}\s*\Z", prompt), message.get("content") or ""
+    closes = re.search(THOUGHT_CLOSES, content)
+    if not opening or not closes or re.search(THOUGHT_OPENS, content[: closes.start()]):
+        return message
+    return message | {"content": opening[0] + content}
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def _brief(text: str, last: bool = False) -> str:
+    """The beginning of a text, or its end, within quotes."""
+    cut = text[-SHOWN:] if last else text[:SHOWN]
+    return repr(cut) if len(text) <= SHOWN else f"…{cut!r}" if last else f"{cut!r}…"
+
+
+def _forms(prompt: Sequence[dict], answers: list[dict], tools: Any) -> Iterator[tuple[list[dict], list[dict], Any]]:
+    """A conversation in the forms that templates take, as is first; one form for conversations without tools."""
+    turns = [*prompt, *answers]
+    calls = any(key in turn for turn in turns for key in CALLS)
+    arguments = (_as_objects, _as_text) if calls else (_as_is,)
+    contents = (
+        (_without_content, _as_is, _with_empty_content)
+        if any(turn.get("content") is None for turn in turns)
+        else (_as_is,)
+    )
+    bare = [tool for tool in tools or [] if "function" not in tool]
+    schemas = (
+        [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
+        if bare
+        else [tools]
+    )
+    for tools_form, arguments_form, content_form in itertools.product(schemas, arguments, contents):
+        formed = [content_form(arguments_form(turn)) for turn in turns]
+        yield formed[: len(prompt)], formed[len(prompt) :], tools_form
+
+
+def _as_is(message: dict) -> dict:
+    return message
+
+
+def _without_content(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key != "content" or value is not None}
+
+
+def _with_empty_content(message: dict) -> dict:
+    return message if message.get("content") is not None else message | {"content": ""}
+
+
+def _as_objects(message: dict) -> dict:
+    return _with_arguments(message, from_json)
+
+
+def _as_text(message: dict) -> dict:
+    return _with_arguments(
+        message, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _with_arguments(message: dict, form: Any) -> dict:
+    """The message with `form` applied to the arguments of its calls."""
+
+    def call(value: dict) -> dict:
+        value = value | {"arguments": form(value["arguments"])} if "arguments" in value else value
+        return value | {"function": call(value["function"])} if isinstance(value.get("function"), dict) else value
+
+    formed = {
+        key: call(value) if isinstance(value, dict) else [call(item) for item in value]
+        for key, value in message.items()
+        if key in CALLS
+    }
+    return message | formed
