@@ -130,8 +130,8 @@ class ConversationEncoder:
         found = self.template.recognise(prompt)
         if found is None:
             return None
-        text, thinking, header = found
-        answers = [_without_header(response, header) for response in responses]
+        text, thinking, headers = found
+        answers = [_without_header(response, headers) for response in responses]
         (answers,), hidden = self.special.hide(answers, beside=text)
         _, answers = self.template.conversation([_STAND_IN], answers, None, thinking, strict)
         return Row("templated", text, answers, hidden)
@@ -185,9 +185,10 @@ class ConversationEncoder:
         return stop if stop in self.stop_ids else self.stop_ids[0]
 
 
-def _without_header(response: str | dict, header: str) -> str | dict:
+def _without_header(response: str | dict, headers: list[str]) -> str | dict:
     """A response without the marks that begin an answer, which a templated prompt has already."""
-    if isinstance(response, dict) or not header.strip():
-        return response
-    bare = response.lstrip()
-    return bare.removeprefix(header.strip()).removeprefix("\n") if bare.startswith(header.strip()) else response
+    bare = response.lstrip() if isinstance(response, str) else ""
+    for header in headers:
+        if bare.startswith(header):
+            return bare.removeprefix(header).lstrip("\n")
+    return response

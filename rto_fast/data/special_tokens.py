@@ -39,8 +39,8 @@ class SpecialTokens:
         self.tokenizer = tokenizer
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         special = [content for content, token in self._added.items() if token.special]
-        kept = [content for content in [*special, *control_tokens] if not is_thought_mark(content)]
-        self._in_templates, self._in_data = any_of(special), any_of(kept)
+        self._in_templates = any_of([*special, *control_tokens])
+        self._in_data = any_of(token for token in [*special, *control_tokens] if not is_thought_mark(token))
         # SentencePiece style sets a space before text on its own: text that follows other text is tokenised after an
         # anchor, which merges with nothing.
         prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")

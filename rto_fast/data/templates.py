@@ -80,9 +80,11 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()):
         self.tokenizer = tokenizer
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        # not only those that are called special: some tokenizers forget it of the tokens around turns
+        self._marks = [token for token in added if token.strip() and not is_thought_mark(token)]
         self._stops = list(dict.fromkeys([*stop_tokens, *filter(None, [tokenizer.eos_token])]))
-        self._special = any_of([*special, *self._stops])
+        self._mark = any_of([*self._marks, *self._stops])
 
     # Rendering
 
@@ -116,21 +118,22 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or the two parts cannot be told apart.
         """
-        failure: Exception | None = None
+        failures: list[Exception] = []
         for turns, answers, schemas in _forms(prompt, [as_message(response) for response in responses], tools):
             try:
                 text = _ended(self.render(turns, schemas, thinking, generation=True), thinking)
                 answers = [_opened(answer, text) for answer in answers]
                 wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
             except Exception as error:  # a template is somebody else's code: TypeError, UndefinedError, its own refusal
-                failure = failure or error
+                failures.append(error)
                 continue
             if not strict:
                 text = os.path.commonprefix([text, *wholes])
             return text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
         roles = ", ".join(message["role"] for message in [*prompt, *map(as_message, responses[:1])])
-        said = str(failure) if isinstance(failure, jinja2.TemplateError) else f"{type(failure).__name__}: {failure}"
-        raise DataError(f"the chat template refuses roles {roles}: {said}") from failure
+        own = [error for error in failures if type(error) is jinja2.TemplateError]  # its raise_exception
+        said = str(own[0]) if own else f"{type(failures[0]).__name__}: {failures[0]}"
+        raise DataError(f"the chat template refuses roles {roles}: {said}") from (own or failures)[0]
 
     def _response(self, prompt: str, whole: str, message: dict, strict: bool) -> Response:
         """What `whole` has beyond the prompt, up to its stop token."""
@@ -141,7 +144,7 @@ class ChatTemplate:
         text, after = (rest[: stop.start()], rest[stop.end() :]) if stop else (rest.removesuffix(self.turn.tail), "")
         if not strict:
             return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
-        if self._special.sub("", after).strip():
+        if self._mark.sub("", after).strip():
             raise DataError(f"the chat template goes on behind the response's {stop[0]}: {_brief(after.strip())}")  # type: ignore[index]
         if not (text.removesuffix(self.turn.tail) if stop else text).strip():
             raise DataError("empty response: the chat template renders nothing of it")
@@ -183,7 +186,7 @@ class ChatTemplate:
     def turn(self) -> Response:
         """What it writes behind a response: `tail`, then the token that ends the turn, if any."""
         after = self._probe(_user(_QUESTION), _assistant(_ANSWER)).rpartition(_ANSWER)[2]
-        end = self._special.search(after)
+        end = self._mark.search(after)
         return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
 
     @cached_property
@@ -213,37 +216,40 @@ class ChatTemplate:
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """Added tokens that it sets around what people say, thoughts aside, even if the tokenizer calls them not special."""
+        """Added tokens that it sets around what people say, thoughts aside."""
         turns = [_user(_QUESTION), _assistant(_ANSWER)]
         try:
             text = self._probe(*turns, _user(_MORE), generation=True)
         except DataError:
             text = ""
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        return [token for token in added if token in text and token.strip() and not is_thought_mark(token)]
+        return [token for token in self._marks if token in text]
 
     # Prompts that somebody templated before
 
+    def _before(self, turns: list[dict], begins: str, ends: str) -> str | None:
+        """Of these turns' rendering, the first line between two texts, without BOS and space; None if it has not both."""
+        try:
+            text = self._probe(*turns)
+        except DataError:  # many know no system message
+            return None
+        before, found, _ = text[text.find(begins) + len(begins) :].partition(ends)
+        before = before.removeprefix(self.turn.tail).removeprefix(self.turn.stop or "") if begins else before
+        return self._without_bos(before).partition("\n")[0].strip() if found else None
+
     @cached_property
-    def _openings(self) -> tuple[str, ...]:
-        """What it sets before the first message, without BOS and the space around."""
-        answered = [_user(_QUESTION), _assistant(_ANSWER), _user(_MORE)]
-        system = [{"role": "system", "content": _MORE}, _user(_QUESTION)]
-        openings = []
-        for turns, begins, ends in ((answered, _ANSWER, _MORE), (system, "", _MORE), (answered[:1], "", _QUESTION)):
-            try:
-                text = self._probe(*turns)
-            except DataError:  # many know no system message
-                continue
-            before, found, _ = text[text.find(begins) + len(begins) :].partition(ends)
-            before = before.removeprefix(self.turn.tail).removeprefix(self.turn.stop or "") if begins else before
-            openings.append(self._without_bos(before).partition("\n")[0].strip() if found else "")
-        return tuple(filter(None, openings))
+    def _opening(self) -> re.Pattern[str]:
+        """What prompts that it rendered begin with, BOS aside."""
+        question, answer = _user(_QUESTION), _assistant(_ANSWER)
+        user = self._before([question, answer, _user(_MORE)], _ANSWER, _MORE)
+        system = self._before([{"role": "system", "content": _MORE}, question], "", _MORE)
+        if user and system == "":  # it sets nothing before a system message
+            return re.compile(f".*?{re.escape(user)}", re.DOTALL)
+        return any_of(filter(None, [user, system, self._before([question], "", _QUESTION)]))
 
     def _without_bos(self, text: str) -> str:
         return text.strip().removeprefix(self.tokenizer.bos_token or "").strip()
 
-    def recognise(self, text: str) -> tuple[str, Thinking, str] | None:
+    def recognise(self, text: str) -> tuple[str, Thinking, list[str]] | None:
         """Whether the text of a prompt is a conversation that this template rendered.
 
         Returns:
@@ -251,21 +257,26 @@ class ChatTemplate:
             of it.
         """
         bare = self._without_bos(text)
-        if not bare.startswith(self._openings):
+        if not self._opening.match(bare):
             return None
         bos = self.tokenizer.bos_token or ""
         full = text.strip() if not bos or not self._question.startswith(bos) else bos + text.strip().removeprefix(bos)
-        for thinking, ending in sorted(self.endings.items(), key=lambda item: -len(item[1])):
-            shared = os.path.commonprefix([self._pieces(self._question.rpartition(_QUESTION)[2]), self._pieces(ending)])
-            turn_end = "".join(shared)
+        question_end = self._pieces(self._question.rpartition(_QUESTION)[2])
+        endings = []  # (text that ends a prompt, what is missing then, thinking, the answer's mark)
+        for thinking, ending in self.endings.items():
+            turn_end = "".join(os.path.commonprefix([question_end, self._pieces(ending)]))
             header = ending[len(turn_end) :]
-            for complete, missing in ((ending, ""), (turn_end, header)):
-                if complete.strip() and bare.endswith(complete.strip()):
-                    return full + complete[len(complete.rstrip()) :] + missing, thinking, header
+            endings += [(ending, "", thinking, header), (turn_end, header, thinking, header)]
+        endings.sort(key=lambda item: -len(item[0]))
+        for ending, missing, thinking, _ in endings:
+            if ending.strip() and bare.endswith(ending.strip()):
+                headers = [header.strip() for *_, header in endings if header.strip()]
+                full += ending[len(ending.rstrip()) :] + missing
+                return full, thinking, sorted(headers, key=len, reverse=True)
         return None
 
     def _pieces(self, text: str) -> list[str]:
-        return re.split(f"({self._special.pattern})", text)
+        return re.split(f"({self._mark.pattern})", text)
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -321,7 +332,7 @@ def _forms(prompt: Sequence[dict], answers: list[dict], tools: Any) -> Iterator[
         if bare
         else [tools]
     )
-    for tools_form, arguments_form, content_form in itertools.product(schemas, arguments, contents):
+    for content_form, tools_form, arguments_form in itertools.product(contents, schemas, arguments):
         formed = [content_form(arguments_form(turn)) for turn in turns]
         yield formed[: len(prompt)], formed[len(prompt) :], tools_form
 
