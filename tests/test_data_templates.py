@@ -502,6 +502,19 @@ def test_a_templated_prompt_may_leave_the_mark_of_the_answer_to_the_response(nam
             assert sft(tokenizer, [Example(given, response=header + "4" + TEMPLATES[name][2])]) == [expected]
 
 
+@pytest.mark.filterwarnings("ignore:.*chat-templated already")
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("chosen, rejected", [("blue", "red"), ("It is blue", "It is red"), ("a\n b", "a\n c d")])
+def test_templated_pairs_without_a_prompt_column(tmp_path, name, chosen, rejected):
+    tokenizer, end = byte_tokenizer(name), TEMPLATES[name][2]
+    texts = [rendered(tokenizer, [user("sky?"), assistant(text)], None, end) for text in (chosen, rejected)]
+    (example,) = load(tmp_path, {"chosen": texts[0] + "\n", "rejected": texts[1] + "\n"})
+    (encoded,), _ = preference_pairs([example], tokenizer, UNLIMITED, "auto", stop_token_ids(tokenizer))
+    for ids, text in zip((encoded.chosen_ids, encoded.rejected_ids), texts, strict=True):
+        assert tokenizer.decode(encoded.prompt_ids + ids) == text
+        assert (encoded.prompt_ids + ids).count(tokenizer.convert_tokens_to_ids(end)) == text.count(end)
+
+
 def test_what_only_mentions_marks_is_no_templated_prompt():
     for name, text in (("ChatML", "what does <|im_start|>user mean, and <|im_end|>?"), ("Llama-2", "[INST] is a mark"),
                        ("Zephyr", "<|user|> is a mark"), ("Gemma", "is <start_of_turn>model")):  # fmt: skip
@@ -569,6 +582,6 @@ def test_a_reward_model_with_another_template_is_shown_tools_and_thoughts(tmp_pa
     for name in ("R1-distill", "Qwen3", "Llama-2"):  # whatever a policy may sample is scored
         judge = byte_tokenizer(name)
         scorer = RewardModel(None, judge, byte_tokenizer("ChatML"), prompt_format="auto", max_tokens=100)
-        for sampled in ("", "a</think>b", THOUGHT, "<think>\n", "<|im_end|> </s>"):
+        for sampled in ("", "<think>\n\n</think>\n\n", "a</think>b", THOUGHT, "<think>\n", "<|im_end|> </s>"):
             assert "2+2?" in shown("2+2?", sampled, tools=None)
     assert shown("2+2?", "4", False) == "<s>[INST] 2+2? [/INST] 4"  # neither the stop token nor the space before it

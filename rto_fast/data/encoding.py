@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.messages import as_message, as_messages
+from rto_fast.data.recognition import Recogniser, Written
 from rto_fast.data.special_tokens import SpecialTokens
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
@@ -44,6 +45,7 @@ class ConversationEncoder:
         self._added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
         stops = [content for content, (i, _) in self._added.items() if i in stop_ids]
         self.template = ChatTemplate(tokenizer, stops)
+        self._recogniser = Recogniser(self.template)
         has_template = tokenizer.chat_template is not None
         self._stops = [*stops, *filter(None, [tokenizer.eos_token, self.template.turn.stop if has_template else None])]
         self.special = SpecialTokens(tokenizer, [*self.template.control_tokens, *stops] if has_template else stops)
@@ -127,14 +129,16 @@ class ConversationEncoder:
                 return None
             row = self._text("", responses, strict)
             return row._replace(format="templated", prompt=prompt)
-        found = self.template.recognise(prompt)
+        found = self._recogniser.recognise(prompt)
         if found is None:
             return None
-        text, thinking, headers = found
-        answers = [_without_header(response, headers) for response in responses]
-        (answers,), hidden = self.special.hide(answers, beside=text)
-        _, answers = self.template.conversation([_STAND_IN], answers, None, thinking, strict)
-        return Row("templated", text, answers, hidden)
+        if found.has_begun:  # the template's rules for a response are those for its beginning
+            row, turn = self._text("", responses, strict), self.template.turn
+            answers = [Response(answer.text + turn.tail, turn.stop, turn.tail) for answer in row.responses]
+            return row._replace(format="templated", prompt=found.text, responses=answers)
+        (answers,), hidden = self.special.hide([_rest(answer, found) for answer in responses], beside=found.text)
+        _, answers = self.template.conversation([_STAND_IN], answers, None, found.thinking, strict)
+        return Row("templated", found.text, answers, hidden)
 
     def _text(self, prompt: str, responses: list, strict: bool) -> Row:
         """Plain text without any template."""
@@ -185,10 +189,11 @@ class ConversationEncoder:
         return stop if stop in self.stop_ids else self.stop_ids[0]
 
 
-def _without_header(response: str | dict, headers: list[str]) -> str | dict:
-    """A response without the marks that begin an answer, which a templated prompt has already."""
-    bare = response.lstrip() if isinstance(response, str) else ""
-    for header in headers:
-        if bare.startswith(header):
-            return bare.removeprefix(header).lstrip("\n")
-    return response
+def _rest(response: str | dict, prompt: Written) -> str | dict:
+    """A response without the marks that begin an answer, which its templated prompt has already."""
+    if isinstance(response, dict):
+        return response
+    for header in prompt.headers:
+        if response.lstrip().startswith(header):
+            return response.lstrip().removeprefix(header).lstrip("\n")
+    return response.removeprefix(prompt.space)

@@ -43,10 +43,11 @@ FALLBACK_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
+_EMPTY_THOUGHT = rf"{THOUGHT_OPENS}\s*{THOUGHT_CLOSES}\s*"
 SHOWN = 30  # characters of a rendering in messages
 _LOST = "the chat template leaves out the response's thought"
 _KEEPS = "give the tokenizer a template that keeps it"
-_QUESTION, _ANSWER, _MORE = ("xQuestionx", "xAnswerx", "xMorex")  # whose places in a rendering are looked up
+QUESTION, ANSWER, MORE = ("xQuestionx", "xAnswerx", "xMorex")  # whose places in a rendering are looked up
 
 
 class Thinking(NamedTuple):
@@ -84,7 +85,7 @@ class ChatTemplate:
         # not only those that are called special: some tokenizers forget it of the tokens around turns
         self._marks = [token for token in added if token.strip() and not is_thought_mark(token)]
         self._stops = list(dict.fromkeys([*stop_tokens, *filter(None, [tokenizer.eos_token])]))
-        self._mark = any_of([*self._marks, *self._stops])
+        self.mark = any_of([*self._marks, *self._stops])
 
     # Rendering
 
@@ -122,7 +123,7 @@ class ChatTemplate:
         for turns, answers, schemas in _forms(prompt, [as_message(response) for response in responses], tools):
             try:
                 text = _ended(self.render(turns, schemas, thinking, generation=True), thinking)
-                answers = [_opened(answer, text) for answer in answers]
+                answers = [_continuing(text, answer) for answer in answers]
                 wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
             except Exception as error:  # a template is somebody else's code: TypeError, UndefinedError, its own refusal
                 failures.append(error)
@@ -144,7 +145,7 @@ class ChatTemplate:
         text, after = (rest[: stop.start()], rest[stop.end() :]) if stop else (rest.removesuffix(self.turn.tail), "")
         if not strict:
             return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
-        if self._mark.sub("", after).strip():
+        if self.mark.sub("", after).strip():
             raise DataError(f"the chat template goes on behind the response's {stop[0]}: {_brief(after.strip())}")  # type: ignore[index]
         if not (text.removesuffix(self.turn.tail) if stop else text).strip():
             raise DataError("empty response: the chat template renders nothing of it")
@@ -171,7 +172,7 @@ class ChatTemplate:
 
     # What it does to every conversation, seen on one
 
-    def _probe(self, *messages: dict, thinking: Thinking = NO_THOUGHTS, generation: bool = False) -> str:
+    def probe(self, *messages: dict, thinking: Thinking = NO_THOUGHTS, generation: bool = False) -> str:
         try:
             return self.render(messages, None, thinking, generation=generation)
         except Exception as error:
@@ -179,24 +180,20 @@ class ChatTemplate:
             raise DataError(f"the chat template does not render a question and its answer: {said}") from error
 
     @cached_property
-    def _question(self) -> str:
-        return self._probe(_user(_QUESTION))
-
-    @cached_property
     def turn(self) -> Response:
         """What it writes behind a response: `tail`, then the token that ends the turn, if any."""
-        after = self._probe(_user(_QUESTION), _assistant(_ANSWER)).rpartition(_ANSWER)[2]
-        end = self._mark.search(after)
+        after = self.probe(as_user(QUESTION), as_assistant(ANSWER)).rpartition(ANSWER)[2]
+        end = self.mark.search(after)
         return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
 
     @cached_property
     def endings(self) -> dict[Thinking, str]:
         """What it writes behind the question of a prompt that ends so."""
         prompts = {
-            thinking: _ended(self._probe(_user(_QUESTION), thinking=thinking, generation=True), thinking)
+            thinking: _ended(self.probe(as_user(QUESTION), thinking=thinking, generation=True), thinking)
             for thinking in (UNKNOWN, NO_THOUGHTS, THOUGHTS, BOTH)
         }
-        return {thinking: prompt.rpartition(_QUESTION)[2] for thinking, prompt in prompts.items()}
+        return {thinking: prompt.rpartition(QUESTION)[2] for thinking, prompt in prompts.items()}
 
     def choose_thinking(self, responses: Iterable[str | dict]) -> Thinking:
         """How prompts must end for these responses, and those of the same run without any."""
@@ -204,7 +201,7 @@ class ChatTemplate:
         if found != {True, False}:
             return THOUGHTS if found == {True} else NO_THOUGHTS if found else UNKNOWN
         try:
-            self.conversation([_user(_QUESTION)], [_ANSWER], None, THOUGHTS)
+            self.conversation([as_user(QUESTION)], [ANSWER], None, THOUGHTS)
         except DataError:  # an answer without a thought does not follow a prompt that opens one
             return BOTH
         return THOUGHTS
@@ -217,66 +214,12 @@ class ChatTemplate:
     @cached_property
     def control_tokens(self) -> list[str]:
         """Added tokens that it sets around what people say, thoughts aside."""
-        turns = [_user(_QUESTION), _assistant(_ANSWER)]
+        turns = [as_user(QUESTION), as_assistant(ANSWER)]
         try:
-            text = self._probe(*turns, _user(_MORE), generation=True)
+            text = self.probe(*turns, as_user(MORE), generation=True)
         except DataError:
             text = ""
         return [token for token in self._marks if token in text]
-
-    # Prompts that somebody templated before
-
-    def _before(self, turns: list[dict], begins: str, ends: str) -> str | None:
-        """Of these turns' rendering, the first line between two texts, without BOS and space; None if it has not both."""
-        try:
-            text = self._probe(*turns)
-        except DataError:  # many know no system message
-            return None
-        before, found, _ = text[text.find(begins) + len(begins) :].partition(ends)
-        before = before.removeprefix(self.turn.tail).removeprefix(self.turn.stop or "") if begins else before
-        return self._without_bos(before).partition("\n")[0].strip() if found else None
-
-    @cached_property
-    def _opening(self) -> re.Pattern[str]:
-        """What prompts that it rendered begin with, BOS aside."""
-        question, answer = _user(_QUESTION), _assistant(_ANSWER)
-        user = self._before([question, answer, _user(_MORE)], _ANSWER, _MORE)
-        system = self._before([{"role": "system", "content": _MORE}, question], "", _MORE)
-        if user and system == "":  # it sets nothing before a system message
-            return re.compile(f".*?{re.escape(user)}", re.DOTALL)
-        return any_of(filter(None, [user, system, self._before([question], "", _QUESTION)]))
-
-    def _without_bos(self, text: str) -> str:
-        return text.strip().removeprefix(self.tokenizer.bos_token or "").strip()
-
-    def recognise(self, text: str) -> tuple[str, Thinking, list[str]] | None:
-        """Whether the text of a prompt is a conversation that this template rendered.
-
-        Returns:
-            None, or: the text with the template's BOS and generation prompt, how it ends, and what a response may repeat
-            of it.
-        """
-        bare = self._without_bos(text)
-        if not self._opening.match(bare):
-            return None
-        bos = self.tokenizer.bos_token or ""
-        full = text.strip() if not bos or not self._question.startswith(bos) else bos + text.strip().removeprefix(bos)
-        question_end = self._pieces(self._question.rpartition(_QUESTION)[2])
-        endings = []  # (text that ends a prompt, what is missing then, thinking, the answer's mark)
-        for thinking, ending in self.endings.items():
-            turn_end = "".join(os.path.commonprefix([question_end, self._pieces(ending)]))
-            header = ending[len(turn_end) :]
-            endings += [(ending, "", thinking, header), (turn_end, header, thinking, header)]
-        endings.sort(key=lambda item: -len(item[0]))
-        for ending, missing, thinking, _ in endings:
-            if ending.strip() and bare.endswith(ending.strip()):
-                headers = [header.strip() for *_, header in endings if header.strip()]
-                full += ending[len(ending.rstrip()) :] + missing
-                return full, thinking, sorted(headers, key=len, reverse=True)
-        return None
-
-    def _pieces(self, text: str) -> list[str]:
-        return re.split(f"({self._mark.pattern})", text)
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -293,20 +236,28 @@ def _ended(prompt: str, thinking: Thinking) -> str:
     return prompt if thinking.may_open else re.sub(rf"{THOUGHT_OPENS}\s*\Z", "", prompt)
 
 
-def _opened(message: dict, prompt: str) -> dict:
-    """The message with the mark of its thought where it has only the closing one, for the prompt that it followed had it."""
-    opening, content = re.search(rf"{THOUGHT_OPENS}\s*\Z", prompt), message.get("content") or ""
+def _continuing(prompt: str, message: dict) -> dict:
+    """The message with its thought marked as the end of its prompt asks for.
+
+    Behind a prompt that opens a thought, data may hold only the closing mark; behind one that ends with an empty thought,
+    the response's own empty one would be the second.
+    """
+    content = message.get("content") or ""
+    opening = re.search(rf"{THOUGHT_OPENS}\s*\Z", prompt)
     closes = re.search(THOUGHT_CLOSES, content)
-    if not opening or not closes or re.search(THOUGHT_OPENS, content[: closes.start()]):
-        return message
-    return message | {"content": opening[0] + content}
+    if opening and closes and not re.search(THOUGHT_OPENS, content[: closes.start()]):
+        return message | {"content": opening[0] + content}
+    empty = re.match(rf"\s*{_EMPTY_THOUGHT}", content)
+    if empty and re.search(rf"{_EMPTY_THOUGHT}\Z", prompt):
+        return message | {"content": content[empty.end() :]}
+    return message
 
 
-def _user(text: str) -> dict:
+def as_user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> dict:
+def as_assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
