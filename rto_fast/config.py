@@ -53,7 +53,7 @@ class DataConfig:
     split: str = "train"
     """Split of `preferences`; the other sources' is train unless they name one."""
     invalid: Literal["error", "skip"] = "error"
-    """What an unusable row does: stop the run, or be left out and counted."""
+    """What an unusable row does, such as one that the chat template refuses: stop the run, or be left out and counted."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
     limit: int | None = None

@@ -123,7 +123,9 @@ def _lengths(data, kind, tokenizer, examples):
     builders: dict[str, Callable] = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}
     options = () if kind == "prompts" else (data.stop_ids,)
     tokenizer = data.caching_tokenizer(examples)
-    built, _ = builders[kind](examples, tokenizer, UNLIMITED, data.config.prompt_format, *options, **data.reading_options)
+    built, _ = builders[kind](
+        examples, tokenizer, UNLIMITED, data.config.prompt_format, *options, **data.reading_options
+    )
     lengths = {"prompt": [len(item.prompt_ids) for item in built]}
     lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in sides}
     limits = {name: data.limits.max_response_tokens for name in lengths} | {"prompt": data.limits.max_prompt_tokens}

@@ -192,7 +192,11 @@ def preference_pairs(
 
 
 def prompts(
-    examples: SequenceOf[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits, prompt_format: str, **options: Any
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    **options: Any,
 ) -> tuple[list[Prompt], CutReport]:
     """Prompts alone, with what reward functions need. DataError if no example remains. options: see `_Reading`."""
     reading = _Reading(examples, [[] for _ in examples], tokenizer, limits, prompt_format, (), **options)
