@@ -101,8 +101,10 @@ def render(tokenizer, messages, tools, **options):
 
 
 def as_text(message):
-    calls = [c | {"function": c["function"] | {"arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
-             for c in message.get("tool_calls", [])]  # fmt: skip
+    calls = [
+        c | {"function": c["function"] | {"arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in message.get("tool_calls", [])
+    ]
     return message | ({"tool_calls": calls} if calls else {})
 
 
@@ -263,9 +265,11 @@ def test_prompts_of_rollouts_end_as_those_that_were_trained_on(tmp_path, name, c
     pairs = [{"prompt": f"{i}+2?", "chosen": chosen or THOUGHT, "rejected": "5"} for i in range(20)]
     alone = [{"prompt": f"{i}-2?"} for i in range(20)]
     config = DataConfig(
-        preferences=write(tmp_path / "pairs.jsonl", *pairs) if chosen else None, held_out=2, cache_dir=None,
+        preferences=write(tmp_path / "pairs.jsonl", *pairs) if chosen else None,
+        held_out=2,
+        cache_dir=None,
         prompts=write(tmp_path / "prompts.jsonl", *alone),
-    )  # fmt: skip
+    )
     data = RunData(config, tokenizer, stop_token_ids(tokenizer), lambda text: None)
     ends = {tokenizer.decode(prompt.prompt_ids).partition("?")[2] for prompt in data.prompts + data.eval_prompts}
     if not chosen:  # nothing to agree with: the template's own, without thinking
@@ -301,8 +305,17 @@ def test_calls_and_schemas_come_in_all_the_forms_that_data_sets_store(tmp_path):
 
 def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path):
     tokenizer = byte_tokenizer("ChatML")
-    rows = [{"messages": [user("weather?"), assistant("I look", tool_calls=[call()]), RESULT, assistant("blue", weight=1)],
-             "tools": TOOLS}] * 2 + [{"messages": [user("hi") | {"name": "Ann"}, assistant("4")]}] * 3  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                user("weather?"),
+                assistant("I look", tool_calls=[call()]),
+                RESULT,
+                assistant("blue", weight=1),
+            ],
+            "tools": TOOLS,
+        }
+    ] * 2 + [{"messages": [user("hi") | {"name": "Ann"}, assistant("4")]}] * 3
     with pytest.warns(UserWarning) as caught:
         sft(tokenizer, load(tmp_path, *rows))
     assert [str(w.message) for w in caught] == [
@@ -327,10 +340,13 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
 REFUSING = {
     "its own error": ("Gemma", {"messages": [SYSTEM, user("hi"), assistant("4")]}, "System role not supported"),
     "turns": ("Llama-2", {"messages": [user("a"), user("b"), assistant("4")]}, "roles must alternate"),
-    "an attribute": ("Mistral", {"messages": [user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")]},
-                     "UndefinedError: 'dict object' has no attribute 'tool_call_id'"),
+    "an attribute": (
+        "Mistral",
+        {"messages": [user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")]},
+        "UndefinedError: 'dict object' has no attribute 'tool_call_id'",
+    ),
     "an id": ("Mistral", {"messages": [user("a"), assistant(None, tool_calls=[call() | {"id": "7"}])]}, "ids have 9"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSING)
@@ -442,8 +458,14 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(name, make):
 
 def test_special_tokens_that_take_the_space_beside_them():
     tokenizer = byte_tokenizer("Phi-3")
-    tokenizer.add_special_tokens({"additional_special_tokens": [
-        AddedToken("<|x|>", special=True, rstrip=True), AddedToken("<|y|>", special=True, lstrip=True)]})  # fmt: skip
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                AddedToken("<|x|>", special=True, rstrip=True),
+                AddedToken("<|y|>", special=True, lstrip=True),
+            ]
+        }
+    )
     texts, mark = ["a <|x|> \n b <|y|> c", "<|y|><|x|> "], {chr(0xF0000): "<s>"}
     assert SpecialTokens(tokenizer).encode(texts, [mark] * 2) == tokenizer(texts).input_ids
 
@@ -487,9 +509,13 @@ def test_prompts_that_are_templated_already_are_used_as_they_are(name, prompt_fo
         assert given.strip() in tokenizer.decode(as_message.prompt_ids)
 
 
-HEADERS = {"Llama-3": "<|start_header_id|>assistant<|end_header_id|>\n\n", "Gemma": "<start_of_turn>model\n",
-           "Zephyr": "<|assistant|>\n", "Phi-3": "<|assistant|>\n", **dict.fromkeys(
-               ("ChatML", "ChatML on a base model", "Qwen2.5", "Qwen3"), "<|im_start|>assistant\n")}  # fmt: skip
+HEADERS = {
+    "Llama-3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "Gemma": "<start_of_turn>model\n",
+    "Zephyr": "<|assistant|>\n",
+    "Phi-3": "<|assistant|>\n",
+    **dict.fromkeys(("ChatML", "ChatML on a base model", "Qwen2.5", "Qwen3"), "<|im_start|>assistant\n"),
+}
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -516,8 +542,12 @@ def test_templated_pairs_without_a_prompt_column(tmp_path, name, chosen, rejecte
 
 
 def test_what_only_mentions_marks_is_no_templated_prompt():
-    for name, text in (("ChatML", "what does <|im_start|>user mean, and <|im_end|>?"), ("Llama-2", "[INST] is a mark"),
-                       ("Zephyr", "<|user|> is a mark"), ("Gemma", "is <start_of_turn>model")):  # fmt: skip
+    for name, text in (
+        ("ChatML", "what does <|im_start|>user mean, and <|im_end|>?"),
+        ("Llama-2", "[INST] is a mark"),
+        ("Zephyr", "<|user|> is a mark"),
+        ("Gemma", "is <start_of_turn>model"),
+    ):
         tokenizer = byte_tokenizer(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -542,9 +572,12 @@ def test_templated_prompts_of_a_tokenizer_without_template():
 
 @pytest.mark.filterwarnings("ignore:.*renders the same without id")
 def test_messages_with_more_than_text_are_shown_compared_and_scored(tmp_path, capsys):
-    row = {"prompt": [user("weather?") | {"id": 1}], "tools": json.dumps(TOOLS),
-           "chosen": [assistant(None, tool_calls=[call(city="Paris")])],
-           "rejected": [assistant("no idea", reasoning_content="which city?")]}  # fmt: skip
+    row = {
+        "prompt": [user("weather?") | {"id": 1}],
+        "tools": json.dumps(TOOLS),
+        "chosen": [assistant(None, tool_calls=[call(city="Paris")])],
+        "rejected": [assistant("no idea", reasoning_content="which city?")],
+    }
     other = json.loads(json.dumps(row).replace("weather?", "Weather  ?").replace('"id": 1', '"id": 2'))
     same = json.loads(json.dumps(row).replace('"id": 1', '"id": 3'))
     examples = load(tmp_path, row, other, same)

@@ -60,8 +60,10 @@ def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
     expected = dict if key == "function_call" else list
     if isinstance(calls, expected) and all(isinstance(call, dict) for call in ([calls] if expected is dict else calls)):
         return calls
-    raise DataError(f"{origin}: {name}: {key} must be {'a dict' if expected is dict else 'a list of dicts'}, or JSON "
-                    f"text of one, found {kind(value)}")  # fmt: skip
+    raise DataError(
+        f"{origin}: {name}: {key} must be {'a dict' if expected is dict else 'a list of dicts'}, or JSON "
+        f"text of one, found {kind(value)}"
+    )
 
 
 def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:

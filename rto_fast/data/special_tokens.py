@@ -40,7 +40,8 @@ class SpecialTokens:
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         special = [content for content, token in self._added.items() if token.special]
         self._in_templates = any_of([*special, *control_tokens])
-        self._in_data = any_of(token for token in [*special, *control_tokens] if not is_thought_mark(token))
+        in_data = (token for token in [*special, *control_tokens] if token.strip() and not is_thought_mark(token))
+        self._in_data = any_of(in_data)
         # SentencePiece style sets a space before text on its own: text that follows other text is tokenised after an
         # anchor, which merges with nothing.
         prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")
@@ -117,11 +118,15 @@ class SpecialTokens:
 
     def _encode_pieces(self, pieces: Sequence[_Piece]) -> list[list[int]]:
         encoded = {
-            follows: iter(self._after_anchors(
-                [piece.text for piece in pieces if piece.follows is follows and not piece.is_token], follows,
-                split_special_tokens=True,
-            )) for follows in (False, True)
-        }  # fmt: skip
+            follows: iter(
+                self._after_anchors(
+                    [piece.text for piece in pieces if piece.follows is follows and not piece.is_token],
+                    follows,
+                    split_special_tokens=True,
+                )
+            )
+            for follows in (False, True)
+        }
         ids = []
         for piece in pieces:
             found = [self._id(piece.text)] if piece.is_token else next(encoded[piece.follows])
@@ -166,6 +171,10 @@ class SpecialTokens:
             return []
         # verbose=False: no warning about model_max_length; the limits say what is too long
         return self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
             **options,
-        ).input_ids  # fmt: skip
+        ).input_ids

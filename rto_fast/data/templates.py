@@ -97,9 +97,12 @@ class ChatTemplate:
         template = FALLBACK_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template(None, tools)
         switches = {"enable_thinking": thinking.enabled, "thinking": thinking.enabled}
         rendered, _ = render_jinja_template(
-            conversations=[list(messages)], tools=tools, chat_template=template, add_generation_prompt=generation,
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=generation,
             **{**tokenizer.special_tokens_map, **switches},
-        )  # fmt: skip
+        )
         return rendered[0]
 
     def conversation(
@@ -158,8 +161,10 @@ class ChatTemplate:
     def _difference(prompt: str, whole: str, message: dict) -> str:
         """Why a whole does not begin with its prompt."""
         same = len(os.path.commonprefix([prompt, whole]))
-        where = (f"behind {_brief(prompt[:same], last=True)} the prompt has {_brief(prompt[same:])}, "
-                 f"the conversation {_brief(whole[same:])}")  # fmt: skip
+        where = (
+            f"behind {_brief(prompt[:same], last=True)} the prompt has {_brief(prompt[same:])}, "
+            f"the conversation {_brief(whole[same:])}"
+        )
         thought = thought_of(message)
         if thought and thought not in whole:
             return f"{_LOST} {_brief(thought)}: {where}; {_KEEPS}"
@@ -167,17 +172,23 @@ class ChatTemplate:
             return f"the prompt ends without a thought, the response has one: {where}; set data.thinking to on"
         if re.search(THOUGHT_OPENS, prompt[same:]):
             return f"the prompt opens a thought, the response has none: {where}; set data.thinking to off"
-        return (f"the chat template's prompt is not how its conversation begins: {where}; give the tokenizer a template "
-                "that ends a prompt where the answer begins")  # fmt: skip
+        return (
+            f"the chat template's prompt is not how its conversation begins: {where}; give the tokenizer a template "
+            "that ends a prompt where the answer begins"
+        )
 
     # What it does to every conversation, seen on one
 
     def probe(self, *messages: dict, thinking: Thinking = NO_THOUGHTS, generation: bool = False) -> str:
-        try:
-            return self.render(messages, None, thinking, generation=generation)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            raise DataError(f"the chat template does not render a question and its answer: {said}") from error
+        """The rendering of a conversation that every template should know."""
+        failures = []
+        for system in ([], [{"role": "system", "content": "system"}]):  # some templates ask for a system message
+            try:
+                return self.render([*system, *messages], None, thinking, generation=generation)
+            except Exception as error:
+                failures.append(error)
+        said = f"{type(failures[0]).__name__}: {failures[0]}"
+        raise DataError(f"the chat template does not render a question and its answer: {said}") from failures[0]
 
     @cached_property
     def turn(self) -> Response:

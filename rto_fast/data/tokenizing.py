@@ -133,18 +133,26 @@ def stop_token_ids(tokenizer, generation_config=None) -> list[int]:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | SequenceOf[dict], prompt_format: str = "auto",
-    tools: Any = None, thinking: Thinking = NO_THOUGHTS,
-) -> list[int]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | SequenceOf[dict],
+    prompt_format: str = "auto",
+    tools: Any = None,
+    thinking: Thinking = NO_THOUGHTS,
+) -> list[int]:
     """Ids of a prompt (text or messages), up to where the response begins. thinking: how it ends."""
     encoder = ConversationEncoder(tokenizer, prompt_format, (), thinking)
     return encoder.prompt_ids([encoder.read(prompt, (), tools)])[0]
 
 
 def encode_response(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | SequenceOf[dict], response: str | dict, prompt_format: str,
-    stop_ids: SequenceOf[int], tools: Any = None, thinking: Thinking = NO_THOUGHTS,
-) -> list[int]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | SequenceOf[dict],
+    response: str | dict,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    tools: Any = None,
+    thinking: Thinking = NO_THOUGHTS,
+) -> list[int]:
     """Ids that follow `encode_prompt(tokenizer, prompt, prompt_format, tools, thinking)`, ending with one of `stop_ids`.
 
     Raises:
@@ -155,9 +163,13 @@ def encode_response(
 
 
 def sft_sequences(
-    examples: SequenceOf[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits, prompt_format: str,
-    stop_ids: SequenceOf[int], **options: Any,
-) -> tuple[list[Sequence], CutReport]:  # fmt: skip
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    **options: Any,
+) -> tuple[list[Sequence], CutReport]:
     """Prompts with `response`, or with `chosen` where there is none. DataError if no example remains.
 
     options: see `_Reading`.
@@ -170,9 +182,13 @@ def sft_sequences(
 
 
 def preference_pairs(
-    examples: SequenceOf[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits, prompt_format: str,
-    stop_ids: SequenceOf[int], **options: Any,
-) -> tuple[list[Pair], CutReport]:  # fmt: skip
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    **options: Any,
+) -> tuple[list[Pair], CutReport]:
     """Prompts with `chosen` and `rejected`. Pairs that do not differ (any more) are dropped. DataError if none remain.
 
     options: see `_Reading`.
@@ -226,10 +242,18 @@ class _Reading:
     """
 
     def __init__(
-        self, examples: SequenceOf[Example], sides: SequenceOf[SequenceOf[Any]], tokenizer: PreTrainedTokenizerBase,
-        limits: Limits, prompt_format: str, stop_ids: SequenceOf[int], *,
-        invalid: str = "error", thinking: Thinking | None = None, noted: set[str] | None = None,
-    ):  # fmt: skip
+        self,
+        examples: SequenceOf[Example],
+        sides: SequenceOf[SequenceOf[Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        prompt_format: str,
+        stop_ids: SequenceOf[int],
+        *,
+        invalid: str = "error",
+        thinking: Thinking | None = None,
+        noted: set[str] | None = None,
+    ):
         self.limits, self._noted = limits, set() if noted is None else noted
         origins = (re.sub(r"(:\d+|\[\d+\])$", "", example.origin) for example in examples)
         sources = list(dict.fromkeys(Path(origin).name for origin in origins))
@@ -269,13 +293,19 @@ class _Reading:
         templated = [i for i, row in enumerate(self._rows) if row.format == "templated"]
         if templated:
             first = self.examples[templated[0]]
-            self._note(f"{source} templated", f"{source}: {len(templated):,} prompts are chat-templated already and used as "
-                       f"they are, special tokens included, the first {first.origin}: {first.prompt[:60]!r}; "
-                       "data.prompt_format chat makes them a user's message")  # fmt: skip
+            self._note(
+                f"{source} templated",
+                f"{source}: {len(templated):,} prompts are chat-templated already and used as "
+                f"they are, special tokens included, the first {first.origin}: {first.prompt[:60]!r}; "
+                "data.prompt_format chat makes them a user's message",
+            )
         opening = template.opening_left_out(thinking) if any(row.format == "chat" for row in self._rows) else ""
         if opening:
-            self._note("opening", f"the chat template's generation prompt opens a thought ({opening!r}), responses of the "
-                       "data begin without one: prompts end before it (data.thinking)")  # fmt: skip
+            self._note(
+                "opening",
+                f"the chat template's generation prompt opens a thought ({opening!r}), responses of the "
+                "data begin without one: prompts end before it (data.thinking)",
+            )
 
     def _note(self, kind, text):
         if kind not in self._noted:
