@@ -69,13 +69,16 @@ class ConversationEncoder:
                 return row
             if self.prompt_format == "text" or self.tokenizer.chat_template is None:
                 return self._text(prompt, responses, strict)
-        return self._chat(as_messages(prompt), responses, tools, strict)
+        said_before = [
+            self._without_stops(turn) if turn["role"] == "assistant" else turn for turn in as_messages(prompt)
+        ]
+        return self._chat(said_before, responses, tools, strict)
 
     def _without_stops(self, response: str | dict) -> str | dict:
         """Without the stop tokens that stand at its end, as in data made for other trainers, and the space around them."""
         if isinstance(response, dict):
-            content = response["content"]
-            return response if content is None else response | {"content": self._without_stops(content)}
+            content = response.get("content")
+            return response | {"content": self._without_stops(content)} if content else response
         text, stripped = response.rstrip(), False
         while text.endswith(tuple(self._stops)):
             stop = max((stop for stop in self._stops if text.endswith(stop)), key=len)
@@ -123,12 +126,10 @@ class ConversationEncoder:
     def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
         """A prompt that somebody has rendered before, or None."""
         if self.tokenizer.chat_template is None:
-            # Whose markup it is nobody knows: text between special tokens, the first of them at its beginning.
             bare = prompt.strip().removeprefix(self.tokenizer.bos_token or "").lstrip()
-            if self.special.count(bare) < 2 or not self.special.starts(bare):
+            if not self.special.mark_turns(bare):
                 return None
-            row = self._text("", responses, strict)
-            return row._replace(format="templated", prompt=prompt)
+            return self._text("", responses, strict)._replace(format="templated", prompt=prompt)
         found = self._recogniser.recognise(prompt)
         if found is None:
             return None

@@ -212,7 +212,7 @@ def thought_of(response: str | dict) -> str:
         for key in REASONING:
             if isinstance(response.get(key), str) and response[key].strip():
                 return response[key].strip()
-        response = response["content"] or ""
+        response = response.get("content") or ""
     return thought_in_text(response)
 
 

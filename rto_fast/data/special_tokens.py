@@ -49,13 +49,16 @@ class SpecialTokens:
         self._anchor_sizes = {anchor: len(self._ids([anchor])[0]) for anchor in self._anchors}
         self._prefixes_everywhere = bool(special) and self._ids([special[0] + "a"])[0][1:] == self._ids(["a"])[0]
 
-    def count(self, text: str) -> int:
-        """How many different ones stand in a text."""
-        return len(set(self._in_data.findall(text)))
+    def mark_turns(self, text: str) -> bool:
+        """Whether a text looks like a chat whose turns are marked by these tokens, as `<|im_start|>user` marks one.
 
-    def starts(self, text: str) -> bool:
-        """Whether a text begins with one."""
-        return self._in_data.match(text) is not None
+        It begins with a mark of the system's or the user's turn, and has another special token.
+        """
+        first = self._in_data.match(text)
+        if not first or len(set(self._in_data.findall(text))) < 2:
+            return False
+        turn = first[0] + re.match(r"\s*\w*", text[first.end() :])[0]  # type: ignore[index]  # matches anything
+        return re.search(r"system|user|human|inst", turn, re.IGNORECASE) is not None
 
     def hide(self, *values: Any, beside: str = "") -> tuple[Any, dict[str, str]]:
         """Values (text, or lists and dicts with text) with the special tokens in them replaced.

@@ -256,7 +256,7 @@ class _Reading:
     ):
         self.limits, self._noted = limits, set() if noted is None else noted
         origins = (re.sub(r"(:\d+|\[\d+\])$", "", example.origin) for example in examples)
-        sources = list(dict.fromkeys(Path(origin).name for origin in origins))
+        sources = list(dict.fromkeys(Path(origin).name or "data" for origin in origins))
         source = sources[0] + f" and {len(sources) - 1} more" * (len(sources) > 1) if sources else "data"
         self.report = CutReport(source, limits, len(examples))
         template = ChatTemplate(tokenizer)
@@ -298,6 +298,13 @@ class _Reading:
                 f"{source}: {len(templated):,} prompts are chat-templated already and used as "
                 f"they are, special tokens included, the first {first.origin}: {first.prompt[:60]!r}; "
                 "data.prompt_format chat makes them a user's message",
+            )
+        spelled = [i for i, row in enumerate(self._rows) if row.hidden]
+        if spelled:
+            first = self.examples[spelled[0]].origin
+            self._note(
+                f"{source} spelled",
+                f"{source}: special tokens that stand in the text of {len(spelled):,} rows stay text, the first {first}",
             )
         opening = template.opening_left_out(thinking) if any(row.format == "chat" for row in self._rows) else ""
         if opening:
