@@ -74,7 +74,7 @@ class ConversationEncoder:
         ]
         return self._chat(said_before, responses, tools, strict)
 
-    def _without_stops(self, response: str | dict) -> str | dict:
+    def _without_stops(self, response: Any) -> Any:
         """Without the stop tokens that stand at its end, as in data made for other trainers, and the space around them."""
         if isinstance(response, dict):
             content = response.get("content")
