@@ -8,6 +8,7 @@ import pytest
 from rto_fast.config import DataConfig
 from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import DataError, Example
+from rto_fast.data.templates import THOUGHTS
 from rto_fast.data.tokenizing import preference_pairs, prompts, sft_sequences, stop_token_ids
 from tests.chat_templates import TEMPLATES, byte_tokenizer, space_tokenizer
 from tests.conversations import (
@@ -198,6 +199,22 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
         )
 
 
+def test_a_form_of_the_message_is_found_that_keeps_its_calls():
+    tokenizer = byte_tokenizer("ChatML")
+    turn = (
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + turn + "{{ m.content or '' }}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turns = (user("a"), assistant(None, tool_calls=[call()]))
+    (sequence,) = sft(tokenizer, [Example(turns[:1], response=turns[1])])
+    assert tokenizer.decode(sequence.response_ids) == "weather<|im_end|>"
+    (sequence,) = sft(tokenizer, [Example((*turns, user("b")), response="c")])
+    assert "assistant\nweather<|im_end|>" in tokenizer.decode(sequence.prompt_ids)
+
+
 # Rows that a template refuses
 
 REFUSING = {
@@ -226,6 +243,8 @@ def test_a_template_that_refuses_a_row_refuses_that_row(tmp_path, name):
     assert f"x.jsonl:2: the chat template refuses roles {', '.join(m['role'] for m in row['messages'])}: " in str(
         report
     )
+    with pytest.raises(DataError, match="the prompt has '<think>.*, the conversation 'b<.im_end.>c</s>'"):
+        sft(byte_tokenizer("R1, thoughts kept"), [Example("a", response="b<|im_end|>c")], thinking=THOUGHTS)
     if name == "its own error":
         kept, _ = prompts(examples, tokenizer, UNLIMITED, "auto", invalid="skip")
         assert [prompt.origin[-2:] for prompt in kept] == [":1", ":4"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.messages import as_message, as_messages
 from rto_fast.data.recognition import Recogniser, Written
-from rto_fast.data.special_tokens import SpecialTokens
+from rto_fast.data.special_tokens import SpecialTokens, shown_again
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
 
@@ -94,7 +94,10 @@ class ConversationEncoder:
             )
         template = str(self.tokenizer.chat_template or FALLBACK_TEMPLATE)
         (turns, answers, schemas), hidden = self.special.hide(messages, responses, tools, beside=template)
-        text, answers = self.template.conversation(turns, answers, schemas, thinking, strict)
+        try:
+            text, answers = self.template.conversation(turns, answers, schemas, thinking, strict)
+        except DataError as error:
+            raise DataError(shown_again(str(error), hidden)) from error
         return Row("chat", text, answers, hidden, ignored=self._ignored(messages, responses, tools, thinking, strict))
 
     def _ignored(

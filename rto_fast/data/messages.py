@@ -6,6 +6,7 @@ as columnar files fill every key of every message. Text of tool calls is null be
 None there.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -229,3 +230,63 @@ def thought_in_text(text: str) -> str:
 def kind(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def conversation_forms(
+    prompt: Sequence[dict], answers: list[dict], tools: Any
+) -> Iterator[tuple[list[dict], list[dict], Any]]:
+    """A conversation in the forms that templates take, as is first; one form for conversations without tools."""
+    turns = [*prompt, *answers]
+    calls = any(key in turn for turn in turns for key in CALLS)
+    arguments = (_as_objects, _as_text) if calls else (_as_is,)
+    contents = (
+        (_without_content, _as_is, _with_empty_content)
+        if any(turn.get("content") is None for turn in turns)
+        else (_as_is,)
+    )
+    bare = [tool for tool in tools or [] if "function" not in tool]
+    schemas = (
+        [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
+        if bare
+        else [tools]
+    )
+    for content_form, tools_form, arguments_form in itertools.product(contents, schemas, arguments):
+        formed = [content_form(arguments_form(turn)) for turn in turns]
+        yield formed[: len(prompt)], formed[len(prompt) :], tools_form
+
+
+def _as_is(message: dict) -> dict:
+    return message
+
+
+def _without_content(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key != "content" or value is not None}
+
+
+def _with_empty_content(message: dict) -> dict:
+    return message if message.get("content") is not None else message | {"content": ""}
+
+
+def _as_objects(message: dict) -> dict:
+    return _with_arguments(message, from_json)
+
+
+def _as_text(message: dict) -> dict:
+    return _with_arguments(
+        message, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _with_arguments(message: dict, form: Any) -> dict:
+    """The message with `form` applied to the arguments of its calls."""
+
+    def call(value: dict) -> dict:
+        value = value | {"arguments": form(value["arguments"])} if "arguments" in value else value
+        return value | {"function": call(value["function"])} if isinstance(value.get("function"), dict) else value
+
+    formed = {
+        key: call(value) if isinstance(value, dict) else [call(item) for item in value]
+        for key, value in message.items()
+        if key in CALLS
+    }
+    return message | formed

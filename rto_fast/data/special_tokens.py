@@ -181,3 +181,10 @@ class SpecialTokens:
             verbose=False,
             **options,
         ).input_ids
+
+
+def shown_again(message: str, hidden: Mapping[str, str]) -> str:
+    """A message about text with the tokens that `hide` replaced."""
+    for mark, token in hidden.items():
+        message = message.replace(mark, token).replace(repr(mark)[1:-1], token)
+    return message

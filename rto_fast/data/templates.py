@@ -9,27 +9,26 @@ R1). `Thinking` says how prompts end; `choose_thinking` finds it from the respon
 end as those that were trained on.
 
 Templates differ in what they take: arguments of tool calls as a dict or as JSON text, a content that is missing, None or
-empty beside them, function schemas bare or within {"type": "function"}. What a template refuses in one form it is given in
-the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions drop every None.)
+empty beside them, function schemas bare or within {"type": "function"}. What a template refuses
+in one form, or renders without its calls, it is given in the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions drop every None.)
 """
 
-import itertools
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from rto_fast.data.messages import (
     CALLS,
     THOUGHT_CLOSES,
     THOUGHT_OPENS,
     as_message,
-    from_json,
+    conversation_forms,
     thought_in_text,
     thought_of,
 )
@@ -91,8 +90,6 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[dict], tools: Any, thinking: Thinking, *, generation: bool = False) -> str:
         """The template's text; `generation` adds what begins an answer. Raises whatever the template raises."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         tokenizer, tools = self.tokenizer, list(tools) if tools else None
         template = FALLBACK_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template(None, tools)
         switches = {"enable_thinking": thinking.enabled, "thinking": thinking.enabled}
@@ -122,22 +119,47 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or the two parts cannot be told apart.
         """
-        failures: list[Exception] = []
-        for turns, answers, schemas in _forms(prompt, [as_message(response) for response in responses], tools):
+        given = [as_message(response) for response in responses]
+        found, failures = None, []
+        for turns, answers, schemas in conversation_forms(prompt, given, tools):
             try:
                 text = _ended(self.render(turns, schemas, thinking, generation=True), thinking)
                 answers = [_continuing(text, answer) for answer in answers]
                 wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
+                text = text if strict else os.path.commonprefix([text, *wholes])
+                parts = text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
             except Exception as error:  # a template is somebody else's code: TypeError, UndefinedError, its own refusal
                 failures.append(error)
                 continue
-            if not strict:
-                text = os.path.commonprefix([text, *wholes])
-            return text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
-        roles = ", ".join(message["role"] for message in [*prompt, *map(as_message, responses[:1])])
+            if not self._leaves_out_calls(turns, answers, schemas, thinking, wholes):
+                return parts
+            # Another form of the messages may keep them. What then stands for a content of None may be "None".
+            if all(turn.get("content", "") is not None for turn in [*turns, *answers]):
+                found = found or parts
+        if found:
+            return found
+        for error in failures:
+            if isinstance(error, DataError):
+                raise error
         own = [error for error in failures if type(error) is jinja2.TemplateError]  # its raise_exception
         said = str(own[0]) if own else f"{type(failures[0]).__name__}: {failures[0]}"
-        raise DataError(f"the chat template refuses roles {roles}: {said}") from (own or failures)[0]
+        roles = ", ".join(message["role"] for message in [*prompt, *given[:1]])
+        raise DataError(f"the chat template refuses roles {roles}: {' '.join(said.split())}") from (own or failures)[0]
+
+    def _leaves_out_calls(
+        self, turns: list[dict], answers: list[dict], tools: Any, thinking: Thinking, wholes: list[str]
+    ) -> bool:
+        """Whether the messages have calls, and the template renders the same without them."""
+        if not any(key in turn for turn in [*turns, *answers] for key in CALLS):
+            return False
+        bare = [{key: turn[key] for key in turn if key not in CALLS} for turn in turns]
+        bare_answers = [{key: answer[key] for key in answer if key not in CALLS} for answer in answers]
+        try:
+            if answers:
+                return wholes == [self.render([*bare, answer], tools, thinking) for answer in bare_answers]
+            return self.render(turns, tools, thinking) == self.render(bare, tools, thinking)
+        except Exception:  # it cannot do without them
+            return False
 
     def _response(self, prompt: str, whole: str, message: dict, strict: bool) -> Response:
         """What `whole` has beyond the prompt, up to its stop token."""
@@ -187,7 +209,7 @@ class ChatTemplate:
                 return self.render([*system, *messages], None, thinking, generation=generation)
             except Exception as error:
                 failures.append(error)
-        said = f"{type(failures[0]).__name__}: {failures[0]}"
+        said = " ".join(f"{type(failures[0]).__name__}: {failures[0]}".split())
         raise DataError(f"the chat template does not render a question and its answer: {said}") from failures[0]
 
     @cached_property
@@ -276,61 +298,3 @@ def _brief(text: str, last: bool = False) -> str:
     """The beginning of a text, or its end, within quotes."""
     cut = text[-SHOWN:] if last else text[:SHOWN]
     return repr(cut) if len(text) <= SHOWN else f"…{cut!r}" if last else f"{cut!r}…"
-
-
-def _forms(prompt: Sequence[dict], answers: list[dict], tools: Any) -> Iterator[tuple[list[dict], list[dict], Any]]:
-    """A conversation in the forms that templates take, as is first; one form for conversations without tools."""
-    turns = [*prompt, *answers]
-    calls = any(key in turn for turn in turns for key in CALLS)
-    arguments = (_as_objects, _as_text) if calls else (_as_is,)
-    contents = (
-        (_without_content, _as_is, _with_empty_content)
-        if any(turn.get("content") is None for turn in turns)
-        else (_as_is,)
-    )
-    bare = [tool for tool in tools or [] if "function" not in tool]
-    schemas = (
-        [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
-        if bare
-        else [tools]
-    )
-    for content_form, tools_form, arguments_form in itertools.product(contents, schemas, arguments):
-        formed = [content_form(arguments_form(turn)) for turn in turns]
-        yield formed[: len(prompt)], formed[len(prompt) :], tools_form
-
-
-def _as_is(message: dict) -> dict:
-    return message
-
-
-def _without_content(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key != "content" or value is not None}
-
-
-def _with_empty_content(message: dict) -> dict:
-    return message if message.get("content") is not None else message | {"content": ""}
-
-
-def _as_objects(message: dict) -> dict:
-    return _with_arguments(message, from_json)
-
-
-def _as_text(message: dict) -> dict:
-    return _with_arguments(
-        message, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    )
-
-
-def _with_arguments(message: dict, form: Any) -> dict:
-    """The message with `form` applied to the arguments of its calls."""
-
-    def call(value: dict) -> dict:
-        value = value | {"arguments": form(value["arguments"])} if "arguments" in value else value
-        return value | {"function": call(value["function"])} if isinstance(value.get("function"), dict) else value
-
-    formed = {
-        key: call(value) if isinstance(value, dict) else [call(item) for item in value]
-        for key, value in message.items()
-        if key in CALLS
-    }
-    return message | formed
