@@ -9,8 +9,9 @@ R1). `Thinking` says how prompts end; `choose_thinking` finds it from the respon
 end as those that were trained on.
 
 Templates differ in what they take: arguments of tool calls as a dict or as JSON text, a content that is missing, None or
-empty beside them, function schemas bare or within {"type": "function"}. What a template refuses
-in one form, or renders without its calls, it is given in the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions drop every None.)
+empty beside them, function schemas bare or within {"type": "function"}. What a template refuses in one form, or renders
+without its calls, it is given in the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions
+drop every None.)
 """
 
 import os
@@ -79,7 +80,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._special_tokens = tokenizer, tokenizer.special_tokens_map
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         # not only those that are called special: some tokenizers forget it of the tokens around turns
         self._marks = [token for token in added if token.strip() and not is_thought_mark(token)]
@@ -98,7 +99,7 @@ class ChatTemplate:
             tools=tools,
             chat_template=template,
             add_generation_prompt=generation,
-            **{**tokenizer.special_tokens_map, **switches},
+            **{**self._special_tokens, **switches},
         )
         return rendered[0]
 
@@ -166,7 +167,7 @@ class ChatTemplate:
         if not whole.startswith(prompt):
             raise DataError(self._difference(prompt, whole, message))
         rest = whole[len(prompt) :]
-        stop = any_of([*self._stops, *filter(None, [self.turn.stop])]).search(rest)
+        stop = self._end.search(rest)
         text, after = (rest[: stop.start()], rest[stop.end() :]) if stop else (rest.removesuffix(self.turn.tail), "")
         if not strict:
             return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
@@ -218,6 +219,11 @@ class ChatTemplate:
         after = self.probe(as_user(QUESTION), as_assistant(ANSWER)).rpartition(ANSWER)[2]
         end = self.mark.search(after)
         return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
+
+    @cached_property
+    def _end(self) -> re.Pattern[str]:
+        """Whatever ends a response."""
+        return any_of([*self._stops, *filter(None, [self.turn.stop])])
 
     @cached_property
     def endings(self) -> dict[Thinking, str]:
