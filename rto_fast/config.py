@@ -53,8 +53,8 @@ class DataConfig:
     split: str = "train"
     """Split of `preferences`; the other sources' is train unless they name one."""
     invalid: Literal["error", "skip"] = "error"
-    """What an unusable row does (a missing value, another layout than most, a malformed line): stop the run, or be left
-    out and counted."""
+    """What an unusable row does (a missing value, another layout than most, a malformed line, one that the chat template
+    refuses): stop the run, or be left out and counted."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
     limit: int | None = None
@@ -66,7 +66,11 @@ class DataConfig:
     """Drop all but the first of examples whose prompt and responses are equal to the letter."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """chat: a prompt given as text becomes one user message; text: it is used as it is; auto: chat if the tokenizer
-    has a chat template."""
+    has a chat template. Text that is chat-templated already stays as it is, unless this is chat."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Of chat templates that know thoughts: whether the model thinks before it answers. on, off: the template's
+    `enable_thinking`; off also leaves out a `<think>` with which prompts would end. auto: on if responses that are
+    trained on have thoughts."""
     max_prompt_tokens: int = 1024
     """Longer prompts are handled as `overlong_prompt` says."""
     max_response_tokens: int = 1024

@@ -70,6 +70,8 @@ class EvaluateConfig:
     """Names of your columns where they are not detected, e.g. {"prompt": "question"}."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """See data.prompt_format of rto_fast.train."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """See data.thinking of rto_fast.train; auto looks at the responses of `preferences`, else of `data`."""
     max_prompt_tokens: int = 1024
     """Longer prompts are left out."""
     max_response_tokens: int = 1024
@@ -115,7 +117,7 @@ class EvaluateConfig:
         """The part of a run's `Config` that the data and the rollout are made from; validates it."""
         data = DataConfig(
             preferences=self.preferences, eval_prompts=self.data, columns=self.columns, limit=self.limit,
-            prompt_format=self.prompt_format, max_prompt_tokens=self.max_prompt_tokens,
+            prompt_format=self.prompt_format, thinking=self.thinking, max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens, held_out=self.held_out,
         )  # fmt: skip
         return Config(

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
+from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import Example
-from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response, stop_token_ids
+from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.context import context_of
@@ -47,7 +48,9 @@ def completions_of_pairs(
 ) -> list[Completion]:
     """The chosen and the rejected response of each pair as completions."""
     prompts = [
-        Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin) for p in pairs for _ in range(2)
+        Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin, p.example.tools)
+        for p in pairs
+        for _ in range(2)
     ]
     responses = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
     return completions_of(prompts, responses, [ids[-1] in stop_ids for ids in responses], tokenizer)
@@ -74,19 +77,18 @@ class RewardModel:
         prompt_format: str, max_tokens: int,
     ):  # fmt: skip
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
-        self.prompt_format = prompt_format
         self.same_vocabulary = same_vocabulary(tokenizer, policy_tokenizer)
         self.same_tokens = same_tokens(tokenizer, policy_tokenizer)
-        self.stop_ids = None if self.same_tokens else stop_token_ids(tokenizer)
+        stop_ids = [] if self.same_tokens else stop_token_ids(tokenizer)
+        self.encoder = None if self.same_tokens else ConversationEncoder(tokenizer, prompt_format, stop_ids, None)
 
     def _ids(self, completion):
         prompt = completion.prompt
-        if self.same_tokens:
+        if self.encoder is None:
             return prompt.prompt_ids + completion.response_ids
-        response = encode_response(self.tokenizer, prompt.prompt, completion.text, self.prompt_format, self.stop_ids)
-        if not completion.finished:
-            response = response[:-1]  # the stop token that encode_response adds was never sampled
-        return encode_prompt(self.tokenizer, prompt.prompt, self.prompt_format) + response
+        # not strict: a whole conversation is scored, and the policy may sample what no prompt of this template goes before
+        row = [self.encoder.read(prompt.prompt, [completion.text], prompt.tools, strict=False)]
+        return self.encoder.prompt_ids(row)[0] + self.encoder.response_ids(row, 0, completion.finished)[0]
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
         """[N] float32 scores on the model's device."""

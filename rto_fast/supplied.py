@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import Config
-from rto_fast.data.tokenizing import Pair, Prompt, encode_response, stop_token_ids
+from rto_fast.data.encoding import ConversationEncoder
+from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import DataError, ModelError
 from rto_fast.health import Finding
 from rto_fast.models.context import context_of
@@ -101,7 +102,7 @@ def check_endings(
         tokenizer, stop_ids: the policy's.
     """
     trusted = {"trust_remote_code": config.model.trust_remote_code}
-    end = encode_response(tokenizer, "prompt", "response", config.data.prompt_format, stop_ids)[-1]
+    end = ConversationEncoder(tokenizer, config.data.prompt_format, stop_ids, None).usual_end()
     for model in models:
         try:
             own = load_tokenizer(model.path, **trusted)

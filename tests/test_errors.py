@@ -93,7 +93,9 @@ def write_models(folder):
     tokenizer.save_pretrained(folder / "endless")
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])
-    tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>", "unheard-of")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>", "unheard-of").replace(
+        "'<' + m['role'] + '> '", "(m['role'] == 'user' and '<user> ' or 'unheard-of ')"
+    )
     tokenizer.save_pretrained(folder / "larger")
 
 

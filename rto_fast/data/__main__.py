@@ -18,6 +18,7 @@ from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram, visible
 from rto_fast.data.layouts import Example
+from rto_fast.data.messages import as_messages, message_text, response_text
 from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
@@ -128,14 +129,16 @@ def _kind(example: Example) -> str:
 def _lengths(data, kind, tokenizer, examples):
     sides = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
     if not tokenizer:
-        texts = [e.prompt if isinstance(e.prompt, str) else " ".join(m["content"] for m in e.prompt) for e in examples]
+        texts = [" ".join(message_text(message) for message in as_messages(e.prompt)) for e in examples]
         words = {"prompt": [len(text.split()) for text in texts]}
-        words |= {side: [len((getattr(e, side) or e.chosen).split()) for e in examples] for side in sides}
+        words |= {side: [len(response_text(getattr(e, side) or e.chosen).split()) for e in examples] for side in sides}
         return histogram(words)
     builders: dict[str, Callable] = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}
     options = () if kind == "prompts" else (data.stop_ids,)
     tokenizer = data.caching_tokenizer(examples)
-    built, _ = builders[kind](examples, tokenizer, UNLIMITED, data.config.prompt_format, *options)
+    built, _ = builders[kind](
+        examples, tokenizer, UNLIMITED, data.config.prompt_format, *options, **data.reading_options
+    )
     lengths = {"prompt": [len(item.prompt_ids) for item in built]}
     lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in sides}
     limits = {name: data.limits.max_response_tokens for name in lengths} | {"prompt": data.limits.max_prompt_tokens}

@@ -1,17 +1,20 @@
 """Examples that occur twice, and prompts that stand on both sides of a split."""
 
+from rto_fast.data.messages import as_messages, message_text, said
+
 
 def prompt_key(prompt):
     """Equal for prompts that are the same but for case and whitespace; text is the same as one message from the user."""
-    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return tuple((message["role"], " ".join(message["content"].casefold().split())) for message in messages)
+    turns = ((message["role"], message_text(message)) for message in as_messages(prompt))
+    return tuple((role, " ".join(text.casefold().split())) for role, text in turns)
 
 
 def without_duplicates(examples):
     """The first of each set of examples whose prompt and responses are equal to the letter."""
     unique = {}
     for example in examples:
-        unique.setdefault((repr(example.prompt), example.response, example.chosen, example.rejected), example)
+        parts = (example.prompt, example.response, example.chosen, example.rejected)
+        unique.setdefault(repr([*map(said, parts), example.tools]), example)
     return list(unique.values())
 
 

@@ -6,6 +6,8 @@ Data is somebody else's text: control characters are spelled out, so that it can
 import unicodedata
 from itertools import pairwise
 
+from rto_fast.data.messages import message_text, response_text
+
 HEAD, TAIL = 400, 300  # characters shown of a longer text
 BAR = 16  # characters
 STYLES = {"loss": "32", "other": "36", "context": "2", "title": "1"}
@@ -56,9 +58,13 @@ def columns_table(layout, row, columns, example):
         natural = "completion" if ours == "response" and row.get("response") is None else ours
         theirs = SOURCES.get(layout, {}).get(ours) or columns.get(ours, natural)
         taken.add(theirs)
-        size, unit = (len(value), "message") if isinstance(value, tuple) else (len(value.split()), "word")
+        is_chat = isinstance(value, tuple)
+        size, unit = (len(value), "message") if is_chat else (len(response_text(value).split()), "word")
         kind = f"{size:,} {unit}{'s' * (size != 1)}"
         lines.append(f"  {ours:<9} ← {visible(theirs)}   ({kind} in the first example)")
+    if example.tools:
+        theirs = visible(columns.get("tools", "tools"))
+        lines.append(f"  tools     ← {theirs}   ({len(example.tools):,} in the first example)")
     if example.extra:
         lines.append(f"  for reward functions: {visible(', '.join(map(str, example.extra)))}")
     return lines
@@ -101,13 +107,13 @@ def _quantile(values, share):
 def as_roles(page, example):
     """Lines of an example without a tokenizer: who says what."""
     prompt = example.prompt
-    turns = [(m["role"], m["content"]) for m in prompt] if isinstance(prompt, tuple) else [("prompt", prompt)]
+    turns = [(m["role"], message_text(m)) for m in prompt] if isinstance(prompt, tuple) else [("prompt", prompt)]
     lines = [page.paint(f"{role}: {elided(visible(text))}", "context") for role, text in turns]
     for name in ("response", "chosen", "rejected"):
-        text = getattr(example, name)
-        if text is not None:
+        response = getattr(example, name)
+        if response is not None:
             style = "other" if name == "rejected" else "loss"
-            lines.append(f"{name}: " + page.paint(elided(visible(text.strip())), style))
+            lines.append(f"{name}: " + page.paint(elided(visible(response_text(response).strip())), style))
     return lines
 
 

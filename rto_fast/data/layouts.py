@@ -14,7 +14,8 @@ r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a sou
 | prompt only       | prompt                                     | prompt                     | none                        |
 
 Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
-`Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL.
+`Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL. A column
+`tools` (function schemas, a list or JSON text of one) beside messages goes to the chat template.
 
 Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON or as Python
 prints them, are read as messages. A row that the layout would misread is unusable.
@@ -27,30 +28,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rto_fast.data.encoded import decoded
+from rto_fast.data.messages import (
+    as_messages,
+    check_prompt,
+    check_unicode,
+    only_response,
+    read_messages,
+    read_tools,
+    said,
+)
 from rto_fast.data.transcripts import is_transcript, transcript_messages
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
+COLUMNS = (*ROLES, "tools")  # what a mapping may name
 PAIR_LAYOUTS = ("HH transcript", "explicit prompt", "UltraFeedback", "implicit prompt")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of any layout. `prompt` is plain text, or chat messages of which the last is from the user."""
+    """One row of any layout.
+
+    `prompt` is plain text, or chat messages of which the last is from the user or a tool. A response is text, or the
+    assistant's message where that holds more than text, such as tool calls (`rto_fast.data.messages.response_text`).
+    """
 
     prompt: str | tuple[dict, ...]
-    response: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
+    response: str | dict | None = None
+    chosen: str | dict | None = None
+    rejected: str | dict | None = None
     origin: str = ""  # "file:line" or "name[index]", for messages
     extra: dict = field(default_factory=dict)  # other columns, for reward functions
+    tools: tuple[dict, ...] | None = None  # function schemas that the chat template is given
 
 
 def check_columns(columns):
     """Refuse a mapping whose keys are not ours."""
-    unknown = [key for key in columns or {} if key not in ROLES]
+    unknown = [key for key in columns or {} if key not in COLUMNS]
     if unknown:
-        raise DataError(f"columns: {unknown[0]!r} is not one of {', '.join(ROLES)}; write {{ours: theirs}}")
+        raise DataError(f"columns: {unknown[0]!r} is not one of {', '.join(COLUMNS)}; write {{ours: theirs}}")
 
 
 def layout_of(values: Mapping[str, Any], unknown: Collection[str] = ()) -> str | None:
@@ -90,9 +106,9 @@ def to_example(row, layout, origin, columns=None):
         prompt, chosen, rejected = _preference(present, layout, origin)
     elif layout == "messages":
         _need(present, ("messages",), row, origin)
-        messages = _messages(present["messages"], "messages", origin)
+        messages = read_messages(present["messages"], "messages", origin)
         if messages[-1]["role"] == "assistant":
-            prompt, response = messages[:-1], _text(messages[-1:], "messages", origin)
+            prompt, response = messages[:-1], only_response(messages[-1:], "messages", origin)
         else:
             prompt = messages
     else:
@@ -101,11 +117,13 @@ def to_example(row, layout, origin, columns=None):
         if layout == "prompt/response":
             name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
-            response = _text(_after(prompt, present[name], name, origin), name, origin)
-    _check_prompt(prompt, origin)
-    for name, text in (("response", response), ("chosen", chosen), ("rejected", rejected)):
-        _check_unicode(text or "", name, origin)
-    return Example(prompt, response, chosen, rejected, origin, extra)
+            response = only_response(_after(prompt, present[name], name, origin), name, origin)
+    check_prompt(prompt, origin)
+    tools = read_tools(present.get("tools"), origin)
+    texts = {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected, "tools": tools}
+    for name, value in texts.items():
+        check_unicode(value, name, origin)
+    return Example(prompt, response, chosen, rejected, origin, extra, tools)
 
 
 def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
@@ -131,8 +149,8 @@ def _preference(present, layout, origin):
     if layout == "HH transcript":
         chosen, rejected = transcript_messages(chosen), transcript_messages(rejected)
     else:
-        chosen = chosen if isinstance(chosen, str) else _messages(chosen, "chosen", origin)
-        rejected = rejected if isinstance(rejected, str) else _messages(rejected, "rejected", origin)
+        chosen = chosen if isinstance(chosen, str) else read_messages(chosen, "chosen", origin)
+        rejected = rejected if isinstance(rejected, str) else read_messages(rejected, "rejected", origin)
     if layout == "explicit prompt":
         prompt = _prompt(present["prompt"], origin)
         chosen, rejected = _after(prompt, chosen, "chosen", origin), _after(prompt, rejected, "rejected", origin)
@@ -145,16 +163,16 @@ def _preference(present, layout, origin):
         prompt, chosen, rejected = _split_text(chosen, rejected, origin)
     else:
         prompt = chosen[:-1]
-        if rejected[:-1] != prompt:
+        if said(rejected[:-1]) != said(prompt):
             raise DataError(f"{origin}: chosen and rejected differ before their last message; only it may differ")
         chosen, rejected = chosen[-1:], rejected[-1:]
-    return prompt, _text(chosen, "chosen", origin), _text(rejected, "rejected", origin)
+    return prompt, only_response(chosen, "chosen", origin), only_response(rejected, "rejected", origin)
 
 
 def _split_text(chosen, rejected, origin):
     """Common prefix of two plain texts, cut before a space so that it ends with a whole word."""
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        _text(text, name, origin)
+        only_response(text, name, origin)
     size = len(os.path.commonprefix([chosen, rejected]))
     inside = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", chosen[: size + 1])]
     if not inside:
@@ -169,7 +187,7 @@ def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str)
         if theirs not in row:
             raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {listing(row)}")
     taken = set(columns.values())
-    natural = {name: row[name] for name in ROLES if name in row and name not in taken}
+    natural = {name: row[name] for name in COLUMNS if name in row and name not in taken}
     named = natural | {ours: row[theirs] for ours, theirs in columns.items()}
     return {name: decoded(value, name, origin) if isinstance(value, str) else value for name, value in named.items()}
 
@@ -191,76 +209,18 @@ def _prompt(value, origin):
     if is_transcript(value):
         messages = transcript_messages(value)
         return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-    return value if isinstance(value, str) else _messages(value, "prompt", origin)
+    return value if isinstance(value, str) else read_messages(value, "prompt", origin)
 
 
 def _after(prompt, value, name, origin):
     """A response without the prompt that whole conversations repeat."""
     if isinstance(value, str):
         return value
-    messages = _messages(value, name, origin)
-    before = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return messages[len(before) :] if messages[: len(before)] == tuple(before) else messages
-
-
-def _messages(value, name, origin):
-    """Validated messages, reduced to role and content."""
-    if not isinstance(value, list | tuple):
-        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {_kind(value)}")
-    if not value:
-        raise DataError(f"{origin}: {name} is an empty list of messages; remove the row")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise DataError(
-                f"{origin}: {name}: a message needs text under 'role' and 'content', found {_kind(message)}"
-            )
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _text(value, name, origin):
-    """The text of a response: itself, or the content of its single assistant message."""
-    if isinstance(value, tuple):
-        if len(value) != 1 or value[0]["role"] != "assistant":
-            found = ", ".join(message["role"] for message in value) or "none"
-            raise DataError(f"{origin}: {name} must add one assistant message to the prompt, found {found}")
-        value = value[0]["content"]
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {_kind(value)}")
-    if not value.strip():
-        raise DataError(f"{origin}: empty response: {name} is {value!r}; remove the row")
-    return value
-
-
-def _check_prompt(prompt, origin):
-    if isinstance(prompt, tuple) and (not prompt or prompt[-1]["role"] != "user"):
-        last = prompt[-1]["role"] if prompt else "missing"
-        raise DataError(f"{origin}: the last message of the prompt must be from the user, found {last}")
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    if not text.strip():
-        raise DataError(f"{origin}: empty prompt: {text!r}; remove the row")
-    for text in (prompt,) if isinstance(prompt, str) else (message["content"] for message in prompt):
-        _check_unicode(text, "prompt", origin)
-
-
-def _check_unicode(text, name, origin):
-    """JSON can hold what no tokenizer takes: half of a character beyond 16 bits."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        where = f"{text[error.start]!a} at character {error.start}"
-        raise DataError(f"{origin}: {name} holds half of a surrogate pair, {where}; mend or remove the row") from None
+    messages, before = read_messages(value, name, origin), as_messages(prompt)
+    return messages[len(before) :] if said(messages[: len(before)]) == said(before) else messages
 
 
 def listing(row: Collection[str]) -> str:
     """Names of columns, for messages."""
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, row)]
     return ", ".join(names[:12] + [f"{len(names) - 12} more"] * (len(names) > 12)) or "none"
-
-
-def _kind(value):
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -8,13 +8,14 @@ from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.cleaning import without_duplicates, without_prompts_of
 from rto_fast.data.layouts import Example
 from rto_fast.data.sources import load_examples
-from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences
+from rto_fast.data.templates import MODES, ChatTemplate
+from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, responses_of, sft_sequences
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
 
 # The columns that a mapping may name for each use; a file of prompts has no chosen responses to map.
-SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen")
-PROMPT_ROLES = ("prompt", "messages")
+SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen", "tools")
+PROMPT_ROLES = ("prompt", "messages", "tools")
 
 
 def split_of_source(source, default="train"):
@@ -37,6 +38,7 @@ class RunData:
         self.vocabulary_size = vocabulary_size
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
         self.read = {}  # {source: usable rows}
+        self._noted = set()  # what was warned of
 
     def _examples(
         self, source: str, split: str = "train", roles: tuple[str, ...] | None = None, demonstrations: bool = False
@@ -66,11 +68,31 @@ class RunData:
 
     def _build(self, builder, examples, what, *options):
         tokenizer = self.caching_tokenizer(examples)
-        built, report = builder(examples, tokenizer, self.limits, self.config.prompt_format, *options)
+        built, report = builder(
+            examples, tokenizer, self.limits, self.config.prompt_format, *options, **self.reading_options
+        )
         self.say(f"{what}: {report}")
         if self.vocabulary_size:
             self._check_tokens(built, what)
         return built
+
+    @cached_property
+    def reading_options(self):
+        """What the builders of `rto_fast.data.tokenizing` are to do beside: the same for all of them."""
+        return {"invalid": self.config.invalid, "thinking": self._thinking, "noted": self._noted}
+
+    @property
+    def _thinking(self):
+        """How prompts end: one way for all stages, that all responses which are trained on can follow.
+
+        None without such responses: then prompts that come with responses ask for themselves.
+        """
+        config = self.config
+        if config.thinking != "auto":
+            return MODES[config.thinking]
+        trained = [*self._preferences[0]] if config.preferences else []
+        trained += self.sft_examples if config.sft else []
+        return ChatTemplate(self.tokenizer).choose_thinking(responses_of(trained)) if trained else None
 
     def _check_tokens(self, built, what):
         """A token that the model does not know would end a GPU run in a device-side assertion, far from its cause."""

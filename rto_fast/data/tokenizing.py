@@ -1,37 +1,36 @@
-r"""Chat templates and tokenising: prompts and responses as the ids that the model sees, prompt_ids + response_ids.
+"""Tokenising: prompts and responses as the ids that the model sees, prompt_ids + response_ids.
 
 Prompt formats: `auto` (messages through the chat template; plain text as one user message if the tokenizer has a
-template, else as it is), `chat` (plain text always as a user message), `text` (plain text always as it is).
+template, else as it is), `chat` (plain text always as a user message), `text` (plain text always as it is). Text that is
+chat-templated already, from the first turn's marks to the generation prompt, is used as it is, special tokens included,
+unless the format is `chat`; a warning says so.
 
-A response is what the policy would sample after the generation prompt: its text tokenised on its own, then one stop
-token, the one with which the template ends a turn. On its own, because the policy's first token never merges with the
-prompt's last, and because special tokens spelled out in data stay plain text: nobody's data can end a turn.
-What the template appends after the stop token (often "\n") is not part of it.
+A response is what the policy would sample after the generation prompt: what the template renders behind it
+(`rto_fast.data.templates`), up to and including one stop token. It is tokenised on its own, because the policy's first
+token never merges with the prompt's last. Stop tokens that the data spell out at its end are not part of it, nor is the
+space around them. Without a template a response is its text and the EOS token.
 
-Templates with a thinking switch are rendered with `enable_thinking=False`: responses in data carry no thoughts, and so
-prompt and response make up the whole conversation as the template renders it (Qwen3: an empty think block, in the
-prompt). Tokenizers without template get FALLBACK_TEMPLATE, Anthropic HH's transcript; a warning says so.
+Special tokens that stand in data stay text, in messages, tools and plain text (`rto_fast.data.special_tokens`), but for a
+BOS token that a plain text begins with.
+
+Tokenizers without template get FALLBACK_TEMPLATE, Anthropic HH's transcript; a warning says so.
 BOS: a chat template is the authority on it, as in transformers; plain text gets it if the tokenizer adds it to text.
 """
 
 import re
 import warnings
-from collections import namedtuple
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jinja2
+from transformers import PreTrainedTokenizerBase
 
+from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import DataError, Example
-
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] | trim }}"
-    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] | trim }}{{ eos_token }}"
-    "{% else %}{{ '\n\nHuman: ' + message['content'] | trim }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
+from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
+from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Prompt:
     prompt: str | tuple[dict, ...]  # text or messages, as in Example
     extra: dict  # the example's other columns, for reward functions
     origin: str = ""
+    tools: tuple[dict, ...] | None = None  # function schemas
 
 
 @dataclass
@@ -84,6 +84,8 @@ class CutReport:
     limits: Limits
     examples: int
     kept: int = 0
+    unusable: int = 0  # rows that the chat template refuses, or whose prompt and response cannot be told apart
+    first_unusable: str = ""
     prompts_dropped: int = 0
     prompts_cut: int = 0
     prompt_tokens: int = 0  # of the examples that were not dropped for their prompt
@@ -96,6 +98,8 @@ class CutReport:
     def __str__(self):
         parts = [f"{self.source}: {self.examples} examples"]
         limits = self.limits
+        if self.unusable:
+            parts.append(f"{self.unusable} unusable skipped (the first: {self.first_unusable})")
         if self.prompts_dropped:
             parts.append(f"{self.prompts_dropped} prompts dropped (> {limits.max_prompt_tokens} tokens)")
         if self.prompts_cut:
@@ -120,45 +124,82 @@ def stop_token_ids(tokenizer, generation_config=None) -> list[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id] + (configured if isinstance(configured, list) else [configured])
     if tokenizer.chat_template is not None:
-        ids.append(_turn(tokenizer, True).stop)
+        stop = ChatTemplate(tokenizer).turn.stop
+        ids.append(tokenizer.convert_tokens_to_ids(stop) if stop else None)
     ids = list(dict.fromkeys(i for i in ids if i is not None))
     if not ids:
         raise DataError("no stop token: set eos_token of the tokenizer or eos_token_id of the generation config")
     return ids
 
 
-def encode_prompt(tokenizer, prompt, prompt_format="auto") -> list[int]:
-    """Ids of a prompt (text or messages), up to where the response begins."""
-    return _encode_prompts(tokenizer, [prompt], prompt_format, ["prompt"])[0]
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | SequenceOf[dict],
+    prompt_format: str = "auto",
+    tools: Any = None,
+    thinking: Thinking = NO_THOUGHTS,
+) -> list[int]:
+    """Ids of a prompt (text or messages), up to where the response begins. thinking: how it ends."""
+    encoder = ConversationEncoder(tokenizer, prompt_format, (), thinking)
+    return encoder.prompt_ids([encoder.read(prompt, (), tools)])[0]
 
 
-def encode_response(tokenizer, prompt, response, prompt_format, stop_ids) -> list[int]:
-    """Ids that follow `encode_prompt(tokenizer, prompt, prompt_format)`, ending with one of `stop_ids`."""
-    return _encode_responses(tokenizer, [prompt], [response], prompt_format, stop_ids)[0]
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | SequenceOf[dict],
+    response: str | dict,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    tools: Any = None,
+    thinking: Thinking = NO_THOUGHTS,
+) -> list[int]:
+    """Ids that follow `encode_prompt(tokenizer, prompt, prompt_format, tools, thinking)`, ending with one of `stop_ids`.
+
+    Raises:
+        DataError: the response cannot follow that prompt, such as one with a thought, which `NO_THOUGHTS` rules out.
+    """
+    encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, thinking)
+    return encoder.response_ids([encoder.read(prompt, [response], tools)], 0)[0]
 
 
-def sft_sequences(examples, tokenizer, limits, prompt_format, stop_ids) -> tuple[list[Sequence], CutReport]:
-    """Prompts with `response`, or with `chosen` where there is none. DataError if no example remains."""
-    responses = [example.response or example.chosen for example in examples]
+def sft_sequences(
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    **options: Any,
+) -> tuple[list[Sequence], CutReport]:
+    """Prompts with `response`, or with `chosen` where there is none. DataError if no example remains.
+
+    options: see `_Reading`.
+    """
+    responses = [example.chosen if example.response is None else example.response for example in examples]
     _need(examples, responses, "response or chosen")
-    kept, prompt_ids, report = _fitting_prompts(examples, tokenizer, limits, prompt_format)
-    prompts_, responses = [examples[i].prompt for i in kept], [responses[i] for i in kept]
-    response_ids = _encode_responses(tokenizer, prompts_, responses, prompt_format, stop_ids)
-    response_ids = [_cut(ids, limits, report) for ids in response_ids]
-    return [Sequence(*ids) for ids in zip(prompt_ids, response_ids, strict=True)], report
+    sides = [[response] for response in responses]
+    reading = _Reading(examples, sides, tokenizer, limits, prompt_format, stop_ids, **options)
+    return [Sequence(*ids) for ids in zip(reading.prompt_ids, reading.responses(0), strict=True)], reading.report
 
 
-def preference_pairs(examples, tokenizer, limits, prompt_format, stop_ids) -> tuple[list[Pair], CutReport]:
-    """Prompts with `chosen` and `rejected`. Pairs that do not differ (any more) are dropped. DataError if none remain."""
+def preference_pairs(
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    stop_ids: SequenceOf[int],
+    **options: Any,
+) -> tuple[list[Pair], CutReport]:
+    """Prompts with `chosen` and `rejected`. Pairs that do not differ (any more) are dropped. DataError if none remain.
+
+    options: see `_Reading`.
+    """
     for name in ("chosen", "rejected"):
         _need(examples, [getattr(example, name) for example in examples], name)
-    kept, prompt_ids, report = _fitting_prompts(examples, tokenizer, limits, prompt_format)
-    prompts_ = [examples[i].prompt for i in kept]
-    sides = [[getattr(examples[i], name) for i in kept] for name in ("chosen", "rejected")]
-    sides = [_encode_responses(tokenizer, prompts_, side, prompt_format, stop_ids) for side in sides]
-    sides = [[_cut(ids, limits, report) for ids in side] for side in sides]
-    kept_examples = [examples[i] for i in kept]
-    pairs = [Pair(*parts) for parts in zip(prompt_ids, *sides, kept_examples, strict=True) if parts[1] != parts[2]]
+    sides = [[example.chosen, example.rejected] for example in examples]
+    reading = _Reading(examples, sides, tokenizer, limits, prompt_format, stop_ids, **options)
+    parts = zip(reading.prompt_ids, reading.responses(0), reading.responses(1), reading.examples, strict=True)
+    pairs = [Pair(*part) for part in parts if part[1] != part[2]]
+    report = reading.report
     report.identical_dropped = report.kept - len(pairs)
     report.kept = len(pairs)
     if not pairs:
@@ -166,11 +207,23 @@ def preference_pairs(examples, tokenizer, limits, prompt_format, stop_ids) -> tu
     return pairs, report
 
 
-def prompts(examples, tokenizer, limits, prompt_format) -> tuple[list[Prompt], CutReport]:
-    """Prompts alone, with what reward functions need. DataError if no example remains."""
-    kept, prompt_ids, report = _fitting_prompts(examples, tokenizer, limits, prompt_format)
-    chosen = [examples[i] for i in kept]
-    return [Prompt(ids, e.prompt, e.extra, e.origin) for ids, e in zip(prompt_ids, chosen, strict=True)], report
+def prompts(
+    examples: SequenceOf[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt_format: str,
+    **options: Any,
+) -> tuple[list[Prompt], CutReport]:
+    """Prompts alone, with what reward functions need. DataError if no example remains. options: see `_Reading`."""
+    reading = _Reading(examples, [[] for _ in examples], tokenizer, limits, prompt_format, (), **options)
+    ids_and_examples = zip(reading.prompt_ids, reading.examples, strict=True)
+    return [Prompt(ids, e.prompt, e.extra, e.origin, e.tools) for ids, e in ids_and_examples], reading.report
+
+
+def responses_of(examples: SequenceOf[Example]) -> list[str | dict]:
+    """All responses of examples."""
+    sides = (side for example in examples for side in (example.response, example.chosen, example.rejected))
+    return [side for side in sides if side is not None]
 
 
 def _need(examples, values, name):
@@ -179,128 +232,122 @@ def _need(examples, values, name):
             raise DataError(f"{example.origin}: no {name}; this stage needs it: use other data, or map it with columns")
 
 
-def _fitting_prompts(examples, tokenizer, limits, prompt_format):
-    """(indices of examples kept, their prompt ids within the limit, the report so far)."""
-    origins = [example.origin for example in examples]
-    sources = list(dict.fromkeys(Path(re.sub(r"(:\d+|\[\d+\])$", "", origin)).name for origin in origins))
-    source = sources[0] + f" and {len(sources) - 1} more" * (len(sources) > 1) if sources else "data"
-    report = CutReport(source, limits, len(examples))
-    kept, fitting, most = [], [], limits.max_prompt_tokens
-    encoded = _encode_prompts(tokenizer, [example.prompt for example in examples], prompt_format, origins)
-    for index, ids in enumerate(encoded):
-        if len(ids) > most and limits.overlong_prompt == "drop":
-            report.prompts_dropped += 1
-            continue
-        report.prompt_tokens += len(ids)
-        if len(ids) > most:
-            report.prompts_cut += 1
-            report.prompt_tokens_cut += len(ids) - most
-            head = ids[:1] if ids[0] == tokenizer.bos_token_id and most > 1 else []
-            ids = head + ids[len(ids) - most + len(head) :]
-        kept.append(index)
-        fitting.append(ids)
-    report.kept = len(kept)
-    if not kept:
-        raise DataError(f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left")
-    return kept, fitting, report
+class _Reading:
+    """What is common to the builders: examples that can be used, with the ids of their prompts and responses.
 
+    Args:
+        sides: of each example, the responses to read. invalid: what a row does that the chat template refuses, "error" or
+            "skip" (and count). thinking: how prompts end; None: as the examples' own responses ask for. noted: what was
+            warned of; what is in it is not said again.
+    """
 
-def _cut(ids, limits, report):
-    """A response within the limit. A cut one has no stop token: the policy would not have ended there."""
-    report.response_tokens += len(ids)
-    if len(ids) > limits.max_response_tokens:
-        report.responses_cut += 1
-        report.response_tokens_cut += len(ids) - limits.max_response_tokens
-    return ids[: limits.max_response_tokens]
+    def __init__(
+        self,
+        examples: SequenceOf[Example],
+        sides: SequenceOf[SequenceOf[Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        prompt_format: str,
+        stop_ids: SequenceOf[int],
+        *,
+        invalid: str = "error",
+        thinking: Thinking | None = None,
+        noted: set[str] | None = None,
+    ):
+        self.limits, self._noted = limits, set() if noted is None else noted
+        origins = (re.sub(r"(:\d+|\[\d+\])$", "", example.origin) for example in examples)
+        sources = list(dict.fromkeys(Path(origin).name or "data" for origin in origins))
+        source = sources[0] + f" and {len(sources) - 1} more" * (len(sources) > 1) if sources else "data"
+        self.report = CutReport(source, limits, len(examples))
+        template = ChatTemplate(tokenizer)
+        thinking = thinking or template.choose_thinking(responses_of(examples))
+        self._encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, thinking)
+        self._read(examples, sides, invalid)
+        self._say(thinking)
+        self._fit_prompts(tokenizer.bos_token_id)
 
+    def _read(self, examples, sides, invalid):
+        self.examples, self._rows = [], []
+        for example, responses in zip(examples, sides, strict=True):
+            try:
+                row = self._encoder.read(example.prompt, responses, example.tools)
+            except DataError as error:
+                message = f"{example.origin}: {error}"
+                if invalid == "error":
+                    raise DataError(message) from error
+                self.report.unusable += 1
+                self.report.first_unusable = self.report.first_unusable or message
+                continue
+            self.examples.append(example)
+            self._rows.append(row)
+        if examples and not self._rows:
+            raise DataError(f"{self.report}; none is left")
 
-def _is_chat(tokenizer, prompt, prompt_format):
-    if prompt_format not in ("auto", "chat", "text"):
-        raise DataError(f"prompt_format: {prompt_format!r} is not 'auto', 'chat' or 'text'")
-    if not isinstance(prompt, str):
-        return True
-    return prompt_format == "chat" or (prompt_format == "auto" and tokenizer.chat_template is not None)
+    def _say(self, thinking):
+        """Warns, once each, of what users should know of their rows."""
+        source, template = self.report.source, self._encoder.template
+        ignored = Counter(key for row in self._rows for key in row.ignored)
+        if ignored:
+            keys = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(ignored.items()))
+            self._note(f"{source} ignored", f"{source}: the chat template renders the same without {keys}")
+        templated = [i for i, row in enumerate(self._rows) if row.format == "templated"]
+        if templated:
+            first = self.examples[templated[0]]
+            self._note(
+                f"{source} templated",
+                f"{source}: {len(templated):,} prompts are chat-templated already and used as "
+                f"they are, special tokens included, the first {first.origin}: {first.prompt[:60]!r}; "
+                "data.prompt_format chat makes them a user's message",
+            )
+        spelled = [i for i, row in enumerate(self._rows) if row.hidden]
+        if spelled:
+            first = self.examples[spelled[0]].origin
+            self._note(
+                f"{source} spelled",
+                f"{source}: special tokens that stand in the text of {len(spelled):,} rows stay text, the first {first}",
+            )
+        opening = template.opening_left_out(thinking) if any(row.format == "chat" for row in self._rows) else ""
+        if opening:
+            self._note(
+                "opening",
+                f"the chat template's generation prompt opens a thought ({opening!r}), responses of the "
+                "data begin without one: prompts end before it (data.thinking)",
+            )
 
+    def _note(self, kind, text):
+        if kind not in self._noted:
+            self._noted.add(kind)
+            warnings.warn(text, stacklevel=5)
 
-def _encode_prompts(tokenizer, prompts_, prompt_format, origins):
-    chat = [_is_chat(tokenizer, prompt, prompt_format) for prompt in prompts_]
-    texts = list(prompts_)
-    if any(chat) and tokenizer.chat_template is None:
-        warnings.warn(
-            "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=2
-        )
-    for index in (index for index, is_chat in enumerate(chat) if is_chat):
-        prompt = prompts_[index]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        try:
-            texts[index] = _render(tokenizer, messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"{origins[index]}: the chat template refuses roles {roles}: {error}") from error
-    encoded = _encode(tokenizer, texts)
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("").input_ids[:1] == [bos]:
-        as_text = [not (is_chat and tokenizer.chat_template is not None) for is_chat in chat]
-        encoded = [
-            [bos, *ids] if text and ids[:1] != [bos] else ids for ids, text in zip(encoded, as_text, strict=True)
-        ]
-    return encoded
+    def _fit_prompts(self, bos):
+        """Drops or cuts what is too long; sets `prompt_ids`."""
+        report, most = self.report, self.limits.max_prompt_tokens
+        fitting = []
+        for index, ids in enumerate(self._encoder.prompt_ids(self._rows)):
+            if len(ids) > most and self.limits.overlong_prompt == "drop":
+                report.prompts_dropped += 1
+                continue
+            report.prompt_tokens += len(ids)
+            if len(ids) > most:
+                report.prompts_cut += 1
+                report.prompt_tokens_cut += len(ids) - most
+                head = ids[:1] if ids[0] == bos and most > 1 else []
+                ids = head + ids[len(ids) - most + len(head) :]
+            fitting.append((index, ids))
+        self.prompt_ids = [ids for _, ids in fitting]
+        self.examples = [self.examples[index] for index, _ in fitting]
+        self._rows = [self._rows[index] for index, _ in fitting]
+        report.kept = len(fitting)
+        if not fitting:
+            raise DataError(f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left")
 
-
-def _encode_responses(tokenizer, prompts_, responses, prompt_format, stop_ids):
-    chat = [_is_chat(tokenizer, prompt, prompt_format) for prompt in prompts_]
-    turns = {is_chat: _turn(tokenizer, is_chat) for is_chat in set(chat)}
-    endings = tuple(tokenizer.convert_ids_to_tokens(i) for i in stop_ids)
-    # SentencePiece style sets a space before text on its own: there, tokenise after an anchor that merges with nothing
-    prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")
-    anchor_sizes = {anchor: len(_encode(tokenizer, [anchor])[0]) for anchor in ("", "a", "\n")}
-    texts, skips = [], []
-    for response, is_chat in zip(responses, chat, strict=True):
-        for ending in endings:  # spelled out already, as in data made for other trainers
-            response = response.removesuffix(ending)
-        turn = turns[is_chat]
-        text = turn.separator + response.lstrip(turn.strip_left).rstrip(turn.strip_right)
-        anchor = ("a" if text.startswith("\n") else "\n") if prefixes_space else ""
-        texts.append(anchor + text)
-        skips.append(anchor_sizes[anchor])
-    encoded = _encode(tokenizer, texts, split_special_tokens=True)
-    stops = {is_chat: turn.stop if turn.stop in stop_ids else stop_ids[0] for is_chat, turn in turns.items()}
-    return [[*ids[skip:], stops[is_chat]] for ids, skip, is_chat in zip(encoded, skips, chat, strict=True)]
-
-
-def _encode(tokenizer, texts, **options):
-    # verbose=False: no warning about model_max_length; the limits say what is too long
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
-        **options,
-    ).input_ids  # fmt: skip
-
-
-def _render(tokenizer, messages, **options):
-    template = None if tokenizer.chat_template is not None else FALLBACK_TEMPLATE
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, enable_thinking=False, **options
-    )
-
-
-# How a template sets a response: text before it; characters stripped off either side (None: all whitespace, as in
-# str.strip); the id that ends the turn.
-_Turn = namedtuple("_Turn", "separator strip_left strip_right stop")
-
-
-def _turn(tokenizer, is_chat):
-    """What a template does to a response, read off a probe conversation; for plain text, nothing."""
-    separator, left, right, stop = "", "", "", tokenizer.eos_token_id
-    if is_chat:
-        user = {"role": "user", "content": "question"}
-        opening = _render(tokenizer, [user], add_generation_prompt=True)
-        whole = _render(tokenizer, [user, {"role": "assistant", "content": "\n\tprobe\t\n"}])
-        before, _, after = whole.rpartition("probe")
-        if before.startswith(opening):  # not so if the generation prompt opens a thought, which answers do not have
-            between = before[len(opening) :]
-            left = "" if between.endswith("\n\t") else "\n" if between.endswith("\t") else None
-            right = "" if after.startswith("\t\n") else "\n" if after.startswith("\t") else None
-            separator = between.removesuffix({"": "\n\t", "\n": "\t", None: ""}[left])
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        stop = next((i for i in _encode(tokenizer, [after])[0] if i in special or i == stop), stop)
-    return _Turn(separator, left, right, stop)
+    def responses(self, side: int) -> list[list[int]]:
+        """Responses within the limit. A cut one has no stop token: the policy would not have ended there."""
+        report, most = self.report, self.limits.max_response_tokens
+        encoded = self._encoder.response_ids(self._rows, side)
+        for ids in encoded:
+            report.response_tokens += len(ids)
+            if len(ids) > most:
+                report.responses_cut += 1
+                report.response_tokens_cut += len(ids) - most
+        return [ids[:most] for ids in encoded]

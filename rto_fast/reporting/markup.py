@@ -3,6 +3,8 @@
 import html
 import math
 
+from rto_fast.data.messages import message_text
+
 # Characters that reorder or hide the text around them; joiners, which scripts and emoji need, stay.
 HIDING = {
     0x061C,
@@ -47,7 +49,7 @@ def conversation(prompt):
     """A prompt as text: messages one after another, behind their roles."""
     if isinstance(prompt, (list, tuple)):
         turns = [turn if isinstance(turn, dict) else {"content": turn} for turn in prompt]
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
+        return "\n".join(f"{turn.get('role', '')}: {message_text(turn)}" for turn in turns)
     return str(prompt)
 
 

@@ -1,0 +1,203 @@
+"""One conversation as token ids: the formats of prompts, stop tokens in data, and what a chat template leaves unread."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.data.messages import as_message, as_messages
+from rto_fast.data.recognition import Recogniser, Written
+from rto_fast.data.special_tokens import SpecialTokens, shown_again
+from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
+from rto_fast.errors import DataError
+
+FORMATS = ("auto", "chat", "text")
+_STAND_IN = {"role": "user", "content": "question"}  # for a prompt that is text already
+
+
+class Row(NamedTuple):
+    """A conversation as text that is ready to be tokenised."""
+
+    format: str  # "chat", "text", or "templated": chat as text
+    prompt: str
+    responses: list[Response]
+    hidden: dict[str, str]  # see `SpecialTokens.hide`
+    has_bos: bool = False  # the prompt's text began with it
+    ignored: frozenset[str] = frozenset()  # keys of messages (and "tools") that make no difference to the template
+
+
+class ConversationEncoder:
+    """Turns conversations into ids.
+
+    Args:
+        stop_ids: ids that end a response; may be empty if only prompts are read. thinking: how prompts end; None: each as
+            its own responses ask for.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_format: str, stop_ids: Sequence[int], thinking: Thinking | None
+    ):
+        if prompt_format not in FORMATS:
+            raise DataError(f"prompt_format: {prompt_format!r} is not 'auto', 'chat' or 'text'")
+        self.tokenizer, self.prompt_format, self.stop_ids, self.thinking = tokenizer, prompt_format, stop_ids, thinking
+        self._has_warned = False
+        self._added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
+        stops = [content for content, (i, _) in self._added.items() if i in stop_ids]
+        self.template = ChatTemplate(tokenizer, stops)
+        self._recogniser = Recogniser(self.template)
+        has_template = tokenizer.chat_template is not None
+        self._stops = [*stops, *filter(None, [tokenizer.eos_token, self.template.turn.stop if has_template else None])]
+        self.special = SpecialTokens(tokenizer, [*self.template.control_tokens, *stops] if has_template else stops)
+
+    # Text
+
+    def read(
+        self, prompt: str | Sequence[dict], responses: Sequence[str | dict], tools: Any = None, *, strict: bool = True
+    ) -> Row:
+        """A conversation's texts.
+
+        Args:
+            prompt: text or messages. responses: to that prompt, text or messages. tools: function schemas, or None.
+            strict: see `ChatTemplate.conversation`.
+        Raises:
+            DataError: it cannot be used; the message does not name the row.
+        """
+        responses = [self._without_stops(response) for response in responses]
+        if isinstance(prompt, str) and self.prompt_format != "chat":
+            if (row := self._templated(prompt, responses, strict)) is not None:
+                return row
+            if self.prompt_format == "text" or self.tokenizer.chat_template is None:
+                return self._text(prompt, responses, strict)
+        said_before = [
+            self._without_stops(turn) if turn["role"] == "assistant" else turn for turn in as_messages(prompt)
+        ]
+        return self._chat(said_before, responses, tools, strict)
+
+    def _without_stops(self, response: Any) -> Any:
+        """Without the stop tokens that stand at its end, as in data made for other trainers, and the space around them."""
+        if isinstance(response, dict):
+            content = response.get("content")
+            return response | {"content": self._without_stops(content)} if content else response
+        text, stripped = response.rstrip(), False
+        while text.endswith(tuple(self._stops)):
+            stop = max((stop for stop in self._stops if text.endswith(stop)), key=len)
+            text, stripped = text.removesuffix(stop).rstrip(), True
+        return text if stripped else response
+
+    def _chat(self, messages: list[dict], responses: list, tools: Any, strict: bool) -> Row:
+        thinking = self.thinking or self.template.choose_thinking(responses)
+        if self.tokenizer.chat_template is None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=4
+            )
+        template = str(self.tokenizer.chat_template or FALLBACK_TEMPLATE)
+        (turns, answers, schemas), hidden = self.special.hide(messages, responses, tools, beside=template)
+        try:
+            text, answers = self.template.conversation(turns, answers, schemas, thinking, strict)
+        except DataError as error:
+            raise DataError(shown_again(str(error), hidden)) from error
+        return Row("chat", text, answers, hidden, ignored=self._ignored(messages, responses, tools, thinking, strict))
+
+    def _ignored(
+        self, messages: list[dict], responses: list, tools: Any, thinking: Thinking, strict: bool
+    ) -> frozenset[str]:
+        """What the template renders the same without: it is rendered without each, and once without all."""
+        turns = [*messages, *(response for response in responses if isinstance(response, dict))]
+        keys = {key for turn in turns for key in turn} - {"role", "content"} | ({"tools"} if tools else set())
+
+        def rendered(without: set[str]) -> object:
+            def keep(turn: Any) -> Any:
+                return turn if isinstance(turn, str) else {k: v for k, v in turn.items() if k not in without}
+
+            given = None if "tools" in without else tools
+            try:
+                return self.template.conversation(
+                    [keep(turn) for turn in messages], [keep(turn) for turn in responses], given, thinking, strict
+                )
+            except DataError:
+                return None
+
+        if not keys:
+            return frozenset()
+        whole = rendered(set())
+        if rendered(keys) == whole:
+            return frozenset(keys)
+        return frozenset(key for key in keys if rendered({key}) == whole)
+
+    def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
+        """A prompt that somebody has rendered before, or None."""
+        if self.tokenizer.chat_template is None:
+            bare = prompt.strip().removeprefix(self.tokenizer.bos_token or "").lstrip()
+            if not self.special.mark_turns(bare):
+                return None
+            return self._text("", responses, strict)._replace(format="templated", prompt=prompt)
+        found = self._recogniser.recognise(prompt)
+        if found is None:
+            return None
+        if found.has_begun:  # the template's rules for a response are those for its beginning
+            row, turn = self._text("", responses, strict), self.template.turn
+            answers = [Response(answer.text + turn.tail, turn.stop, turn.tail) for answer in row.responses]
+            return row._replace(format="templated", prompt=found.text, responses=answers)
+        (answers,), hidden = self.special.hide([_rest(answer, found) for answer in responses], beside=found.text)
+        _, answers = self.template.conversation([_STAND_IN], answers, None, found.thinking, strict)
+        return Row("templated", found.text, answers, hidden)
+
+    def _text(self, prompt: str, responses: list, strict: bool) -> Row:
+        """Plain text without any template."""
+        bos = self.tokenizer.bos_token
+        has_bos = bool(bos) and prompt.startswith(bos)
+        texts = [as_message(response)["content"] or "" for response in responses]
+        if strict and not all(text.strip() for text in texts):
+            raise DataError(
+                "empty response: nothing but stop tokens, or tool calls, which plain text (prompt_format) has not"
+            )
+        (prompt, *texts), hidden = self.special.hide(prompt.removeprefix(bos or "") if has_bos else prompt, *texts)
+        return Row("text", prompt, [Response(text, None) for text in texts], hidden, has_bos)
+
+    # Ids
+
+    def prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Ids of the rows' prompts."""
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("").input_ids[:1] == [bos]
+        as_is = [{} if row.format == "templated" else row.hidden for row in rows]
+        encoded = self.special.encode([row.prompt for row in rows], as_is)
+        has_template = self.tokenizer.chat_template is not None
+        for row, ids in zip(rows, encoded, strict=True):
+            as_text = row.format == "text" or not has_template
+            if row.has_bos or (adds_bos and as_text and ids[:1] != [bos]):
+                ids.insert(0, bos)
+        return encoded
+
+    def response_ids(self, rows: Sequence[Row], side: int, finished: bool = True) -> list[list[int]]:
+        """Ids of the rows' responses number `side`, one stop token at the end; if not `finished`, without it."""
+        responses = [row.responses[side] for row in rows]
+        texts = [self._up_to_stop(response, finished) for response in responses]
+        encoded = self.special.encode(texts, [row.hidden for row in rows], follows=True)
+        return [ids + [self._stop(response)] * finished for ids, response in zip(encoded, responses, strict=True)]
+
+    def usual_end(self) -> int:
+        """The stop token of an ordinary response."""
+        return self._stop(self.read("question", ["answer"], strict=False).responses[0])
+
+    def _up_to_stop(self, response: Response, finished: bool) -> str:
+        if not finished:
+            return response.text.removesuffix(response.tail)
+        takes_space = response.stop in self._added and self._added[response.stop][1].lstrip
+        return response.text.rstrip() if takes_space else response.text
+
+    def _stop(self, response: Response) -> int:
+        stop = self._added[response.stop][0] if response.stop in self._added else self.tokenizer.eos_token_id
+        return stop if stop in self.stop_ids else self.stop_ids[0]
+
+
+def _rest(response: str | dict, prompt: Written) -> str | dict:
+    """A response without the marks that begin an answer, which its templated prompt has already."""
+    if isinstance(response, dict):
+        return response
+    for header in prompt.headers:
+        if response.lstrip().startswith(header):
+            return response.lstrip().removeprefix(header).lstrip("\n")
+    return response.removeprefix(prompt.space)

@@ -1,0 +1,292 @@
+"""Chat messages as data sets hold them: checking them, comparing them, and showing them as text.
+
+A message is a dict with `role` and `content`. It keeps its other keys (`tool_calls`, `tool_call_id`, `name`,
+`reasoning_content`, …): they are the chat template's and the reward function's business. Keys without a value are left out,
+as columnar files fill every key of every message. Text of tool calls is null beside them in many data sets; `content` is
+None there.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rto_fast.errors import DataError
+
+CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names for an assistant's thought, beside `content`
+_ENDS_A_PROMPT = ("user", "tool", "function", "ipython", "observation", "environment")  # roles that are answered
+
+# How a thought is set inside text: Qwen3, DeepSeek R1 and others; Seed-OSS; Magistral.
+THOUGHT_OPENS = r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])"
+THOUGHT_CLOSES = r"(?:</(?:\w+:)?think(?:ing)?>|\[/THINK\])"
+
+
+def read_messages(value: Any, name: str, origin: str) -> tuple[dict, ...]:
+    """The messages of a column.
+
+    Args:
+        value: what the row holds; name: the column, for messages of errors; origin: file and line, likewise.
+    Raises:
+        DataError: it is no list of messages.
+    """
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {kind(value)}")
+    if not value:
+        raise DataError(f"{origin}: {name} is an empty list of messages; remove the row")
+    return tuple(_read_message(message, name, origin) for message in value)
+
+
+def _read_message(message: Any, name: str, origin: str) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{origin}: {name}: a message needs text under 'role' and 'content', found {kind(message)}")
+    kept = {key: plain(item) for key, item in message.items() if item is not None}
+    for key in CALLS:
+        if key in kept:
+            kept[key] = _read_calls(kept[key], key, name, origin)
+            if not kept[key]:
+                del kept[key]
+    says_more = any(key in kept for key in (*CALLS, *REASONING))
+    if "content" not in kept and says_more:
+        kept["content"] = None
+    if not isinstance(kept.get("content"), str) and not (says_more and kept["content"] is None):
+        raise DataError(f"{origin}: {name}: a message needs text under 'role' and 'content', found {kind(message)}")
+    return kept
+
+
+def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
+    """Tool calls: a list of dicts (`function_call`: one dict), also as JSON text."""
+    calls = from_json(value)
+    expected = dict if key == "function_call" else list
+    if isinstance(calls, expected) and all(isinstance(call, dict) for call in ([calls] if expected is dict else calls)):
+        return calls
+    raise DataError(
+        f"{origin}: {name}: {key} must be {'a dict' if expected is dict else 'a list of dicts'}, or JSON "
+        f"text of one, found {kind(value)}"
+    )
+
+
+def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:
+    """The function schemas of a `tools` column, which may be a list or JSON text of one; None if it holds something else.
+
+    Raises:
+        DataError: it begins as a list of schemas and is none.
+    """
+    tools = from_json(value)
+    tools = [tools] if isinstance(tools, dict) else tools
+    if isinstance(tools, list | tuple):
+        tools = [plain(from_json(tool)) for tool in tools]
+        if all(isinstance(tool, dict) for tool in tools):
+            return tuple(tools) or None
+        is_meant = any(isinstance(tool, dict) for tool in tools)
+    else:
+        is_meant = isinstance(value, str) and re.match(r"\s*(\[\s*\{|\{\s*\")", value) is not None
+    if is_meant:
+        raise DataError(
+            f"{origin}: tools must be a list of function schemas (dicts), or JSON text of one, found {kind(value)}"
+        )
+    return None
+
+
+def from_json(value: Any) -> Any:
+    """What JSON text of a list or an object holds; anything else as it is."""
+    if isinstance(value, str) and re.match(r"\s*[\[{]", value):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def plain(value: Any) -> Any:
+    """`value` from what JSON knows: columnar files also hold dates, bytes, arrays."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def only_response(value: Any, name: str, origin: str) -> str | dict:
+    """A response: its text, or its message where that holds more than text.
+
+    Args:
+        value: text, or what follows the prompt as messages: exactly one, the assistant's.
+    Raises:
+        DataError: it is something else, or says nothing.
+    """
+    if isinstance(value, tuple):
+        if len(value) != 1 or value[0]["role"] != "assistant":
+            found = ", ".join(message["role"] for message in value) or "none"
+            raise DataError(f"{origin}: {name} must add one assistant message to the prompt, found {found}")
+        value = value[0] if value[0].keys() - {"role", "content"} else value[0]["content"]
+    if not isinstance(value, str | dict):
+        raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {kind(value)}")
+    text = value if isinstance(value, str) else value["content"] or ""
+    if not text.strip() and not (isinstance(value, dict) and any(key in value for key in CALLS)):
+        raise DataError(f"{origin}: empty response: {name} is {text!r}; remove the row")
+    return value
+
+
+def as_message(response: str | dict) -> dict:
+    """A response as the assistant's message."""
+    return response if isinstance(response, dict) else {"role": "assistant", "content": response}
+
+
+def as_messages(prompt: str | Sequence[dict]) -> list[dict]:
+    """A prompt as messages; text is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def check_prompt(prompt: str | tuple[dict, ...], origin: str) -> None:
+    """Refuse a prompt that says nothing, or that nobody answers."""
+    if isinstance(prompt, tuple) and (not prompt or prompt[-1]["role"] not in _ENDS_A_PROMPT):
+        last = prompt[-1]["role"] if prompt else "missing"
+        raise DataError(
+            f"{origin}: the last message of the prompt, if not a tool's, must be from the user, found {last}"
+        )
+    message = as_messages(prompt)[-1]
+    if message["role"] == "user" and not (message["content"] or "").strip():
+        raise DataError(f"{origin}: empty prompt: {message['content']!r}; remove the row")
+
+
+def check_unicode(value: Any, name: str, origin: str) -> None:
+    """JSON can hold what no tokenizer takes: half of a character beyond 16 bits."""
+    for text in strings(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"{text[error.start]!a} at character {error.start}"
+            raise DataError(
+                f"{origin}: {name} holds half of a surrogate pair, {where}; mend or remove the row"
+            ) from None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All text in a value made of lists and dicts, the dicts' keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+def map_strings(change: Callable[[str], str], value: Any) -> Any:
+    """`value` with `change` applied to all text in it, the dicts' keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): map_strings(change, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_strings(change, item) for item in value)
+    return value
+
+
+def said(value: Any) -> Any:
+    """What a prompt or a response says, without what else data sets write into messages, such as ids and dates."""
+    if isinstance(value, dict):
+        return {key: value[key] for key in ("role", "content", *CALLS, *REASONING) if value.get(key)}
+    return [said(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def message_text(message: dict) -> str:
+    """All that a message says, for people to read: its thought, its text, its calls as JSON."""
+    thought = [f"<think>{message[key]}</think>" for key in REASONING if message.get(key)][:1]
+    content = [str(message["content"])] if message.get("content") else []
+    calls = [json.dumps(message[key], ensure_ascii=False, default=str) for key in CALLS if message.get(key)]
+    return "\n".join(thought + content + calls)
+
+
+def response_text(response: str | dict) -> str:
+    """All that a response says, for people to read."""
+    return response if isinstance(response, str) else message_text(response)
+
+
+def thought_of(response: str | dict) -> str:
+    """What an assistant thinks before it answers; empty if nothing."""
+    if isinstance(response, dict):
+        for key in REASONING:
+            if isinstance(response.get(key), str) and response[key].strip():
+                return response[key].strip()
+        response = response.get("content") or ""
+    return thought_in_text(response)
+
+
+def thought_in_text(text: str) -> str:
+    """The thought that text holds between its marks, whose first may be missing: a generation prompt may have opened it."""
+    closed = re.search(THOUGHT_CLOSES, text)
+    opened = re.match(rf"\s*{THOUGHT_OPENS}", text)
+    if not closed and not opened:
+        return ""
+    thought = text[: closed.start()] if closed else text
+    return re.split(THOUGHT_OPENS, thought)[-1].strip()
+
+
+def kind(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def conversation_forms(
+    prompt: Sequence[dict], answers: list[dict], tools: Any
+) -> Iterator[tuple[list[dict], list[dict], Any]]:
+    """A conversation in the forms that templates take, as is first; one form for conversations without tools."""
+    turns = [*prompt, *answers]
+    calls = any(key in turn for turn in turns for key in CALLS)
+    arguments = (_as_objects, _as_text) if calls else (_as_is,)
+    contents = (
+        (_without_content, _as_is, _with_empty_content)
+        if any(turn.get("content") is None for turn in turns)
+        else (_as_is,)
+    )
+    bare = [tool for tool in tools or [] if "function" not in tool]
+    schemas = (
+        [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
+        if bare
+        else [tools]
+    )
+    for content_form, tools_form, arguments_form in itertools.product(contents, schemas, arguments):
+        formed = [content_form(arguments_form(turn)) for turn in turns]
+        yield formed[: len(prompt)], formed[len(prompt) :], tools_form
+
+
+def _as_is(message: dict) -> dict:
+    return message
+
+
+def _without_content(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key != "content" or value is not None}
+
+
+def _with_empty_content(message: dict) -> dict:
+    return message if message.get("content") is not None else message | {"content": ""}
+
+
+def _as_objects(message: dict) -> dict:
+    return _with_arguments(message, from_json)
+
+
+def _as_text(message: dict) -> dict:
+    return _with_arguments(
+        message, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _with_arguments(message: dict, form: Any) -> dict:
+    """The message with `form` applied to the arguments of its calls."""
+
+    def call(value: dict) -> dict:
+        value = value | {"arguments": form(value["arguments"])} if "arguments" in value else value
+        return value | {"function": call(value["function"])} if isinstance(value.get("function"), dict) else value
+
+    formed = {
+        key: call(value) if isinstance(value, dict) else [call(item) for item in value]
+        for key, value in message.items()
+        if key in CALLS
+    }
+    return message | formed
