@@ -183,8 +183,8 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
     with pytest.warns(UserWarning) as caught:
         sft(tokenizer, load(tmp_path, *rows))
     assert [str(w.message) for w in caught] == [
-        "x.jsonl: the chat template (or data.prompt_format) leaves out name (5 rows), tool_call_id (2 rows), tool_calls (2 rows), "
-        "tools (2 rows), weight (2 rows)"
+        "x.jsonl: the chat template (or data.prompt_format) leaves out name (5 rows), tool_call_id (2 rows), "
+        "tool_calls (2 rows), tools (2 rows), weight (2 rows)"
     ]
     config = DataConfig(sft=write(tmp_path / "x.jsonl", *rows), cache_dir=None, deduplicate=False)
     data = RunData(config, tokenizer, stop_token_ids(tokenizer), lambda text: None)
