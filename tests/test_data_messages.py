@@ -29,7 +29,7 @@ from tests.conversations import (
 )
 
 
-@pytest.mark.filterwarnings("ignore:.*renders the same without id")
+@pytest.mark.filterwarnings("ignore:.*leaves out id")
 def test_messages_with_more_than_text_are_shown_compared_and_scored(tmp_path, capsys):
     row = {
         "prompt": [user("weather?") | {"id": 1}],
@@ -57,7 +57,7 @@ def test_messages_with_more_than_text_are_shown_compared_and_scored(tmp_path, ca
     json.dumps(samples(judged, torch.zeros(2), 2))
 
 
-@pytest.mark.filterwarnings("ignore:.*renders the same without")
+@pytest.mark.filterwarnings("ignore:.*leaves out")
 def test_a_reward_model_with_another_template_is_shown_tools_and_thoughts(tmp_path):
     policy, judge = byte_tokenizer("Qwen3"), byte_tokenizer("Mistral")
     (example,) = load(tmp_path, {"messages": CONVERSATIONS["result"][0], "tools": TOOLS})

@@ -183,8 +183,8 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
     with pytest.warns(UserWarning) as caught:
         sft(tokenizer, load(tmp_path, *rows))
     assert [str(w.message) for w in caught] == [
-        "x.jsonl: the chat template renders the same without name (5 rows), tool_call_id (2 rows), tool_calls (2 rows), "
-        "tools (2 rows), weight (2 rows)"
+        "x.jsonl: the chat template (or data.prompt_format) leaves out name (5 rows), tool_call_id (2 rows), "
+        "tool_calls (2 rows), tools (2 rows), weight (2 rows)"
     ]
     config = DataConfig(sft=write(tmp_path / "x.jsonl", *rows), cache_dir=None, deduplicate=False)
     data = RunData(config, tokenizer, stop_token_ids(tokenizer), lambda text: None)
@@ -197,6 +197,21 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
             byte_tokenizer("Mistral"),
             load(tmp_path, {"messages": [user("weather?"), assistant(None, tool_calls=[call()])]}),
         )
+
+
+def test_plain_text_has_no_place_for_calls_and_schemas():
+    tokenizer = byte_tokenizer("Mistral")
+    example = Example("weather?", response=assistant("I look", tool_calls=[call()]), tools=tuple(TOOLS), origin="x:1")
+    with pytest.warns(
+        UserWarning,
+        match=r"x: the chat template .or data.prompt_format. leaves out tool_calls \(1 rows\), tools \(1 rows\)",
+    ):
+        (sequence,) = sft(tokenizer, [example], "text")
+    assert tokenizer.decode(sequence.response_ids) == "I look</s>"
+    with pytest.raises(
+        DataError, match="x:1: empty response: nothing but stop tokens, or tool calls, which plain text"
+    ):
+        sft(tokenizer, [Example("weather?", response=assistant(None, tool_calls=[call()]), origin="x:1")], "text")
 
 
 def test_a_form_of_the_message_is_found_that_keeps_its_calls():

@@ -24,7 +24,7 @@ class Row(NamedTuple):
     responses: list[Response]
     hidden: dict[str, str]  # see `SpecialTokens.hide`
     has_bos: bool = False  # the prompt's text began with it
-    ignored: frozenset[str] = frozenset()  # keys of messages (and "tools") that make no difference to the template
+    ignored: frozenset[str] = frozenset()  # keys of messages (and "tools") that make no difference to the texts
 
 
 class ConversationEncoder:
@@ -65,10 +65,11 @@ class ConversationEncoder:
         """
         responses = [self._without_stops(response) for response in responses]
         if isinstance(prompt, str) and self.prompt_format != "chat":
-            if (row := self._templated(prompt, responses, strict)) is not None:
-                return row
-            if self.prompt_format == "text" or self.tokenizer.chat_template is None:
-                return self._text(prompt, responses, strict)
+            row = self._templated(prompt, responses, strict)
+            if row is None and (self.prompt_format == "text" or self.tokenizer.chat_template is None):
+                row = self._text(prompt, responses, strict)
+            if row is not None:
+                return row._replace(ignored=frozenset(_extra_keys(responses, tools)))
         said_before = [
             self._without_stops(turn) if turn["role"] == "assistant" else turn for turn in as_messages(prompt)
         ]
@@ -104,8 +105,7 @@ class ConversationEncoder:
         self, messages: list[dict], responses: list, tools: Any, thinking: Thinking, strict: bool
     ) -> frozenset[str]:
         """What the template renders the same without: it is rendered without each, and once without all."""
-        turns = [*messages, *(response for response in responses if isinstance(response, dict))]
-        keys = {key for turn in turns for key in turn} - {"role", "content"} | ({"tools"} if tools else set())
+        keys = _extra_keys([*messages, *responses], tools)
 
         def rendered(without: set[str]) -> object:
             def keep(turn: Any) -> Any:
@@ -191,6 +191,12 @@ class ConversationEncoder:
     def _stop(self, response: Response) -> int:
         stop = self._added[response.stop][0] if response.stop in self._added else self.tokenizer.eos_token_id
         return stop if stop in self.stop_ids else self.stop_ids[0]
+
+
+def _extra_keys(turns: Sequence[str | dict], tools: Any) -> set[str]:
+    """What a conversation holds beside text."""
+    keys = {key for turn in turns if isinstance(turn, dict) for key in turn} - {"role", "content"}
+    return keys | {"tools"} if tools else keys
 
 
 def _rest(response: str | dict, prompt: Written) -> str | dict:

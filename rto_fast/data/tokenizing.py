@@ -289,7 +289,10 @@ class _Reading:
         ignored = Counter(key for row in self._rows for key in row.ignored)
         if ignored:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(ignored.items()))
-            self._note(f"{source} ignored", f"{source}: the chat template renders the same without {keys}")
+            self._note(
+                f"{source} ignored",
+                f"{source}: the chat template (or data.prompt_format) leaves out {keys}",
+            )
         templated = [i for i, row in enumerate(self._rows) if row.format == "templated"]
         if templated:
             first = self.examples[templated[0]]
