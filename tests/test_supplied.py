@@ -209,8 +209,36 @@ def test_models_that_fit(folder, tmp_path):
 def test_only_training_makes_a_new_head(folder):
     model = load_scorer("model", new_head=True, **PLACEMENT)
     assert not model.score.weight.any()
-    with pytest.raises(ModelError, match="weights that would not be used: value_head.weight; give"):
-        load_scorer("value_head", new_head=True, **PLACEMENT)
+    for name in ("value_head", "tied_scorer"):
+        with pytest.raises(ModelError, match=f"{name}: not a causal language model: "):
+            load_scorer(name, new_head=True, **PLACEMENT)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_architectures_whose_names_on_disk_are_others(architecture, tied, tmp_path):
+    """transformers renames and fuses weights when it reads them, and back when it writes them."""
+    sizes = {
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 16,
+    }
+    if architecture not in ("qwen3_moe", "mixtral"):
+        sizes = {"head_dim": 16}
+    if architecture == "gpt_neox":
+        sizes = {}
+    settings = {"model_type": architecture, "tie_word_embeddings": tied, "num_labels": 1} | sizes
+    for kind, auto_class in (("causal_lm", AutoModelForCausalLM), ("scorer", AutoModelForSequenceClassification)):
+        auto_class.from_config(config_of(architecture, **settings)).save_pretrained(tmp_path / kind)
+        check_fit(str(tmp_path / kind), kind)
+        other = {"causal_lm": "scorer", "scorer": "causal_lm"}[kind]
+        with pytest.raises(ModelError, match=f"{kind}: not a"):
+            check_fit(str(tmp_path / kind), other)
+    load_causal_lm(tmp_path / "causal_lm", **PLACEMENT)
+    load_scorer(tmp_path / "scorer", **PLACEMENT)
+    assert not load_scorer(tmp_path / "causal_lm", new_head=True, **PLACEMENT).score.weight.any()
 
 
 def test_a_score_that_the_class_changes_is_refused(folder, monkeypatch):

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.agreement import compare_logits, compare_values
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.kernels import reference
 from rto_fast.models.attention import PACKED
-from rto_fast.models.directory import KINDS, check_weights, from_pretrained, quiet, refuse_misfit
+from rto_fast.models.directory import KINDS, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, precise
@@ -59,31 +59,29 @@ def _load_weights(
 ) -> PreTrainedModel:  # fmt: skip
     """A model of one of `KINDS`, ready for packed sequences; every weight of it and of its checkpoint is in use."""
     check_weights(path)
+    if new_head:
+        check_fit(path, "causal_lm", trust_remote_code=trust_remote_code)
     what, auto_class, settings = KINDS[kind]
     with quiet():  # transformers only warns of weights that do not fit; here they are refused
         model, info = from_pretrained(
             getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
         )  # fmt: skip
-    if new_head and info["missing_keys"]:
-        info |= _start_head(model, info, trust_remote_code)
+    if new_head:
+        info = _start_head(model, info)
     refuse_misfit(path, kind, info)
     return _prepare(model, path, device, trainable, gradient_checkpointing)
 
 
-def _start_head(model: PreTrainedModel, info: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def _start_head(model: PreTrainedModel, info: dict[str, Any]) -> dict[str, Any]:
     """Sets the head of a scorer that was read from a causal language model to 0; returns what remains of `info`."""
     head = score_head(model)
     with torch.no_grad():
         for p in head.parameters():
             p.zero_()
     own = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
-    return {
-        "missing_keys": info["missing_keys"] - own,
-        "unexpected_keys": info["unexpected_keys"] - set(causal_lm.state_dict()),
-    }
+    # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
+    return info | {"missing_keys": info["missing_keys"] - own, "unexpected_keys": set()}
 
 
 def _prepare(model, path, device, trainable, gradient_checkpointing):
