@@ -169,7 +169,7 @@ def linear_token_logps(
     hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
     return_entropy=False,
 ):  # fmt: skip
-    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, which are never held as [T, V].
+    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, which are held in tiles.
 
     On CUDA the forward pass holds a float32 tile of them: an eighth of the logits of all rows that are not ignored, but
     at least 32 and at most 512 MiB (columns are rounded up to a multiple of 128). The backward pass holds at most 1 GiB.

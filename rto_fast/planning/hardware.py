@@ -8,7 +8,8 @@ from pathlib import Path
 from rto_fast.errors import ConfigError
 
 GIB = 1 << 30
-# On one H200 a large copy reached 4.3 of the datasheet's 4.8 TB/s and a large bfloat16 GEMM 790 of 989 dense TFLOP/s.
+# On one H200 a large copy reached 4.3 of the datasheet's 4.8 TB/s and a large bfloat16 GEMM 790 of 989 dense TFLOP/s in a
+# burst; GEMMs that run on for tens of milliseconds had 667.
 # Those two fractions are taken for the other GPUs, of which we have measured none.
 COPY_FRACTION, GEMM_FRACTION = 4.3 / 4.8, 790 / 989
 LINK_FRACTION = 0.8  # assumed, of the datasheet's bandwidth between GPUs and to the host
