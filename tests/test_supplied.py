@@ -40,6 +40,7 @@ GOLD = ["--reward_model.function", "rto_fast.data.world:gold_reward"]
 
 def config_of(architecture="llama", **settings):
     sizes = dict(n_embd=32, n_layer=2, n_head=4) if architecture == "gpt2" else build_model(0).config.to_dict()
+    sizes.pop("rope_parameters", None)  # those of other architectures are made otherwise
     sizes |= {"vocab_size": 49, "eos_token_id": 1, "pad_token_id": 0} | settings
     return AutoConfig.for_model(sizes.pop("model_type", architecture), **sizes)
 
@@ -218,17 +219,9 @@ def test_only_training_makes_a_new_head(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_architectures_whose_names_on_disk_are_others(architecture, tied, tmp_path):
     """transformers renames and fuses weights when it reads them, and back when it writes them."""
-    sizes = {
-        "num_experts": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "head_dim": 16,
-    }
-    if architecture not in ("qwen3_moe", "mixtral"):
-        sizes = {"head_dim": 16}
-    if architecture == "gpt_neox":
-        sizes = {}
+    sizes: dict = {} if architecture == "gpt_neox" else {"head_dim": 16}
+    if architecture in ("qwen3_moe", "mixtral"):
+        sizes |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     settings = {"model_type": architecture, "tie_word_embeddings": tied, "num_labels": 1} | sizes
     for kind, auto_class in (("causal_lm", AutoModelForCausalLM), ("scorer", AutoModelForSequenceClassification)):
         auto_class.from_config(config_of(architecture, **settings)).save_pretrained(tmp_path / kind)
