@@ -2,10 +2,10 @@
 
 import torch
 
-# Accesses of 128 bits a kernel must at least have, where it streams rows (vector_loads: of at least 64 bits, which is
-# four tokens of a 16-bit input); whether it must use the tensor cores; whether it must round every operation by itself, as
-# torch's kernels do ("exact").
+# Accesses of 128 bits a kernel must at least have, where it streams rows; whether it must use the tensor cores; whether it
+# must round every operation by itself, as torch's kernels do ("exact").
 EXPECTED = {
+    # vector_loads have at least 64 bits: four tokens of a 16-bit input.
     "gae_kernel": {"vector_loads": 2, "wide_stores": 2},
     "rto_advantages_kernel": {"vector_loads": 5, "wide_stores": 4},
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
