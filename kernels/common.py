@@ -122,10 +122,10 @@ def write_gradient(
     x_ptr, dx_ptr, bias_ptr, begin, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
     WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of columns [begin, end) of a row, last tile first: what was read last is still in L2."""
+    """Gradient of columns [begin, end) of a row, last tile first: what was read last is still in L2. All NaN if m is."""
     offs_v = tl.arange(0, BLOCK_V)
     tail = begin + (end - begin) // BLOCK_V * BLOCK_V
-    if (dlogp == 0.0) & (dentropy == 0.0):
+    if (dlogp == 0.0) & (dentropy == 0.0) & (m == m):
         zeros = tl.zeros((BLOCK_V,), dx_ptr.dtype.element_ty)
         for start in range(begin, tail, BLOCK_V):
             tl.store(dx_ptr + start + offs_v, zeros)

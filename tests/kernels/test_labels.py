@@ -68,6 +68,16 @@ def test_logits(bad, splits, device):
     assert logps[0] == 0 and not gradient[0].any()
 
 
+@pytest.mark.parametrize("op", [token_logps.token_logps, linear_token_logps.linear_token_logps])
+def test_a_loss_without_the_label_has_no_other_gradient(op, splits, device):
+    """0 times NaN: what a CPU refuses does not go unseen on a GPU."""
+    hidden, weight, labels = make(device, VOCAB)
+    inputs = [hidden @ weight.t()] if op is token_logps.token_logps else [hidden, weight]
+    x = inputs[0].requires_grad_()
+    op(*inputs, labels)[BAD + 1 :].sum().backward()
+    assert x.grad[BAD].isnan().all() and x.grad[BAD + 1 :].isfinite().all() and not x.grad[0].any()
+
+
 @pytest.mark.parametrize("bad", OUTSIDE)
 def test_hidden_states(bad, splits, device):
     hidden, weight, labels = make(device, bad)
