@@ -48,6 +48,8 @@ class ConversationEncoder:
         self._recogniser = Recogniser(self.template)
         has_template = tokenizer.chat_template is not None
         self._stops = [*stops, *filter(None, [tokenizer.eos_token, self.template.turn.stop if has_template else None])]
+        special = [content for content, (_, token) in self._added.items() if token.special and content.strip()]
+        self._at_end = (*self._stops, *special)
         self.special = SpecialTokens(tokenizer, [*self.template.control_tokens, *stops] if has_template else stops)
 
     # Text
@@ -76,15 +78,16 @@ class ConversationEncoder:
         return self._chat(said_before, responses, tools, strict)
 
     def _without_stops(self, response: Any) -> Any:
-        """Without the stop tokens that stand at its end, as in data made for other trainers, and the space around them."""
+        """Without the stop tokens at its end, as in data made for other trainers, the space around them, and padding."""
         if isinstance(response, dict):
             content = response.get("content")
             return response | {"content": self._without_stops(content)} if content else response
-        text, stripped = response.rstrip(), False
-        while text.endswith(tuple(self._stops)):
-            stop = max((stop for stop in self._stops if text.endswith(stop)), key=len)
-            text, stripped = text.removesuffix(stop).rstrip(), True
-        return text if stripped else response
+        kept, text = response, response.rstrip()
+        while text.endswith(self._at_end):
+            token = max((token for token in self._at_end if text.endswith(token)), key=len)
+            text = text.removesuffix(token).rstrip()
+            kept = text if token in self._stops else kept  # other special tokens behind a stop token are padding
+        return kept
 
     def _chat(self, messages: list[dict], responses: list, tools: Any, strict: bool) -> Row:
         thinking = self.thinking or self.template.choose_thinking(responses)
@@ -195,7 +198,8 @@ class ConversationEncoder:
 
 def _extra_keys(turns: Sequence[str | dict], tools: Any) -> set[str]:
     """What a conversation holds beside text."""
-    keys = {key for turn in turns if isinstance(turn, dict) for key in turn} - {"role", "content"}
+    keys = {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in ("", [], {})}
+    keys -= {"role", "content"}
     return keys | {"tools"} if tools else keys
 
 

@@ -16,6 +16,7 @@ from rto_fast.data.templates import (
     as_assistant,
     as_user,
 )
+from rto_fast.data.transcripts import with_newlines
 from rto_fast.errors import DataError
 
 
@@ -68,7 +69,8 @@ class Recogniser:
         return text.strip().removeprefix(self._bos).strip()
 
     def recognise(self, text: str) -> Written | None:
-        """Whether the text of a prompt is a conversation that this template rendered; None if not."""
+        """Whether the text of a prompt is a conversation that this template rendered; None if not. Line ends may be any."""
+        text = with_newlines(text)
         bare = self._without_bos(text)
         if not self._opening.match(bare):
             return None
