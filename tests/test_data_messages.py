@@ -47,7 +47,11 @@ def test_messages_with_more_than_text_are_shown_compared_and_scored(tmp_path, ca
     assert prompt_key(calling) != prompt_key((*examples[0].prompt, RESULT))
     data_command.main([str(tmp_path / "x.jsonl")])
     shown = capsys.readouterr().out
-    assert '"city": "Paris"' in shown and "which city?" in shown and "tools     ← tools   (1 in the first)" in shown
+    assert (
+        '"city": "Paris"' in shown
+        and "which city?" in shown
+        and "tools     ← tools   (1 in the first example)" in shown
+    )
     assert '"city": "Paris"' in conversation(json.loads(json.dumps(calling)))
     tokenizer = byte_tokenizer("Qwen3")
     pairs, _ = preference_pairs(examples, tokenizer, UNLIMITED, "auto", stop_token_ids(tokenizer))

@@ -245,7 +245,9 @@ class ChatTemplate:
         for response in responses:
             has_thought = bool(thought_of(response))
             found.add(has_thought)
-            opening = re.match(rf"\s*{THOUGHT_OPENS}\s*", as_message(response)["content"] or "") if has_thought else None
+            opening = (
+                re.match(rf"\s*{THOUGHT_OPENS}\s*", as_message(response)["content"] or "") if has_thought else None
+            )
             openings |= {opening[0]} if opening else set()
         if True not in found:
             return NO_THOUGHTS if found else UNKNOWN
