@@ -1,6 +1,7 @@
 """Messages that hold more than text: how data store them, and everything that meets them after the tokenizer."""
 
 import json
+import warnings
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -9,6 +10,7 @@ import torch
 
 from rto_fast.data import __main__ as data_command
 from rto_fast.data.cleaning import prompt_key, without_duplicates
+from rto_fast.data.messages import message_text
 from rto_fast.data.sources import DataError, load_examples
 from rto_fast.data.tokenizing import Prompt, preference_pairs, stop_token_ids
 from rto_fast.evaluation import samples
@@ -25,6 +27,7 @@ from tests.conversations import (
     call,
     load,
     rendered,
+    sft,
     user,
 )
 
@@ -118,6 +121,20 @@ def test_the_repeated_prompt_of_whole_conversations_is_found_whatever_else_its_m
     assert example.response == "blue"
 
 
+def test_a_tool_may_return_any_value(tmp_path):
+    results = [RESULT | {"content": {"sky": ["blue", 3]}}, RESULT | {"content": None}, RESULT | {"content": [1.5]}]
+    calling = assistant(None, tool_calls=[call(city="Paris")])
+    examples = load(tmp_path, *({"messages": [user("sky?"), calling, result, assistant("4")]} for result in results))
+    for example, result, text in zip(examples, results, ('{"sky": ["blue", 3]}', "", "[1.5]"), strict=True):
+        assert example.prompt[-1] == result and message_text(result) == text
+        for name, shown in (("Qwen2.5", f"<tool_response>\n{text}\n</tool_response>"), ("ChatML", f"tool\n{text}<|im")):
+            tokenizer = byte_tokenizer(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ChatML leaves out the call
+                (sequence,) = sft(tokenizer, [example])
+            assert shown in tokenizer.decode(sequence.prompt_ids)
+
+
 BAD_MESSAGES = {
     "no content": ([user("a"), {"role": "assistant"}], "a message needs text under 'role' and 'content'"),
     "null content": ([user("a"), assistant(None)], "a message needs text under 'role' and 'content'"),
@@ -148,7 +165,9 @@ def test_a_tools_column_is_schemas_or_another_column(tmp_path):
     for tools in ("hammer, saw", ["hammer"], "[1]", [], None, ""):
         (example,) = load(tmp_path, row | {"tools": tools})
         assert example.tools is None and example.extra["tools"] == tools
-    for tools in ('[{"name": "weather"', [TOOLS[0], "saw"]):
+    for tools in (str(TOOLS), [str(TOOLS[0])], json.dumps(TOOLS[0])):
+        assert load(tmp_path, row | {"tools": tools})[0].tools == tuple(TOOLS)
+    for tools in ('[{"name": "weather"', "[{'name': 'weather'", [TOOLS[0], "saw"]):
         with pytest.raises(
             DataError, match="x.jsonl:1: tools must be a list of function schemas .dicts., or JSON text of one"
         ):

@@ -132,7 +132,9 @@ class ConversationEncoder:
     def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
         """A prompt that somebody has rendered before, or None."""
         if self.tokenizer.chat_template is None:
-            bare = prompt.strip().removeprefix(self.tokenizer.bos_token or "").lstrip()
+            bare, bos = prompt.strip(), self.tokenizer.bos_token or ""
+            if bare.count(bos) == 1:  # elsewhere it is the mark of each turn
+                bare = bare.removeprefix(bos).lstrip()
             if not self.special.mark_turns(bare):
                 return None
             return self._text("", responses, strict)._replace(format="templated", prompt=prompt)

@@ -33,6 +33,10 @@ from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
 
 
+class NothingLeft(DataError):
+    """Each example by itself was left out, for a reason that `data.invalid` or the limits allow."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Token budgets. Over-long prompts are dropped or lose their oldest tokens (not BOS); responses lose their end."""
@@ -203,7 +207,7 @@ def preference_pairs(
     report.identical_dropped = report.kept - len(pairs)
     report.kept = len(pairs)
     if not pairs:
-        raise DataError(f"{report.source}: chosen and rejected are identical in all pairs (within {limits})")
+        raise NothingLeft(f"{report.source}: chosen and rejected are identical in all pairs (within {limits})")
     return pairs, report
 
 
@@ -281,7 +285,7 @@ class _Reading:
             self.examples.append(example)
             self._rows.append(row)
         if examples and not self._rows:
-            raise DataError(f"{self.report}; none is left")
+            raise NothingLeft(f"{self.report}; none is left")
 
     def _say(self, thinking):
         """Warns, once each, of what users should know of their rows."""
@@ -342,7 +346,9 @@ class _Reading:
         self._rows = [self._rows[index] for index, _ in fitting]
         report.kept = len(fitting)
         if not fitting:
-            raise DataError(f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left")
+            raise NothingLeft(
+                f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left"
+            )
 
     def responses(self, side: int) -> list[list[int]]:
         """Responses within the limit. A cut one has no stop token: the policy would not have ended there."""
