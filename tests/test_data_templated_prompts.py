@@ -110,6 +110,23 @@ def test_what_only_mentions_marks_is_no_templated_prompt():
         assert text in tokenizer.decode(prompt.prompt_ids)
 
 
+def test_what_another_template_has_rendered_is_said_to_be_rendered_once_more():
+    tokenizer, texts = byte_tokenizer("ChatML"), []
+    for name in ("Llama-2", "Llama-3", "Gemma", "Zephyr", "Phi-3"):
+        other = byte_tokenizer(name)
+        texts.append(render(other, [user("sky?")], None, add_generation_prompt=True))
+    own = render(tokenizer, [user("sky?")], None, add_generation_prompt=True)
+    told = "x.jsonl: 1 prompts hold text that some chat template has rendered.* once more, the first x.jsonl:2: '"
+    for prompt in (*texts, own.replace("\n", " "), (user(own), assistant("blue"), user("why?"))):
+        with pytest.warns(UserWarning, match=told):
+            prompts([Example(prompt, origin="x.jsonl:2")], tokenizer, UNLIMITED, "auto")
+    for prompt in ("<user>sky?</user>", "<s>user</s>", "[INST] [INST]", "<|a|> what users <|b|>", "<html><body>human"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prompts([Example(prompt)], tokenizer, UNLIMITED, "auto")
+        assert not any("some chat template" in str(warning.message) for warning in caught)
+
+
 def test_templated_prompts_of_a_tokenizer_without_template():
     tokenizer = byte_tokenizer("ChatML")
     text = render(tokenizer, [user("sky?")], None, add_generation_prompt=True)

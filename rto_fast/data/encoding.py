@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.messages import as_message, as_messages
-from rto_fast.data.recognition import Recogniser, Written
+from rto_fast.data.recognition import Recogniser, Written, marks_turns
 from rto_fast.data.special_tokens import SpecialTokens, shown_again
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
@@ -135,7 +135,7 @@ class ConversationEncoder:
             bare, bos = prompt.strip(), self.tokenizer.bos_token or ""
             if bare.count(bos) == 1:  # elsewhere it is the mark of each turn
                 bare = bare.removeprefix(bos).lstrip()
-            if not self.special.mark_turns(bare):
+            if not marks_turns(bare, self.special.in_data):
                 return None
             return self._text("", responses, strict)._replace(format="templated", prompt=prompt)
         found = self._recogniser.recognise(prompt)
