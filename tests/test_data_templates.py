@@ -103,6 +103,8 @@ def test_a_thought_that_the_answer_repeats_is_missed_all_the_same():
         sides(byte_tokenizer("R1-distill"), pair("<think>\na\n</think>\n\n4", "<think>\na\n</think>\n\n5"))
     _, chosen, _ = sides(byte_tokenizer("Qwen3"), pair("<think>4</think>4", "5"))
     assert chosen == "<think>\n4\n</think>\n\n4<|im_end|>"
+    _, chosen, _ = sides(byte_tokenizer("ChatML"), pair("<think>never closed", "5"))
+    assert chosen == "<think>never closed<|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ class ChatTemplate:
             raise DataError("empty response: the chat template renders nothing of it")
         content = message.get("content") or ""
         thought = thought_in_text(content)
-        answer = re.split(THOUGHT_CLOSES, content, maxsplit=1)[-1]
+        answer = "".join(re.split(THOUGHT_CLOSES, content, maxsplit=1)[1:])
         if thought and text.count(thought) <= answer.count(thought):  # the answer may repeat it
             raise DataError(f"{_LOST} {_brief(thought)}; {_KEEPS}")
         return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
