@@ -15,10 +15,10 @@ r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a sou
 
 Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
 `Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL. A column
-`tools` (function schemas, a list or JSON text of one) beside messages goes to the chat template.
+`tools` (function schemas, a list or text of one) beside messages goes to the chat template.
 
-Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON or as Python
-prints them, are read as messages. A row that the layout would misread is unusable.
+Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON, as JSON
+of that JSON, or as Python prints them, are read as messages. Text behind a transcript in the prompt is read as its turn. A row that the layout would misread is unusable.
 """
 
 import os
