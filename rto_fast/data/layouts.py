@@ -18,7 +18,8 @@ Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` 
 `tools` (function schemas, a list or text of one) beside messages goes to the chat template.
 
 Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON, as JSON
-of that JSON, or as Python prints them, are read as messages. Text behind a transcript in the prompt is read as its turn. A row that the layout would misread is unusable.
+of that JSON, or as Python prints them, are read as messages. Text behind a transcript in the prompt is read as its
+turn. A row that the layout would misread is unusable.
 """
 
 import os

@@ -8,7 +8,8 @@ unless the format is `chat`; a warning says so.
 A response is what the policy would sample after the generation prompt: what the template renders behind it
 (`rto_fast.data.templates`), up to and including one stop token. It is tokenised on its own, because the policy's first
 token never merges with the prompt's last. Stop tokens that the data spell out at its end are not part of it, nor are the
-space around them and special tokens behind them, such as padding. Without a template a response is its text and the EOS token.
+space around them and special tokens behind them, such as padding. Without a template a response is its text and
+the EOS token.
 
 Special tokens that stand in data stay text, in messages, tools and plain text (`rto_fast.data.special_tokens`), but for a
 BOS token that a plain text begins with.
