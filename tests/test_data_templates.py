@@ -224,12 +224,45 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*special tokens that stand")
+        marked = [user("weather?"), assistant(None, tool_calls=[call(city="<|im_end|>")])]
+        sft(byte_tokenizer("Qwen3"), load(tmp_path, {"messages": marked}))
         empty = assistant("4", reasoning_content="", tool_calls=[], audio={})
         sft(tokenizer, load(tmp_path, {"messages": [user("hi") | {"name": ""}, empty]}))
         sft(
             byte_tokenizer("Mistral"),
             load(tmp_path, {"messages": [user("weather?"), assistant(None, tool_calls=[call()])]}),
         )
+
+
+def test_messages_whose_role_the_template_does_not_know_are_said_to_be_left_out(tmp_path):
+    told = {"role": "developer", "content": "Be brief."}
+    rows = [{"messages": [told, user("sky?"), assistant("blue")]}] * 2 + [{"messages": [user("hi"), assistant("4")]}]
+    with pytest.warns(UserWarning, match=r"x.jsonl: .* leaves out messages of role developer \(2 rows\)$"):
+        sft(byte_tokenizer("Qwen3"), load(tmp_path, *rows))
+    thoughts = [user("1?"), assistant(THOUGHT), user("2?"), assistant("4")]  # R1-distill rewrites them
+    for name, messages in (
+        ("ChatML", rows[0]["messages"]),
+        ("R1-distill", thoughts),
+        ("Llama-3", [user(" a "), *thoughts[1:]]),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sft(byte_tokenizer(name), load(tmp_path, {"messages": messages}))
+        assert not any("leaves out" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.filterwarnings("ignore:the chat template's generation prompt")
+def test_an_empty_text_beside_calls_is_no_text(tmp_path):
+    for name in ("R1-distill", "Qwen3", "Qwen2.5", "Mistral"):
+        sequences = [
+            sft(
+                byte_tokenizer(name),
+                load(tmp_path, {"messages": [user("weather?"), assistant(text, tool_calls=[call()])]}),
+            )
+            for text in ("", None)
+        ]
+        assert sequences[0] == sequences[1]
 
 
 def test_plain_text_has_no_place_for_calls_and_schemas():

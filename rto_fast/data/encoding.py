@@ -24,7 +24,7 @@ class Row(NamedTuple):
     responses: list[Response]
     hidden: dict[str, str]  # see `SpecialTokens.hide`
     has_bos: bool = False  # the prompt's text began with it
-    ignored: frozenset[str] = frozenset()  # keys of messages (and "tools") that make no difference to the texts
+    ignored: frozenset[str] = frozenset()  # what makes no difference to the texts: keys of messages, …
 
 
 class ConversationEncoder:
@@ -97,37 +97,44 @@ class ConversationEncoder:
                 "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=4
             )
         template = str(self.tokenizer.chat_template or FALLBACK_TEMPLATE)
-        (turns, answers, schemas), hidden = self.special.hide(messages, responses, tools, beside=template)
+        (messages, responses, tools), hidden = self.special.hide(messages, responses, tools, beside=template)
         try:
-            text, answers = self.template.conversation(turns, answers, schemas, thinking, strict)
+            texts = self.template.conversation(messages, responses, tools, thinking, strict)
         except DataError as error:
             raise DataError(shown_again(str(error), hidden)) from error
-        return Row("chat", text, answers, hidden, ignored=self._ignored(messages, responses, tools, thinking, strict))
+        ignored = self._ignored(texts, messages, responses, tools, thinking, strict)
+        return Row("chat", *texts, hidden, ignored=ignored)
 
     def _ignored(
-        self, messages: list[dict], responses: list, tools: Any, thinking: Thinking, strict: bool
+        self,
+        texts: tuple[str, list[Response]],
+        messages: list[dict],
+        responses: list,
+        tools: Any,
+        thinking: Thinking,
+        strict: bool,
     ) -> frozenset[str]:
-        """What the template renders the same without: it is rendered without each, and once without all."""
-        keys = _extra_keys([*messages, *responses], tools)
+        """What the template renders the same texts without: keys of messages, tools, and messages by their role."""
 
-        def rendered(without: set[str]) -> object:
+        def same_without(names: set[str], among: list[dict] = messages) -> bool:
             def keep(turn: Any) -> Any:
-                return turn if isinstance(turn, str) else {k: v for k, v in turn.items() if k not in without}
+                return turn if isinstance(turn, str) else {k: v for k, v in turn.items() if k not in names}
 
-            given = None if "tools" in without else tools
+            turns, answers = [keep(turn) for turn in among], [keep(answer) for answer in responses]
+            given = None if "tools" in names else tools
             try:
-                return self.template.conversation(
-                    [keep(turn) for turn in messages], [keep(turn) for turn in responses], given, thinking, strict
-                )
+                return self.template.conversation(turns, answers, given, thinking, strict) == texts
             except DataError:
-                return None
+                return False
 
-        if not keys:
-            return frozenset()
-        whole = rendered(set())
-        if rendered(keys) == whole:
-            return frozenset(keys)
-        return frozenset(key for key in keys if rendered({key}) == whole)
+        keys = _extra_keys([*messages, *responses], tools)
+        ignored = keys if keys and same_without(keys) else {key for key in keys if same_without({key})}
+        for index, turn in enumerate(messages):
+            content = turn["content"]
+            if isinstance(content, str) and content.strip() not in texts[0]:
+                if same_without(set(), messages[:index] + messages[index + 1 :]):
+                    ignored = ignored | {f"messages of role {turn['role']}"}
+        return frozenset(ignored)
 
     def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
         """A prompt that somebody has rendered before, or None."""

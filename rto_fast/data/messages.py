@@ -242,11 +242,12 @@ def conversation_forms(
     turns = [*prompt, *answers]
     calls = any(key in turn for turn in turns for key in CALLS)
     arguments = (_as_objects, _as_text) if calls else (_as_is,)
-    contents = (
-        (_without_content, _as_is, _with_empty_content)
-        if any(turn.get("content") is None for turn in turns)
-        else (_as_is,)
-    )
+    if any(turn.get("content") is None for turn in turns):
+        contents: tuple = (_without_content, _with_none, _with_empty_content)
+    elif any(_lacks_text(turn) for turn in turns):
+        contents = (_as_is, _without_content, _with_none)
+    else:
+        contents = (_as_is,)
     is_text = all(isinstance(turn.get("content"), str | None) for turn in turns)
     results = (_as_is,) if is_text else (_as_is, _with_text)
     bare = [tool for tool in tools or [] if "function" not in tool]
@@ -266,8 +267,18 @@ def _as_is(message: dict) -> dict:
     return message
 
 
+def _lacks_text(message: dict) -> bool:
+    """Whether its content is None, or empty beside calls, which means the same."""
+    content = message.get("content")
+    return content is None or (content == "" and any(key in message for key in CALLS))
+
+
 def _without_content(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key != "content" or value is not None}
+    return {key: value for key, value in message.items() if key != "content"} if _lacks_text(message) else message
+
+
+def _with_none(message: dict) -> dict:
+    return message | {"content": None} if _lacks_text(message) else message
 
 
 def _with_empty_content(message: dict) -> dict:
