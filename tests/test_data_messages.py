@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -107,6 +108,22 @@ def test_columnar_files_fill_every_key_of_every_message(tmp_path):
         first.prompt == (user("weather?"), calling, RESULT) and first.response == "blue" and first.tools == tuple(TOOLS)
     )
     assert (second.prompt, second.response, second.tools) == ((user("hi"),), "4", None)
+
+
+def test_calls_in_columnar_files_do_not_get_each_others_arguments(tmp_path):
+    calls = [call(city="Paris"), call(place={"x": 1}), call()]
+    calls[2]["function"]["arguments"] = {"places": [{"x": 1}, {"y": 2}]}
+    rows = [{"messages": [user("sky?"), assistant(None, tool_calls=[c])], "note": None} for c in calls]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_parquet(str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "c")).save_to_disk(
+        tmp_path / "d"
+    )
+    for source in (tmp_path / "x.parquet", tmp_path / "d"):
+        examples = load_examples(source)
+        assert [example.response["tool_calls"] for example in examples] == [[c] for c in calls]
+        assert examples[0].extra == {"note": None}
+    (example,) = load(tmp_path, {"messages": [user("sky?"), assistant(None, tool_calls=[call(city=None)])]})
+    assert example.response["tool_calls"] == [call(city=None)]  # a null in JSON is meant
 
 
 def test_the_repeated_prompt_of_whole_conversations_is_found_whatever_else_its_messages_hold(tmp_path):
