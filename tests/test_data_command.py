@@ -138,6 +138,9 @@ def test_histogram():
 def test_responses_that_are_not_read_are_mentioned(capsys, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": "q"}, PAIR, {"prompt": "r", "response": "s"}])
     assert "note: " + source + ": the responses of 2 rows are not read, the first" in shown(capsys, source)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "tools": tools}])
+    assert "not read" not in shown(capsys, source)  # they are no response
 
 
 # Duplicates and leaks

@@ -254,6 +254,8 @@ def test_transcripts_with_any_line_ends_and_spaces(tmp_path, name):
     prompt, _, _ = VARIANTS[name].rpartition("blue")
     (example,) = load_examples(jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "chosen": "x", "rejected": "y"}]))
     assert example.prompt == (user("a\nb"), assistant("one\n\ntwo: three"), user("sky?")) and example.chosen == "x"
+    row = {"prompt": prompt, "response": " x\r\ny\n"}  # the last turn stands in another column
+    assert load_examples(jsonl(tmp_path / "a.jsonl", [row]))[0].response == "x\ny"
 
 
 def test_sides_that_differ_in_line_ends_share_their_prompt(tmp_path):
@@ -296,6 +298,7 @@ SPELLINGS = {
     "json": json.dumps,
     "json, indented": lambda messages: json.dumps(messages, indent=2, ensure_ascii=False),
     "python": str,
+    "JSON of JSON": lambda messages: json.dumps(json.dumps(messages)),
     "numpy": lambda messages: str(np.array(messages, dtype=object)),  # how pandas writes a column of parquet into csv
 }
 
@@ -339,6 +342,9 @@ TEXTS = [
     '[{"role": "user", "content": "hi"}] is how chat templates take messages.',
     "[{'role': 'user', 'content': 'hi'}] isn't JSON",
     '{"role": "admin", "content": "all", "id": 3}',
+    '{"role": "admin", "content": "all"}',
+    '"[1, 2]"',
+    json.dumps('[{"role": "admin"}]'),
     'Write [{"role": "user", "content": "hi"}]',
 ]
 
@@ -364,6 +370,10 @@ REFUSED = {
     "half a message": ('[{"role": "assistant", "content": "a"}, 3]', "a message needs text under"),
     "not in a list": (
         "{'role': 'assistant', 'content': 'a'}",
+        "chosen must be text or a list of chat messages, found dict",
+    ),
+    "a call, not in a list": (
+        '{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]}',
         "chosen must be text or a list of chat messages, found dict",
     ),
     "a user's": (

@@ -1,7 +1,9 @@
 """Messages that hold more than text: how data store them, and everything that meets them after the tokenizer."""
 
 import json
+import warnings
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from rto_fast.data import __main__ as data_command
 from rto_fast.data.cleaning import prompt_key, without_duplicates
+from rto_fast.data.messages import message_text
 from rto_fast.data.sources import DataError, load_examples
 from rto_fast.data.tokenizing import Prompt, preference_pairs, stop_token_ids
 from rto_fast.evaluation import samples
@@ -25,6 +28,7 @@ from tests.conversations import (
     call,
     load,
     rendered,
+    sft,
     user,
 )
 
@@ -47,7 +51,11 @@ def test_messages_with_more_than_text_are_shown_compared_and_scored(tmp_path, ca
     assert prompt_key(calling) != prompt_key((*examples[0].prompt, RESULT))
     data_command.main([str(tmp_path / "x.jsonl")])
     shown = capsys.readouterr().out
-    assert '"city": "Paris"' in shown and "which city?" in shown and "tools     ← tools   (1 in the first)" in shown
+    assert (
+        '"city": "Paris"' in shown
+        and "which city?" in shown
+        and "tools     ← tools   (1 in the first example)" in shown
+    )
     assert '"city": "Paris"' in conversation(json.loads(json.dumps(calling)))
     tokenizer = byte_tokenizer("Qwen3")
     pairs, _ = preference_pairs(examples, tokenizer, UNLIMITED, "auto", stop_token_ids(tokenizer))
@@ -102,6 +110,22 @@ def test_columnar_files_fill_every_key_of_every_message(tmp_path):
     assert (second.prompt, second.response, second.tools) == ((user("hi"),), "4", None)
 
 
+def test_calls_in_columnar_files_do_not_get_each_others_arguments(tmp_path):
+    calls = [call(city="Paris"), call(place={"x": 1}), call()]
+    calls[2]["function"]["arguments"] = {"places": [{"x": 1}, {"y": 2}]}
+    rows = [{"messages": [user("sky?"), assistant(None, tool_calls=[c])], "note": None} for c in calls]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_parquet(str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "c")).save_to_disk(
+        tmp_path / "d"
+    )
+    for source in (tmp_path / "x.parquet", tmp_path / "d"):
+        examples = load_examples(source)
+        assert [example.response["tool_calls"] for example in examples] == [[c] for c in calls]
+        assert examples[0].extra == {"note": None}
+    (example,) = load(tmp_path, {"messages": [user("sky?"), assistant(None, tool_calls=[call(city=None)])]})
+    assert example.response["tool_calls"] == [call(city=None)]  # a null in JSON is meant
+
+
 def test_the_repeated_prompt_of_whole_conversations_is_found_whatever_else_its_messages_hold(tmp_path):
     prompt = [user("weather?"), assistant(None, tool_calls=[call()]), RESULT]
     chosen = [message | {"id": i} for i, message in enumerate([*prompt, assistant("blue")])]
@@ -112,6 +136,20 @@ def test_the_repeated_prompt_of_whole_conversations_is_found_whatever_else_its_m
         assert (example.chosen, example.rejected) == (assistant("blue", id=3), assistant("red", id=9))
     (example,) = load(tmp_path, {"prompt": "sky?", "completion": [user("sky?") | {"id": 1}, assistant("blue")]})
     assert example.response == "blue"
+
+
+def test_a_tool_may_return_any_value(tmp_path):
+    results = [RESULT | {"content": {"sky": ["blue", 3]}}, RESULT | {"content": None}, RESULT | {"content": [1.5]}]
+    calling = assistant(None, tool_calls=[call(city="Paris")])
+    examples = load(tmp_path, *({"messages": [user("sky?"), calling, result, assistant("4")]} for result in results))
+    for example, result, text in zip(examples, results, ('{"sky": ["blue", 3]}', "", "[1.5]"), strict=True):
+        assert example.prompt[-1] == result and message_text(result) == text
+        for name, shown in (("Qwen2.5", f"<tool_response>\n{text}\n</tool_response>"), ("ChatML", f"tool\n{text}<|im")):
+            tokenizer = byte_tokenizer(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ChatML leaves out the call
+                (sequence,) = sft(tokenizer, [example])
+            assert shown in tokenizer.decode(sequence.prompt_ids)
 
 
 BAD_MESSAGES = {
@@ -144,7 +182,9 @@ def test_a_tools_column_is_schemas_or_another_column(tmp_path):
     for tools in ("hammer, saw", ["hammer"], "[1]", [], None, ""):
         (example,) = load(tmp_path, row | {"tools": tools})
         assert example.tools is None and example.extra["tools"] == tools
-    for tools in ('[{"name": "weather"', [TOOLS[0], "saw"]):
+    for tools in (str(TOOLS), [str(TOOLS[0])], json.dumps(TOOLS[0])):
+        assert load(tmp_path, row | {"tools": tools})[0].tools == tuple(TOOLS)
+    for tools in ('[{"name": "weather"', "[{'name': 'weather'", [TOOLS[0], "saw"]):
         with pytest.raises(
             DataError, match="x.jsonl:1: tools must be a list of function schemas .dicts., or JSON text of one"
         ):

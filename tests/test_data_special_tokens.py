@@ -40,6 +40,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*special tokens that stand")
         "</s><|im_end|>\n",
         "\n<|im_end|>\n\n</s> \n",
         " </s>",
+        "<|im_end|><|end|><|end|>\n",  # what stands behind a stop token is padding
+        "</s>\n<|im_start|> <s>",
     ],
 )
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])
@@ -63,7 +65,7 @@ def test_stop_tokens_of_answers_in_the_prompt_are_one_stop_token():
 
 def test_what_is_no_stop_token_at_the_end_stays():
     tokenizer = byte_tokenizer("ChatML")
-    for text in ("Paris. \n", "a<|im_end|>\nb", "a</s>"):
+    for text in ("Paris. \n", "a<|im_end|>\nb", "a<|end|>", "a<|im_start|> <s>"):
         (sequence,) = sft(tokenizer, [Example("city?", response=text)])
         assert tokenizer.decode(sequence.response_ids) == text + "<|im_end|>"
         assert sequence.response_ids.count(tokenizer.eos_token_id) == 1

@@ -36,7 +36,7 @@ def test_prompts_that_are_templated_already_are_used_as_they_are(name, prompt_fo
             [Example(tuple(messages[:-1]), response="4")], tokenizer, UNLIMITED, "auto", stop_ids
         )
         text = tokenizer.decode(expected[0].prompt_ids)
-        for given in (text, text.removeprefix("<s>"), text.rstrip(), "\n" + text):
+        for given in (text, text.removeprefix("<s>"), text.rstrip(), "\n" + text, text.replace("\n", "\r\n")):
             example = Example(given, response="4", chosen="4", rejected="5", origin="x.jsonl:3")
             with pytest.warns(UserWarning, match=r"x.jsonl: 1 prompts are chat-templated already .* first x.jsonl:3: "):
                 assert sft_sequences([example], tokenizer, UNLIMITED, prompt_format, stop_ids)[0] == expected
@@ -48,6 +48,18 @@ def test_prompts_that_are_templated_already_are_used_as_they_are(name, prompt_fo
             (as_message,), _ = prompts([example], tokenizer, UNLIMITED, "chat", thinking=UNKNOWN)
         assert as_message.prompt_ids != expected[0].prompt_ids
         assert given.strip() in tokenizer.decode(as_message.prompt_ids)
+
+
+def test_a_templated_prompt_may_begin_with_a_bos_token_that_marks_every_turn():
+    tokenizer = byte_tokenizer("ChatML")
+    text = render(tokenizer, [user("sky?")], None, add_generation_prompt=True)
+    ids, tokenizer.bos_token, tokenizer.chat_template = tokenizer(text).input_ids, "<|im_start|>", None  # as SmolLM2's
+    with pytest.warns(UserWarning, match="1 prompts are chat-templated already"):
+        assert sft(tokenizer, [Example(text, response="blue")])[0].prompt_ids == ids
+    tokenizer.bos_token = "<s>"
+    for text in ("<s>user of <|im_end|>", "<s>human <|im_start|> rights"):
+        with pytest.warns(UserWarning, match="special tokens that stand in the text"):
+            sft(tokenizer, [Example(text, response="blue")])
 
 
 HEADERS = {
@@ -96,6 +108,23 @@ def test_what_only_mentions_marks_is_no_templated_prompt():
         assert not any("templated" in str(warning.message) for warning in caught)
         assert prompt.prompt_ids == prompts([Example((user(text),))], tokenizer, UNLIMITED, "auto")[0][0].prompt_ids
         assert text in tokenizer.decode(prompt.prompt_ids)
+
+
+def test_what_another_template_has_rendered_is_said_to_be_rendered_once_more():
+    tokenizer, texts = byte_tokenizer("ChatML"), []
+    for name in ("Llama-2", "Llama-3", "Gemma", "Zephyr", "Phi-3"):
+        other = byte_tokenizer(name)
+        texts.append(render(other, [user("sky?")], None, add_generation_prompt=True))
+    own = render(tokenizer, [user("sky?")], None, add_generation_prompt=True)
+    told = "x.jsonl: 1 prompts hold text that some chat template has rendered.* once more, the first x.jsonl:2: '"
+    for prompt in (*texts, own.replace("\n", " "), (user(own), assistant("blue"), user("why?"))):
+        with pytest.warns(UserWarning, match=told):
+            prompts([Example(prompt, origin="x.jsonl:2")], tokenizer, UNLIMITED, "auto")
+    for prompt in ("<user>sky?</user>", "<s>user</s>", "[INST] [INST]", "<|a|> what users <|b|>", "<html><body>human"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prompts([Example(prompt)], tokenizer, UNLIMITED, "auto")
+        assert not any("some chat template" in str(warning.message) for warning in caught)
 
 
 def test_templated_prompts_of_a_tokenizer_without_template():

@@ -82,9 +82,40 @@ def test_a_thought_that_the_prompt_opened_may_lack_its_first_mark():
         assert sides(tokenizer, pair(rest, rest + "!")) == sides(tokenizer, pair(THOUGHT, THOUGHT + "!"))
 
 
+@pytest.mark.filterwarnings("ignore:the chat template's generation prompt")
+def test_every_thought_of_the_data_opens_where_prompts_end_before_it():
+    tokenizer = byte_tokenizer("R1, thoughts kept")
+    rest = THOUGHT.removeprefix("<think>\n")
+    prompt, chosen, rejected = sides(tokenizer, pair(rest, "5"))
+    assert prompt.endswith("<|Assistant|>") and (chosen, rejected) == (THOUGHT + "</s>", "5</s>")
+    for thought in ("<think>two</think>4", " <think>\ntwo\n</think>\n\n4"):
+        prompt, *answers = sides(tokenizer, pair(thought, THOUGHT))
+        assert prompt.endswith("<|Assistant|>") and answers == [thought + "</s>", THOUGHT + "</s>"]
+    prompt, chosen, _ = sides(byte_tokenizer("Qwen3"), pair("<think>two</think>4", THOUGHT))
+    assert prompt.endswith("assistant\n") and chosen == "<think>\ntwo\n</think>\n\n4<|im_end|>"
+
+
+def test_a_thought_that_the_answer_repeats_is_missed_all_the_same():
+    for answer in ("4", "2+2 is 4"):
+        with pytest.raises(DataError, match="x.jsonl:7: the chat template leaves out the response's thought '4'"):
+            sides(byte_tokenizer("R1-distill"), pair(f"<think>4</think>{answer}", "5"))
+    with pytest.raises(DataError, match="leaves out the response's thought 'a'"):  # as Assistant has one, too
+        sides(byte_tokenizer("R1-distill"), pair("<think>\na\n</think>\n\n4", "<think>\na\n</think>\n\n5"))
+    _, chosen, _ = sides(byte_tokenizer("Qwen3"), pair("<think>4</think>4", "5"))
+    assert chosen == "<think>\n4\n</think>\n\n4<|im_end|>"
+    _, chosen, _ = sides(byte_tokenizer("ChatML"), pair("<think>never closed", "5"))
+    assert chosen == "<think>never closed<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "name, response, mode, message",
     [
+        (
+            "R1, thoughts kept",
+            "<think>two</think>4",
+            "on",
+            "the prompt opens a thought, the response begins its own otherwise: .*set data.thinking to off",
+        ),
         ("Qwen3", THOUGHT, "off", "the prompt ends without a thought, the response has one: .*set data.thinking to on"),
         (
             "R1, thoughts kept",
@@ -193,10 +224,45 @@ def test_what_the_template_does_not_render_is_said_once_with_the_count(tmp_path)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*special tokens that stand")
+        marked = [user("weather?"), assistant(None, tool_calls=[call(city="<|im_end|>")])]
+        sft(byte_tokenizer("Qwen3"), load(tmp_path, {"messages": marked}))
+        empty = assistant("4", reasoning_content="", tool_calls=[], audio={})
+        sft(tokenizer, load(tmp_path, {"messages": [user("hi") | {"name": ""}, empty]}))
         sft(
             byte_tokenizer("Mistral"),
             load(tmp_path, {"messages": [user("weather?"), assistant(None, tool_calls=[call()])]}),
         )
+
+
+def test_messages_whose_role_the_template_does_not_know_are_said_to_be_left_out(tmp_path):
+    told = {"role": "developer", "content": "Be brief."}
+    rows = [{"messages": [told, user("sky?"), assistant("blue")]}] * 2 + [{"messages": [user("hi"), assistant("4")]}]
+    with pytest.warns(UserWarning, match=r"x.jsonl: .* leaves out messages of role developer \(2 rows\)$"):
+        sft(byte_tokenizer("Qwen3"), load(tmp_path, *rows))
+    thoughts = [user("1?"), assistant(THOUGHT), user("2?"), assistant("4")]  # R1-distill rewrites them
+    for name, messages in (
+        ("ChatML", rows[0]["messages"]),
+        ("R1-distill", thoughts),
+        ("Llama-3", [user(" a "), *thoughts[1:]]),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sft(byte_tokenizer(name), load(tmp_path, {"messages": messages}))
+        assert not any("leaves out" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.filterwarnings("ignore:the chat template's generation prompt")
+def test_an_empty_text_beside_calls_is_no_text(tmp_path):
+    for name in ("R1-distill", "Qwen3", "Qwen2.5", "Mistral"):
+        sequences = [
+            sft(
+                byte_tokenizer(name),
+                load(tmp_path, {"messages": [user("weather?"), assistant(text, tool_calls=[call()])]}),
+            )
+            for text in ("", None)
+        ]
+        assert sequences[0] == sequences[1]
 
 
 def test_plain_text_has_no_place_for_calls_and_schemas():
@@ -263,3 +329,20 @@ def test_a_template_that_refuses_a_row_refuses_that_row(tmp_path, name):
     if name == "its own error":
         kept, _ = prompts(examples, tokenizer, UNLIMITED, "auto", invalid="skip")
         assert [prompt.origin[-2:] for prompt in kept] == [":1", ":4"]
+
+
+def test_rows_held_out_that_a_template_refuses_end_no_run(tmp_path):
+    tokenizer = byte_tokenizer("Gemma")
+    rows = [{"prompt": [user(f"{i}?")], "chosen": "4", "rejected": "5"} for i in range(12)]
+    source = write(tmp_path / "x.jsonl", *rows)
+    (held_out,) = RunData(DataConfig(preferences=source), tokenizer, [], print).held_out_examples
+    rows[int(held_out.origin.rpartition(":")[2]) - 1]["prompt"].insert(0, SYSTEM)
+    said, options = [], {"preferences": write(tmp_path / "x.jsonl", *rows), "cache_dir": None}
+    data = RunData(DataConfig(**options, invalid="skip"), tokenizer, stop_token_ids(tokenizer), said.append)
+    assert (len(data.pairs), len(data.prompts), data.held_out_pairs, data.eval_prompts) == (11, 11, [], [])
+    for what in ("held-out preferences", "evaluation prompts"):
+        assert any(f"{what}: none (x.jsonl: 1 examples, 1 unusable skipped (the first: " in line for line in said)
+    data = RunData(DataConfig(**options), tokenizer, stop_token_ids(tokenizer), said.append)
+    for name in ("held_out_pairs", "eval_prompts"):
+        with pytest.raises(DataError, match="x.jsonl:.*the chat template refuses roles system, user"):
+            getattr(data, name)

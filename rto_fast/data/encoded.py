@@ -11,6 +11,8 @@ from typing import Any
 from rto_fast.errors import DataError
 
 _OPENING = re.compile(r"""\s*(\[?)\s*\{\s*["'](\w+)["']\s*:""")
+_QUOTED = re.compile(r"""\s*"\s*\[\s*\{\s*\\?["']""")  # a JSON text of a JSON text
+_SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 _SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:""")
 _FIRST_KEYS = ("role", "content", "from", "value")
 # One of either quotes, or one that is cut off. Nothing is tried twice: a long text of quotes takes a moment.
@@ -31,14 +33,18 @@ def decoded(text: str, name: str, origin: str) -> Any:
         The messages or the text; in the place of a list that is damaged or cut off, as spreadsheets cut long cells, the
         DataError to raise where the value is used.
     """
+    if _QUOTED.match(text):
+        inner = parsed(text)
+        value = decoded(inner, name, origin) if isinstance(inner, str) else text
+        return text if isinstance(value, str) else value
     opening = _OPENING.match(text)
     if opening is None or not _SPEAKER.search(text):
         return text
-    value = _parsed(text)
+    value = parsed(text)
     if isinstance(value, list):
         return value if any(map(_is_message, value)) else text
     if isinstance(value, dict):  # the caller refuses a message that is not in a list
-        return value if value.keys() == {"role", "content"} else text
+        return value if _is_message(value) and value.get("role") in _SPEAKERS else text
     if opening[1] and opening[2] in _FIRST_KEYS and _is_one_list(text):
         return DataError(
             f"{origin}: {name} looks like a list of chat messages written as text, but cannot be parsed, "
@@ -54,7 +60,7 @@ def _is_message(value: Any) -> bool:
     return "role" in value and ("content" in value or "tool_calls" in value) or {"from", "value"} <= value.keys()
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of a JSON text, or of its like in Python; None if it is neither."""
     for read in (str, _as_json):
         try:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.messages import as_message, as_messages
-from rto_fast.data.recognition import Recogniser, Written
+from rto_fast.data.recognition import Recogniser, Written, marks_turns
 from rto_fast.data.special_tokens import SpecialTokens, shown_again
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     responses: list[Response]
     hidden: dict[str, str]  # see `SpecialTokens.hide`
     has_bos: bool = False  # the prompt's text began with it
-    ignored: frozenset[str] = frozenset()  # keys of messages (and "tools") that make no difference to the texts
+    ignored: frozenset[str] = frozenset()  # what makes no difference to the texts: keys of messages, …
 
 
 class ConversationEncoder:
@@ -48,6 +48,8 @@ class ConversationEncoder:
         self._recogniser = Recogniser(self.template)
         has_template = tokenizer.chat_template is not None
         self._stops = [*stops, *filter(None, [tokenizer.eos_token, self.template.turn.stop if has_template else None])]
+        special = [content for content, (_, token) in self._added.items() if token.special and content.strip()]
+        self._at_end = (*self._stops, *special)
         self.special = SpecialTokens(tokenizer, [*self.template.control_tokens, *stops] if has_template else stops)
 
     # Text
@@ -76,15 +78,16 @@ class ConversationEncoder:
         return self._chat(said_before, responses, tools, strict)
 
     def _without_stops(self, response: Any) -> Any:
-        """Without the stop tokens that stand at its end, as in data made for other trainers, and the space around them."""
+        """Without the stop tokens at its end, as in data made for other trainers, the space around them, and padding."""
         if isinstance(response, dict):
             content = response.get("content")
             return response | {"content": self._without_stops(content)} if content else response
-        text, stripped = response.rstrip(), False
-        while text.endswith(tuple(self._stops)):
-            stop = max((stop for stop in self._stops if text.endswith(stop)), key=len)
-            text, stripped = text.removesuffix(stop).rstrip(), True
-        return text if stripped else response
+        kept, text = response, response.rstrip()
+        while text.endswith(self._at_end):
+            token = max((token for token in self._at_end if text.endswith(token)), key=len)
+            text = text.removesuffix(token).rstrip()
+            kept = text if token in self._stops else kept  # other special tokens behind a stop token are padding
+        return kept
 
     def _chat(self, messages: list[dict], responses: list, tools: Any, strict: bool) -> Row:
         thinking = self.thinking or self.template.choose_thinking(responses)
@@ -94,43 +97,52 @@ class ConversationEncoder:
                 "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=4
             )
         template = str(self.tokenizer.chat_template or FALLBACK_TEMPLATE)
-        (turns, answers, schemas), hidden = self.special.hide(messages, responses, tools, beside=template)
+        (messages, responses, tools), hidden = self.special.hide(messages, responses, tools, beside=template)
         try:
-            text, answers = self.template.conversation(turns, answers, schemas, thinking, strict)
+            texts = self.template.conversation(messages, responses, tools, thinking, strict)
         except DataError as error:
             raise DataError(shown_again(str(error), hidden)) from error
-        return Row("chat", text, answers, hidden, ignored=self._ignored(messages, responses, tools, thinking, strict))
+        ignored = self._ignored(texts, messages, responses, tools, thinking, strict)
+        return Row("chat", *texts, hidden, ignored=ignored)
 
     def _ignored(
-        self, messages: list[dict], responses: list, tools: Any, thinking: Thinking, strict: bool
+        self,
+        texts: tuple[str, list[Response]],
+        messages: list[dict],
+        responses: list,
+        tools: Any,
+        thinking: Thinking,
+        strict: bool,
     ) -> frozenset[str]:
-        """What the template renders the same without: it is rendered without each, and once without all."""
-        keys = _extra_keys([*messages, *responses], tools)
+        """What the template renders the same texts without: keys of messages, tools, and messages by their role."""
 
-        def rendered(without: set[str]) -> object:
+        def same_without(names: set[str], among: list[dict] = messages) -> bool:
             def keep(turn: Any) -> Any:
-                return turn if isinstance(turn, str) else {k: v for k, v in turn.items() if k not in without}
+                return turn if isinstance(turn, str) else {k: v for k, v in turn.items() if k not in names}
 
-            given = None if "tools" in without else tools
+            turns, answers = [keep(turn) for turn in among], [keep(answer) for answer in responses]
+            given = None if "tools" in names else tools
             try:
-                return self.template.conversation(
-                    [keep(turn) for turn in messages], [keep(turn) for turn in responses], given, thinking, strict
-                )
+                return self.template.conversation(turns, answers, given, thinking, strict) == texts
             except DataError:
-                return None
+                return False
 
-        if not keys:
-            return frozenset()
-        whole = rendered(set())
-        if rendered(keys) == whole:
-            return frozenset(keys)
-        return frozenset(key for key in keys if rendered({key}) == whole)
+        keys = _extra_keys([*messages, *responses], tools)
+        ignored = keys if keys and same_without(keys) else {key for key in keys if same_without({key})}
+        for index, turn in enumerate(messages):
+            content = turn["content"]
+            if isinstance(content, str) and content.strip() not in texts[0]:
+                if same_without(set(), messages[:index] + messages[index + 1 :]):
+                    ignored = ignored | {f"messages of role {turn['role']}"}
+        return frozenset(ignored)
 
     def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
         """A prompt that somebody has rendered before, or None."""
         if self.tokenizer.chat_template is None:
-            bare = prompt.strip().removeprefix(self.tokenizer.bos_token or "").lstrip()
-            if not self.special.mark_turns(bare):
+            bare, bos = prompt.strip(), self.tokenizer.bos_token or ""
+            if bare.count(bos) == 1:  # elsewhere it is the mark of each turn
+                bare = bare.removeprefix(bos).lstrip()
+            if not marks_turns(bare, self.special.in_data):
                 return None
             return self._text("", responses, strict)._replace(format="templated", prompt=prompt)
         found = self._recogniser.recognise(prompt)
@@ -195,7 +207,8 @@ class ConversationEncoder:
 
 def _extra_keys(turns: Sequence[str | dict], tools: Any) -> set[str]:
     """What a conversation holds beside text."""
-    keys = {key for turn in turns if isinstance(turn, dict) for key in turn} - {"role", "content"}
+    keys = {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in ("", [], {})}
+    keys -= {"role", "content"}
     return keys | {"tools"} if tools else keys
 
 

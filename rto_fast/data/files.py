@@ -87,8 +87,19 @@ def _parquet_rows(path, max_unpacked_gib):
         left -= batch.nbytes
         _check_left(left, path, max_unpacked_gib)
         for row in batch.to_pylist():
-            yield f"{path}[{index}]", row
+            yield f"{path}[{index}]", without_filled_keys(row)
             index += 1
+
+
+def without_filled_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file, whose dicts within a column have each other's keys too, without a value: those go."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _lines(file, path):

@@ -15,10 +15,11 @@ r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a sou
 
 Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
 `Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL. A column
-`tools` (function schemas, a list or JSON text of one) beside messages goes to the chat template.
+`tools` (function schemas, a list or text of one) beside messages goes to the chat template.
 
-Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON or as Python
-prints them, are read as messages. A row that the layout would misread is unusable.
+Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON, as JSON
+of that JSON, or as Python prints them, are read as messages. Text behind a transcript in the prompt is read as its
+turn. A row that the layout would misread is unusable.
 """
 
 import os
@@ -37,7 +38,7 @@ from rto_fast.data.messages import (
     read_tools,
     said,
 )
-from rto_fast.data.transcripts import is_transcript, transcript_messages
+from rto_fast.data.transcripts import is_transcript, transcript_messages, turn_text
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
@@ -117,7 +118,7 @@ def to_example(row, layout, origin, columns=None):
         if layout == "prompt/response":
             name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
-            response = only_response(_after(prompt, present[name], name, origin), name, origin)
+            response = only_response(_after(present["prompt"], prompt, present[name], name, origin), name, origin)
     check_prompt(prompt, origin)
     tools = read_tools(present.get("tools"), origin)
     texts = {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected, "tools": tools}
@@ -153,9 +154,8 @@ def _preference(present, layout, origin):
         rejected = rejected if isinstance(rejected, str) else read_messages(rejected, "rejected", origin)
     if layout == "explicit prompt":
         prompt = _prompt(present["prompt"], origin)
-        chosen, rejected = _after(prompt, chosen, "chosen", origin), _after(prompt, rejected, "rejected", origin)
-        if is_transcript(present["prompt"]):
-            chosen, rejected = (side.strip() if isinstance(side, str) else side for side in (chosen, rejected))
+        chosen = _after(present["prompt"], prompt, chosen, "chosen", origin)
+        rejected = _after(present["prompt"], prompt, rejected, "rejected", origin)
     elif isinstance(chosen, str) != isinstance(rejected, str):
         kinds = ["text" if isinstance(side, str) else "messages" for side in (chosen, rejected)]
         raise DataError(f"{origin}: chosen is {kinds[0]} but rejected is {kinds[1]}; make them alike")
@@ -212,10 +212,13 @@ def _prompt(value, origin):
     return value if isinstance(value, str) else read_messages(value, "prompt", origin)
 
 
-def _after(prompt, value, name, origin):
-    """A response without the prompt that whole conversations repeat."""
+def _after(given: Any, prompt: str | tuple[dict, ...], value: Any, name: str, origin: str) -> str | tuple[dict, ...]:
+    """A response without the prompt that whole conversations repeat; text behind a transcript is a turn of it.
+
+    given: the prompt as it stands in the row; prompt: as it was read.
+    """
     if isinstance(value, str):
-        return value
+        return turn_text(value) if is_transcript(given) else value
     messages, before = read_messages(value, name, origin), as_messages(prompt)
     return messages[len(before) :] if said(messages[: len(before)]) == said(before) else messages
 

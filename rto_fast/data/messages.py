@@ -3,7 +3,7 @@
 A message is a dict with `role` and `content`. It keeps its other keys (`tool_calls`, `tool_call_id`, `name`,
 `reasoning_content`, …): they are the chat template's and the reward function's business. Keys without a value are left out,
 as columnar files fill every key of every message. Text of tool calls is null beside them in many data sets; `content` is
-None there.
+None there. What a tool returned may be any value that JSON knows.
 """
 
 import itertools
@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from rto_fast.data.encoded import parsed
 from rto_fast.errors import DataError
 
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names for an assistant's thought, beside `content`
-_ENDS_A_PROMPT = ("user", "tool", "function", "ipython", "observation", "environment")  # roles that are answered
+_RESULTS = ("tool", "function", "ipython", "observation", "environment")  # roles that say what a call returned
+_ENDS_A_PROMPT = ("user", *_RESULTS)  # roles that are answered
 
 # How a thought is set inside text: Qwen3, DeepSeek R1 and others; Seed-OSS; Magistral.
 THOUGHT_OPENS = r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])"
@@ -47,17 +49,17 @@ def _read_message(message: Any, name: str, origin: str) -> dict:
             kept[key] = _read_calls(kept[key], key, name, origin)
             if not kept[key]:
                 del kept[key]
+    content = kept.setdefault("content", None)
     says_more = any(key in kept for key in (*CALLS, *REASONING))
-    if "content" not in kept and says_more:
-        kept["content"] = None
-    if not isinstance(kept.get("content"), str) and not (says_more and kept["content"] is None):
+    is_result = kept["role"] in _RESULTS  # a tool may return any value
+    if not (isinstance(content, str) or is_result or (content is None and says_more)):
         raise DataError(f"{origin}: {name}: a message needs text under 'role' and 'content', found {kind(message)}")
     return kept
 
 
 def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
-    """Tool calls: a list of dicts (`function_call`: one dict), also as JSON text."""
-    calls = from_json(value)
+    """Tool calls: a list of dicts (`function_call`: one dict), also as JSON or Python text."""
+    calls = _from_text(value)
     expected = dict if key == "function_call" else list
     if isinstance(calls, expected) and all(isinstance(call, dict) for call in ([calls] if expected is dict else calls)):
         return calls
@@ -68,20 +70,20 @@ def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
 
 
 def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:
-    """The function schemas of a `tools` column, which may be a list or JSON text of one; None if it holds something else.
+    """The function schemas of a `tools` column: a list, or JSON or Python text of one. None if it holds something else.
 
     Raises:
         DataError: it begins as a list of schemas and is none.
     """
-    tools = from_json(value)
+    tools = _from_text(value)
     tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, list | tuple):
-        tools = [plain(from_json(tool)) for tool in tools]
+        tools = [plain(_from_text(tool)) for tool in tools]
         if all(isinstance(tool, dict) for tool in tools):
             return tuple(tools) or None
         is_meant = any(isinstance(tool, dict) for tool in tools)
     else:
-        is_meant = isinstance(value, str) and re.match(r"\s*(\[\s*\{|\{\s*\")", value) is not None
+        is_meant = isinstance(value, str) and re.match(r"\s*(\[\s*\{|\{\s*[\"'])", value) is not None
     if is_meant:
         raise DataError(
             f"{origin}: tools must be a list of function schemas (dicts), or JSON text of one, found {kind(value)}"
@@ -89,14 +91,10 @@ def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:
     return None
 
 
-def from_json(value: Any) -> Any:
-    """What JSON text of a list or an object holds; anything else as it is."""
-    if isinstance(value, str) and re.match(r"\s*[\[{]", value):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            pass
-    return value
+def _from_text(value: Any) -> Any:
+    """What JSON or Python text of a list or an object holds; anything else as it is."""
+    found = parsed(value) if isinstance(value, str) and re.match(r"\s*[\[{]", value) else None
+    return value if found is None else found
 
 
 def plain(value: Any) -> Any:
@@ -197,9 +195,14 @@ def said(value: Any) -> Any:
 def message_text(message: dict) -> str:
     """All that a message says, for people to read: its thought, its text, its calls as JSON."""
     thought = [f"<think>{message[key]}</think>" for key in REASONING if message.get(key)][:1]
-    content = [str(message["content"])] if message.get("content") else []
-    calls = [json.dumps(message[key], ensure_ascii=False, default=str) for key in CALLS if message.get(key)]
+    content = [_as_json(message["content"])] if message.get("content") else []
+    calls = [_as_json(message[key]) for key in CALLS if message.get(key)]
     return "\n".join(thought + content + calls)
+
+
+def _as_json(value: Any) -> str:
+    """Text as it is, any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def response_text(response: str | dict) -> str:
@@ -239,19 +242,24 @@ def conversation_forms(
     turns = [*prompt, *answers]
     calls = any(key in turn for turn in turns for key in CALLS)
     arguments = (_as_objects, _as_text) if calls else (_as_is,)
-    contents = (
-        (_without_content, _as_is, _with_empty_content)
-        if any(turn.get("content") is None for turn in turns)
-        else (_as_is,)
-    )
+    if any(turn.get("content") is None for turn in turns):
+        contents: tuple = (_without_content, _with_none, _with_empty_content)
+    elif any(_lacks_text(turn) for turn in turns):
+        contents = (_as_is, _without_content, _with_none)
+    else:
+        contents = (_as_is,)
+    is_text = all(isinstance(turn.get("content"), str | None) for turn in turns)
+    results = (_as_is,) if is_text else (_as_is, _with_text)
     bare = [tool for tool in tools or [] if "function" not in tool]
     schemas = (
         [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
         if bare
         else [tools]
     )
-    for content_form, tools_form, arguments_form in itertools.product(contents, schemas, arguments):
-        formed = [content_form(arguments_form(turn)) for turn in turns]
+    for content_form, result_form, tools_form, arguments_form in itertools.product(
+        contents, results, schemas, arguments
+    ):
+        formed = [content_form(result_form(arguments_form(turn))) for turn in turns]
         yield formed[: len(prompt)], formed[len(prompt) :], tools_form
 
 
@@ -259,22 +267,35 @@ def _as_is(message: dict) -> dict:
     return message
 
 
+def _lacks_text(message: dict) -> bool:
+    """Whether its content is None, or empty beside calls, which means the same."""
+    content = message.get("content")
+    return content is None or (content == "" and any(key in message for key in CALLS))
+
+
 def _without_content(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key != "content" or value is not None}
+    return {key: value for key, value in message.items() if key != "content"} if _lacks_text(message) else message
+
+
+def _with_none(message: dict) -> dict:
+    return message | {"content": None} if _lacks_text(message) else message
 
 
 def _with_empty_content(message: dict) -> dict:
     return message if message.get("content") is not None else message | {"content": ""}
 
 
+def _with_text(message: dict) -> dict:
+    content = message.get("content")
+    return message if content is None else message | {"content": _as_json(content)}
+
+
 def _as_objects(message: dict) -> dict:
-    return _with_arguments(message, from_json)
+    return _with_arguments(message, _from_text)
 
 
 def _as_text(message: dict) -> dict:
-    return _with_arguments(
-        message, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    )
+    return _with_arguments(message, _as_json)
 
 
 def _with_arguments(message: dict, form: Any) -> dict:

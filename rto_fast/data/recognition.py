@@ -16,7 +16,30 @@ from rto_fast.data.templates import (
     as_assistant,
     as_user,
 )
+from rto_fast.data.transcripts import with_newlines
 from rto_fast.errors import DataError
+
+_BOS = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*")
+_MARKS = re.compile(
+    r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>|<(?:start|end)_of_turn>|</s>|\[/?INST\]"
+)  # of many templates
+
+
+def marks_turns(text: str, mark: re.Pattern[str]) -> bool:
+    """Whether a text looks like a chat whose turns have these marks, as `<|im_start|>user` marks one.
+
+    It begins with the mark of the system's or the user's turn, and has another mark.
+    """
+    first = mark.match(text)
+    if not first or len(set(mark.findall(text))) < 2:
+        return False
+    turn = first[0] + re.match(r"\s*\w*", text[first.end() :])[0]  # type: ignore[index]  # matches anything
+    return re.search(r"system|user|human|inst", turn, re.IGNORECASE) is not None
+
+
+def looks_rendered(text: str) -> bool:
+    """Whether a text looks like a chat that some template rendered, not only that of the tokenizer."""
+    return marks_turns(text[_BOS.match(text).end() :], _MARKS)  # type: ignore[union-attr]  # matches anything
 
 
 class Written(NamedTuple):
@@ -68,7 +91,8 @@ class Recogniser:
         return text.strip().removeprefix(self._bos).strip()
 
     def recognise(self, text: str) -> Written | None:
-        """Whether the text of a prompt is a conversation that this template rendered; None if not."""
+        """Whether the text of a prompt is a conversation that this template rendered; None if not. Line ends may be any."""
+        text = with_newlines(text)
         bare = self._without_bos(text)
         if not self._opening.match(bare):
             return None

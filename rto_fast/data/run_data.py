@@ -9,7 +9,7 @@ from rto_fast.data.cleaning import without_duplicates, without_prompts_of
 from rto_fast.data.layouts import Example
 from rto_fast.data.sources import load_examples
 from rto_fast.data.templates import MODES, ChatTemplate
-from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, responses_of, sft_sequences
+from rto_fast.data.tokenizing import Limits, NothingLeft, preference_pairs, prompts, responses_of, sft_sequences
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
 
@@ -75,6 +75,16 @@ class RunData:
         if self.vocabulary_size:
             self._check_tokens(built, what)
         return built
+
+    def _build_held_out(self, builder, examples, what, *options):
+        """Empty with little data, or if none of the few that were held out can be used: that is no reason to stop."""
+        if not examples:
+            return []
+        try:
+            return self._build(builder, examples, what, *options)
+        except NothingLeft as error:
+            self.say(f"{what}: none ({error})")
+            return []
 
     @cached_property
     def reading_options(self):
@@ -174,14 +184,8 @@ class RunData:
 
     @cached_property
     def held_out_pairs(self):
-        """May be empty: little data, or none of the few held out within the limits."""
-        if not self.held_out_examples:
-            return []
-        try:
-            return self._build(preference_pairs, self.held_out_examples, "held-out preferences", self.stop_ids)
-        except DataError as error:
-            self.say(f"held-out preferences: none ({error})")
-            return []
+        """May be empty."""
+        return self._build_held_out(preference_pairs, self.held_out_examples, "held-out preferences", self.stop_ids)
 
     @cached_property
     def prompts(self):
@@ -190,4 +194,5 @@ class RunData:
     @cached_property
     def eval_prompts(self):
         """May be empty: then policies are not compared."""
-        return self._build(prompts, self.eval_examples, "evaluation prompts") if self.eval_examples else []
+        build = self._build if self.config.eval_prompts else self._build_held_out
+        return build(prompts, self.eval_examples, "evaluation prompts")

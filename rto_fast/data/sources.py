@@ -30,8 +30,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from rto_fast.data.detection import find_layout
-from rto_fast.data.files import SUFFIXES, Row, rows_of_file
-from rto_fast.data.layouts import DataError, Example, check_columns, role_values, to_example
+from rto_fast.data.files import SUFFIXES, Row, rows_of_file, without_filled_keys
+from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
 
 __all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
@@ -138,7 +138,8 @@ def _with_example(
 
 
 def _has_response(row: dict, columns: dict[str, str] | None, origin: str) -> bool:
-    return any(value for name, value in role_values(row, columns or {}, origin).items() if name != "prompt")
+    values = role_values(row, columns or {}, origin)
+    return any(values.get(name) for name in ROLES if name != "prompt")
 
 
 def _window(rows: Iterator[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], Iterator[tuple[str, Row]]]:
@@ -251,7 +252,7 @@ class _DatasetRows:
         return len(self.dataset)
 
     def __iter__(self):
-        return ((f"{self.name}[{i}]", row) for i, row in enumerate(self.dataset))
+        return ((f"{self.name}[{i}]", without_filled_keys(row)) for i, row in enumerate(self.dataset))
 
 
 def _saved_rows(folder, split):
@@ -293,4 +294,4 @@ def _hub_rows(source, split, streaming):
 def _streamed_rows(dataset, source, split):
     with _hub_errors(source, split):  # the download happens here
         for index, row in enumerate(dataset):
-            yield f"{source}[{index}]", row
+            yield f"{source}[{index}]", without_filled_keys(row)

@@ -41,24 +41,13 @@ class SpecialTokens:
         special = [content for content, token in self._added.items() if token.special]
         self._in_templates = any_of([*special, *control_tokens])
         in_data = (token for token in [*special, *control_tokens] if token.strip() and not is_thought_mark(token))
-        self._in_data = any_of(in_data)
+        self.in_data = any_of(in_data)  # those that must stay text
         # SentencePiece style sets a space before text on its own: text that follows other text is tokenised after an
         # anchor, which merges with nothing.
         prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")
         self._anchors = ("\n", "a") if prefixes_space else ("", "")
         self._anchor_sizes = {anchor: len(self._ids([anchor])[0]) for anchor in self._anchors}
         self._prefixes_everywhere = bool(special) and self._ids([special[0] + "a"])[0][1:] == self._ids(["a"])[0]
-
-    def mark_turns(self, text: str) -> bool:
-        """Whether a text looks like a chat whose turns are marked by these tokens, as `<|im_start|>user` marks one.
-
-        It begins with a mark of the system's or the user's turn, and has another special token.
-        """
-        first = self._in_data.match(text)
-        if not first or len(set(self._in_data.findall(text))) < 2:
-            return False
-        turn = first[0] + re.match(r"\s*\w*", text[first.end() :])[0]  # type: ignore[index]  # matches anything
-        return re.search(r"system|user|human|inst", turn, re.IGNORECASE) is not None
 
     def hide(self, *values: Any, beside: str = "") -> tuple[Any, dict[str, str]]:
         """Values (text, or lists and dicts with text) with the special tokens in them replaced.
@@ -68,13 +57,13 @@ class SpecialTokens:
         Returns:
             The values, and {replacement: token}: empty where nothing was to be done.
         """
-        found = {token for text in strings(values) for token in self._in_data.findall(text)}
+        found = {token for text in strings(values) for token in self.in_data.findall(text)}
         if not found:
             return values, {}
         taken = {character for text in [*strings(values), beside] for character in text}
         free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
         marks = dict(zip(sorted(found), free, strict=False))
-        return map_strings(lambda text: self._in_data.sub(lambda match: marks[match[0]], text), values), {
+        return map_strings(lambda text: self.in_data.sub(lambda match: marks[match[0]], text), values), {
             mark: token for token, mark in marks.items()
         }
 

@@ -43,6 +43,7 @@ FALLBACK_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
+_OPENING_AT_END = re.compile(rf"{THOUGHT_OPENS}\s*\Z")
 _EMPTY_THOUGHT = rf"{THOUGHT_OPENS}\s*{THOUGHT_CLOSES}\s*"
 SHOWN = 30  # characters of a rendering in messages
 _LOST = "the chat template leaves out the response's thought"
@@ -124,8 +125,9 @@ class ChatTemplate:
         found, failures = None, []
         for turns, answers, schemas in conversation_forms(prompt, given, tools):
             try:
-                text = _ended(self.render(turns, schemas, thinking, generation=True), thinking)
-                answers = [_continuing(text, answer) for answer in answers]
+                generation = self.render(turns, schemas, thinking, generation=True)
+                answers = [_continuing(generation, answer) for answer in answers]
+                text = _ended(generation, thinking)
                 wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
                 text = text if strict else os.path.commonprefix([text, *wholes])
                 parts = text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
@@ -175,8 +177,10 @@ class ChatTemplate:
             raise DataError(f"the chat template goes on behind the response's {stop[0]}: {_brief(after.strip())}")  # type: ignore[index]
         if not (text.removesuffix(self.turn.tail) if stop else text).strip():
             raise DataError("empty response: the chat template renders nothing of it")
-        thought = thought_in_text(message.get("content") or "")
-        if thought and thought not in text:
+        content = message.get("content") or ""
+        thought = thought_in_text(content)
+        answer = "".join(re.split(THOUGHT_CLOSES, content, maxsplit=1)[1:])
+        if thought and text.count(thought) <= answer.count(thought):  # the answer may repeat it
             raise DataError(f"{_LOST} {_brief(thought)}; {_KEEPS}")
         return Response(text, stop[0] if stop else None, self.turn.tail if stop else "")
 
@@ -189,12 +193,13 @@ class ChatTemplate:
             f"the conversation {_brief(whole[same:])}"
         )
         thought = thought_of(message)
-        if thought and thought not in whole:
+        if thought and thought not in whole[same:]:
             return f"{_LOST} {_brief(thought)}: {where}; {_KEEPS}"
         if re.search(THOUGHT_CLOSES, prompt[same:]) and thought:
             return f"the prompt ends without a thought, the response has one: {where}; set data.thinking to on"
-        if re.search(THOUGHT_OPENS, prompt[same:]):
-            return f"the prompt opens a thought, the response has none: {where}; set data.thinking to off"
+        if _OPENING_AT_END.search(prompt):
+            found = "begins its own otherwise" if thought else "has none"
+            return f"the prompt opens a thought, the response {found}: {where}; set data.thinking to off"
         return (
             f"the chat template's prompt is not how its conversation begins: {where}; give the tokenizer a template "
             "that ends a prompt where the answer begins"
@@ -236,12 +241,22 @@ class ChatTemplate:
 
     def choose_thinking(self, responses: Iterable[str | dict]) -> Thinking:
         """How prompts must end for these responses, and those of the same run without any."""
-        found = {bool(thought_of(response)) for response in responses}
-        if found != {True, False}:
-            return THOUGHTS if found == {True} else NO_THOUGHTS if found else UNKNOWN
+        found, openings = set(), set()
+        for response in responses:
+            has_thought = bool(thought_of(response))
+            found.add(has_thought)
+            opening = (
+                re.match(rf"\s*{THOUGHT_OPENS}\s*", as_message(response)["content"] or "") if has_thought else None
+            )
+            openings |= {opening[0]} if opening else set()
+        if True not in found:
+            return NO_THOUGHTS if found else UNKNOWN
+        own = _OPENING_AT_END.search(self.endings[THOUGHTS])
+        openings -= {own[0]} if own else openings
+        answers = [ANSWER] * (False in found) + [_with_thought(opening) for opening in openings]
         try:
-            self.conversation([as_user(QUESTION)], [ANSWER], None, THOUGHTS)
-        except DataError:  # an answer without a thought does not follow a prompt that opens one
+            self.conversation([as_user(QUESTION)], answers, None, THOUGHTS)
+        except DataError:  # the generation prompt opens a thought, and not every response goes on with it
             return BOTH
         return THOUGHTS
 
@@ -272,17 +287,17 @@ def is_thought_mark(token: str) -> bool:
 
 
 def _ended(prompt: str, thinking: Thinking) -> str:
-    return prompt if thinking.may_open else re.sub(rf"{THOUGHT_OPENS}\s*\Z", "", prompt)
+    return prompt if thinking.may_open else _OPENING_AT_END.sub("", prompt)
 
 
 def _continuing(prompt: str, message: dict) -> dict:
-    """The message with its thought marked as the end of its prompt asks for.
+    """The message with its thought marked as the end of the template's whole prompt asks for.
 
-    Behind a prompt that opens a thought, data may hold only the closing mark; behind one that ends with an empty thought,
+    Where the template's prompt opens a thought, data may hold only the closing mark; where it ends with an empty thought,
     the response's own empty one would be the second.
     """
     content = message.get("content") or ""
-    opening = re.search(rf"{THOUGHT_OPENS}\s*\Z", prompt)
+    opening = _OPENING_AT_END.search(prompt)
     closes = re.search(THOUGHT_CLOSES, content)
     if opening and closes and not re.search(THOUGHT_OPENS, content[: closes.start()]):
         return message | {"content": opening[0] + content}
@@ -290,6 +305,12 @@ def _continuing(prompt: str, message: dict) -> dict:
     if empty and re.search(rf"{_EMPTY_THOUGHT}\Z", prompt):
         return message | {"content": content[empty.end() :]}
     return message
+
+
+def _with_thought(opening: str) -> str:
+    """A short answer whose thought begins with this mark, the space around it included."""
+    mark = opening.strip()
+    return f"{opening}{MORE}\n{mark[0]}/{mark[1:]}\n\n{ANSWER}"
 
 
 def as_user(text: str) -> dict:

@@ -7,8 +7,9 @@ unless the format is `chat`; a warning says so.
 
 A response is what the policy would sample after the generation prompt: what the template renders behind it
 (`rto_fast.data.templates`), up to and including one stop token. It is tokenised on its own, because the policy's first
-token never merges with the prompt's last. Stop tokens that the data spell out at its end are not part of it, nor is the
-space around them. Without a template a response is its text and the EOS token.
+token never merges with the prompt's last. Stop tokens that the data spell out at its end are not part of it, nor are the
+space around them and special tokens behind them, such as padding. Without a template a response is its text and
+the EOS token.
 
 Special tokens that stand in data stay text, in messages, tools and plain text (`rto_fast.data.special_tokens`), but for a
 BOS token that a plain text begins with.
@@ -19,7 +20,6 @@ BOS: a chat template is the authority on it, as in transformers; plain text gets
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import DataError, Example
+from rto_fast.data.notes import notes
 from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
+
+
+class NothingLeft(DataError):
+    """Each example by itself was left out, for a reason that `data.invalid` or the limits allow."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ def preference_pairs(
     report.identical_dropped = report.kept - len(pairs)
     report.kept = len(pairs)
     if not pairs:
-        raise DataError(f"{report.source}: chosen and rejected are identical in all pairs (within {limits})")
+        raise NothingLeft(f"{report.source}: chosen and rejected are identical in all pairs (within {limits})")
     return pairs, report
 
 
@@ -263,7 +268,7 @@ class _Reading:
         thinking = thinking or template.choose_thinking(responses_of(examples))
         self._encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, thinking)
         self._read(examples, sides, invalid)
-        self._say(thinking)
+        self._say()
         self._fit_prompts(tokenizer.bos_token_id)
 
     def _read(self, examples, sides, invalid):
@@ -281,46 +286,14 @@ class _Reading:
             self.examples.append(example)
             self._rows.append(row)
         if examples and not self._rows:
-            raise DataError(f"{self.report}; none is left")
+            raise NothingLeft(f"{self.report}; none is left")
 
-    def _say(self, thinking):
+    def _say(self) -> None:
         """Warns, once each, of what users should know of their rows."""
-        source, template = self.report.source, self._encoder.template
-        ignored = Counter(key for row in self._rows for key in row.ignored)
-        if ignored:
-            keys = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(ignored.items()))
-            self._note(
-                f"{source} ignored",
-                f"{source}: the chat template (or data.prompt_format) leaves out {keys}",
-            )
-        templated = [i for i, row in enumerate(self._rows) if row.format == "templated"]
-        if templated:
-            first = self.examples[templated[0]]
-            self._note(
-                f"{source} templated",
-                f"{source}: {len(templated):,} prompts are chat-templated already and used as "
-                f"they are, special tokens included, the first {first.origin}: {first.prompt[:60]!r}; "
-                "data.prompt_format chat makes them a user's message",
-            )
-        spelled = [i for i, row in enumerate(self._rows) if row.hidden]
-        if spelled:
-            first = self.examples[spelled[0]].origin
-            self._note(
-                f"{source} spelled",
-                f"{source}: special tokens that stand in the text of {len(spelled):,} rows stay text, the first {first}",
-            )
-        opening = template.opening_left_out(thinking) if any(row.format == "chat" for row in self._rows) else ""
-        if opening:
-            self._note(
-                "opening",
-                f"the chat template's generation prompt opens a thought ({opening!r}), responses of the "
-                "data begin without one: prompts end before it (data.thinking)",
-            )
-
-    def _note(self, kind, text):
-        if kind not in self._noted:
-            self._noted.add(kind)
-            warnings.warn(text, stacklevel=5)
+        for kind, text in notes(self.report.source, self._encoder, self._rows, self.examples):
+            if kind not in self._noted:
+                self._noted.add(kind)
+                warnings.warn(text, stacklevel=4)
 
     def _fit_prompts(self, bos):
         """Drops or cuts what is too long; sets `prompt_ids`."""
@@ -342,7 +315,9 @@ class _Reading:
         self._rows = [self._rows[index] for index, _ in fitting]
         report.kept = len(fitting)
         if not fitting:
-            raise DataError(f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left")
+            raise NothingLeft(
+                f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left"
+            )
 
     def responses(self, side: int) -> list[list[int]]:
         """Responses within the limit. A cut one has no stop token: the policy would not have ended there."""

@@ -17,7 +17,7 @@ _ANSWER = re.compile(_SPACED.replace("Human|", ""))
 
 def is_transcript(value: Any) -> bool:
     """Whether a value is a transcript: text that opens with a Human turn and has an Assistant turn."""
-    return isinstance(value, str) and bool(_OPENING.match(value)) and bool(_ANSWER.search(_with_newlines(value)))
+    return isinstance(value, str) and bool(_OPENING.match(value)) and bool(_ANSWER.search(with_newlines(value)))
 
 
 def transcript_messages(text: str) -> tuple[dict, ...]:
@@ -26,12 +26,17 @@ def transcript_messages(text: str) -> tuple[dict, ...]:
     Every line end inside a turn becomes \n, so that two sides which differ only in them share their prompt.
     """
     messages: list[dict] = []
-    for speaker, content in _turns(_with_newlines(text)):
+    for speaker, content in _turns(with_newlines(text)):
         role, content = "user" if speaker == "Human" else "assistant", content.strip()
         if messages and messages[-1]["role"] == role:
             content = messages.pop()["content"] + "\n\n" + content
         messages.append({"role": role, "content": content})
     return tuple(messages)
+
+
+def turn_text(text: str) -> str:
+    """What a turn says, if its text stands in another column than the transcript that it continues."""
+    return with_newlines(text).strip()
 
 
 def _turns(text: str) -> list[tuple[str, str]]:
@@ -44,5 +49,6 @@ def _turns(text: str) -> list[tuple[str, str]]:
     return list(zip(speakers, pieces[1::2], strict=True))
 
 
-def _with_newlines(text: str) -> str:
+def with_newlines(text: str) -> str:
+    r"""The text with \n for the line ends of any system."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
