@@ -35,7 +35,7 @@ from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
 
 
 class NothingLeft(DataError):
-    """Each example by itself was left out, for a reason that `data.invalid` or the limits allow."""
+    """No example can be used: each was left out, as `data.invalid` or the limits allow, or their layout lacks a column."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,9 @@ def responses_of(examples: SequenceOf[Example]) -> list[str | dict]:
 def _need(examples, values, name):
     for example, value in zip(examples, values, strict=True):
         if value is None:
-            raise DataError(f"{example.origin}: no {name}; this stage needs it: use other data, or map it with columns")
+            raise NothingLeft(
+                f"{example.origin}: no {name}; this stage needs it: use other data, or map it with columns"
+            )
 
 
 class _Reading:
