@@ -72,6 +72,20 @@ def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     return from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
 
 
+def check_becomes_scorer(path: str, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError unless transformers has a sequence classifier of the architecture at `path`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = model_config(path, trust_remote_code=trust_remote_code)
+    # Code of the model's own may bring a class along.
+    if not trust_remote_code and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"{path}: transformers has no sequence classifier of the architecture {config.model_type}, so no reward model "
+            "and no critic can start from it; give reward_model.model or reward_model.function, and rto.critic or "
+            "rto.advantage: reinforce_pp"
+        )
+
+
 def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
     """Embeddings of the model at `path`."""
     return model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
