@@ -7,7 +7,10 @@ Two questions are kept apart.
    compared with it too: that is the noise which this model has in any case. A path that is right is as far away as the
    noise; `FACTOR` times the noise is a fault. Measured on SmolLM2-135M in bfloat16, 24 to 96 tokens: right paths are 0.8
    to 1.4 times the noise away; a neighbour that leaks is 14 times, attention scaled by 1.1 is 5 times, logits scaled by
-   1.05 are 2.6 times the noise away. The noise itself is 0.02 to 0.17 nats a token, so no constant would do.
+   1.05 are 2.6 times the noise away. The noise itself is 0.02 to 0.17 nats a token, so no constant would do. The noise of
+   some tokens is many times that of the others: where the rounding of 16 bits sends a token to another expert. Few tokens
+   are compared, so in 16 bits an error counts only if its excess over the limit is `CERTAIN` times the excess's own standard
+   error. In float32 that is too rare to matter, and a leak into the first tokens of a sequence alone must be found.
 
 2. *Does PPO notice the difference between sampler and training?* With Δ = log π_training − log π_sampler of the tokens that
    were drawn, PPO's ratio begins at exp(Δ), which is the importance weight that the sampler's samples need. Its mean is 1
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
+CERTAIN = 3.0  # standard errors
 OTHER_MODEL = 0.25  # nats a token of KL between sampler and policy: no importance weight mends that
 
 
@@ -34,46 +38,61 @@ OTHER_MODEL = 0.25  # nats a token of KL between sampler and policy: no importan
 class Agreement:
     """How far a path is from the truth, beside how far the model's own forward pass is.
 
-    Both are means of |Δ|: of log-probs in nats a token, or of scores. `resolution` is what float32 resolves of them.
+    errors, noises: [N], |Δ| of each token for the path and for the model's own pass: of log-probs in nats, or of scores.
+    resolution: what float32 resolves of them. precision: that both passes computed in.
     """
 
-    error: float
-    noise: float
+    errors: Tensor
+    noises: Tensor
     resolution: float
+    precision: torch.dtype
+
+    @property
+    def error(self) -> float:
+        return self.errors.mean().item()
 
     @property
     def limit(self) -> float:
-        return FACTOR * (self.noise + self.resolution)
+        """Largest mean error that is rounding: `FACTOR` times the noise, in 16 bits as far as N tokens can tell."""
+        limit = FACTOR * (self.noises.mean().item() + self.resolution)
+        if self.precision.itemsize > 2:
+            return limit
+        excess = self.errors - FACTOR * self.noises
+        return limit + CERTAIN * excess.std(correction=0).item() / math.sqrt(len(excess))
 
     @property
     def is_rounding(self) -> bool:
         return self.error <= self.limit  # never for NaN
 
 
-def compare_logits(path: Tensor, own: Tensor, truth: Tensor) -> Agreement:
+def compare_logits(path: Tensor, own: Tensor, truth: Tensor, precision: torch.dtype) -> Agreement:
     """Compares two sets of next-token distributions with the true ones, over the tokens that the model would say.
 
     The mean over those tokens is exact: |Δ log-prob| of every token, weighted with its true probability.
 
     Args:
         path: [N, V] logits of the path in question, any dtype.
-        own: [N, V] logits of the model's own forward pass in its own dtype.
+        own: [N, V] logits of the model's own forward pass in the path's precision.
         truth: [N, V] logits of the same in a higher precision.
+        precision: that path and own were computed in, whatever dtype their logits have.
     """
     path, own, truth = (logits.double().log_softmax(-1) for logits in (path, own, truth))
     weight = truth.exp()
 
-    def mean(values: Tensor) -> float:
-        return torch.where(weight > 0, weight * values.abs(), 0.0).sum(-1).mean().item()
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(weight > 0, weight * values.abs(), 0.0).sum(-1)
 
-    return Agreement(mean(path - truth), mean(own - truth), torch.finfo(torch.float32).eps * mean(truth))
+    return Agreement(mean(path - truth), mean(own - truth), _resolution(mean(truth)), precision)
 
 
-def compare_values(path: Tensor, truth: Tensor, noise: float = 0.0) -> Agreement:
-    """Compares values [N], such as a reward model's scores, with the true ones; noise as in `Agreement`."""
-    path, truth = path.double(), truth.double()
-    resolution = torch.finfo(torch.float32).eps * truth.abs().mean().item()
-    return Agreement((path - truth).abs().mean().item(), noise, resolution)
+def compare_values(path: Tensor, own: Tensor, truth: Tensor, precision: torch.dtype) -> Agreement:
+    """Compares values, such as a reward model's scores of tokens, as `compare_logits` does; [N] each."""
+    path, own, truth = (values.double() for values in (path, own, truth))
+    return Agreement((path - truth).abs(), (own - truth).abs(), _resolution(truth), precision)
+
+
+def _resolution(values: Tensor) -> float:
+    return torch.finfo(torch.float32).eps * values.abs().mean().item()
 
 
 @dataclass(frozen=True)
@@ -89,9 +108,9 @@ class Noise:
     @classmethod
     def measure(cls, own: Tensor, truth: Tensor) -> "Noise":
         """From log-probs [n] of drawn tokens in the model's dtype, and in a higher precision."""
-        delta, found = own.double() - truth.double(), compare_values(own, truth)
+        delta, resolution = own.double() - truth.double(), _resolution(truth.double())
         k3 = (delta.expm1() - delta).mean().item()
-        return cls(found.error + found.resolution, k3 + found.resolution**2 / 2)
+        return cls(delta.abs().mean().item() + resolution, k3 + resolution**2 / 2)
 
     @property
     def repeated_mean(self) -> float:

@@ -16,7 +16,13 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
 from rto_fast.evaluation import evaluate, measured_kl, samples
 from rto_fast.health import Finding
-from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.directory import (
+    check_becomes_scorer,
+    check_stop_ids,
+    generation_config,
+    load_tokenizer,
+    vocabulary_size,
+)
 from rto_fast.models.loading import load_causal_lm, resolve_dtype
 from rto_fast.models.placement import resident
 from rto_fast.planning.room import check_room
@@ -105,6 +111,8 @@ class Run:
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
         self.models = supplied_models(config, self.base)
         check_models(self.models, self.tokenizer, trust_remote_code=trust)
+        if self._trains_reward_model or self._critic_starts_from_policy:
+            check_becomes_scorer(self.base, trust_remote_code=trust)
         self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust_remote_code=trust))
         size = vocabulary_size(self.base, trust_remote_code=trust)
         check_stop_ids(self.stop_ids, self.base, size)
@@ -159,6 +167,12 @@ class Run:
     def _trains_reward_model(self):
         source = self.config.reward_model
         return self.config.needs_reward_model and not source.model and not source.function
+
+    @property
+    def _critic_starts_from_policy(self) -> bool:
+        """As far as the configuration tells; a supplied reward model may still have another vocabulary."""
+        rto = self.config.rto
+        return rto.enabled and rto.advantage == "gae" and not rto.critic and not self.config.reward_model.model
 
     @property
     def _trains_dpo(self):

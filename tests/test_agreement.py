@@ -6,13 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_fast.agreement import Noise, compare_logits, k3_limit, mismatch, ppo_notices
+from rto_fast.agreement import Noise, compare_logits, compare_values, k3_limit, mismatch, ppo_notices
 from rto_fast.batch import pack, pack_whole
+from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models import attention
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps, check_causal_lm, check_scorer, forward_hidden, precise_logps
 from rto_fast.models.precision import higher_precision, precise
+from rto_fast.rollout.model import RolloutModel
+from rto_fast.rollout.verify import verified_cache
 from tests.rollout.models import ARCHITECTURES, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")
@@ -104,6 +107,56 @@ def test_scorers_pass_and_their_planted_faults_are_found_in_every_dtype(dtype, m
             check_scorer(model, fault.__name__)
 
 
+def made(name, seed, auto_class=AutoModelForCausalLM, **settings):
+    """With large weights, in bfloat16."""
+    config = tiny(name, vocab_size=199, **settings).config
+    torch.manual_seed(seed)
+    model = auto_class.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    model.to(torch.bfloat16).set_attn_implementation(PACKED)
+    return model.eval()
+
+
+@pytest.mark.parametrize("seed", [0, 5, 7, 24])
+def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(seed):
+    check_causal_lm(made("mixtral", seed), "mixtral")
+    check_scorer(made("mixtral", seed, AutoModelForSequenceClassification, num_labels=1), "mixtral")
+    verified_cache(RolloutModel(made("mixtral", seed)), RolloutConfig())
+
+
+def test_the_rounding_of_scores_is_no_fault():
+    for seed in range(12, 24):
+        for name in ("llama", "gemma2"):
+            check_scorer(made(name, seed, AutoModelForSequenceClassification, num_labels=1), name)
+
+
+def test_in_16_bits_an_error_of_many_tokens_is_a_fault_and_that_of_one_token_is_not():
+    truth, own = torch.zeros(50), torch.full((50,), 1e-2)
+    one, quarter, all_of_them = (own.clone() for _ in range(3))
+    one[0], quarter[:13], all_of_them[:] = 1.0, 1.0, 2.5e-2
+    for precision in DTYPES:
+        is_coarse = precision != torch.float32
+        assert compare_values(own, own, truth, precision).is_rounding
+        assert compare_values(one, own, truth, precision).is_rounding == is_coarse
+        assert not compare_values(quarter, own, truth, precision).is_rounding
+        assert not compare_values(all_of_them, own, truth, precision).is_rounding
+
+
+def test_a_scorer_that_reads_another_token_of_one_sequence_is_found(monkeypatch):
+    model = scorer(torch.float32)
+    forward = type(model).forward
+
+    def other(self, input_ids, **options):
+        return forward(self, input_ids=input_ids[:, :-1] if input_ids.shape[1] == 15 else input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", other)
+    with pytest.raises(ModelError, match="does something to its scores"):
+        check_scorer(model, "other")
+
+
 def test_a_kernel_that_is_wrong_in_16_bits_alone_is_found(monkeypatch):
     """On a GPU 16-bit attention is another kernel than that of higher precisions."""
 
@@ -115,6 +168,8 @@ def test_a_kernel_that_is_wrong_in_16_bits_alone_is_found(monkeypatch):
     check_causal_lm(packed("llama"), "float32")
     with pytest.raises(ModelError, match="in torch.bfloat16"):
         check_causal_lm(packed("llama", torch.bfloat16), "bfloat16")
+    with pytest.raises(ModelError, match="in torch.bfloat16"):
+        check_scorer(made("llama", 0, AutoModelForSequenceClassification, num_labels=1), "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,13 +202,18 @@ def test_precise_log_probs_are_those_of_float64():
 def test_the_comparison_is_over_what_the_model_would_say():
     truth = torch.tensor([[0.0, -1.0, -30.0]]).log_softmax(-1)
     unlikely, likely = truth + torch.tensor([0.0, 0.0, 5.0]), truth + torch.tensor([0.5, 0.0, 0.0])
-    assert compare_logits(unlikely, truth, truth).error < 1e-6 < 0.1 < compare_logits(likely, truth, truth).error
+    assert (
+        compare_logits(unlikely, truth, truth, torch.float32).error
+        < 1e-6
+        < 0.1
+        < compare_logits(likely, truth, truth, torch.float32).error
+    )
     expected = (truth.exp() * (likely.log_softmax(-1) - truth)).abs().sum()
-    assert compare_logits(likely, likely, truth).error == pytest.approx(expected.item(), rel=1e-6)
+    assert compare_logits(likely, likely, truth, torch.float32).error == pytest.approx(expected.item(), rel=1e-6)
     never = truth.clone()
     never[0, 2] = -torch.inf  # a token that cannot be is no NaN
-    assert compare_logits(never, never, never).is_rounding
-    assert not compare_logits(never * torch.nan, truth, truth).is_rounding
+    assert compare_logits(never, never, never, torch.float32).is_rounding
+    assert not compare_logits(never * torch.nan, truth, truth, torch.float32).is_rounding
 
 
 def drawn(noise, tokens=100_000):

@@ -128,3 +128,34 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
         load_causal_lm(tmp_path, **options)
     with pytest.raises(ModelError, match="its score head has 2 labels; a reward model or critic has one"):
         load_scorer(tmp_path, **options)
+
+
+OTHER_ATTENTION = {
+    "stablelm": (dict(), "its attention is not told where the packed sequences begin"),
+    "doge": (dict(), "packed attention takes no attention_mask, attention sinks"),
+    "gpt_neo": (
+        dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+        "does not use transformers' ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ATTENTION)
+def test_attention_that_cannot_be_packed_is_refused_in_one_line(name, tmp_path, capfd):
+    settings, message = OTHER_ATTENTION[name]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | settings)).save_pretrained(tmp_path)
+    capfd.readouterr()
+    options = {"device": "cpu", "dtype": torch.float32, "trainable": True}
+    for load, head in ((load_causal_lm, {}), (load_scorer, {"new_head": True})):
+        with pytest.raises(ModelError, match=message) as refused:
+            load(str(tmp_path), **options, **head)
+        assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
+    assert "[transformers]" not in capfd.readouterr().err
+
+
+def test_a_new_head_does_not_hide_that_sequences_leak(tmp_path):
+    """Jamba has layers that carry a state into the next sequence."""
+    settings = dict(num_experts=2, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("jamba", **SIZES | settings)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="or does not respect packing"):
+        load_scorer(str(tmp_path), device="cpu", dtype=torch.float32, trainable=True, new_head=True)

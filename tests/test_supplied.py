@@ -364,6 +364,19 @@ def test_contexts_of_other_architectures():
     assert context_of(AutoConfig.for_model("mamba")) is None
 
 
+# Architectures
+
+
+def test_an_architecture_without_a_sequence_classifier(refused, folder, tmp_path):
+    path = tmp_path / "granite"
+    write(path, AutoModelForCausalLM.from_config(config_of(model_type="granite")))
+    message = f"{path}: transformers has no sequence classifier of the architecture granite"
+    for options in ([], GOLD):  # of a reward model, and of a critic
+        assert refused(*RTO, *options, "--sft.model", str(path)).startswith(message)
+    with pytest.raises(AssertionError, match="something ran"):  # neither is wanted
+        refused(*RTO, *GOLD, "--rto.advantage", "reinforce_pp", "--sft.model", str(path))
+
+
 # Generation settings
 
 SETTINGS = {

@@ -122,7 +122,7 @@ def packed_attention(
 ):  # fmt: skip
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if cu_seq_lens_q is None:
-        raise ValueError("packed attention needs cu_seq_lens_q: call the model through rto_fast.models.forward_hidden")
+        raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")
     if attention_mask is not None or s_aux is not None or (dropout and module.training):
         raise ValueError("packed attention takes no attention_mask, attention sinks or attention dropout; "
                          "set the model's attention_dropout to 0")  # fmt: skip

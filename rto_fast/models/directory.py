@@ -26,7 +26,7 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # the files may hold anything, and each mistake fails somewhere else in transformers
-        is_local, reason = os.path.isdir(path), _first_line(error)
+        is_local, reason = os.path.isdir(path), first_line(error)
         place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
         remedy = "" if is_local else "; check the name and the network, or give a local directory"
         raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
@@ -45,7 +45,8 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a foreign error says, for a message of one line."""
     first, *more = [line.strip() for line in str(error).strip().split("\n")]
     text = f"{first} {more[0]}" if first.endswith(":") and more else first
     return (
@@ -69,6 +70,20 @@ def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     from transformers import AutoConfig
 
     return from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
+
+
+def check_becomes_scorer(path: str, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError unless transformers has a sequence classifier of the architecture at `path`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = model_config(path, trust_remote_code=trust_remote_code)
+    # Code of the model's own may bring a class along.
+    if not trust_remote_code and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"{path}: transformers has no sequence classifier of the architecture {config.model_type}, so no reward model "
+            "and no critic can start from it; give reward_model.model or reward_model.function, and rto.critic or "
+            "rto.advantage: reinforce_pp"
+        )
 
 
 def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
@@ -128,7 +143,7 @@ def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig
     except Exception as error:  # the file may hold any JSON, or none: each kind fails somewhere else in transformers
         if isinstance(error, OSError) and not os.path.isfile(file) and "valid JSON" not in str(error):
             return None
-        raise _refused(file, _first_line(error)) from error
+        raise _refused(file, first_line(error)) from error
 
 
 def _refused(file: str, reason: str) -> ModelError:
@@ -217,7 +232,7 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     except Exception as error:  # as in `from_pretrained`
         if trust_remote_code:  # somebody's code need not know weights without data
             return
-        raise ModelError(f"{path}: cannot be {what}: {_first_line(error)}") from error
+        raise ModelError(f"{path}: cannot be {what}: {first_line(error)}") from error
     if kind == "scorer":
         score_head(model)
     refuse_misfit(path, kind, info)

@@ -1,7 +1,7 @@
 """Models from disk or hub, and the two forward passes every stage is made of."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.agreement import compare_logits, compare_values
 from rto_fast.batch import PackedBatch, pack_whole
-from rto_fast.errors import ModelError
+from rto_fast.errors import ModelError, UserError
 from rto_fast.kernels import reference
 from rto_fast.models.attention import PACKED
-from rto_fast.models.directory import KINDS, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
+from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, precise
@@ -68,24 +68,16 @@ def _load_weights(
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
         )  # fmt: skip
     if new_head:
-        info = _start_head(model, info)
+        own = {name for name, p in model.named_parameters() if any(p is q for q in score_head(model).parameters())}
+        # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
+        info |= {"missing_keys": info["missing_keys"] - own, "unexpected_keys": set()}
     refuse_misfit(path, kind, info)
     return _prepare(model, path, device, trainable, gradient_checkpointing)
 
 
-def _start_head(model: PreTrainedModel, info: dict[str, Any]) -> dict[str, Any]:
-    """Sets the head of a scorer that was read from a causal language model to 0; returns what remains of `info`."""
-    head = score_head(model)
-    with torch.no_grad():
-        for p in head.parameters():
-            p.zero_()
-    own = {name for name, p in model.named_parameters() if any(p is q for q in head.parameters())}
-    # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
-    return info | {"missing_keys": info["missing_keys"] - own, "unexpected_keys": set()}
-
-
 def _prepare(model, path, device, trainable, gradient_checkpointing):
-    model.set_attn_implementation(PACKED)
+    with quiet():  # one line is enough
+        model.set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
         raise ModelError(f"{path}: {type(model).__name__} does not use transformers' attention interface, "
                          "so its sequences cannot be packed")  # fmt: skip
@@ -140,6 +132,10 @@ def load_scorer(
         trust_remote_code=trust_remote_code, new_head=new_head,
     )  # fmt: skip
     check_scorer(model, path)
+    if new_head:  # not before the check: all scores would be 0, whatever leaks
+        with torch.no_grad():
+            for p in score_head(model).parameters():
+                p.zero_()
     return model
 
 
@@ -216,29 +212,29 @@ def read_position(ids: Sequence[int], config: PreTrainedConfig) -> int:
 
 @torch.no_grad()
 def check_scorer(model: PreTrainedModel, name: str) -> None:
-    """Compares `token_scores` of packed sequences with the scores that the model's own forward pass gives each alone.
+    """Compares `token_scores` of packed sequences with those of the model's own forward pass of each alone.
 
-    The noise is that of the scores of all tokens, for a sequence has but one that the model's own forward pass returns.
+    Of a sequence that pass returns one score: in the higher precision it must be the head's score of the token read.
 
     Raises:
         ModelError: they differ: the class does something to the score, or reads another token.
     """
-    device, size = model.device, model.get_input_embeddings().weight.shape[0]
-    ids = _check_ids(size, [5 + i for i in range(8)])
-    batch = pack_whole(ids, device)
+    ids = _check_ids(model.get_input_embeddings().weight.shape[0], [12, 15, 18, 21])
+    batch = pack_whole(ids, model.device)
     read = [first + read_position(s, model.config) for first, s in zip(batch.cu_seqlens.tolist(), ids)]
-    with _precisions(model) as precisions:
+    with _precisions(model, name) as precisions:
         for precision in precisions:
             with precise(model, higher_precision(precision)):
-                scores_truth, own_truth = token_scores(model, batch), _own_logits(model, ids)[:, 0]
+                truth, returned = _own_token_scores(model, ids), _own_logits(model, ids)[:, 0]
             with precise(model, precision):
-                scores = token_scores(model, batch)
-            found = compare_values(scores[read], own_truth, compare_values(scores, scores_truth).error)
-            if not found.is_rounding:
+                packed, own = token_scores(model, batch), _own_token_scores(model, ids)
+            found = compare_values(packed, own, truth, precision)
+            apart = (returned - truth[read]).abs().max().item()
+            if not (found.is_rounding and apart <= found.limit):
                 raise ModelError(
-                    f"{name}: packed scores differ from the model's own by {found.error:.2g} in {precision}, where rounding "
-                    f"explains {found.limit:.2g}: {type(model).__name__} does something to its scores that is not known "
-                    "here, or does not respect packing"
+                    f"{name}: packed scores differ from the model's own by {max(found.error, apart):.2g} in {precision}, "
+                    f"where rounding explains {found.limit:.2g}: {type(model).__name__} does something to its scores that "
+                    "is not known here, or does not respect packing"
                 )
 
 
@@ -253,12 +249,12 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     """
     ids = _check_ids(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
     batch = pack_whole(ids, device_of(model))
-    with _precisions(model) as precisions:
+    with _precisions(model, name) as precisions:
         for precision in precisions:
             with precise(model, higher_precision(precision)):
                 truth = _own_logits(model, ids)
             with precise(model, precision):
-                found = compare_logits(packed_logits(model, batch), _own_logits(model, ids), truth)
+                found = compare_logits(packed_logits(model, batch), _own_logits(model, ids), truth, precision)
             if not found.is_rounding:
                 raise ModelError(
                     f"{name}: packed log-probs differ from the model's own by {found.error:.2g} nats in {precision}, where "
@@ -273,22 +269,42 @@ def _check_ids(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _precisions(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
+def _precisions(model: PreTrainedModel, name: str) -> Iterator[list[torch.dtype]]:
     """The precisions that a check runs in, the model in evaluation mode meanwhile: first a high one, where the smallest
-    leak shows, then the model's own, whose kernels are others."""
+    leak shows, then the model's own, whose kernels are others.
+
+    Raises:
+        ModelError: the model cannot be run as the check does.
+    """
     dtype, training = next(model.parameters()).dtype, model.training
     try:
         model.eval()
         yield list(dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)))
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from code that we do not know: whatever it is, the model cannot be trained
+        reason = first_line(error)
+        raise ModelError(f"{name}: {type(model).__name__} cannot run packed sequences: {reason}") from error
     finally:
         model.train(training)
 
 
-def _own_logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
-    """What the model's own forward pass returns of each sequence alone: [T, V], or [N, 1] scores."""
+def _own_rows(model: PreTrainedModel, run: Callable[..., torch.Tensor], ids: list[list[int]]) -> torch.Tensor:
+    """`run(input_ids=…, use_cache=False)` of each sequence alone, [1, n, C] or [1, C]; concatenated to [N, C]."""
     with attention_implementation(model, "eager"):
         rows = (torch.tensor([sequence], device=device_of(model)) for sequence in ids)
-        return torch.cat([model(input_ids=row, use_cache=False).logits.flatten(0, -2) for row in rows])
+        return torch.cat([run(input_ids=row, use_cache=False).flatten(0, -2) for row in rows])
+
+
+def _own_logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
+    """What the model's own forward pass returns of each sequence alone: [T, V], or [N, 1] scores."""
+    return _own_rows(model, lambda **inputs: model(**inputs).logits, ids)
+
+
+def _own_token_scores(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
+    """The score head at every position of the model's own forward pass of each sequence alone, [T]."""
+    hidden = _own_rows(model, lambda **inputs: model.base_model(**inputs).last_hidden_state, ids)
+    return run_linear(score_head(model), _float_linear, hidden).squeeze(-1)
 
 
 @contextlib.contextmanager

@@ -40,12 +40,13 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
             cache = PagedCache(layers, config.page_size or 64, dtype, model.device)
             decoded = _decoded_logits(model, cache, sequences)
         own = model.packed_logits(batch)[rows]
-        truth = model.packed_logits(batch, higher_precision(own.dtype))[rows]
+        precision = model.kind[1]
+        truth = model.packed_logits(batch, higher_precision(precision))[rows]
     except (ModelError, RolloutError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
         raise ModelError(f"{name} cannot be decoded natively: {type(error).__name__}: {error}") from error
-    found = compare_logits(decoded, own, truth)
+    found = compare_logits(decoded, own, truth, precision)
     if not found.is_rounding:
         raise ModelError(
             f"{name}: decoded log-probs differ from those of its forward pass by {found.error:.2g} nats, where rounding "
