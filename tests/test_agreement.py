@@ -10,9 +10,16 @@ from rto_fast.agreement import Noise, compare_logits, compare_values, k3_limit, 
 from rto_fast.batch import pack, pack_whole
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
-from rto_fast.models import attention
+from rto_fast.models import attention, precision
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import causal_logps, check_causal_lm, check_scorer, forward_hidden, precise_logps
+from rto_fast.models.loading import (
+    causal_logps,
+    check_causal_lm,
+    check_scorer,
+    forward_hidden,
+    packed_logits,
+    precise_logps,
+)
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.verify import verified_cache
@@ -137,12 +144,12 @@ def test_in_16_bits_an_error_of_many_tokens_is_a_fault_and_that_of_one_token_is_
     truth, own = torch.zeros(50), torch.full((50,), 1e-2)
     one, quarter, all_of_them = (own.clone() for _ in range(3))
     one[0], quarter[:13], all_of_them[:] = 1.0, 1.0, 2.5e-2
-    for precision in DTYPES:
-        is_coarse = precision != torch.float32
-        assert compare_values(own, own, truth, precision).is_rounding
-        assert compare_values(one, own, truth, precision).is_rounding == is_coarse
-        assert not compare_values(quarter, own, truth, precision).is_rounding
-        assert not compare_values(all_of_them, own, truth, precision).is_rounding
+    for dtype in DTYPES:
+        is_coarse = dtype != torch.float32
+        assert compare_values(own, own, truth, dtype).is_rounding
+        assert compare_values(one, own, truth, dtype).is_rounding == is_coarse
+        assert not compare_values(quarter, own, truth, dtype).is_rounding
+        assert not compare_values(all_of_them, own, truth, dtype).is_rounding
 
 
 def test_a_scorer_that_reads_another_token_of_one_sequence_is_found(monkeypatch):
@@ -188,6 +195,25 @@ def test_precise_is_the_model_in_float32_to_the_bit(name, dtype):
         if name == "mixtral":  # the experts run one by one there
             model.set_experts_implementation("eager")
         assert torch.equal(hidden, forward_hidden(model.float(), batch))
+
+
+def test_a_large_output_layer_is_cast_in_pieces(monkeypatch):
+    model, batch = packed("phi", torch.bfloat16), pack_whole([list(range(2, 20))])  # with a bias
+    batch.labels.fill_(5)
+    expected, whole = precise_logps(model, batch), packed_logits(model, batch)
+    casts, to = [], torch.Tensor.to
+    monkeypatch.setattr(precision, "CAST_ELEMENTS", 10 * model.config.hidden_size)
+
+    def recording(self, *args, **options):
+        casts.append(self.numel())
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", recording)
+    torch.testing.assert_close(precise_logps(model, batch), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed_logits(model, batch), whole, atol=1e-6, rtol=0)
+    with precise(model, torch.float32):
+        packed_logits(model, batch)
+    assert max(casts) < model.lm_head.weight.numel()
 
 
 def test_precise_log_probs_are_those_of_float64():

@@ -18,7 +18,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import activate, device_of, whole_forward
-from rto_fast.models.precision import higher_precision, precise
+from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.ops import linear_token_logps
 
 
@@ -190,7 +190,7 @@ def _logits(
     softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """In float32 at least: 16-bit logits are rounded to an eighth where they are large."""
-    logits = _float_linear(hidden, weight, bias)
+    logits = linear_in(torch.promote_types(hidden.dtype, torch.float32), hidden, weight, bias)
     return softcap * torch.tanh(logits / softcap) if softcap else logits / temperature
 
 

@@ -15,11 +15,21 @@ from torch.overrides import TorchFunctionMode
 
 _HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _CASTS = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
+_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they look at no values
+# Of a weight, cast at once: 512 MiB of float64. The output layer of a large model would take gigabytes.
+CAST_ELEMENTS = 1 << 26
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
     """The dtype whose rounding does not count beside that of `dtype`: float32 for 16 bits, else float64."""
     return _HIGHER.get(dtype, torch.float64)
+
+
+def linear_in(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias in `dtype`, the weight cast a piece at a time."""
+    pieces = weight.split(max(1, CAST_ELEMENTS // weight.shape[1]))
+    out = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in pieces], -1)
+    return out if bias is None else out + bias.to(dtype)
 
 
 class _Precise(TorchFunctionMode):
@@ -43,10 +53,15 @@ class _Precise(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.embedding or func.__name__ in ("__get__", "__set__"):
-            # Looked up first, for a whole embedding in a higher precision is large. Attributes are those of the tensor
-            # as it is, but for its dtype: a model asks for it to cast other tensors to it.
+        if func is F.embedding:  # looked up first, for a whole embedding in a higher precision is large
             return self.raised(func(*args, **kwargs))
+        if func.__name__ in _AS_IT_IS:
+            found = func(*args, **kwargs)
+            # A model asks for a tensor's dtype to cast others to it.
+            return self.raised(found) if isinstance(found, torch.dtype) else found
+        if func is F.linear and args[1].dtype in self.lower and args[1].numel() > CAST_ELEMENTS:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return linear_in(self.dtype, args[0], args[1], bias)
         if func in _CASTS:
             return args[0].to(self.raised(getattr(torch, func.__name__)))
         return func(*self.raised(args), **self.raised(kwargs))
