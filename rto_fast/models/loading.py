@@ -32,6 +32,12 @@ class Head:
     softcap: float | None  # Gemma-2
     linear: torch.nn.Module  # the layer they belong to
 
+    def logits(self, linear_output: torch.Tensor) -> torch.Tensor:
+        """The logits, from what the linear layer makes of hidden states."""
+        if self.softcap:
+            return self.softcap * torch.tanh(linear_output / self.softcap)
+        return linear_output / self.divisor
+
     def run(self, op, hidden, labels, *args, temperature=1.0, **options):
         """A linear op of `rto_fast.ops` on this head."""
         options |= {"temperature": temperature * self.divisor, "softcap": self.softcap}
@@ -181,17 +187,12 @@ def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 
 def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """[T, V] logits of a packed batch, by the path that training takes: for checks on a few tokens."""
-    return output_head(model).run(_logits, forward_hidden(model, batch), None)
+    """[T, V] logits of a packed batch, by the path that training takes: for checks on a few tokens.
 
-
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: None, *, bias: torch.Tensor | None = None, temperature: float,
-    softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """In float32 at least: 16-bit logits are rounded to an eighth where they are large."""
-    logits = linear_in(torch.promote_types(hidden.dtype, torch.float32), hidden, weight, bias)
-    return softcap * torch.tanh(logits / softcap) if softcap else logits / temperature
+    In float32 at least: 16-bit logits are rounded to an eighth where they are large.
+    """
+    head, hidden = output_head(model), forward_hidden(model, batch)
+    return head.logits(linear_in(torch.promote_types(hidden.dtype, torch.float32), hidden, head.weight, head.bias))
 
 
 @torch.no_grad()
@@ -219,7 +220,7 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
     Raises:
         ModelError: they differ: the class does something to the score, or reads another token.
     """
-    ids = _check_ids(model.get_input_embeddings().weight.shape[0], [12, 15, 18, 21])
+    ids = check_sequences(model.get_input_embeddings().weight.shape[0], [12, 15, 18, 21])
     batch = pack_whole(ids, model.device)
     read = [first + read_position(s, model.config) for first, s in zip(batch.cu_seqlens.tolist(), ids)]
     with _precisions(model, name) as precisions:
@@ -247,7 +248,7 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     Raises:
         ModelError: they are further apart than rounding explains.
     """
-    ids = _check_ids(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
+    ids = check_sequences(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
     batch = pack_whole(ids, device_of(model))
     with _precisions(model, name) as precisions:
         for precision in precisions:
@@ -263,7 +264,7 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
                 )
 
 
-def _check_ids(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+def check_sequences(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
     """Sequences of these lengths that do not look alike, or a leak between them would not show."""
     return [[((5 + 2 * row) * i + row + 1) % vocab_size for i in range(length)] for row, length in enumerate(lengths)]
 

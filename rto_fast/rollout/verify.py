@@ -1,11 +1,14 @@
 """Whether a model can be decoded: its cached keys and values, found and compared with its own forward pass."""
 
+from typing import cast
+
 import torch
 
 from rto_fast.agreement import compare_logits
 from rto_fast.batch import pack_whole
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
+from rto_fast.models.loading import check_sequences
 from rto_fast.models.precision import higher_precision
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
 from rto_fast.rollout.cache import PagedCache
@@ -26,11 +29,7 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
         ModelError: the model cannot be decoded, or further from its own forward pass than rounding explains.
     """
     name = type(model.causal_lm).__name__
-    # One multiplier a sequence: they must not look alike, or a leak between them would not show.
-    sequences = [
-        [((5 + 2 * row) * i + row + 1) % model.vocab_size for i in range(length + DECODED)]
-        for row, length in enumerate(PROMPT_LENGTHS)
-    ]
+    sequences = check_sequences(model.vocab_size, [length + DECODED for length in PROMPT_LENGTHS])
     batch = pack_whole(sequences, model.device)
     ends = [length - 1 for length in PROMPT_LENGTHS]
     rows = [first + end + i for first, end in zip(batch.cu_seqlens.tolist(), ends) for i in range(DECODED)]
@@ -78,11 +77,9 @@ def _decoded_logits(model: RolloutModel, cache: PagedCache, sequences: list[list
     count = pages * len(sequences)
     cache.allocate(count, count, (count + 1) * cache.page_bytes)  # a few tokens: rollout.kv_cache_gib is for rollouts
     try:
-        logits = model.logits(_decode(model, cache, sequences, pages))
+        return model.head.logits(model.logits(_decode(model, cache, sequences, pages)))
     finally:
         cache.release()
-    softcap, divisor = model.head.softcap, model.head.divisor
-    return softcap * torch.tanh(logits / softcap) if softcap else logits / divisor
 
 
 def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], pages: int) -> torch.Tensor:
@@ -94,7 +91,7 @@ def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], 
     own = table.tolist()
     prefill_chunk(model, cache, [(p, own[row], 0, middles[row]) for row, p in enumerate(prompts)])
     prefill_chunk(model, cache, [(p, own[row], middles[row], len(p.ids)) for row, p in enumerate(prompts)])
-    hidden = [torch.stack([prompt.hidden for prompt in prompts if prompt.hidden is not None])]
+    hidden = [torch.stack([cast(torch.Tensor, prompt.hidden) for prompt in prompts])]
     places = torch.tensor(PROMPT_LENGTHS, device=device)
     for step in range(DECODED - 1):
         positions = places + step
