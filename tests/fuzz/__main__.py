@@ -67,9 +67,9 @@ def try_case(name: str, folder: Path) -> str:
     try:
         KINDS[name.split(":")[0]](case)
     except Broken as reason:
-        return f"{case.told}\n    {reason}"
+        return f"{case.told[:1000]}\n    {reason}"
     except Exception:
-        return f"{case.told}\n    " + traceback.format_exc()[-2500:]
+        return f"{case.told[:1000]}\n    " + traceback.format_exc()[-2500:]
     finally:
         os.chdir(old)
     return ""
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             tried[name.split(":")[0]] += 1
             if reason := try_case(name, folder):
                 broken[name.split(":")[0]] += 1
-                print(f"\n{name}: {reason}", flush=True)
+                print(f"\n{name}: {reason}"[:4000], flush=True)
     for name, count in tried.items():
         print(f"{name:<14}  {count:>6} tried  {broken[name]:>4} broken")
     print(f"tried {tried.total()}, broken {broken.total()}")

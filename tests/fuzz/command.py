@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from rto_fast.command_line import one_line as told
+
 SECONDS = 40.0  # in which a command ends, or is asked to; a tiny run takes three
 GRACE = 20.0  # seconds from SIGTERM to the end
 MEMORY = 16 << 30  # bytes of addresses that a command may have
@@ -26,7 +28,7 @@ class Broken(Exception):
 
 def one_line(error: BaseException) -> None:
     """Raises Broken unless this is how a mistake is told."""
-    text = str(error)
+    text = told(error)
     if not text.strip() or "\n" in text or len(text) > LONGEST:
         raise Broken(f"a mistake of {len(text)} characters in {len(text.splitlines())} lines: {text[:300]!r}")
 
@@ -68,10 +70,8 @@ def streams(dice: random.Random, output: Path) -> tuple[str, Callable[[], None]]
 
     def connect() -> None:
         open_at(output, 1, 2)
-        special.get(name, lambda: None)()
         wrapped(encoding)
-        if name == "closed":
-            closed()
+        special.get(name, lambda: None)()
 
     return name, connect
 
