@@ -8,7 +8,6 @@ take on this machine. Also a short table into the top README where it has the ma
 the results.
 """
 
-import argparse
 import platform
 import re
 import subprocess
@@ -22,6 +21,8 @@ from benchmarks.cases import cpu_cases, run
 from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
+from rto_fast import terminal
+from rto_fast.terminal import say
 
 NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
 HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
@@ -224,7 +225,7 @@ def write_plots(folder, stem, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--static", action="store_true", help="also refresh the machine-code table (takes minutes)")
     parser.add_argument("--cpu", action="store_true", help="also measure the CPU path now, and write its tables")
     options = parser.parse_args()
@@ -240,17 +241,19 @@ def main():
         command = [sys.executable, "-m", "benchmarks.static"]
         process = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
         if process.returncode:
-            sys.exit(f"python -m benchmarks.static failed:\n{process.stderr}")
+            say(f"python -m benchmarks.static failed:\n{process.stderr}", err=True)
+            sys.exit(1)
         replace_section(readme, "static", f"```\n{process.stdout.strip()}\n```")
     for path, result in zip(sorted((FOLDER / "results").glob("*.json")), results):
         for png in write_plots(path.parent, path.stem, result):
-            print(f"wrote {png}")
+            say(f"wrote {png}")
     if results:
         replace_section(FOLDER.parent / "README.md", "kernel-results", headline(results))
-        print(headline(results))
+        say(headline(results))
     else:
-        print(NO_RESULTS)
+        say(NO_RESULTS)
 
 
 if __name__ == "__main__":
+    terminal.protect()
     main()

@@ -30,6 +30,7 @@ from typing import Literal
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig, _check_known, _keys
 from rto_fast.errors import ConfigError, UserError
+from rto_fast.terminal import say
 
 
 @dataclass
@@ -227,11 +228,11 @@ def main(arguments: list[str] | None = None) -> dict:
         check_output(options.output)
     from rto_fast.evaluation_run import measure  # after the options: --help and mistakes in them need no torch
 
-    results = measure(options, say=lambda text: print(text, flush=True))
-    print("\n" + table(results))
+    results = measure(options, say=say)
+    say("\n" + table(results))
     if options.output:
         write_json(results, options.output)
-        print(f"\nwritten to {options.output}")
+        say(f"\nwritten to {options.output}")
     return results
 
 

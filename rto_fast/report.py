@@ -1,14 +1,14 @@
 """`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
 
-import argparse
 from pathlib import Path
 
 from rto_fast.command_line import run_command
+from rto_fast.terminal import ArgumentParser, say
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Writes the report; returns its path."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m rto_fast.report",
         description="Writes a run's report (RUN_DIR/report.html), or one page that compares several runs "
         "(compare.html in the first one's folder). One file, no network; its figures as PNG beside it.",
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> Path:
     from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
 
     path = write_report(options.runs, options.output)
-    print(f"report: {path}")
+    say(f"report: {path}")
     return path
 
 

@@ -20,7 +20,7 @@ from rto_fast.data import __main__ as data_command
 from rto_fast.data import cache as cache_module
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
-from rto_fast.data.inspection import Page, histogram, visible
+from rto_fast.data.inspection import Page, histogram
 from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import load_examples

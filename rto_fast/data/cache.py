@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import os
 import tempfile
-import warnings
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+
+from rto_fast.notices import notify
 
 FORMAT = 1  # raise it when entries are laid out differently
 FEWEST_TEXTS = 64  # below, tokenising is faster than a file
@@ -86,7 +87,7 @@ class CachingTokenizer:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             sound = False
         if not sound:
-            warnings.warn(f"{path}: a damaged cache entry; its texts are tokenised again", stacklevel=2)
+            notify("data", "damaged_cache", f"{path}: a damaged cache entry; its texts are tokenised again")
             return None
         flat, ends = ids.tolist(), itertools.accumulate(sizes.tolist())
         return [flat[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
@@ -109,7 +110,7 @@ class CachingTokenizer:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
             reason = error.strerror or error
-            warnings.warn(f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached", stacklevel=2)
+            notify("data", "not_cached", f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached")
 
 
 def _checksum(ids, sizes):

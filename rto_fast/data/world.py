@@ -200,10 +200,12 @@ def build_model(seed):
 
 
 def main():
+    from rto_fast.terminal import say
+
     EMBEDDED.mkdir(exist_ok=True)
     for name, content in data_files().items():
         (EMBEDDED / name).write_bytes(content)
-        print(f"{EMBEDDED / name}: {len(content):,} bytes")
+        say(f"{EMBEDDED / name}: {len(content):,} bytes")
 
 
 if __name__ == "__main__":
