@@ -14,7 +14,6 @@ CPU into a temporary folder: it proves that the script works, its times mean not
 
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
 from benchmarks.timing import Clock, ceilings  # noqa: E402
 from rto_fast import terminal  # noqa: E402
 from rto_fast.terminal import say  # noqa: E402
+from rto_fast.writing import write_file  # noqa: E402
 
 # Seconds: together under nine minutes, so that a run with a slow start still ends within ten. A call of fewer parts shares
 # the same seconds out among these.
@@ -81,9 +81,7 @@ class Report:
 
     def save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".part")
-        aside.write_text(json.dumps(self.data, indent=1))
-        os.replace(aside, self.path)
+        write_file(self.path, json.dumps(self.data, indent=1))
 
     def add(self, records):
         for record in records:

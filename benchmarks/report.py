@@ -18,11 +18,12 @@ import torch
 
 from benchmarks import decode_cases, rollout_tables
 from benchmarks.cases import cpu_cases, run
-from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot
+from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot, save
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
 from rto_fast import terminal
 from rto_fast.terminal import say
+from rto_fast.writing import write_file
 
 NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
 HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
@@ -31,11 +32,11 @@ HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_to
 
 def replace_section(path, name, text):
     """Puts `text` between <!-- name --> and <!-- /name --> of a file; False if the file has no such markers."""
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(content):
         return False
-    path.write_text(pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", content))
+    write_file(path, pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", content))
     return True
 
 
@@ -209,7 +210,7 @@ def plot_group(path, title, records):
     axes[4].set_title(f"% of limit, {over_vocab[0]['model']}, T={tokens}", fontsize=9)
     axes[0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.savefig(path, dpi=90)
+    save(figure, path, dpi=90)
     plt.close(figure)
 
 

@@ -5,6 +5,7 @@
 Predictions are arithmetic (see `benchmarks/costs.py`); measured points come from `benchmarks/results/*.json`.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, LAYER_OPS, S
 from benchmarks.shapes import MODELS
 from rto_fast import terminal
 from rto_fast.terminal import say
+from rto_fast.writing import write_file
 
 FOLDER = Path(__file__).parent
 VECTOR_OPS = ("rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss")
@@ -59,6 +61,13 @@ def measured_points(results):
     return points
 
 
+def save(figure, path, dpi):
+    """Writes a matplotlib figure as PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    write_file(path, png.getvalue())
+
+
 def plot(path, results):
     """A panel an op: limit (bar), prediction (circle) and measurement (star) in ms, on each GPU and for each model."""
     import matplotlib
@@ -100,7 +109,7 @@ def plot(path, results):
     ]
     axes[0].legend(handles=handles, fontsize=7, loc="lower left")
     figure.suptitle("Limits, predicted and measured times of the log-prob ops, T = 8192, bfloat16")
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)
     plt.close(figure)
 
 

@@ -9,6 +9,7 @@ from rto_fast.command_line import run_command
 from rto_fast.config import check_repo
 from rto_fast.errors import HubError
 from rto_fast.terminal import ArgumentParser, one_line, say
+from rto_fast.writing import write_file
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 # Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
@@ -40,7 +41,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     if not card.is_file():
         write_model_card(run_folder)
     try:
-        card.write_text(name_in_card(card.read_text(encoding="utf-8"), repo), encoding="utf-8")
+        write_file(card, name_in_card(card.read_text(encoding="utf-8"), repo))
     except UnicodeDecodeError as error:
         raise HubError(f"{card}: not UTF-8: {error}") from error
     files, left_out = split_files(folder)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rto_fast.command_line import run_command
 from rto_fast.terminal import ArgumentParser, say
+from rto_fast.writing import own_descriptor
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -14,12 +15,13 @@ def main(arguments: list[str] | None = None) -> Path:
         "(compare.html in the first one's folder). One file, no network; its figures as PNG beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE", help="where to write the page instead")
+    parser.add_argument("--output", metavar="FILE", help="where to write the page instead; - is stdout")
     options = parser.parse_args(arguments)
     from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
 
-    path = write_report(options.runs, options.output)
-    say(f"report: {path}")
+    output = "/dev/stdout" if options.output == "-" else options.output
+    path = write_report(options.runs, output)
+    say(f"report: {path}", err=own_descriptor(path) == 1)
     return path
 
 

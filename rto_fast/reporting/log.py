@@ -42,7 +42,7 @@ class RunLog:
         if self.silent:
             return
         try:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.folder / name} could not be written: {error.strerror}") from error
