@@ -17,6 +17,7 @@ from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.rollout import Sampling
 from rto_fast.stages.rto import Models, RTOTrainer
+from rto_fast.terminal import say
 
 # Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, the output layer half of them.
 GPU_MODEL = dict(vocab_size=QWEN3_06B.vocab_size, hidden_size=QWEN3_06B.hidden_size, intermediate_size=3072,
@@ -62,7 +63,7 @@ def measure(device, *, small, iterations):
     prompts = [Prompt(row, "", {}) for row in ids.tolist()]
     models, tokenizer = _models(device, sizes), build_tokenizer()
     sampling = Sampling.of(config.rollout, [tokenizer.eos_token_id])
-    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, print)
+    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, say)
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -12,10 +12,8 @@ transformers and pytest; peers that are missing are listed as such. `--cpu-smoke
 CPU into a temporary folder: it proves that the script works, its times mean nothing.
 """
 
-import argparse
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
@@ -34,6 +32,9 @@ import torch  # noqa: E402
 from benchmarks import cases, decode_cases  # noqa: E402
 from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
 from benchmarks.timing import Clock, ceilings  # noqa: E402
+from rto_fast import terminal  # noqa: E402
+from rto_fast.terminal import say  # noqa: E402
+from rto_fast.writing import write_file  # noqa: E402
 
 # Seconds: together under nine minutes, so that a run with a slow start still ends within ten. A call of fewer parts shares
 # the same seconds out among these.
@@ -80,9 +81,7 @@ class Report:
 
     def save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".part")
-        aside.write_text(json.dumps(self.data, indent=1))
-        os.replace(aside, self.path)
+        write_file(self.path, json.dumps(self.data, indent=1))
 
     def add(self, records):
         for record in records:
@@ -91,7 +90,7 @@ class Report:
             told = f"{record['median_ms']:10.4f} ms" if "median_ms" in record else record.get("error", "skipped")[:60]
             share = f"{record['percent_of_limit']:5.0f} % of {record['limited_by']}" if "median_ms" in record else ""
             where = f"{record['group']} {record['phase']} {record['model']} T={record['tokens']} {record['mask']}"
-            print(f"{where:75} {record['provider']:34} {told} {share}", flush=True)
+            say(f"{where:75} {record['provider']:34} {told} {share}")
         self.save()
 
 
@@ -116,7 +115,7 @@ def run_tests(report, deadline, small):
     if exit_code is None:
         report.data["tests"]["cut"] = "out of time"
     report.data["tests"]["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.MULTILINE)
-    print(f"tests: {counts}, log in {log}")
+    say(f"tests: {counts}, log in {log}")
     report.save()
 
 
@@ -194,7 +193,7 @@ def run_rollout(report, device, small, deadline):
         if "seconds" in record:
             told = f"{record['tokens_per_second']:10,.0f} tokens/s, {record['percent_of_bound']:3.0f} % of the bound"
         where = f"{record['model']} {record['workload']} {record['sequences']}"
-        print(f"{where:36} {record['provider']:26} {told} ({record.get('wall_seconds', 0):.0f} s)", flush=True)
+        say(f"{where:36} {record['provider']:26} {told} ({record.get('wall_seconds', 0):.0f} s)")
         report.save()
 
 
@@ -206,19 +205,19 @@ def run_end_to_end(report, device, small):
     # Whatever stops the trainer here (a package that is not installed, say) is a result, not an end.
     except Exception as error:
         report.data["end_to_end"] = {"error": f"{type(error).__name__}: {error}"}
-    print(f"end to end: {report.data['end_to_end']}")
+    say(f"end to end: {report.data['end_to_end']}")
     report.save()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="parts to run")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU, to try the script")
     options = parser.parse_args()
     small = options.cpu_smoke
     if not small and not torch.cuda.is_available():
-        print("benchmarks/gpu.py: no CUDA device here; --cpu-smoke tries the script without one", file=sys.stderr)
+        say("benchmarks/gpu.py: no CUDA device here; --cpu-smoke tries the script without one", err=True)
         return 2
     device = torch.device("cpu" if small else "cuda")
     folder = options.out or (Path(tempfile.mkdtemp()) if small else ROOT / "benchmarks" / "results")
@@ -227,7 +226,7 @@ def main():
     clock = Clock(device)
     report.data["ceilings"] = ceilings(clock)
     report.save()
-    print(f"{report.data['gpu']}: {report.data['ceilings']}", flush=True)
+    say(f"{report.data['gpu']}: {report.data['ceilings']}")
     rounds = {"rounds": 3, "seconds": 0.1} if small else {"rounds": 20, "seconds": 1.5, "prepare_seconds": 12.0}
     parts = {
         "tests": lambda end: run_tests(report, end, small),
@@ -245,7 +244,7 @@ def main():
     report.data["seconds"]["all"] = time.perf_counter() - report.start
     report.data["ceilings_after"] = ceilings(clock)
     report.save()
-    print(f"wrote {report.path}")
+    say(f"wrote {report.path}")
     failed = [note for note in report.data["notes"] if note.startswith("failed")] + [
         f"{record['group']} {record['model']}: {record['error']}"
         for record in report.data["kernels"] if record["provider"].startswith("ours") and "error" in record
@@ -253,11 +252,12 @@ def main():
         f"rollout of {record['model']}, {record['workload']}: {record['error']}"
         for record in report.data["rollout"] if record["provider"] == "ours" and "error" in record
     ]  # fmt: skip
-    print("\n".join(failed))
+    say("\n".join(failed))
     # A test run that was cut short (exit code None) is told in the results; one that crashed has failed.
     tests_failed = report.data["tests"].get("failures") or report.data["tests"].get("exit_code") not in (0, None)
     return int(bool(failed or tests_failed or "error" in report.data["end_to_end"]))
 
 
 if __name__ == "__main__":
+    terminal.protect()
     sys.exit(main())

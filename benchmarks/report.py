@@ -8,7 +8,6 @@ take on this machine. Also a short table into the top README where it has the ma
 the results.
 """
 
-import argparse
 import platform
 import re
 import subprocess
@@ -19,9 +18,12 @@ import torch
 
 from benchmarks import decode_cases, rollout_tables
 from benchmarks.cases import cpu_cases, run
-from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot
+from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot, save
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
+from rto_fast import terminal
+from rto_fast.terminal import say
+from rto_fast.writing import write_file
 
 NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
 HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
@@ -30,11 +32,11 @@ HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_to
 
 def replace_section(path, name, text):
     """Puts `text` between <!-- name --> and <!-- /name --> of a file; False if the file has no such markers."""
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(content):
         return False
-    path.write_text(pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", content))
+    write_file(path, pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", content))
     return True
 
 
@@ -208,7 +210,7 @@ def plot_group(path, title, records):
     axes[4].set_title(f"% of limit, {over_vocab[0]['model']}, T={tokens}", fontsize=9)
     axes[0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.savefig(path, dpi=90)
+    save(figure, path, dpi=90)
     plt.close(figure)
 
 
@@ -224,7 +226,7 @@ def write_plots(folder, stem, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--static", action="store_true", help="also refresh the machine-code table (takes minutes)")
     parser.add_argument("--cpu", action="store_true", help="also measure the CPU path now, and write its tables")
     options = parser.parse_args()
@@ -240,17 +242,19 @@ def main():
         command = [sys.executable, "-m", "benchmarks.static"]
         process = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
         if process.returncode:
-            sys.exit(f"python -m benchmarks.static failed:\n{process.stderr}")
+            say(f"python -m benchmarks.static failed:\n{process.stderr}", err=True)
+            sys.exit(1)
         replace_section(readme, "static", f"```\n{process.stdout.strip()}\n```")
     for path, result in zip(sorted((FOLDER / "results").glob("*.json")), results):
         for png in write_plots(path.parent, path.stem, result):
-            print(f"wrote {png}")
+            say(f"wrote {png}")
     if results:
         replace_section(FOLDER.parent / "README.md", "kernel-results", headline(results))
-        print(headline(results))
+        say(headline(results))
     else:
-        print(NO_RESULTS)
+        say(NO_RESULTS)
 
 
 if __name__ == "__main__":
+    terminal.protect()
     main()

@@ -5,12 +5,15 @@
 Predictions are arithmetic (see `benchmarks/costs.py`); measured points come from `benchmarks/results/*.json`.
 """
 
-import argparse
+import io
 import json
 from pathlib import Path
 
 from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, LAYER_OPS, SAMPLING_OPS, table
 from benchmarks.shapes import MODELS
+from rto_fast import terminal
+from rto_fast.terminal import say
+from rto_fast.writing import write_file
 
 FOLDER = Path(__file__).parent
 VECTOR_OPS = ("rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss")
@@ -58,6 +61,13 @@ def measured_points(results):
     return points
 
 
+def save(figure, path, dpi):
+    """Writes a matplotlib figure as PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    write_file(path, png.getvalue())
+
+
 def plot(path, results):
     """A panel an op: limit (bar), prediction (circle) and measurement (star) in ms, on each GPU and for each model."""
     import matplotlib
@@ -99,25 +109,26 @@ def plot(path, results):
     ]
     axes[0].legend(handles=handles, fontsize=7, loc="lower left")
     figure.suptitle("Limits, predicted and measured times of the log-prob ops, T = 8192, bfloat16")
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)
     plt.close(figure)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", type=Path, default=FOLDER / "roofline.png", help="where the plot goes")
     options = parser.parse_args()
     results = load_results()
-    print("Predictions, no measurements: limit → predicted time of our kernels in ms\n")
-    print(markdown())
+    say("Predictions, no measurements: limit → predicted time of our kernels in ms\n")
+    say(markdown())
     for (op, phase, model), found in measured_points(results).items():
         for gpu, ms in found:
-            print(f"measured on {gpu}: {op} {phase} {model} {ms:.3f} ms")
+            say(f"measured on {gpu}: {op} {phase} {model} {ms:.3f} ms")
     if not results:
-        print("\nNo measured results in benchmarks/results yet.")
+        say("\nNo measured results in benchmarks/results yet.")
     plot(options.plot, results)
-    print(f"wrote {options.plot}")
+    say(f"wrote {options.plot}")
 
 
 if __name__ == "__main__":
+    terminal.protect()
     main()

@@ -7,7 +7,6 @@ is compiled here is exactly what that call launches on a GPU: dtypes, alignments
 compiled for each architecture and read back with the cuobjdump that Triton ships. Exits with 1 if a fact fails.
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -27,6 +26,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.static_cases import CASES, EXPECTED
+from rto_fast import terminal
+from rto_fast.terminal import say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536
@@ -177,24 +178,25 @@ def print_table(collected):
     ]  # fmt: skip
     columns = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, columns)).rstrip())
+        say("  ".join(str(cell).ljust(width) for cell, width in zip(row, columns)).rstrip())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="?", default="", help="part of a kernel's name")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     options = parser.parse_args()
     collected = collect(options.only)
     if options.json:
-        print(json.dumps([asdict(facts) for facts in collected]))
+        say(json.dumps([asdict(facts) for facts in collected]))
     else:
         print_table(collected)
     failed = [facts for facts in collected if facts.failures]
     for facts in failed:
-        print(f"{facts.kernel} ({facts.case}, sm_{facts.sm}): {'; '.join(facts.failures)}", file=sys.stderr)
+        say(f"{facts.kernel} ({facts.case}, sm_{facts.sm}): {'; '.join(facts.failures)}", err=True)
     return bool(failed) or not collected
 
 
 if __name__ == "__main__":
+    terminal.protect()
     sys.exit(main())

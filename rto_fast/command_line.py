@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
-from rto_fast.data.inspection import visible
+from rto_fast import terminal
 from rto_fast.errors import Interrupted, UserError
 from rto_fast.training import deepspeed_import
 
@@ -15,7 +16,7 @@ def one_line(error: BaseException, kind: bool = False) -> str:
     nothing that a terminal would obey. kind: its type's name goes first."""
     parts = [type(error).__name__] if kind or not str(error) else []
     text = ": ".join([*parts, *filter(None, [str(error)])])
-    return visible(" ".join("; ".join([text, *getattr(error, "__notes__", [])]).split()))
+    return terminal.one_line(" ".join("; ".join([text, *getattr(error, "__notes__", [])]).split()))
 
 
 def exit_code(stop: Interrupted) -> int:
@@ -24,7 +25,7 @@ def exit_code(stop: Interrupted) -> int:
 
 def _tell(text):
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        print(f"rto_fast: {text}", file=sys.stderr)
+        terminal.say(f"rto_fast: {text}", err=True)
 
 
 def _end_at_next_signal():
@@ -33,19 +34,20 @@ def _end_at_next_signal():
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_command(main: Callable[[list[str]], object], *, interrupted: str | None = None) -> None:
+def run_command(
+    main: Callable[[list[str]], object], *, interrupted: str | None = None, only_prints: bool = False
+) -> None:
     """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
 
     Args:
         interrupted: what is said after Ctrl-C. `--debug`, taken from the arguments, shows the traceback of a mistake instead
-            of one line.
+            of one line. only_prints: nothing else comes of `main`, so it may end when nobody reads any more (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with deepspeed_import.hidden():
+        with warnings.catch_warnings(), deepspeed_import.hidden():
+            terminal.protect(only_prints)
             main([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except BrokenPipeError:  # `| head`
-        raise
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
         if "--debug" in sys.argv:
             raise

@@ -18,9 +18,9 @@ What each is exactly is in `rto_fast.estimates`, `rto_fast.evaluation` and `rto_
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +30,8 @@ from typing import Literal
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig, _check_known, _keys
 from rto_fast.errors import ConfigError, UserError
+from rto_fast.terminal import say
+from rto_fast.writing import check_target, own_descriptor, write_file
 
 
 @dataclass
@@ -63,7 +65,7 @@ class EvaluateConfig:
     seed: int | None = None
     """Of sampling; default: that of the evaluations during training, the same for every policy."""
     output: str | None = None
-    """JSON file to write."""
+    """JSON file to write; `-` is stdout, and what is printed goes to stderr."""
     show: int = 2
     """Responses printed."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -152,17 +154,14 @@ def load_options(arguments: list[str]) -> EvaluateConfig:
 
 def check_output(path: str | Path) -> None:
     """Refuses, before hours of work, a file that cannot be written."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_target(path)
     except OSError as error:
-        raise ConfigError(f"--output: cannot make the folder {path.parent}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output: {path} is a folder or in one that cannot be written to; name a file")
+        raise ConfigError(f"--output: {path} cannot be written ({error.strerror}); name a file") from None
 
 
 def write_json(results: dict, path: str | Path) -> None:
-    """All of it or nothing: written aside, then renamed. JSON has no NaN, it becomes null."""
+    """Writes results as `write_file` does. JSON has no NaN, it becomes null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -171,13 +170,9 @@ def write_json(results: dict, path: str | Path) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.part")
     try:
-        aside.write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
-        os.replace(aside, path)
+        write_file(path, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
 
@@ -223,15 +218,18 @@ def table(results: dict) -> str:
 def main(arguments: list[str] | None = None) -> dict:
     """Measures what the options ask for; prints the table, writes the JSON, returns the results."""
     options = load_options(sys.argv[1:] if arguments is None else list(arguments))
-    if options.output:
+    if options.output and options.output != "-":
         check_output(options.output)
     from rto_fast.evaluation_run import measure  # after the options: --help and mistakes in them need no torch
 
-    results = measure(options, say=lambda text: print(text, flush=True))
-    print("\n" + table(results))
-    if options.output:
-        write_json(results, options.output)
-        print(f"\nwritten to {options.output}")
+    output = "/dev/stdout" if options.output == "-" else options.output
+    is_stdout = output is not None and own_descriptor(output) == 1
+    tell = functools.partial(say, err=is_stdout)
+    results = measure(options, say=tell)
+    tell("\n" + table(results))
+    if output:
+        write_json(results, output)
+        tell(f"\nwritten to {options.output}")
     return results
 
 

@@ -243,7 +243,7 @@ class Health:
     def _recorded(self) -> list[dict]:
         """The iterations of a resumed run so far, whose warnings have been said."""
         path = self.log.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         return [record for record in records if record["stage"] == self.stage]
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:

@@ -6,18 +6,18 @@ Needs no network, no GPU and no weights: of models only their shapes. Options be
 import argparse
 import dataclasses
 import json
-import os
 import sys
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
+from rto_fast.terminal import ArgumentParser, Styled, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options of this command, those of a run)."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m rto_fast.plan", allow_abbrev=False, description=__doc__.splitlines()[0],
         epilog="All options of `python -m rto_fast.train` work here too.",
     )  # fmt: skip
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 def _bold(text):
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+    return styled(text, "1") if wants_styles() else text
 
 
 def table(plan) -> str:
@@ -99,7 +99,7 @@ def table(plan) -> str:
     total, verdict = plan.peak.memory.total, "fits" if plan.fits else "does NOT fit"
     share = f"{_size(total)} of {_size(machine.memory)} GiB"
     lines += ["", _bold(f"{verdict}: {share} a {gpu} in {plan.peak.title}")]
-    return "\n".join(lines + ["", *times(plan)])
+    return Styled("\n").join(lines + ["", *times(plan)])
 
 
 def times(plan) -> list[str]:
@@ -162,21 +162,21 @@ def main(arguments: list[str] | None = None):
         from rto_fast.planning import measure
 
         needed, as_it_is = (measure.compare(rest, give_back=give_back) for give_back in (True, False))
-        print(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
+        say(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
         return needed
     config = load_config(rest)
     plan, given = make(options, config)
     if options.json:
-        print(json.dumps(as_json(plan), indent=2))
+        say(json.dumps(as_json(plan), indent=2))
         return plan
-    print(table(plan))
+    say(table(plan))
     if not plan.fits:
-        print("\n" + advice(config, plan, given))
+        say("\n" + advice(config, plan, given))
     return plan
 
 
 def command() -> None:
-    run_command(main)
+    run_command(main, only_prints=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m rto_fast.push RUN_DIR --repo OWNER/NAME`: a run's final model on the Hugging Face Hub."""
 
-import argparse
 import glob
 import sys
 from fnmatch import fnmatchcase
@@ -9,7 +8,8 @@ from pathlib import Path
 from rto_fast.command_line import run_command
 from rto_fast.config import check_repo
 from rto_fast.errors import HubError
-from rto_fast.reporting.markup import visible
+from rto_fast.terminal import ArgumentParser, one_line, say
+from rto_fast.writing import write_file
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 # Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
@@ -41,19 +41,19 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     if not card.is_file():
         write_model_card(run_folder)
     try:
-        card.write_text(name_in_card(card.read_text(encoding="utf-8"), repo), encoding="utf-8")
+        write_file(card, name_in_card(card.read_text(encoding="utf-8"), repo))
     except UnicodeDecodeError as error:
         raise HubError(f"{card}: not UTF-8: {error}") from error
     files, left_out = split_files(folder)
     if left_out:
-        print(visible(f"not uploaded, not part of a model: {', '.join(left_out)}"))
+        say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
     if not dry_run:
         return _upload(folder, files, repo, private)
     sizes = {name: (folder / name).stat().st_size for name in files}
-    print(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
+    say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
     for name, size in sizes.items():
-        print(f"  {size:>15,} bytes  {name}")
-    print(f"  {sum(sizes.values()):>15,} bytes in {len(files)} files\ncard: {card}")
+        say(f"  {size:>15,} bytes  {name}")
+    say(f"  {sum(sizes.values()):>15,} bytes in {len(files)} files\ncard: {card}")
     return None
 
 
@@ -101,7 +101,7 @@ def _upload(folder, files, repo, private):
 
 def main(arguments: list[str] | None = None) -> str | None:
     """Pushes a run's model; returns the repository's address, None after a dry run."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m rto_fast.push",
         description="Uploads a finished run's final model (safetensors, configuration, tokenizer, model card, images) to "
         "the Hugging Face Hub, and nothing else.",
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> str | None:
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     url = push(options.run, options.repo, private=options.private == "true", dry_run=options.dry_run)
     if url:
-        print(f"pushed: {url}")
+        say(f"pushed: {url}")
     return url
 
 

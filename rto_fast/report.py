@@ -1,25 +1,27 @@
 """`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
 
-import argparse
 from pathlib import Path
 
 from rto_fast.command_line import run_command
+from rto_fast.terminal import ArgumentParser, say
+from rto_fast.writing import own_descriptor
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Writes the report; returns its path."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m rto_fast.report",
         description="Writes a run's report (RUN_DIR/report.html), or one page that compares several runs "
         "(compare.html in the first one's folder). One file, no network; its figures as PNG beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE", help="where to write the page instead")
+    parser.add_argument("--output", metavar="FILE", help="where to write the page instead; - is stdout")
     options = parser.parse_args(arguments)
     from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
 
-    path = write_report(options.runs, options.output)
-    print(f"report: {path}")
+    output = "/dev/stdout" if options.output == "-" else options.output
+    path = write_report(options.runs, output)
+    say(f"report: {path}", err=own_descriptor(path) == 1)
     return path
 
 

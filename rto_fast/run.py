@@ -90,6 +90,7 @@ class Run:
             )
         is_main = ranks.is_main()
         self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
+        self.log.take_notices()
         self.checkpoints = Checkpoints(
             self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop
         )  # fmt: skip

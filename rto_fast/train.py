@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
@@ -23,6 +24,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end."""
+    with warnings.catch_warnings():  # the run's log takes them, until here
+        return _train(config, stop)
+
+
+def _train(config, stop):
     start = time.perf_counter()
     from rto_fast.evaluation import table
     from rto_fast.run import Run

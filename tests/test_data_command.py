@@ -20,13 +20,14 @@ from rto_fast.data import __main__ as data_command
 from rto_fast.data import cache as cache_module
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
-from rto_fast.data.inspection import Page, histogram, visible
+from rto_fast.data.inspection import Page, histogram
 from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_tokenizer, preference_rows
 from rto_fast.errors import DataError, UserError
+from rto_fast.terminal import visible, wants_styles
 
 PAIR = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
 LINE = json.dumps(PAIR) + "\n"
@@ -113,9 +114,11 @@ def test_colours_only_on_a_terminal_and_never_with_no_color(monkeypatch):
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert data_command.wants_colour(Terminal()) and not data_command.wants_colour(open(os.devnull))
+    assert not wants_styles()
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert wants_styles()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not data_command.wants_colour(Terminal())
+    assert not wants_styles()
     assert Page(True).paint("a\n\nb", "loss") == "\x1b[32ma\x1b[0m\n\n\x1b[32mb\x1b[0m"
     assert Page(False).paint("a", "loss") == "⟦a⟧" and Page(False).paint("a", "context") == "a"
 

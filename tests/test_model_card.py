@@ -225,7 +225,7 @@ def test_settings_for_others_eyes(key, value, shown):
 def test_what_data_put_there_is_no_markup(finished):
     escaped = plain(ATTACK)
     assert not set(escaped) & set("|`*[]<>~\\\n\u202e") and "__" not in escaped
-    assert html.unescape(escaped) == ATTACK.replace("\u202e", "\u27e8202E\u27e9").replace("\n", " ")
+    assert html.unescape(escaped) == ATTACK.replace("\u202e", "\\u202e").replace("\n", " ")
     assert plain("gold_reward") == "gold_reward"
     folder = finished("--track.project", "```\n</details><script>k", name="x <script> | y", policies=[ATTACK])
     card = huggingface_hub.ModelCard.load(write_model_card(folder))

@@ -6,8 +6,6 @@ loads through `RunData`, as a run does: what is said here is what happens there.
 
 import argparse
 import dataclasses
-import io
-import os
 import sys
 import warnings
 from collections import Counter
@@ -16,13 +14,15 @@ from collections.abc import Callable, Iterable
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
 from rto_fast.data.cleaning import repeated_prompts
-from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram, visible
+from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
 from rto_fast.data.layouts import Example
 from rto_fast.data.messages import as_messages, message_text, response_text
 from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
 from rto_fast.errors import ConfigError, DataError
+from rto_fast.notices import Notice
+from rto_fast.terminal import Styled, one_line, say, wants_styles
 
 UNLIMITED = Limits(2**40, 2**40)
 
@@ -71,7 +71,7 @@ def look(options, config, page, say):
     name, split = split_of_source(options.source, config.split)
     reading = {"streaming": config.streaming, "max_unpacked_gib": config.max_unpacked_gib}
     layout, rows = open_examples(name, split=split, columns=config.columns or None, **reading)
-    say(f"{page.title('layout')}  {layout}")
+    say(page.title("layout"), f"  {layout}")
     kind, row, first = _typical(rows, config.limit or WINDOW)
     say("\n".join(columns_table(layout, row, config.columns, first)))
 
@@ -88,17 +88,17 @@ def look(options, config, page, say):
     training = getattr(data, kept)
     held_out = data.held_out_examples if kind == "pairs" else [] if kind == "sft" else data.eval_examples
     examples = training + held_out
-    say(f"\n{page.title('examples')}  {data.read[given[field]]:,} read: as data.{field} {len(training):,} to train on"
-        + (f", {len(held_out):,} held out" if held_out else ""))  # fmt: skip
+    counts = f"{data.read[given[field]]:,} read: as data.{field} {len(training):,} to train on"
+    say("\n", page.title("examples"), f"  {counts}" + (f", {len(held_out):,} held out" if held_out else ""))
     repeated = repeated_prompts(examples)
     duplicates = [] if any("exact duplicates" in line for line in said) else ["no exact duplicates"]
     if repeated:
         duplicates.append(f"prompts with more than one example: {repeated:,}")
     shown = _show(page, data, kind, tokenizer, examples, options.examples)
     for line in [*duplicates, *said]:
-        say(f"  {visible(line)}")
+        say(f"  {one_line(line)}")
     unit = "tokens" if tokenizer else "words"
-    say(f"\n{page.title('lengths')} in {unit}, before anything is cut")
+    say("\n", page.title("lengths"), f" in {unit}, before anything is cut")
     say("\n".join(_lengths(data, kind, tokenizer, examples)))
     if not tokenizer:
         say("  --tokenizer DIR (the model's directory or hub id) shows tokens, what the limits cut, and the loss mask")
@@ -166,35 +166,24 @@ def _show(page, data, kind, tokenizer, examples, count):
 def _say_examples(shown, page, tokenizer, say):
     if not shown:
         return
-    mask = f"{page.paint('trained on', 'loss')} (the loss mask; with sft.loss_on_prompt the prompt too)"
-    say(f"\n{page.title('examples as the model sees them' if tokenizer else 'examples')}: context, {mask}")
+    title = page.title("examples as the model sees them" if tokenizer else "examples")
+    mask = page.paint("trained on", "loss")
+    say("\n", title, ": context, ", mask, " (the loss mask; with sft.loss_on_prompt the prompt too)")
     for number, lines in enumerate(shown, 1):
-        say(f"\n{page.title(f'── {number} ──')}\n" + "\n".join(lines))
-
-
-def wants_colour(stream):
-    """https://no-color.org"""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        say("\n", page.title(f"── {number} ──"), "\n", Styled("\n").join(lines))
 
 
 def main(arguments=None):
     options, config = parse(sys.argv[1:] if arguments is None else list(arguments))
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        look(options, config, Page(wants_colour(sys.stdout)), print)
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        print(f"\nnote: {visible(message)}")
+        warnings.simplefilter("always", Notice)
+        look(options, config, Page(wants_styles()), say)
+    for message in dict.fromkeys(str(warning.message) for warning in caught if isinstance(warning.message, Notice)):
+        say("\nnote: ", one_line(message))
 
 
 def command():
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no blocks gets question marks
-    try:
-        run_command(main)
-    except BrokenPipeError:  # `| head`
-        sys.stdout = None
-        sys.exit(0)
+    run_command(main, only_prints=True)
 
 
 if __name__ == "__main__":

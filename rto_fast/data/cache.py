@@ -8,14 +8,14 @@ right is warned of and written again.
 
 import hashlib
 import itertools
-import os
-import tempfile
-import warnings
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+
+from rto_fast.notices import notify
+from rto_fast.writing import write_file
 
 FORMAT = 1  # raise it when entries are laid out differently
 FEWEST_TEXTS = 64  # below, tokenising is faster than a file
@@ -86,7 +86,7 @@ class CachingTokenizer:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             sound = False
         if not sound:
-            warnings.warn(f"{path}: a damaged cache entry; its texts are tokenised again", stacklevel=2)
+            notify("data", "damaged_cache", f"{path}: a damaged cache entry; its texts are tokenised again")
             return None
         flat, ends = ids.tolist(), itertools.accumulate(sizes.tolist())
         return [flat[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
@@ -97,19 +97,12 @@ class CachingTokenizer:
         sizes = np.array([len(ids) for ids in encoded], np.int32)
         ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, int(sizes.sum(dtype=np.int64)))
         content = save({"ids": ids, "sizes": sizes}, {"key": key, "checksum": _checksum(ids, sizes)})
-        temporary = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the user's data
-            # Under another name first: a killed run leaves no half of an entry, and runs side by side do not mix.
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-                file.write(content)
-            os.replace(temporary, path)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)  # a killed run leaves no half of an entry, and runs side by side do not mix
         except OSError as error:  # a full or read-only disk costs the cache, not the run
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
             reason = error.strerror or error
-            warnings.warn(f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached", stacklevel=2)
+            notify("data", "not_cached", f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached")
 
 
 def _checksum(ids, sizes):

@@ -1,6 +1,5 @@
 """One conversation as token ids: the formats of prompts, stop tokens in data, and what a chat template leaves unread."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from rto_fast.data.recognition import Recogniser, Written, marks_turns
 from rto_fast.data.special_tokens import SpecialTokens, shown_again
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
+from rto_fast.notices import notify
 
 FORMATS = ("auto", "chat", "text")
 _STAND_IN = {"role": "user", "content": "question"}  # for a prompt that is text already
@@ -93,9 +93,8 @@ class ConversationEncoder:
         thinking = self.thinking or self.template.choose_thinking(responses)
         if self.tokenizer.chat_template is None and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript", stacklevel=4
-            )
+            what = "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript"
+            notify("data", "no_chat_template", what)
         template = str(self.tokenizer.chat_template or FALLBACK_TEMPLATE)
         (messages, responses, tools), hidden = self.special.hide(messages, responses, tools, beside=template)
         try:

@@ -1,12 +1,13 @@
 """What `python -m rto_fast.data` prints: columns, lengths and examples as text for a terminal.
 
-Data is somebody else's text: control characters are spelled out, so that it cannot move the cursor or set colours.
+Data is somebody else's text: what is not `Styled` by us has its control characters spelled out by `say`, and what is styled
+has them before.
 """
 
-import unicodedata
 from itertools import pairwise
 
 from rto_fast.data.messages import message_text, response_text
+from rto_fast.terminal import one_line, styled, visible
 
 HEAD, TAIL = 400, 300  # characters shown of a longer text
 BAR = 16  # characters
@@ -21,17 +22,11 @@ class Page:
 
     def paint(self, text, style):
         if self.colour and text:
-            # Every line by itself: pagers forget the style at the end of a line.
-            return "\n".join(f"\x1b[{STYLES[style]}m{line}\x1b[0m" if line else line for line in text.split("\n"))
+            return styled(text, STYLES[style])
         return f"⟦{text}⟧" if style in ("loss", "other") else text
 
     def title(self, text):
         return self.paint(text, "title")
-
-
-def visible(text):
-    """`text` without anything a terminal would obey."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def elided(text):
@@ -61,12 +56,12 @@ def columns_table(layout, row, columns, example):
         is_chat = isinstance(value, tuple)
         size, unit = (len(value), "message") if is_chat else (len(response_text(value).split()), "word")
         kind = f"{size:,} {unit}{'s' * (size != 1)}"
-        lines.append(f"  {ours:<9} ← {visible(theirs)}   ({kind} in the first example)")
+        lines.append(f"  {ours:<9} ← {one_line(theirs)}   ({kind} in the first example)")
     if example.tools:
-        theirs = visible(columns.get("tools", "tools"))
+        theirs = one_line(columns.get("tools", "tools"))
         lines.append(f"  tools     ← {theirs}   ({len(example.tools):,} in the first example)")
     if example.extra:
-        lines.append(f"  for reward functions: {visible(', '.join(map(str, example.extra)))}")
+        lines.append(f"  for reward functions: {one_line(', '.join(map(str, example.extra)))}")
     return lines
 
 

@@ -12,6 +12,7 @@ from rto_fast.data.templates import MODES, ChatTemplate
 from rto_fast.data.tokenizing import Limits, NothingLeft, preference_pairs, prompts, responses_of, sft_sequences
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
+from rto_fast.terminal import one_line
 
 # The columns that a mapping may name for each use; a file of prompts has no chosen responses to map.
 SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen", "tools")
@@ -34,7 +35,8 @@ class RunData:
     """
 
     def __init__(self, config, tokenizer, stop_ids, say, vocabulary_size=None):
-        self.config, self.tokenizer, self.stop_ids, self.say = config, tokenizer, stop_ids, say
+        self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
+        self.say = lambda text: say(one_line(text))  # names of files and columns are no lines of their own
         self.vocabulary_size = vocabulary_size
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
         self.read = {}  # {source: usable rows}

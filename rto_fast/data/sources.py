@@ -23,7 +23,6 @@ always an error: nobody knows what follows there.
 import contextlib
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sized
 from importlib.resources import files
 from itertools import chain, islice
@@ -32,6 +31,7 @@ from pathlib import Path
 from rto_fast.data.detection import find_layout
 from rto_fast.data.files import SUFFIXES, Row, rows_of_file, without_filled_keys
 from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
+from rto_fast.notices import notify
 
 __all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
@@ -86,12 +86,14 @@ def load_examples(
         if len(examples) == limit:
             break
     if unread:
-        warnings.warn(
+        notify(
+            "data",
+            "unread_responses",
             f"{source}: the responses of {len(unread)} rows are not read, the first {unread[0]}: by the first "
-            f"{WINDOW:,} rows the layout is prompt only", stacklevel=2,
-        )  # fmt: skip
+            f"{WINDOW:,} rows the layout is prompt only",
+        )
     if skipped:
-        warnings.warn(f"{source}: {skipped} unusable rows skipped, the first: {first_error}", stacklevel=2)
+        notify("data", "skipped_rows", f"{source}: {skipped} unusable rows skipped, the first: {first_error}")
     if not examples:
         raise DataError(f"{source}: no examples in split {split!r}: all its rows are unusable")
     return examples

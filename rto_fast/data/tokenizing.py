@@ -19,7 +19,6 @@ BOS: a chat template is the authority on it, as in transformers; plain text gets
 """
 
 import re
-import warnings
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from rto_fast.data.layouts import DataError, Example
 from rto_fast.data.notes import notes
 from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
+from rto_fast.notices import notify
 
 
 class NothingLeft(DataError):
@@ -295,7 +295,7 @@ class _Reading:
         for kind, text in notes(self.report.source, self._encoder, self._rows, self.examples):
             if kind not in self._noted:
                 self._noted.add(kind)
-                warnings.warn(text, stacklevel=4)
+                notify("data", kind.rpartition(" ")[2], text)
 
     def _fit_prompts(self, bos):
         """Drops or cuts what is too long; sets `prompt_ids`."""

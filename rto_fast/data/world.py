@@ -200,10 +200,13 @@ def build_model(seed):
 
 
 def main():
+    from rto_fast.terminal import say
+    from rto_fast.writing import write_file
+
     EMBEDDED.mkdir(exist_ok=True)
     for name, content in data_files().items():
-        (EMBEDDED / name).write_bytes(content)
-        print(f"{EMBEDDED / name}: {len(content):,} bytes")
+        write_file(EMBEDDED / name, content)
+        say(f"{EMBEDDED / name}: {len(content):,} bytes")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
-import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
+from rto_fast import terminal
 from rto_fast.errors import CheckpointError
+from rto_fast.notices import Notice
 
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
@@ -36,19 +36,34 @@ class RunLog:
     def __init__(self, output_dir, trackers=(), silent=False):
         self.folder, self.trackers, self.silent = Path(output_dir), trackers, silent
         self.start = time.perf_counter()
+        self.warned: list[dict] = []  # by this process
 
     def _append(self, name, record):
         if self.silent:
             return
         try:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.folder / name} could not be written: {error.strerror}") from error
 
     def say(self, text):
         if not self.silent:
-            tqdm.write(text, file=sys.stdout)
+            terminal.say(text)
+
+    def take_notices(self) -> None:
+        """From here on the package's own warnings go through this log, as `warning` does it, and other libraries' are shown
+        as before; until the caller leaves its `warnings.catch_warnings`."""
+        show = warnings.showwarning
+
+        def receive(message: Warning | str, *place: Any, **options: Any) -> None:
+            if isinstance(message, Notice):
+                self.warning(message.stage, 0, message.name, message.what, message.remedy)
+            else:
+                show(message, *place, **options)
+
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = receive
 
     def seconds(self):
         """Since the run began, without the time between its sessions."""
@@ -71,9 +86,14 @@ class RunLog:
             tracker.close()
 
     def warning(self, stage, step, name, what, remedy):
-        """Says and records a `Finding` of `rto_fast.health`; step 0: before the stage's first."""
-        self.say(f"warning: {f'{stage}, step {step}: ' if step else ''}{what}; {remedy}")
+        """Says and records a `Finding` of `rto_fast.health`, or a `Notice`, once; step 0: of no step. remedy: may be
+        empty."""
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
+        if self.silent or record in self.warned:
+            return
+        self.warned.append(record)
+        place = f"{stage}, step {step}: " if step else ""
+        self.say(terminal.one_line(f"warning: {place}{what}{f'; {remedy}' if remedy else ''}"))
         path = self.folder / "warnings.jsonl"
         recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if json.dumps(record) not in recorded:  # a resumed run checks its models again
@@ -103,9 +123,9 @@ class StageLog:
 
     def __init__(self, log, name, total, done=0):
         self.log, self.name, self.total, self.count, self.done = log, name, total, done, done
-        self.live = not log.silent and sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+        self.live = not log.silent and terminal.is_wide()
         self.start = self.last = time.perf_counter()
-        self.bar = tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not self.live, dynamic_ncols=True)
+        self.bar = terminal.live_line(total, shown=self.live)
 
     def __enter__(self):
         return self

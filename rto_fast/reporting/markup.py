@@ -4,33 +4,7 @@ import html
 import math
 
 from rto_fast.data.messages import message_text
-
-# Characters that reorder or hide the text around them; joiners, which scripts and emoji need, stay.
-HIDING = {
-    0x061C,
-    0x200B,
-    0x200E,
-    0x200F,
-    *range(0x202A, 0x202F),
-    *range(0x2060, 0x206A),
-    0xFEFF,
-    *range(0xFFF9, 0xFFFC),
-}
-
-
-def visible(text):
-    """Text in which nothing is invisible or acts on its neighbours: control characters and their like by their number,
-    ⟨1B⟩ (the pictures that Unicode has for them are missing in many fonts). Line breaks and tabs stay."""
-    return "".join(_visible(character) for character in str(text))
-
-
-def _visible(character):
-    code = ord(character)
-    if character in "\n\t" or (32 <= code < 127):
-        return character
-    if code < 160 or code in HIDING or 0xE0000 <= code <= 0xE007F or 0xD800 <= code < 0xE000:
-        return f"\u27e8{code:02X}\u27e9"  # lone surrogates among them, which UTF-8 cannot hold
-    return character
+from rto_fast.terminal import visible
 
 
 def brief(text, length=34):

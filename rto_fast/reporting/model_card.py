@@ -14,6 +14,7 @@ from rto_fast.data.run_data import split_of_source
 from rto_fast.errors import DataError, ModelError
 from rto_fast.reporting.markup import brief, show, visible
 from rto_fast.reporting.run_files import number, read_run
+from rto_fast.writing import write_file
 
 FIGURES = {
     "held_out_score": "Score on held-out prompts",
@@ -97,7 +98,7 @@ def write_model_card(run_folder: str | Path) -> Path:
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     title = config.hub.repo.partition("/")[2] if config.hub.repo else run.name
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {plain(title)}\n\n{_summary(config, model)}\n\n{body}\n")
-    card.save(model / "README.md")
+    write_file(model / "README.md", str(card))
     return model / "README.md"
 
 

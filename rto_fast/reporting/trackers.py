@@ -41,7 +41,7 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
         self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        with open(self.record) as lines:
+        with open(self.record, encoding="utf-8") as lines:
             for line in map(json.loads, lines):
                 if line["stage"] == stage:
                     self._add(

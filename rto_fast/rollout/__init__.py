@@ -1,6 +1,5 @@
 """Rollouts: sampling responses from the policy's present weights."""
 
-import warnings
 from typing import cast
 
 from torch import nn
@@ -8,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
+from rto_fast.notices import notify
 from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
@@ -33,5 +33,5 @@ def build_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, co
             reason = str(error)
         if not any_rank(engine is None):  # all ranks have the same one
             return cast(NativeEngine, engine)
-        warnings.warn(f"rollout.engine: falls back to hf (slower): {reason}", stacklevel=2)
+        notify("rollout", "engine_falls_back", f"rollout.engine: falls back to hf (slower): {reason}")
     return HFEngine(model, tokenizer, config)

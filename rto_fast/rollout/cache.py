@@ -2,13 +2,13 @@
 
 import heapq
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rto_fast.errors import RolloutError
+from rto_fast.notices import notify
 
 GIB = 1 << 30
 
@@ -80,10 +80,12 @@ class PagedCache:
                         "shorten rollout.max_new_tokens"
                     ) from error
             smaller = max(pages // 2, least)
-            warnings.warn(
+            notify(
+                "rollout",
+                "cache_shrinks",
                 f"rollout: no memory for a KV cache of {pages * self.page_bytes / GIB:.2f} GiB; trying "
-                f"{smaller * self.page_bytes / GIB:.2f} GiB (fewer responses are decoded at once)", stacklevel=2,
-            )  # fmt: skip
+                f"{smaller * self.page_bytes / GIB:.2f} GiB (fewer responses are decoded at once)",
+            )
             pages = smaller
 
     def _allocate_pools(self, pages):

@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from rto_fast.errors import RolloutError
+from rto_fast.notices import notify
 from rto_fast.ops import sample_tokens
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, runs_triton
 from rto_fast.rollout.cache import to_device
@@ -165,7 +166,7 @@ class DecodeStep:
             if "synchronizing" not in str(error):
                 raise
             self.use_graphs = False
-            warnings.warn(f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
+            notify("rollout", "no_cuda_graphs", f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}")
         finally:
             torch.cuda.set_sync_debug_mode(before)
         if self.use_graphs:

@@ -1,6 +1,7 @@
 """What the stages share: saving a model, and log-probs without gradients."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def save_model(
 
 
 def _write_model(model, tokenizer, folder, stop_ids):
+    folder = Path(os.path.realpath(folder))  # a link to a folder stays one
     aside = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)

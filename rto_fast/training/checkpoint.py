@@ -14,8 +14,9 @@ from rto_fast.errors import CheckpointError, UserError
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
+from rto_fast.training.state_files import find_damage, load_state, save_state, write_text
 from rto_fast.training.stop import StopRequest
+from rto_fast.writing import sync
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 
@@ -65,7 +66,7 @@ class Checkpoints:
 
     def _read(self):
         try:
-            progress = json.loads(self.path.read_text())
+            progress = json.loads(self.path.read_text(encoding="utf-8"))
             self.done, self.points = progress["done"], progress["points"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"--resume: {self.path} cannot be read ({error!r}): nothing to go on from") from error

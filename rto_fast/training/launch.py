@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import json
 import os
-import sys
 import threading
 import time
 
@@ -18,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.command_line import exit_code, one_line
 from rto_fast.errors import ConfigError, Interrupted, UserError
+from rto_fast.terminal import say
 
 INTERVAL = 1.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without one after which a rank is gone
@@ -134,7 +134,7 @@ class Watch:
             return
         if self.rank == speaker:
             end = "; the run stopped, --resume goes on from its last checkpoint" if code else ""
-            print(f"rto_fast: {why}{end}", file=sys.stderr, flush=True)
+            say(f"rto_fast: {why}{end}", err=True)
         elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
             time.sleep(5 * INTERVAL)
         os._exit(code)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rto_fast.errors import CheckpointError
 from rto_fast.training import ranks
+from rto_fast.writing import set_permissions, sync, write_file
 
 
 def _flatten(value, tensors, count):
@@ -48,34 +49,21 @@ def _restore(value, tensors):
     return items if kind == "list" else tuple(items)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk: a name must not get there before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
-    """All of it or nothing.
+    """`write_file` for a file of the run.
 
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
     """
-    aside = path.with_name(f".{path.name}.part")
     try:
-        aside.write_text(text)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
+        write_file(path, text)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a folder in the place of another. Removing one takes time, in which there would be neither."""
+    """Puts a folder in the place of another, which is no link. Removing one takes time, in which there would be neither."""
+    set_permissions(new, like=folder if folder.is_dir() else new)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -93,7 +81,7 @@ def _digest(path):
 def _write_part(folder, name, write):
     """Writes a file of a state, and its digest beside it."""
     write(folder / name)
-    (folder / f"{name}.sha256").write_text(_digest(folder / name))
+    (folder / f"{name}.sha256").write_text(_digest(folder / name), encoding="utf-8")
     sync(folder / name)
     sync(folder / f"{name}.sha256")
 
@@ -117,7 +105,7 @@ def save_state(folder: str | Path, state: dict) -> None:
         _write_part(aside, f"state-{ranks.rank():05d}.safetensors", lambda path: save_file(tensors, path))
         if ranks.is_main():
             text = json.dumps({"files": ranks.world_size(), "state": tree})
-            _write_part(aside, "state.json", lambda path: path.write_text(text))
+            _write_part(aside, "state.json", lambda path: path.write_text(text, encoding="utf-8"))
         ranks.barrier()
         if ranks.is_main():
             sync(aside)
@@ -132,7 +120,7 @@ def save_state(folder: str | Path, state: dict) -> None:
 
 def _parts(folder):
     """(the JSON of a state, the paths of its tensors)."""
-    content = json.loads((folder / "state.json").read_text())
+    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return content["state"], [folder / f"state-{rank:05d}.safetensors" for rank in range(content["files"])]
 
 
@@ -142,7 +130,7 @@ def find_damage(folder: str | Path) -> str | None:
     try:
         _, paths = _parts(folder)
         for path in [folder / "state.json", *paths]:
-            if _digest(path) != (folder / f"{path.name}.sha256").read_text():
+            if _digest(path) != (folder / f"{path.name}.sha256").read_text(encoding="utf-8"):
                 return f"{path.name} is not as it was written"
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from rto_fast.errors import Interrupted
+from rto_fast.terminal import say
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 # Seconds in which a further signal is an echo of the first: `timeout` sends its own twice, and a launcher passes on what
@@ -74,7 +75,7 @@ class StopRequest:
                 with contextlib.suppress(OSError):
                     what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
                     line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
-                    print(f"{line_end}rto_fast: {what}", file=sys.stderr, flush=True)
+                    say(f"{line_end}rto_fast: {what}", err=True)
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():
