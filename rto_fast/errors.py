@@ -9,6 +9,18 @@ class ConfigError(UserError):
     """A mistake in the configuration; the message names the key and what was expected."""
 
 
+class FieldError(ConfigError):
+    """A field that cannot have its value.
+
+    Args:
+        key: such as rto.kl_coef. expected: in words. got: the value, as it is shown.
+    """
+
+    def __init__(self, key: str, expected: str, got: str):
+        self.key, self.reason = key, f"expected {expected}, got {got}"
+        super().__init__(f"{key}: {self.reason}")
+
+
 class DataError(UserError):
     """Bad input data; the message names the place and the remedy."""
 

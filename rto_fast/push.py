@@ -1,6 +1,5 @@
 """`python -m rto_fast.push RUN_DIR --repo OWNER/NAME`: a run's final model on the Hugging Face Hub."""
 
-import argparse
 import glob
 import sys
 from fnmatch import fnmatchcase
@@ -9,6 +8,8 @@ from pathlib import Path
 from rto_fast.command_line import run_command
 from rto_fast.config import check_repo
 from rto_fast.errors import HubError
+from rto_fast.fields import Location
+from rto_fast.options import CommandParser, argument
 from rto_fast.reporting.markup import visible
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
@@ -101,13 +102,19 @@ def _upload(folder, files, repo, private):
 
 def main(arguments: list[str] | None = None) -> str | None:
     """Pushes a run's model; returns the repository's address, None after a dry run."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m rto_fast.push",
         description="Uploads a finished run's final model (safetensors, configuration, tokenizer, model card, images) to "
         "the Hugging Face Hub, and nothing else.",
     )
-    parser.add_argument("run", metavar="RUN_DIR", help="the output_dir of a finished run")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there")
+    parser.add_argument("run", type=argument(Location), metavar="RUN_DIR", help="the output_dir of a finished run")
+    parser.add_argument(
+        "--repo",
+        required=True,
+        type=argument(str),
+        metavar="OWNER/NAME",
+        help="the repository; made if it is not there",
+    )
     parser.add_argument("--private", choices=["true", "false"], default="true", help="default: true")
     parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded; no network is used")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
