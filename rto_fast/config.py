@@ -19,6 +19,7 @@ from rto_fast.fields import (
     Coefficient,
     Count,
     CountOr0,
+    FolderAtHome,
     LearningRate,
     Location,
     MomentDecay,
@@ -98,7 +99,7 @@ class DataConfig:
     """Drop examples with too long prompts, or keep the prompt's last tokens."""
     held_out: CountOr0 = 256
     """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
-    cache_dir: Location | None = "~/.cache/rto_fast"
+    cache_dir: FolderAtHome | None = "~/.cache/rto_fast"
     """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
     max_unpacked_gib: Positive = 4.0
     """A compressed file that unpacks to more is refused."""
@@ -426,6 +427,11 @@ def _validate(config):
         if not condition:
             raise FieldError(key, expected, shown(functools.reduce(getattr, key.split("."), config)))
 
+    for stage in ("sft", "reward_model", "dpo", "rto"):
+        settings = getattr(config, stage)
+        fastest = max(settings.lr, getattr(settings, "critic_lr", 0.0))
+        require(fastest * settings.weight_decay < 1, f"{stage}.weight_decay",
+                f"less than 1 / {fastest:g}: a step takes the learning rate times this off every weight")  # fmt: skip
     rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
     require(not config.lora.rank or deepspeed.zero_stage != 3, "deepspeed.zero_stage",
             "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
@@ -467,7 +473,7 @@ def check_repo(name: str, key: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise ConfigError(f"{key}: expected OWNER/NAME (letters, digits, '-', '_' and '.'), got {name!r}")
+        raise FieldError(key, "OWNER/NAME (letters, digits, '-', '_' and '.')", shown(name))
 
 
 # Keys that older versions had: {key: (its default then, what takes its place)}. A saved config.yaml holds every key.

@@ -39,7 +39,7 @@ class Range:
         return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
 
     def __str__(self) -> str:
-        low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
+        low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:,.10g}" for bound in (self.low, self.high))
         if self.above or self.below:
             text = f"{'above' if self.above else 'from'} {low} {'and below' if self.below else 'up to'} {high}"
         else:
@@ -57,15 +57,22 @@ class PowerOf2(Range):
         return f"that is a power of two, {super().__str__()}"
 
 
+@dataclass(frozen=True)
 class PathText:
-    """Rule of a text that is a path, or may be one (a model, a data set)."""
+    """Rule of a text that is a path, or may be one (a model, a data set); when it is read, `~` becomes the home folder.
+
+    Args:
+        keep_home: it stays, for a folder that is each user's own.
+    """
+
+    keep_home: bool = False
 
     def __contains__(self, value: Any) -> bool:
         has_home = not value.startswith("~") or os.path.expanduser(value) != value
         return bool(value.strip()) and value.isprintable() and has_home
 
     def __str__(self) -> str:
-        return "a path or name, printable and not empty (~ and ~user are home folders; write ./~x for a file called ~x)"
+        return "a path or name of printable characters, which begins with ~ only where that is a home folder"
 
 
 # Counts are held as int32 somewhere on the way: lengths and offsets of sequences, by the kernels.
@@ -81,6 +88,7 @@ SignedCoefficient = Annotated[float, Range(-1e6, 1e6)]
 LearningRate = Annotated[float, Range(0, 1, above=True)]
 MomentDecay = Annotated[float, Range(0, 1, below=True)]
 Location = Annotated[str, PathText()]
+FolderAtHome = Annotated[str, PathText(keep_home=True)]
 
 
 def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -148,7 +156,7 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(map(describe, parts))
     if origin is Literal:
-        return " or ".join(map(str, parts))
+        return " or ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
     if origin is tuple:
         return f"[{', '.join(map(describe, parts))}]"
     if origin is dict:

@@ -166,7 +166,8 @@ def converted(hint: Any, value: Value) -> Any:
     is_text = base is str or origin is typing.Literal and isinstance(parts[0], str)
     if is_text:  # on, 2026 and 1e3 are text here, quoted or not
         rules = [rule for option in options_of(hint) for rule in getattr(option, "__metadata__", ())]
-        return os.path.expanduser(content) if any(isinstance(rule, PathText) for rule in rules) else content
+        has_home = any(isinstance(rule, PathText) and not rule.keep_home for rule in rules)
+        return os.path.expanduser(content) if has_home else content
     plain = resolve(content) if isinstance(value.plain, str) and base is not Any else value.plain
     return float(plain) if base is float and type(plain) is int else plain
 
@@ -205,7 +206,8 @@ def print_help(cls: type, prog: str, description: str, others: dict[str, str], p
     Args:
         others: options of no dataclass, with their texts.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, usage="%(prog)s [--key value ...]")
+    usage = f"%(prog)s{' ' + positional.upper() if positional else ''} [--key value ...]"
+    parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage)
     for name, text in others.items():
         parser.add_argument(f"--{name}", help=text, metavar="")
 
@@ -218,9 +220,12 @@ def print_help(cls: type, prog: str, description: str, others: dict[str, str], p
                 add(section, typing.cast(type, hint), f"{prefix}{field.name}.")
                 continue
             default = field.default_factory() if callable(field.default_factory) else field.default
-            text = f"{texts.get(field.name, '')} ({describe(hint)}; default: {shown(default)})".replace("%", "%%")
-            name = prefix + field.name
-            group.add_argument(name if name == positional else f"--{name}", help=text, metavar="")
+            kind = "" if base_of(hint) is str else f"{describe(hint)}; "
+            text = f"{texts.get(field.name, '')} ({kind}default: {shown(default)})".replace("%", "%%")
+            if (name := prefix + field.name) == positional:
+                parser.add_argument(name.upper(), help=texts[name].replace("%", "%%"))
+            else:
+                group.add_argument(f"--{name}", help=text, metavar="")
 
     add(parser, cls, "")
     parser.print_help()

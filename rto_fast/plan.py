@@ -24,7 +24,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="All options of `python -m rto_fast.train` work here too.",
     )  # fmt: skip
     parser.add_argument("--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
-    parser.add_argument("--model_shape", type=argument(Location), help="directory with a config.json, or known hub id, whose shape stands for models "
+    parser.add_argument("--model_shape", type=argument(Location),
+                        help="directory with a config.json, or known hub id, whose shape stands for models "
                         "that are not here")  # fmt: skip
     parser.add_argument(
         "--examples", type=argument(Count), help="examples in the data; default: data.limit, or what is known of it"

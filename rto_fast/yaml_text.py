@@ -167,9 +167,10 @@ class _Reading:
             if name.tag == "tag:yaml.org,2002:merge":
                 # Of several, the first that has a key decides.
                 for merged in reversed(child.value) if isinstance(child, yaml.SequenceNode) else [child]:
-                    if not isinstance(merged, yaml.MappingNode):
+                    content = self.value(merged, key, depth + 1).content
+                    if not isinstance(content, dict):
                         raise self.refuse(child, key, "<< expects keys and values")
-                    yield from self.value(merged, key, depth + 1).content.items()
+                    yield from content.items()
         for name, child in node.value:
             if name.tag == "tag:yaml.org,2002:merge":
                 continue

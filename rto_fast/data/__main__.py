@@ -53,8 +53,8 @@ class InspectConfig:
 def parse(arguments: list[str]) -> tuple[InspectConfig, DataConfig]:
     """(options, those of the data)."""
     description = (
-        "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and examples as "
-        "the model will see them."
+        "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and "
+        "examples as the model will see them."
     )
     options = options_of(
         InspectConfig, arguments, prog="python -m rto_fast.data", description=description, positional="source"
