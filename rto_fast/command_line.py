@@ -16,7 +16,8 @@ def one_line(error: BaseException, kind: bool = False) -> str:
     nothing that a terminal would obey. kind: its type's name goes first."""
     parts = [type(error).__name__] if kind or not str(error) else []
     text = ": ".join([*parts, *filter(None, [str(error)])])
-    return terminal.one_line(" ".join("; ".join([text, *getattr(error, "__notes__", [])]).split()))
+    lines = "; ".join([text, *getattr(error, "__notes__", [])]).splitlines()
+    return terminal.one_line(" ".join(filter(None, map(str.strip, lines))))  # spaces inside a line may be a path's
 
 
 def exit_code(stop: Interrupted) -> int:

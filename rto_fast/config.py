@@ -5,17 +5,37 @@ YAML key and a command-line option. Rewards, learning rates and batches default 
 UltraFeedback (arXiv 2404.18922). Without `--config` the embedded default `configs/default.yaml` is used.
 """
 
-import argparse
 import dataclasses
-import difflib
 import functools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, FieldError
+from rto_fast.fields import (
+    Coefficient,
+    Count,
+    CountOr0,
+    FolderAtHome,
+    LearningRate,
+    Location,
+    MomentDecay,
+    Positive,
+    PowerOf2,
+    Range,
+    Seed,
+    Share,
+    SignedCoefficient,
+    Threads,
+    check_fields,
+    fits,
+    shown,
+)
+from rto_fast.options import Given, asks_for_help, build, flattened, from_option, print_help, split_arguments
+from rto_fast.yaml_text import read_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
@@ -24,10 +44,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 class ModelConfig:
     """The language model that is aligned."""
 
-    path: str | None = None
+    path: Location | None = None
     """Directory or hub id of any HF causal language model, where SFT starts; not needed when sft.model is given.
     `embedded` is a tiny one, trained from scratch."""
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     """Directory or hub id of the tokenizer; default: the model's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto is bfloat16 on a GPU (with float32 master weights), float32 on a CPU."""
@@ -41,14 +61,14 @@ class ModelConfig:
 class DataConfig:
     """Preference data, prompts and how they become tokens."""
 
-    preferences: str | None = None
+    preferences: Location | None = None
     """Pairs for the reward model and DPO: a file, a directory, or the name of an HF dataset (`name:config`); each source
     may name its split, `name[test]`. `embedded:preferences` is the generated world's."""
-    sft: str | None = None
+    sft: Location | None = None
     """Demonstrations for the SFT stage; default: the chosen responses of `preferences`."""
-    prompts: str | None = None
+    prompts: Location | None = None
     """Prompts of the RTO stage; default: those of `preferences`."""
-    eval_prompts: str | None = None
+    eval_prompts: Location | None = None
     """Prompts on which policies are compared; default: some held out of `preferences`, or of `prompts`."""
     split: str = "train"
     """Split of `preferences`; the other sources' is train unless they name one."""
@@ -57,7 +77,7 @@ class DataConfig:
     refuses): stop the run, or be left out and counted."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question", "chosen": "best"}."""
-    limit: int | None = None
+    limit: Count | None = None
     """Read at most this many examples of each source. No more of a local file is read than that takes, but always its
     first 1,000 rows, which tell the layout."""
     streaming: bool = False
@@ -71,17 +91,17 @@ class DataConfig:
     """Of chat templates that know thoughts: whether the model thinks before it answers. on, off: the template's
     `enable_thinking`; off also leaves out a `<think>` with which prompts would end. auto: on if responses that are
     trained on have thoughts."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Count = 1024
     """Longer prompts are handled as `overlong_prompt` says."""
-    max_response_tokens: int = 1024
+    max_response_tokens: Count = 1024
     """Longer responses of the data are cut (and get no end-of-sequence token)."""
     overlong_prompt: Literal["drop", "truncate_left"] = "drop"
     """Drop examples with too long prompts, or keep the prompt's last tokens."""
-    held_out: int = 256
+    held_out: CountOr0 = 256
     """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
-    cache_dir: str | None = "~/.cache/rto_fast"
+    cache_dir: FolderAtHome | None = "~/.cache/rto_fast"
     """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
-    max_unpacked_gib: float = 4.0
+    max_unpacked_gib: Positive = 4.0
     """A compressed file that unpacks to more is refused."""
 
 
@@ -89,25 +109,25 @@ class DataConfig:
 class TrainingConfig:
     """What every training stage has."""
 
-    lr: float = 1e-6
+    lr: LearningRate = 1e-6
     """Peak learning rate (AdamW)."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Share = 0.03
     """Share of the steps over which the learning rate rises linearly from 0."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """The learning rate follows a cosine down to this share of its peak."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.95)
     """AdamW's moment decay rates."""
-    weight_decay: float = 0.0
+    weight_decay: Coefficient = 0.0
     """Decoupled weight decay of matrices (norms and biases have none)."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
-    epochs: int = 1
+    max_grad_norm: Annotated[float, Range(0, 1e9, above=True, infinite=True)] = 1.0
+    """Gradients are scaled down to this global norm; .inf: they are not."""
+    epochs: Count = 1
     """Passes over all of the stage's data. Its last step takes what is left (RTO: its last rollout), and may be smaller."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Examples in one optimizer step."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Count = 16384
     """Tokens in one forward and backward pass: sequences are packed, never padded, up to this many."""
-    save_every: int = 0
+    save_every: CountOr0 = 0
     """Steps (RTO: iterations) between checkpoints to resume from; 0: only where the run is stopped."""
 
 
@@ -115,7 +135,7 @@ class TrainingConfig:
 class StageConfig(TrainingConfig):
     """A stage that learns from a fixed set of examples."""
 
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many optimizer steps (the schedule ends there too)."""
 
 
@@ -123,9 +143,9 @@ class StageConfig(TrainingConfig):
 class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning. Skipped when a model is supplied."""
 
-    model: str | None = None
+    model: Location | None = None
     """A model that needs no SFT: its directory or hub id skips the stage."""
-    lr: float = 2e-5
+    lr: LearningRate = 2e-5
     """Peak learning rate (AdamW)."""
     loss_on_prompt: bool = False
     """Train on the tokens of the prompt too, not only on the response."""
@@ -135,14 +155,14 @@ class SFTConfig(StageConfig):
 class RewardModelConfig(StageConfig):
     """Stage 2: Bradley-Terry reward model on the SFT model. Skipped when supplied or when `rto.score_scale` is 0."""
 
-    model: str | None = None
+    model: Location | None = None
     """HF sequence classification model with one label, of any tokenizer; skips the stage."""
     function: str | None = None
     """`module:function`, called with (prompts, responses), lists of text, returning one score each; skips the stage."""
-    timeout: float | None = None
+    timeout: Positive | None = None
     """Seconds that `function` (and eval.function) may take for one call; one that hangs then ends the run, its state saved.
     The function runs in a thread of its own."""
-    lr: float = 1e-6
+    lr: LearningRate = 1e-6
     """Peak learning rate (AdamW)."""
 
 
@@ -151,19 +171,19 @@ class DPOConfig(StageConfig):
     """Stage 3: direct preference optimisation of the SFT model. Skipped when supplied or when
     `rto.dpo_reward_scale` is 0."""
 
-    model: str | None = None
+    model: Location | None = None
     """A model trained with DPO; skips the stage."""
-    ref_model: str | None = None
+    ref_model: Location | None = None
     """The reference that `model` was trained against; default: the SFT model."""
-    lr: float = 5e-7
+    lr: LearningRate = 5e-7
     """Peak learning rate (AdamW)."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Pairs in one optimizer step."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """β of the DPO loss (not of the RTO reward: see rto.dpo_reward_scale)."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290); ipo: identity preference optimisation (arXiv 2310.12036)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0
     """Assumed share of wrong labels, in [0, .5) (conservative DPO)."""
 
 
@@ -175,38 +195,38 @@ class RTOConfig(TrainingConfig):
     """Run the stage; off: stop after DPO."""
     init_from: Literal["sft", "dpo"] = "sft"
     """The policy's first weights."""
-    ref_model: str | None = None
+    ref_model: Location | None = None
     """The reference of the KL penalty; default: the SFT model."""
-    critic: str | None = None
+    critic: Location | None = None
     """HF sequence classification model to start the critic from; default: the reward model if it has the policy's
     vocabulary, else the SFT model."""
-    lr: float = 5e-7
+    lr: LearningRate = 5e-7
     """Peak learning rate of the policy (AdamW)."""
-    critic_lr: float = 9e-6
+    critic_lr: LearningRate = 9e-6
     """Peak learning rate of the critic (AdamW)."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Rollouts, on the prompts as often as that takes; default: as many as `epochs` passes over the prompts take."""
-    prompts_per_rollout: int = 1024
+    prompts_per_rollout: Count = 1024
     """Prompts in one rollout."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Responses sampled for each prompt."""
-    ppo_epochs: int = 1
+    ppo_epochs: Count = 1
     """Passes over each rollout."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Responses in one optimizer step."""
-    dpo_reward_scale: float = 0.05
+    dpo_reward_scale: SignedCoefficient = 0.05
     """β1: scale of the dense reward log(π_dpo/π_ref); 0 gives plain PPO."""
-    dpo_reward_clip: float = 0.05
+    dpo_reward_clip: Coefficient = 0.05
     """The scaled dense reward is clipped to ± this; 0: not clipped."""
-    kl_coef: float = 0.01
+    kl_coef: Coefficient = 0.01
     """β2: scale of the penalty log(π/π_ref)."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Adapt kl_coef to hold the KL of a response (nats) near this (arXiv 1909.08593); default: kl_coef is fixed."""
-    kl_horizon: int = 10000
+    kl_horizon: Count = 10000
     """Responses over which the adaptive kl_coef reacts."""
-    score_scale: float = 1.0
+    score_scale: SignedCoefficient = 1.0
     """β3: scale of the sentence score; 0: no reward model."""
-    score_clip: float = 10.0
+    score_clip: Coefficient = 10.0
     """The normalised sentence score is clipped to ± this; 0: not clipped."""
     normalize_scores: bool = True
     """Score → (score − mean)/std with the reward model's statistics (for a function: of the held-out responses)."""
@@ -218,35 +238,35 @@ class RTOConfig(TrainingConfig):
     """Subtract the dense reward's sum at the end, which leaves PPO's optimum unchanged (RS-PPO)."""
     advantage: Literal["gae", "reinforce_pp"] = "gae"
     """gae: with a critic; reinforce_pp: without, whitened discounted return-to-go (RTO(RPP))."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount per token."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """λ of generalised advantage estimation."""
     whiten: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
     old_logps: Literal["auto", "sampler", "recompute"] = "auto"
     """Log-probs of the policy that sampled: the sampler's while PPO with this clip does not notice how far they are from
     those of a forward pass, else recomputed and the loss importance-weighted (auto); always one of the two."""
-    importance_cap: float = 2.0
+    importance_cap: Positive = 2.0
     """Largest importance weight (truncated importance sampling)."""
-    clip_eps: float = 0.2
+    clip_eps: Annotated[float, Range(0, 1, below=True)] = 0.2
     """The probability ratio is clipped at 1 − this …"""
-    clip_eps_high: float | None = None
+    clip_eps_high: Coefficient | None = None
     """… and at 1 + this; default: clip_eps."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Range(1, 1e6, above=True)] | None = None
     """Bound the loss of negative advantages at this many times |advantage|; above 1, or none."""
-    value_clip_eps: float | None = 0.2
+    value_clip_eps: Positive | None = 0.2
     """The value may move by this from its old one (the loss is clipped), or none."""
-    value_coef: float = 1.0
+    value_coef: Coefficient = 1.0
     """Scale of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Coefficient = 0.0
     """Scale of the entropy bonus."""
     loss_normalization: Literal["token", "sequence"] = "token"
     """Mean over all tokens of a batch, or mean over responses of their token means (the paper's code)."""
     truncation: Literal["penalty", "bootstrap", "score"] = "penalty"
     """A response cut at max_new_tokens gets its score, but at most 0, less truncation_penalty; or no score and the
     critic's value of what would have followed; or the score of the cut text."""
-    truncation_penalty: float = 1.0
+    truncation_penalty: Coefficient = 1.0
     """In units of the (normalised) score."""
     compat: Literal["none", "paper_code"] = "none"
     """paper_code repeats what the authors' code does differently: per-sequence loss, truncated responses get an EOS and
@@ -260,29 +280,29 @@ class RolloutConfig:
     engine: Literal["native", "hf", "vllm"] = "native"
     """native: on the training weights, in this process; hf: `generate` of transformers, which native falls back to where it
     does not know the architecture; vllm: a vLLM instance, given the weights before every rollout."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Longest response."""
-    min_new_tokens: int = 1
+    min_new_tokens: Count = 1
     """Tokens before a stop token can be drawn."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(1e-4, 1e4)] = 1.0
     """Of sampling, and of the policy that PPO optimises."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Nucleus sampling; the paper samples from the whole distribution (1)."""
-    top_k: int = 0
+    top_k: CountOr0 = 0
     """Only the most likely tokens, so many; 0: all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Only tokens with at least this share of the most likely token's probability."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Responses decoded at once."""
-    kv_cache_gib: float | None = None
+    kv_cache_gib: Positive | None = None
     """Memory for keys and values; default: what the responses need, of what is free. native."""
-    page_size: int | None = None
+    page_size: Annotated[int, PowerOf2(16, 2**20)] | None = None
     """Tokens in a page of that memory, a power of two; default: 64, and on a CPU a whole sequence. native."""
-    prefill_tokens: int = 16384
+    prefill_tokens: Count = 16384
     """Prompt tokens computed at once. native."""
     cuda_graphs: bool = True
     """Decode steps as CUDA graphs (not with ZeRO-3, whose weights move). native."""
-    vllm: dict = field(default_factory=dict)
+    vllm: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`, such as {tensor_parallel_size: 2}. vllm."""
 
 
@@ -292,11 +312,11 @@ class EvalConfig:
 
     function: str | None = None
     """`module:function` that judges (prompts, responses); default: the reward model's normalised score."""
-    prompts: int = 256
+    prompts: Count = 256
     """Prompts judged."""
-    every: int = 0
+    every: CountOr0 = 0
     """Also evaluate the RTO policy every this many iterations; 0: only at the end."""
-    show: int = 2
+    show: CountOr0 = 2
     """Completions printed per evaluation."""
     keep_best: bool = False
     """Keep the RTO policy with the best evaluation so far in `rto_best` (needs eval.every)."""
@@ -306,10 +326,10 @@ class EvalConfig:
 class LoraConfig:
     """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights; needs PEFT."""
 
-    rank: int = 0
+    rank: CountOr0 = 0
     """Rank of the adapters; 0: all weights are trained. Each model that is written has its adapter merged; RTO's models are
     adapters of one copy of the SFT model."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """An adapter's output is scaled by alpha / rank."""
     targets: str = "all-linear"
     """Layers with adapters, by the ends of their names (`q_proj,v_proj`); all-linear: all but the output layer."""
@@ -326,7 +346,7 @@ class DeepSpeedConfig:
     """Keep float32 weights and moments in the CPU's memory and update there (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in the CPU's memory while they are not needed (ZeRO 3)."""
-    sequence_parallel: int = 1
+    sequence_parallel: Count = 1
     """1: a sequence is computed on one GPU. There is no other way here; see "Several GPUs" in the README."""
     frozen: Literal["resident", "offloaded", "sharded"] = "resident"
     """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
@@ -357,17 +377,17 @@ class HubConfig:
 class Config:
     """A run."""
 
-    output_dir: str = "runs/default"
+    output_dir: Location = "runs/default"
     """Folder of everything the run writes; must be new or empty."""
-    resume: str | None = None
+    resume: Location | None = None
     """Folder of an interrupted run to go on with. Its configuration is the run's; options given besides override it."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Checkpoints of the stage under way that are kept; one that is found damaged gives way to the one before it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; default: torch's choice. A run repeats to the last bit on the same machine with the same versions and the
     same number of threads; another CPU, or another number of threads, rounds differently, and samples then differ."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -384,6 +404,7 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self):
+        check_fields(self)
         _validate(self)
 
     @property
@@ -399,47 +420,18 @@ class Config:
         return self.pays_dense_reward or self.rto.init_from == "dpo" or not self.rto.enabled
 
 
-def _of_each_stage(*names):
-    return [f"{stage}.{name}" for stage in ("sft", "reward_model", "dpo", "rto") for name in names]
-
-
-ABOVE_0 = (
-    _of_each_stage("lr", "max_grad_norm", "epochs", "batch_size", "micro_batch_tokens")
-    + (
-        "data.max_prompt_tokens data.max_response_tokens data.max_unpacked_gib dpo.beta rto.prompts_per_rollout "
-        "rto.samples_per_prompt rto.ppo_epochs rto.critic_lr rto.kl_horizon rollout.batch_size "
-        "rollout.prefill_tokens eval.prompts rto.importance_cap lora.alpha"
-    ).split()
-)
-ABOVE_0_OR_NULL = (
-    "threads keep_checkpoints reward_model.timeout "
-    "data.limit sft.max_steps reward_model.max_steps dpo.max_steps rto.iterations rto.kl_target "
-    "rto.value_clip_eps rollout.kv_cache_gib rollout.page_size"
-).split()
-AT_LEAST_0 = (
-    "lora.rank data.held_out rto.dpo_reward_clip rto.score_clip rto.truncation_penalty rto.value_coef rto.entropy_coef "
-    "rollout.top_k eval.every eval.show sft.save_every reward_model.save_every dpo.save_every "
-    "rto.save_every"
-).split()
-FROM_0_TO_1 = [*_of_each_stage("warmup_ratio", "min_lr_ratio"), "rto.gamma", "rto.gae_lambda"]
-
-
 def _validate(config):
-    def value(key):
-        return functools.reduce(getattr, key.split("."), config)
+    """What a range does not say: settings that do not go together."""
 
     def require(condition, key, expected):
         if not condition:
-            raise ConfigError(f"{key}: expected {expected}, got {value(key)!r}")
+            raise FieldError(key, expected, shown(functools.reduce(getattr, key.split("."), config)))
 
-    for key in ABOVE_0:
-        require(value(key) > 0, key, "a number above 0")
-    for key in ABOVE_0_OR_NULL:
-        require(value(key) is None or value(key) > 0, key, "a number above 0, or null")
-    for key in AT_LEAST_0:
-        require(value(key) >= 0, key, "a number of at least 0")
-    for key in FROM_0_TO_1:
-        require(0 <= value(key) <= 1, key, "a number from 0 to 1")
+    for stage in ("sft", "reward_model", "dpo", "rto"):
+        settings = getattr(config, stage)
+        fastest = max(settings.lr, getattr(settings, "critic_lr", 0.0))
+        require(fastest * settings.weight_decay < 1, f"{stage}.weight_decay",
+                f"less than 1 / {fastest:g}: a step takes the learning rate times this off every weight")  # fmt: skip
     rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
     require(not config.lora.rank or deepspeed.zero_stage != 3, "deepspeed.zero_stage",
             "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
@@ -455,22 +447,13 @@ def _validate(config):
     require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
     require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
             "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
-    require(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
     require(dpo.loss != "ipo" or not dpo.label_smoothing, "dpo.label_smoothing", "0 with dpo.loss: ipo")
     require(not dpo.ref_model or dpo.model, "dpo.ref_model",
             "null without dpo.model: the DPO stage trains against the SFT model")  # fmt: skip
-    require(0 <= rto.clip_eps < 1, "rto.clip_eps", "a number in [0, 1)")
-    require(rto.clip_eps_high is None or rto.clip_eps_high >= 0, "rto.clip_eps_high", "a number of at least 0, or null")
-    require(rto.dual_clip is None or rto.dual_clip > 1, "rto.dual_clip", "a number above 1, or null")
     require(not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"), "rto.truncation",
             "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)")  # fmt: skip
-    require(1e-4 <= rollout.temperature <= 1e4, "rollout.temperature", "a number from 1e-4 to 1e4")
-    require(0 < rollout.top_p <= 1, "rollout.top_p", "a number in (0, 1]")
-    require(0 <= rollout.min_p < 1, "rollout.min_p", "a number in [0, 1)")
-    size = rollout.page_size or 16
-    require(size >= 16 and not size & (size - 1), "rollout.page_size", "a power of two of at least 16, or null")
-    require(1 <= rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
-            "a number from 1 to rollout.max_new_tokens")  # fmt: skip
+    require(rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
+            f"at most rollout.max_new_tokens ({rollout.max_new_tokens})")  # fmt: skip
     if config.hub.repo:
         check_repo(config.hub.repo, "hub.repo")
 
@@ -490,49 +473,7 @@ def check_repo(name: str, key: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise ConfigError(f"{key}: expected OWNER/NAME (letters, digits, '-', '_' and '.'), got {name!r}")
-
-
-def _keys(cls, prefix=""):
-    """Every key of the configuration: {"rto": RTOConfig, "rto.kl_coef": float, …}."""
-    keys = {}
-    for f in dataclasses.fields(cls):
-        keys[prefix + f.name] = f.type
-        if dataclasses.is_dataclass(f.type):
-            keys |= _keys(f.type, f"{prefix}{f.name}.")
-    return keys
-
-
-def _check_known(names, where, keys):
-    for name in names:
-        if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{where}: unknown key {name}{hint}")
-
-
-def _yaml_names(tree, keys, prefix=""):
-    for name, value in tree.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict) and dataclasses.is_dataclass(keys.get(f"{prefix}{name}")):
-            yield from _yaml_names(value, keys, f"{prefix}{name}.")
-
-
-def _check_yaml(path: str, keys: dict[str, Any]) -> str:
-    """What --config is given instead of `path`: the same, or its text without keys that are no more."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values such as `seed: 0`, got {type(tree).__name__}")
-    found = _without_removed(tree, path)
-    _check_known(_yaml_names(tree, keys), path, keys)
-    return yaml.safe_dump(tree) if found else path
+        raise FieldError(key, "OWNER/NAME (letters, digits, '-', '_' and '.')", shown(name))
 
 
 # Keys that older versions had: {key: (its default then, what takes its place)}. A saved config.yaml holds every key.
@@ -544,33 +485,26 @@ REMOVED = {
 }
 
 
-def _without_removed(tree: dict[str, Any], path: str) -> bool:
-    """Drops removed keys that have their old default; whether there were any.
+def read_config(path: str) -> Given:
+    """The values that a configuration file gives; of removed keys only those that have another than the old default count.
 
     Raises:
-        ConfigError: one has another value, which no longer has an effect.
+        ConfigError: a file that cannot be read, no YAML, or a key that does not exist.
     """
-    found = False
-    for key, (default, instead) in REMOVED.items():
-        section, _, name = key.partition(".")
-        values = tree.get(section)
-        if isinstance(values, dict) and name in values:
-            if values.pop(name) != default:
-                raise ConfigError(f"{path}: {key} is no more: {instead}")
-            found = True
-    return found
+    given = flattened(Config, read_file(path), removed=REMOVED)
+    for key in REMOVED.keys() & given.keys():
+        value, (default, instead) = given.pop(key), REMOVED[key]
+        if value.plain != default:
+            raise ConfigError(f"{value.place}: {key} is no more: {instead}")
+    return given
 
 
-def _resumed(arguments):
-    """The folder that `--resume` names, or None."""
-    for option, value in zip(arguments, [*arguments[1:], ""]):
-        name, _, joined = option.partition("=")
-        if name == "--resume":
-            folder = Path(joined or value)
-            if not (folder / "progress.json").is_file() or not (folder / "config.yaml").is_file():
-                raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
-            return folder
-    return None
+def _resumed(folder: str) -> Given:
+    """The values of the run in `folder`, which is to go on."""
+    path = Path(folder)
+    if not fits(Location, folder) or not all((path / name).is_file() for name in ("progress.json", "config.yaml")):
+        raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
+    return read_config(str(path / "config.yaml"))
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -578,43 +512,36 @@ def load_config(arguments: list[str]) -> Config:
 
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
-            unreadable file. `--help` prints every key and exits.
+            unreadable file. `--help` prints every key and exits; `--print_config` prints the configuration and exits.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m rto_fast.train", exit_on_error=False,
-        description="SFT → reward model → DPO → RTO, from preference data to an aligned Hugging Face checkpoint. "
-        f"Without --config: the embedded default ({DEFAULT_CONFIG.name}).",
-    )  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_class_arguments(Config, None)
-
-    keys = _keys(Config)
-    options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
-    known = {f"--{key}" for key in keys} | {"--config", "--print_config", "--help"}
+    if asks_for_help(arguments):
+        print_help(
+            Config, "python -m rto_fast.train", "SFT → reward model → DPO → RTO, from preference data to an aligned Hugging "
+            f"Face checkpoint. Without --config: the embedded default ({DEFAULT_CONFIG.name}).",
+            {"config": "YAML file; later options override it.", "print_config": "Print the configuration and exit."},
+        )  # fmt: skip
+        raise SystemExit(0)
     for key, (_, instead) in REMOVED.items():
-        if f"--{key}" in options:
+        if any(argument.partition("=")[0] == f"--{key}" for argument in arguments):
             raise ConfigError(f"command line: {key} is no more: {instead}")
-    _check_known(options, "command line", sorted(known))
-    if folder := _resumed(arguments):
-        arguments = ["--config", str(folder / "config.yaml"), *arguments, "--output_dir", str(folder)]
-    elif "--config" not in options:
-        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
-    arguments = list(arguments)
-    for index, option in enumerate(arguments):
-        if option == "--config" and index + 1 < len(arguments):
-            arguments[index + 1] = _check_yaml(arguments[index + 1], keys)
-        elif option.startswith("--config="):
-            arguments[index] = f"--config={_check_yaml(option.partition('=')[2], keys)}"
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
-    except ConfigError:
-        raise
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    options = [*split_arguments([a for a in arguments if a != "--print_config"], Config, {"config", "print_config"})]
+    folder = os.path.expanduser(dict(options).get("resume", ""))
+    given = _resumed(folder) if folder else {}
+    if not folder and "config" not in dict(options):
+        given = read_config(str(DEFAULT_CONFIG))
+    for key, text in options:
+        given |= read_config(os.path.expanduser(text)) if key == "config" else from_option(Config, key, text)
+    if folder:
+        given["output_dir"] = given["resume"]
+    config = build(Config, given)
+    if config.resume and not folder:
+        raise ConfigError(
+            "resume: expected on the command line, --resume FOLDER, whose configuration is then the run's"
+        )
+    if "--print_config" in arguments:
+        print(dump_config(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def dump_config(config: Config) -> str:

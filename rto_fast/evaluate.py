@@ -16,8 +16,6 @@
 What each is exactly is in `rto_fast.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation_run`.
 """
 
-import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -28,8 +26,10 @@ from pathlib import Path
 from typing import Literal
 
 from rto_fast.command_line import run_command
-from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig, _check_known, _keys
+from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig
 from rto_fast.errors import ConfigError, UserError
+from rto_fast.fields import Count, CountOr0, Location, Seed, Threads, check_fields
+from rto_fast.options import parse
 from rto_fast.terminal import say
 from rto_fast.writing import check_target, own_descriptor, write_file
 
@@ -38,35 +38,35 @@ from rto_fast.writing import check_target, own_descriptor, write_file
 class EvaluateConfig:
     """What is measured, and how."""
 
-    model: str | None = None
+    model: Location | None = None
     """Directory or hub id of the policy that is evaluated."""
-    data: str | None = None
+    data: Location | None = None
     """Prompts: a file, a folder, the name of an HF dataset or `embedded:eval_prompts`; `name[test]` names a split."""
-    prompts: int = 256
+    prompts: Count = 256
     """Prompts used, the first of the data."""
     reward: str | None = None
     """`module:function`, called with (prompts, responses) and the columns of the data that it names; GSM8K's exact-answer
     reward is rto_fast.rewards:gsm8k."""
-    reward_model: str | None = None
+    reward_model: Location | None = None
     """HF sequence classification model with one label, of any tokenizer. May be given beside `reward`."""
-    reference: str | None = None
+    reference: Location | None = None
     """The policy to win against, and of the KL; a model of the same vocabulary."""
-    preferences: str | None = None
+    preferences: Location | None = None
     """Pairs (as `data`) on which the rewards' rankings are judged: such as no model was trained on."""
-    held_out: int = 0
+    held_out: CountOr0 = 0
     """Use only the pairs that a training run with this data.held_out kept out of `preferences`; 0: all pairs."""
-    dpo_model: str | None = None
+    dpo_model: Location | None = None
     """Model trained with DPO, for its implicit reward."""
-    dpo_reference: str | None = None
+    dpo_reference: Location | None = None
     """The reference that `dpo_model` was trained against; default: `reference`."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     greedy: bool = False
     """Take the most likely token instead of sampling (temperature 0). The KL is then not estimated: it needs samples."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Of sampling; default: that of the evaluations during training, the same for every policy."""
-    output: str | None = None
+    output: Location | None = None
     """JSON file to write; `-` is stdout, and what is printed goes to stderr."""
-    show: int = 2
+    show: CountOr0 = 2
     """Responses printed."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they are not detected, e.g. {"prompt": "question"}."""
@@ -74,46 +74,42 @@ class EvaluateConfig:
     """See data.prompt_format of rto_fast.train."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """See data.thinking of rto_fast.train; auto looks at the responses of `preferences`, else of `data`."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Count = 1024
     """Longer prompts are left out."""
-    max_response_tokens: int = 1024
+    max_response_tokens: Count = 1024
     """Longer responses of `preferences` are cut."""
-    limit: int | None = None
+    limit: Count | None = None
     """Read at most this many rows of `data` and of `preferences`."""
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     """Directory or hub id of the tokenizer; default: the model's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; default: torch's choice."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 on a GPU, float32 on a CPU."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Count = 16384
     """Tokens in one forward pass."""
     trust_remote_code: bool = False
     """Allow a model directory to run its own Python code. Leave off for models you did not write."""
 
-    def __post_init__(self):
-        def require(condition, key, expected):
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+        def require(condition: object, key: str, expected: str) -> None:
             if not condition:
                 raise ConfigError(f"--{key}: expected {expected}")
 
         require(self.model, "model", "the directory or hub id of the model to evaluate")
         require(self.data or self.preferences, "data", "prompts to respond to (or --preferences, to rank)")
         require(not self.reference or self.data or self.dpo_model, "reference", "--data: prompts to compare on")
-        for key in ("prompts", "max_prompt_tokens", "max_response_tokens", "micro_batch_tokens"):
-            require(getattr(self, key) > 0, key, f"a number above 0, got {getattr(self, key)}")
-        for key in ("held_out", "show"):
-            require(getattr(self, key) >= 0, key, f"a number of at least 0, got {getattr(self, key)}")
-        for key in ("threads", "limit"):
-            value = getattr(self, key)
-            require(value is None or value > 0, key, f"a number above 0, or null, got {value}")
         require(not self.dpo_model or self.preferences, "dpo_model", "--preferences beside it: pairs to rank")
         require(not self.dpo_model or self.dpo_reference or self.reference, "dpo_model",
                 "--reference or --dpo_reference beside it: the model that its DPO started from")  # fmt: skip
         require(not self.dpo_reference or self.dpo_model, "dpo_reference", "--dpo_model beside it")
         if self.preferences and not (self.reward or self.reward_model or self.dpo_model):
             raise ConfigError("--preferences: expected --reward, --reward_model or --dpo_model, which rank the pairs")
+        self.as_config()
 
     def as_config(self) -> Config:
         """The part of a run's `Config` that the data and the rollout are made from; validates it."""
@@ -130,26 +126,8 @@ class EvaluateConfig:
 
 def load_options(arguments: list[str]) -> EvaluateConfig:
     """Parses and validates command-line `arguments`."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m rto_fast.evaluate", exit_on_error=False,
-        description="Scores, win rates, preference accuracies and KL of a policy, with 95 % confidence intervals.",
-    )  # fmt: skip
-    parser.add_class_arguments(EvaluateConfig, None)
-    keys = _keys(EvaluateConfig)
-    options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
-    _check_known(options, "command line", sorted({f"--{key}" for key in keys} | {"--help"}))
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        options = EvaluateConfig(**{f.name: values[f.name] for f in dataclasses.fields(EvaluateConfig)})
-        options.as_config()
-        return options
-    except ConfigError:
-        raise
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    description = "Scores, win rates, preference accuracies and KL of a policy, with 95 % confidence intervals."
+    return parse(EvaluateConfig, arguments, prog="python -m rto_fast.evaluate", description=description)
 
 
 def check_output(path: str | Path) -> None:

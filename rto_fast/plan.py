@@ -10,6 +10,8 @@ import sys
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
+from rto_fast.fields import Count, Location
+from rto_fast.options import argument
 from rto_fast.terminal import ArgumentParser, Styled, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
@@ -21,11 +23,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m rto_fast.plan", allow_abbrev=False, description=__doc__.splitlines()[0],
         epilog="All options of `python -m rto_fast.train` work here too.",
     )  # fmt: skip
-    parser.add_argument("--gpus", help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
-    parser.add_argument("--model_shape", help="directory with a config.json, or known hub id, whose shape stands for models "
+    parser.add_argument("--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
+    parser.add_argument("--model_shape", type=argument(Location),
+                        help="directory with a config.json, or known hub id, whose shape stands for models "
                         "that are not here")  # fmt: skip
     parser.add_argument(
-        "--examples", type=int, help="examples in the data; default: data.limit, or what is known of it"
+        "--examples", type=argument(Count), help="examples in the data; default: data.limit, or what is known of it"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--measure", action="store_true", help="run all phases on a small random model here, and compare "

@@ -8,6 +8,8 @@ from pathlib import Path
 from rto_fast.command_line import run_command
 from rto_fast.config import check_repo
 from rto_fast.errors import HubError
+from rto_fast.fields import Location
+from rto_fast.options import argument
 from rto_fast.terminal import ArgumentParser, one_line, say
 from rto_fast.writing import write_file
 
@@ -106,8 +108,14 @@ def main(arguments: list[str] | None = None) -> str | None:
         description="Uploads a finished run's final model (safetensors, configuration, tokenizer, model card, images) to "
         "the Hugging Face Hub, and nothing else.",
     )
-    parser.add_argument("run", metavar="RUN_DIR", help="the output_dir of a finished run")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there")
+    parser.add_argument("run", type=argument(Location), metavar="RUN_DIR", help="the output_dir of a finished run")
+    parser.add_argument(
+        "--repo",
+        required=True,
+        type=argument(str),
+        metavar="OWNER/NAME",
+        help="the repository; made if it is not there",
+    )
     parser.add_argument("--private", choices=["true", "false"], default="true", help="default: true")
     parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded; no network is used")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)

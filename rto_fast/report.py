@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from rto_fast.command_line import run_command
+from rto_fast.fields import Location
+from rto_fast.options import argument
 from rto_fast.terminal import ArgumentParser, say
 from rto_fast.writing import own_descriptor
 
@@ -14,8 +16,12 @@ def main(arguments: list[str] | None = None) -> Path:
         description="Writes a run's report (RUN_DIR/report.html), or one page that compares several runs "
         "(compare.html in the first one's folder). One file, no network; its figures as PNG beside it.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE", help="where to write the page instead; - is stdout")
+    parser.add_argument(
+        "runs", nargs="+", type=argument(Location), metavar="RUN_DIR", help="the output_dir of a run, finished or not"
+    )
+    parser.add_argument(
+        "--output", type=argument(Location), metavar="FILE", help="where to write the page instead; - is stdout"
+    )
     options = parser.parse_args(arguments)
     from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
 

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import os
-import shlex
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from rto_fast.config import dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, command_line
 from rto_fast.evaluation import evaluate, measured_kl, samples
 from rto_fast.health import Finding
 from rto_fast.models.directory import (
@@ -319,7 +318,7 @@ class Run:
 
             self.log.say(f"pushed: {push(self.folder, hub.repo, private=hub.private)}")
         except Exception as error:
-            again = shlex.join(["python", "-m", "rto_fast.push", str(self.folder), "--repo", hub.repo])
+            again = command_line("rto_fast.push", self.folder, "--repo", hub.repo)
             self.log.say(f"push: {error}; again with: {again}{'' if hub.private else ' --private false'}")
 
     def _check_dpo_model(self, models):

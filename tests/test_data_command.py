@@ -424,7 +424,10 @@ def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
     "arguments, message",
     [
         (["--data.limt", "3"], "unknown key --data.limt; did you mean --data.limit?"),
-        (["x.jsonl", "--data.limit", "0"], "data.limit: expected a number above 0, or null, got 0"),
+        (
+            ["x.jsonl", "--data.limit", "0"],
+            "data.limit: expected a whole number from 1 to 2,147,483,647, or null, got 0",
+        ),
         (["x.jsonl", "--data.max_unpacked_gib", "0"], "data.max_unpacked_gib: expected a number above 0"),
         (["x.jsonl", "--data.invalid", "ignore"], "data.invalid"),
         ([], "source"),

@@ -216,9 +216,9 @@ MISTAKES = {
                            "the column `answer`, which the data does not have (pairs.jsonl:"),
     "column of a judge": ([*RTO, *LENGTHS, "--eval.function", "faulty_rewards:graded"], "eval.function: graded takes the "
                           "column `answer`, which the data does not have (pairs.jsonl:"),
-    "key in a file": (["--config", "typo.yaml"], "typo.yaml: unknown key rto.kl_coeff; did you mean rto.kl_coef?"),
+    "key in a file": (["--config", "typo.yaml"], "typo.yaml:2: unknown key rto.kl_coeff; did you mean rto.kl_coef?"),
     "key": ([*RTO, "--rto.kl_coeff", "1"], "command line: unknown key --rto.kl_coeff; did you mean --rto.kl_coef?"),
-    "binary configuration": (["--config", "noise.yaml"], "--config noise.yaml: 'utf-8' codec can't decode"),
+    "binary configuration": (["--config", "noise.yaml"], "noise.yaml:1: not UTF-8 text; convert the file"),
     "no configuration": (["--config", "absent.yaml"], "--config absent.yaml: No such file or directory"),
     "used folder": ([*RTO, "--output_dir", "notes"], "output_dir: notes exists and is not empty; give another one with"),
     "a file for a folder": ([*RTO, "--output_dir", "typo.yaml/x"], "output_dir: typo.yaml/x cannot be used: Not a "

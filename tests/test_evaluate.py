@@ -263,7 +263,7 @@ def test_the_evaluation_during_training_knows_length_and_kl(folder, results):
         ({}, ["--reward", "os:nothing"], "--reward: cannot import"),
         ({}, ["--reward", "rto_fast.rewards:gsm8k"], "--reward: gsm8k takes the column `answer`, which"),
         ({}, ["--rewrad", "a:b"], "unknown key --rewrad; did you mean --reward"),
-        ({}, ["--prompts", "0"], "--prompts: expected a number above 0, got 0"),
+        ({}, ["--prompts", "0"], "--prompts: expected a whole number from 1 to .*, got 0"),
         ({}, ["--rollout.temperature", "0"], "rollout.temperature: expected"),
         ({}, ["--rollout.top_p", "abc"], "rollout.top_p"),
         ({}, ["--columns", '{"prompt": "nope"}'], "no column 'nope' for prompt"),

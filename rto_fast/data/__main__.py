@@ -4,15 +4,15 @@ Detected layout, counts, duplicates and leaks, lengths, what the limits cut, and
 loads through `RunData`, as a run does: what is said here is what happens there.
 """
 
-import argparse
 import dataclasses
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from rto_fast.command_line import run_command
-from rto_fast.config import Config, DataConfig, ModelConfig, _check_known
+from rto_fast.config import Config, DataConfig, ModelConfig
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
 from rto_fast.data.layouts import Example
@@ -21,38 +21,45 @@ from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
 from rto_fast.errors import ConfigError, DataError
+from rto_fast.fields import CountOr0, Location, check_fields
 from rto_fast.notices import Notice
+from rto_fast.options import parse as options_of
 from rto_fast.terminal import Styled, one_line, say, wants_styles
 
 UNLIMITED = Limits(2**40, 2**40)
 
 
-def parse(arguments):
-    """(options, DataConfig)."""
-    import jsonargparse
+@dataclass
+class InspectConfig:
+    """What is looked at, and how."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m rto_fast.data", exit_on_error=False,
-        description="Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, "
-        "and examples as the model will see them.",
-    )  # fmt: skip
-    parser.add_argument("source", help="File, folder, HF dataset name or embedded:NAME, perhaps with a split: x[test].")
-    parser.add_argument("--tokenizer", type=str | None, default=None,
-                        help="Directory or hub id of the model or tokenizer; without, words are shown.")  # fmt: skip
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help="As model.trust_remote_code.")
-    parser.add_argument("--examples", type=int, default=3, help="Examples shown.")
-    parser.add_class_arguments(DataConfig, "data")
-    keys = [f"--data.{field.name}" for field in dataclasses.fields(DataConfig)]
-    known = [*keys, "--tokenizer", "--trust_remote_code", "--examples", "--data", "--help"]
-    _check_known([a.split("=", 1)[0] for a in arguments if a.startswith("--")], "command line", known)
-    try:
-        options = parser.instantiate(parser.parse_args(arguments))
-        return options, Config(model=ModelConfig(path="any"), data=options.data).data
-    except ConfigError:
-        raise
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    source: Location | None = None
+    """File, folder, HF dataset name or embedded:NAME, perhaps with a split: x[test]."""
+    tokenizer: Location | None = None
+    """Directory or hub id of the model or tokenizer; without, words are shown."""
+    trust_remote_code: bool = False
+    """As model.trust_remote_code."""
+    examples: CountOr0 = 3
+    """Examples shown."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.source:
+            raise ConfigError("expected a source: a file, a folder, the name of an HF dataset or embedded:NAME")
+        Config(model=ModelConfig(path="any"), data=self.data)
+
+
+def parse(arguments: list[str]) -> tuple[InspectConfig, DataConfig]:
+    """(options, those of the data)."""
+    description = (
+        "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and "
+        "examples as the model will see them."
+    )
+    options = options_of(
+        InspectConfig, arguments, prog="python -m rto_fast.data", description=description, positional="source"
+    )
+    return options, options.data
 
 
 def load_tokenizer_and_stops(path, trust_remote_code):

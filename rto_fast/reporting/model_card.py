@@ -11,7 +11,7 @@ import yaml
 from rto_fast import __version__
 from rto_fast.config import Config, dump_config, load_config
 from rto_fast.data.run_data import split_of_source
-from rto_fast.errors import DataError, ModelError
+from rto_fast.errors import DataError, ModelError, how_to_go_on
 from rto_fast.reporting.markup import brief, show, visible
 from rto_fast.reporting.run_files import number, read_run
 from rto_fast.writing import write_file
@@ -63,7 +63,7 @@ def final_model(run_folder: str | Path) -> tuple[Config, Path]:
     config = load_config(["--config", str(folder / "config.yaml")])
     model = folder / ("rto" if config.rto.enabled else "dpo")
     if not (model / "config.json").is_file() or not list(model.glob("model*.safetensors")):
-        raise DataError(f"{model}: no finished model there; go on with: python -m rto_fast.train --resume {folder}")
+        raise DataError(f"{model}: no finished model there; {how_to_go_on(folder)}")
     return config, model
 
 

@@ -6,7 +6,6 @@ the checkpoint, where a second `model.load_weights` would garble them. Nothing i
 """
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -21,6 +20,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
 from rto_fast.rollout.model import RolloutModel
+from rto_fast.training.launch import from_environment, local_rank
 
 INSTALL = 'pip install "vllm>=0.31,<0.33"'
 MASK = 2**64 - 1
@@ -197,7 +197,7 @@ class VLLMEngine:
     @staticmethod
     def _own_devices(devices):
         """This process's share of the node's GPUs that rollout.vllm.device_ids lists."""
-        rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rank, ranks = local_rank(), max(1, from_environment("LOCAL_WORLD_SIZE", 1))
         share, rest = divmod(len(devices), ranks)
         if rest or not share:
             raise ConfigError(f"rollout.vllm.device_ids: expected as many for each of {ranks} processes, got {devices}")

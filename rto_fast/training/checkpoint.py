@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rto_fast.errors import CheckpointError, UserError
+from rto_fast.errors import CheckpointError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
@@ -123,7 +123,7 @@ class Checkpoints:
         try:
             yield
         except (UserError, OSError) as error:
-            error.add_note(f"once that is mended, go on with: python -m rto_fast.train --resume {self.folder}")
+            error.add_note(f"once that is mended, {how_to_go_on(self.folder)}")
             raise
 
     def is_done(self, stage: str) -> bool:

@@ -4,6 +4,7 @@ A rank that dies leaves the others in a collective that never ends. So each writ
 found each other; the main rank looks at all of them, the others at the main rank's and for a failure that somebody reported.
 """
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -17,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.command_line import exit_code, one_line
 from rto_fast.errors import ConfigError, Interrupted, UserError
+from rto_fast.fields import CountOr0
+from rto_fast.options import argument
 from rto_fast.terminal import say
 
 INTERVAL = 1.0  # seconds between heartbeats
@@ -26,12 +29,25 @@ WAIT = datetime.timedelta(days=7)
 LEFT = "left"
 
 
-def started_by_launcher():
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def from_environment(name: str, default: int) -> int:
+    """A count or a rank that a launcher sets.
+
+    Raises:
+        ConfigError: it is no number of at least 0.
+    """
+    text = os.environ.get(name)
+    try:
+        return default if text is None else argument(CountOr0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{name}: {error}; unset it, or start with torchrun, deepspeed or srun") from None
 
 
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def started_by_launcher() -> bool:
+    return from_environment("WORLD_SIZE", 1) > 1
+
+
+def local_rank() -> int:
+    return from_environment("LOCAL_RANK", 0)
 
 
 @contextlib.contextmanager

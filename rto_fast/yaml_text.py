@@ -1,0 +1,186 @@
+"""YAML as configurations use it, read strictly: what PyYAML drops in silence, or cannot bear, is one line with its place."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from rto_fast.errors import ConfigError
+
+LARGEST_FILE = 2**18  # bytes; the longest configuration has some 5,000
+DEEPEST = 20  # levels of values in values
+MOST_VALUES = 10_000  # aliases counted as often as they are used
+LONGEST_NUMBER = LONGEST_NAME = 100  # characters
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value, and where it stands.
+
+    Args:
+        content: a mapping, a list, or of a scalar its text. plain: of a scalar, what YAML takes it for.
+    """
+
+    content: "dict[str, Value] | list[Value] | str"
+    place: str
+    plain: Any = None
+
+    @property
+    def is_null(self) -> bool:
+        return isinstance(self.content, str) and self.plain is None
+
+    def as_python(self) -> Any:
+        if isinstance(self.content, dict):
+            return {name: value.as_python() for name, value in self.content.items()}
+        if isinstance(self.content, list):
+            return [value.as_python() for value in self.content]
+        return self.plain
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-4 is a number and 2026-01-01 is text."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_CHANGED = {f"tag:yaml.org,2002:{name}" for name in ("float", "timestamp", "value")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))\Z"
+    r"|\.(?:nan|NaN|NAN)\Z"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+
+
+def resolve(text: str) -> Any:
+    """What YAML takes `text` for where it stands without quotes: 1, 1e-4, true, None or text."""
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if tag not in _KINDS:  # such as <<
+        return text
+    return loader.construct_object(_checked_number(yaml.ScalarNode(tag, text)))
+
+
+def _checked_number(node: yaml.ScalarNode) -> yaml.ScalarNode:
+    if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(node.value):,} characters")
+    return node
+
+
+def read_file(path: str) -> Value:
+    """The mapping that a configuration file holds.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is no configuration; says in which line.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > LARGEST_FILE:
+        raise ConfigError(f"{path}: no configuration: it has more than {LARGEST_FILE:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; convert the file") from None
+    value = read(text, path)
+    if not isinstance(value.content, dict):
+        found = "nothing" if value.is_null else "a list" if isinstance(value.content, list) else "a single value"
+        raise ConfigError(f"{path}: expected keys and values such as `seed: 0`, got {found}")
+    return value
+
+
+def read(text: str, name: str, prefix: str = "") -> Value:
+    """The value that `text` holds; ConfigError says what is wrong with it.
+
+    Args:
+        name: of the file, or of the option; begins messages. prefix: of its keys in messages, such as "rto.".
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: the character {chr(error.character)!r}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
+    if node is None:
+        return Value("", name)
+    return _Reading(loader, name).value(node, prefix.rstrip("."))
+
+
+class _Reading:
+    """Turns a document's nodes into values."""
+
+    def __init__(self, loader: _Loader, name: str):
+        self.loader, self.name, self.count = loader, name, 0
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}"
+
+    def refuse(self, node: yaml.Node, key: str, what: str) -> ConfigError:
+        return ConfigError(f"{self.place(node)}: {key + ': ' if key else ''}{what}")
+
+    def value(self, node: yaml.Node, key: str, depth: int = 0) -> Value:
+        self.count += 1 + isinstance(node, yaml.ScalarNode) * len(node.value) // LONGEST_NAME
+        if depth > DEEPEST:
+            raise self.refuse(node, key, f"more than {DEEPEST} levels, or an alias that contains itself")
+        if self.count > MOST_VALUES:
+            raise self.refuse(
+                node, key, f"more than {MOST_VALUES:,} values, each counted as often as aliases repeat it"
+            )
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return Value(dict(self.items(node, key, depth)), self.place(node))
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            items = [self.value(child, f"{key}[{i}]", depth + 1) for i, child in enumerate(node.value)]
+            return Value(items, self.place(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag in _KINDS:
+            try:
+                plain = self.loader.construct_object(_checked_number(node))
+            except (ValueError, LookupError) as error:  # LookupError: `!!bool maybe`
+                raise self.refuse(node, key, f"not read as YAML: {error}") from None
+            return Value(node.value, self.place(node), plain)
+        raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here")
+
+    def items(self, node: yaml.MappingNode, key: str, depth: int) -> Iterator[tuple[str, Value]]:
+        """A mapping's, those that `<<` merges into it first."""
+        lines: dict[str, int] = {}
+        for name, child in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":
+                # Of several, the first that has a key decides.
+                for merged in reversed(child.value) if isinstance(child, yaml.SequenceNode) else [child]:
+                    content = self.value(merged, key, depth + 1).content
+                    if not isinstance(content, dict):
+                        raise self.refuse(child, key, "<< expects keys and values")
+                    yield from content.items()
+        for name, child in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
+                text = repr(name.value) if isinstance(name, yaml.ScalarNode) else "a list or mapping"
+                raise self.refuse(name, key, f"expected a name before the colon, got {text}")
+            if len(name.value) > LONGEST_NAME:
+                raise self.refuse(name, key, f"a name of {len(name.value):,} characters before a colon")
+            full = f"{key}.{name.value}" if key else name.value
+            if name.value in lines:
+                raise self.refuse(name, full, f"given twice, first in line {lines[name.value]}; keep one of them")
+            lines[name.value] = name.start_mark.line + 1
+            yield name.value, self.value(child, full, depth + 1)
