@@ -78,7 +78,8 @@ class DataConfig:
     overlong_prompt: Literal["drop", "truncate_left"] = "drop"
     """Drop examples with too long prompts, or keep the prompt's last tokens."""
     held_out: int = 256
-    """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
+    """Pairs held out of `preferences` (at most about a tenth) for preference accuracy and the reward model's mean and std.
+    Prompts are held out with all their pairs, so where prompts are repeated the number is only approached."""
     cache_dir: str | None = "~/.cache/rto_fast"
     """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
     max_unpacked_gib: float = 4.0
