@@ -2,13 +2,15 @@
 
 `load_config(["--config", "run.yaml", "--rto.kl_coef", "0.02"])` gives a validated `Config`; every field below is both a
 YAML key and a command-line option. Rewards, learning rates and batches default to the paper's for Llama-3-8B on
-UltraFeedback (arXiv 2404.18922). Without `--config` the embedded default `configs/default.yaml` is used.
+UltraFeedback (arXiv 2404.18922). Without `--config` it is `configs/default.yaml`, the embedded world's, and where a model or
+data is given `configs/own.yaml`.
 """
 
 import argparse
 import dataclasses
 import difflib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from rto_fast.errors import ConfigError
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+from rto_fast.shipped_configs import config_file, implied_config, shipped_configs
 
 
 @dataclass
@@ -453,7 +454,7 @@ def _validate(config):
             "false without deepspeed.zero_stage: 3")  # fmt: skip
     require(not config.data.streaming or config.data.limit, "data.limit",
             "a number with data.streaming: so many examples are read")  # fmt: skip
-    require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
+    require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model); `embedded` is the package's")
     require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
             "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
     require(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
@@ -520,7 +521,9 @@ def _yaml_names(tree, keys, prefix=""):
 
 
 def _check_yaml(path: str, keys: dict[str, Any]) -> str:
-    """What --config is given instead of `path`: the same, or its text without keys that are no more."""
+    """What --config is given instead of `path`, a file or a shipped configuration: its file, or its text without keys that
+    are no more."""
+    path = config_file(path)
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -574,9 +577,11 @@ def _resumed(arguments):
     return None
 
 
-def load_config(arguments: list[str]) -> Config:
+def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
     """Parses command-line `arguments`.
 
+    Args:
+        say: called with a line of text where a model or data is given without --config: which configuration that takes.
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file. `--help` prints every key and exits.
@@ -587,10 +592,17 @@ def load_config(arguments: list[str]) -> Config:
     parser = jsonargparse.ArgumentParser(
         prog="python -m rto_fast.train", exit_on_error=False,
         description="SFT → reward model → DPO → RTO, from preference data to an aligned Hugging Face checkpoint. "
-        f"Without --config: the embedded default ({DEFAULT_CONFIG.name}).",
+        "Without --config: the embedded default, or `own` if a model or data is given.",
     )  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_argument("--config", action="config",
+                        help=f"YAML file, or one of {', '.join(shipped_configs())}; later options override it.")  # fmt: skip
     parser.add_class_arguments(Config, None)
+
+    def parse(arguments: list[str]) -> dict[str, Any]:
+        try:
+            return vars(parser.instantiate(parser.parse_args(arguments)))
+        except (argparse.ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
 
     keys = _keys(Config)
     options = [a.split("=", 1)[0] for a in arguments if a.startswith("--")]
@@ -599,23 +611,22 @@ def load_config(arguments: list[str]) -> Config:
         if f"--{key}" in options:
             raise ConfigError(f"command line: {key} is no more: {instead}")
     _check_known(options, "command line", sorted(known))
+    why = ""
     if folder := _resumed(arguments):
         arguments = ["--config", str(folder / "config.yaml"), *arguments, "--output_dir", str(folder)]
     elif "--config" not in options:
-        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+        name, why = implied_config(parse([a for a in arguments if not a.startswith("--print_config")]))
+        arguments = ["--config", name, *arguments]
     arguments = list(arguments)
     for index, option in enumerate(arguments):
         if option == "--config" and index + 1 < len(arguments):
             arguments[index + 1] = _check_yaml(arguments[index + 1], keys)
         elif option.startswith("--config="):
             arguments[index] = f"--config={_check_yaml(option.partition('=')[2], keys)}"
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
-    except ConfigError:
-        raise
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    values = parse(arguments)
+    if why:
+        say(why)
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 
 def dump_config(config: Config) -> str:
