@@ -2,12 +2,14 @@
 
 `load_config(["--config", "run.yaml", "--rto.kl_coef", "0.02"])` gives a validated `Config`; every field below is both a
 YAML key and a command-line option. Rewards, learning rates and batches default to the paper's for Llama-3-8B on
-UltraFeedback (arXiv 2404.18922). Without `--config` the embedded default `configs/default.yaml` is used.
+UltraFeedback (arXiv 2404.18922). Without `--config` it is `configs/default.yaml`, the embedded world's, and where a model or
+data is given `configs/own.yaml`.
 """
 
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,9 +37,8 @@ from rto_fast.fields import (
     shown,
 )
 from rto_fast.options import Given, asks_for_help, build, flattened, from_option, print_help, split_arguments
+from rto_fast.shipped_configs import config_file, implied_config, shipped_configs
 from rto_fast.yaml_text import read_file
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
 @dataclass
@@ -98,7 +99,8 @@ class DataConfig:
     overlong_prompt: Literal["drop", "truncate_left"] = "drop"
     """Drop examples with too long prompts, or keep the prompt's last tokens."""
     held_out: CountOr0 = 256
-    """Pairs held out of `preferences` (at most a tenth) for preference accuracy and the reward model's mean and std."""
+    """Pairs held out of `preferences` (at most about a tenth) for preference accuracy and the reward model's mean and std.
+    Prompts are held out with all their pairs, so where prompts are repeated the number is only approached."""
     cache_dir: FolderAtHome | None = "~/.cache/rto_fast"
     """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
     max_unpacked_gib: Positive = 4.0
@@ -444,7 +446,11 @@ def _validate(config):
             "false without deepspeed.zero_stage: 3")  # fmt: skip
     require(not config.data.streaming or config.data.limit, "data.limit",
             "a number with data.streaming: so many examples are read")  # fmt: skip
-    require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model)")
+    require(
+        config.model.path or config.sft.model,
+        "model.path",
+        "a model to start from (or sft.model); `embedded` is the package's",
+    )
     require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
             "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
     require(dpo.loss != "ipo" or not dpo.label_smoothing, "dpo.label_smoothing", "0 with dpo.loss: ipo")
@@ -507,9 +513,11 @@ def _resumed(folder: str) -> Given:
     return read_config(str(path / "config.yaml"))
 
 
-def load_config(arguments: list[str]) -> Config:
+def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
     """Parses command-line `arguments`.
 
+    Args:
+        say: called with a line of text where a model or data is given without --config: which configuration that takes.
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file. `--help` prints every key and exits; `--print_config` prints the configuration and exits.
@@ -517,8 +525,11 @@ def load_config(arguments: list[str]) -> Config:
     if asks_for_help(arguments):
         print_help(
             Config, "python -m rto_fast.train", "SFT → reward model → DPO → RTO, from preference data to an aligned Hugging "
-            f"Face checkpoint. Without --config: the embedded default ({DEFAULT_CONFIG.name}).",
-            {"config": "YAML file; later options override it.", "print_config": "Print the configuration and exit."},
+            "Face checkpoint. Without --config: the embedded default, or `own` if a model or data is given.",
+            {
+                "config": f"YAML file, or one of {', '.join(shipped_configs())}; later options override it.",
+                "print_config": "Print the configuration and exit.",
+            },
         )  # fmt: skip
         raise SystemExit(0)
     for key, (_, instead) in REMOVED.items():
@@ -528,9 +539,13 @@ def load_config(arguments: list[str]) -> Config:
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}
     if not folder and "config" not in dict(options):
-        given = read_config(str(DEFAULT_CONFIG))
+        stated = [from_option(Config, key, text) for key, text in options]
+        name, why = implied_config({key: value.plain for values in stated for key, value in values.items()})
+        given = read_config(config_file(name))
+        if why:
+            say(why)
     for key, text in options:
-        given |= read_config(os.path.expanduser(text)) if key == "config" else from_option(Config, key, text)
+        given |= read_config(config_file(text)) if key == "config" else from_option(Config, key, text)
     if folder:
         given["output_dir"] = given["resume"]
     config = build(Config, given)

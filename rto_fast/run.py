@@ -30,6 +30,7 @@ from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
+from rto_fast.sources_of_stages import check_pairs_given, say_sources
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
@@ -79,6 +80,7 @@ class Run:
     def __init__(self, config, stop):
         self.config = config
         self.folder = Path(config.resume or config.output_dir)
+        check_pairs_given(self)
         if ranks.is_main() and not config.resume:
             prepare_output(self.folder)
             write_text(self.folder / "config.yaml", dump_config(config))
@@ -93,6 +95,7 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop
         )  # fmt: skip
+        say_sources(self)
         device = resolve_device(config.device)
         quiet_libraries(device)
         torch.manual_seed(config.seed)
@@ -180,7 +183,7 @@ class Run:
 
     @property
     def _judged(self):
-        return self.eval_function is not None or self.config.needs_reward_model
+        return bool(self.config.eval.function) or self.config.needs_reward_model
 
     def _trained(self, name, stage, *data, **options):
         """The directory of a stage's model: trained now, or before a resumed run was interrupted."""

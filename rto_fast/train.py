@@ -1,6 +1,7 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -14,12 +15,19 @@ def main(arguments: list[str] | None = None) -> dict:
     """Runs the configured stages; returns {policy name: Evaluation}."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
-        config = load_config([a for a in arguments if not a.startswith("--local_rank")])  # deepspeed's launcher adds it
+        arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed's launcher adds it
+        config = load_config(arguments, _say)
         stop.folder = config.resume
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
             return train(config, stop)
+
+
+def _say(text: str) -> None:
+    """What is said before the run has its log; of several processes, one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def train(config, stop):

@@ -118,6 +118,7 @@ def inside(folder, monkeypatch):
 
 
 SHORT = [
+    "--config", "default",
     "--threads", "1", "--data.preferences", "pairs.jsonl", "--data.sft", "null", "--data.eval_prompts", "null",
     "--sft.max_steps", "2", "--dpo.max_steps", "2", "--dpo.batch_size", "8", "--reward_model.batch_size", "4",
     "--rto.iterations", "3", "--rto.prompts_per_rollout", "8", "--rto.batch_size", "4", "--rollout.max_new_tokens", "8",

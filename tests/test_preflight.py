@@ -24,7 +24,7 @@ from rto_fast.training.checkpoint import Checkpoints
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [Prompt(ids, "1 red cup", {}) for ids in ([2, 13, 29, 30, 3], [2, 9, 25, 33, 3], [2, 10, 3])]
-SHORT = ["--rto.prompts_per_rollout", "3", "--rto.samples_per_prompt", "4", "--rto.batch_size", "12",
+SHORT = ["--config", "default", "--rto.prompts_per_rollout", "3", "--rto.samples_per_prompt", "4", "--rto.batch_size", "12",
          "--rto.iterations", "2", "--rto.advantage", "reinforce_pp", "--rto.lr", "1e-3"]  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def test_preference_accuracy_is_judged_by_its_interval():
 
 def stub(config, folder, **attributes):
     run = Run.__new__(Run)  # all that the checks use
-    vars(run).update(config=load_config(config), log=RunLog(folder), **attributes)
+    vars(run).update(config=load_config(["--config", "default", *config]), log=RunLog(folder), **attributes)
     return run
 
 
@@ -220,7 +220,8 @@ def test_models_that_end_a_response_otherwise_are_named(tmp_path):
         tokenizer.chat_template = None
         tokenizer.save_pretrained(tmp_path / name)
         folders[name] = str(tmp_path / name)
-    options = ["--dpo.model", folders["other"], "--rto.ref_model", folders["same"], "--dpo.ref_model", folders["other"],
+    options = ["--config", "default",
+               "--dpo.model", folders["other"], "--rto.ref_model", folders["same"], "--dpo.ref_model", folders["other"],
                "--rto.critic", str(tmp_path / "none"), "--reward_model.model", folders["other"]]  # fmt: skip
     config, found = load_config(options), []
     supplied = supplied_models(config, folders["same"])[1:]

@@ -28,6 +28,7 @@ from rto_fast.training.stop import StopRequest
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
 SHORT = [
+    "--config", "default",
     "--threads", "1", "--data.preferences", "pairs.jsonl", "--data.sft", "null", "--data.eval_prompts", "null",
     "--sft.max_steps", "1", "--dpo.max_steps", "1", "--dpo.batch_size", "8", "--reward_model.batch_size", "4",
     "--rto.iterations", "1", "--rto.prompts_per_rollout", "8", "--rto.batch_size", "4", "--rollout.max_new_tokens", "8",

@@ -16,6 +16,7 @@ from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
 SHORT = [
+    "--config", "default",
     "--sft.max_steps", "10", "--reward_model.max_steps", "3", "--dpo.max_steps", "3", "--rto.iterations", "2",
     "--rto.prompts_per_rollout", "16", "--rto.batch_size", "8", "--data.limit", "320", "--eval.prompts", "8",
     "--rollout.max_new_tokens", "16",

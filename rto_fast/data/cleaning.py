@@ -1,5 +1,8 @@
-"""Examples that occur twice, and prompts that stand on both sides of a split."""
+"""Examples that occur twice, and the two sides of a split, which share no prompt."""
 
+import random
+
+from rto_fast.data.layouts import Example
 from rto_fast.data.messages import as_messages, message_text, said
 
 
@@ -24,10 +27,42 @@ def without_prompts_of(examples, others):
     return [example for example in examples if prompt_key(example.prompt) not in taken]
 
 
-def repeated_prompts(examples):
-    """How many prompts occur more than once."""
-    counts = {}
+def _by_prompt(examples: list[Example]) -> dict[tuple, list[Example]]:
+    groups: dict[tuple, list[Example]] = {}
     for example in examples:
-        key = prompt_key(example.prompt)
-        counts[key] = counts.get(key, 0) + 1
-    return sum(count > 1 for count in counts.values())
+        groups.setdefault(prompt_key(example.prompt), []).append(example)
+    return groups
+
+
+def draw_prompts(examples: list[Example], count: int) -> list[Example]:
+    """All examples of some prompts, drawn by chance: `count` examples, or about as many where prompts occur repeatedly.
+
+    A prompt is taken if that brings the number of examples nearer to `count`. A prompt with 2·count examples or more is
+    therefore never taken, and fewer than 2·count examples are drawn; none if every prompt has that many.
+
+    Args:
+        examples: their order matters: the same examples in the same order give the same draw, in every run.
+        count: number of examples wanted.
+    """
+    groups = list(_by_prompt(examples).values())
+    generator = random.Random(0)
+    # Where no prompt is repeated the first `count` are all that is drawn, as versions did that drew examples.
+    order = generator.sample(range(len(groups)), min(count, len(groups)))
+    others = sorted(set(range(len(groups))) - set(order))
+    generator.shuffle(others)
+    drawn, missing = set(), count
+    for index in order + others:
+        if len(groups[index]) < 2 * missing:
+            missing -= len(groups[index])
+            drawn.update(map(id, groups[index]))
+    return [example for example in examples if id(example) in drawn]
+
+
+def one_of_each_prompt(examples: list[Example]) -> list[Example]:
+    """The first example of each prompt."""
+    return [group[0] for group in _by_prompt(examples).values()]
+
+
+def repeated_prompts(examples: list[Example]) -> int:
+    """How many prompts occur more than once."""
+    return sum(len(group) > 1 for group in _by_prompt(examples).values())

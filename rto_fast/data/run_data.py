@@ -1,11 +1,10 @@
 """The data of a run: each stage's tokenised examples, and what is held out of them."""
 
-import random
 import re
 from functools import cached_property
 
 from rto_fast.data.cache import CachingTokenizer
-from rto_fast.data.cleaning import without_duplicates, without_prompts_of
+from rto_fast.data.cleaning import draw_prompts, one_of_each_prompt, without_duplicates, without_prompts_of
 from rto_fast.data.layouts import Example
 from rto_fast.data.sources import load_examples
 from rto_fast.data.templates import MODES, ChatTemplate
@@ -115,16 +114,16 @@ class RunData:
                 f"{self.vocabulary_size} tokens; give the model's own tokenizer, or resize_token_embeddings"
             )
 
-    def _hold_out(self, examples, what):
+    def _hold_out(self, examples: list[Example], what: str) -> tuple[list[Example], list[Example]]:
         """(training examples, held-out examples): no held-out prompt occurs in training."""
         count = min(self.config.held_out, max(len(examples) // 10, len(examples) > 1))
-        # A fixed seed: which examples are held out must not change from run to run.
-        held_out = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), count))]
-        training = without_prompts_of(examples, held_out)
-        shared = len(examples) - len(held_out) - len(training)
-        if shared:
-            self.say(f"{what}: {shared} examples left out, they share a prompt with the {count} held out")
-        return training, held_out
+        held_out = draw_prompts(examples, count)
+        if count and not held_out:
+            self.say(
+                f"{what}: nothing is held out, every prompt has too many of the {len(examples)} examples (about {count} "
+                f"{'is' if count == 1 else 'are'} wanted); policies are not compared without data.eval_prompts"
+            )
+        return without_prompts_of(examples, held_out), held_out
 
     @cached_property
     def _preferences(self):
@@ -142,11 +141,11 @@ class RunData:
 
     @cached_property
     def eval_examples(self):
-        """What policies are judged on."""
+        """What policies are judged on; of prompts that are held out, each once, however many pairs it has."""
         config = self.config
         if config.eval_prompts:
             return self._examples(config.eval_prompts, roles=PROMPT_ROLES)
-        return self._prompts[1] if config.prompts or config.preferences else []
+        return one_of_each_prompt(self._prompts[1]) if config.prompts or config.preferences else []
 
     @cached_property
     def held_out_examples(self):

@@ -117,7 +117,10 @@ def gold_reward(prompts, responses, finished=None):
     finished = [True] * len(prompts) if finished is None else finished
     scores = []
     for prompt, response, ended in zip(prompts, responses, finished, strict=True):
-        items = [(int(number), colour, noun) for number, colour, noun in (i.split() for i in prompt.split(" , "))]
+        try:
+            items = [(int(number), colour, noun) for number, colour, noun in (i.split() for i in prompt.split(" , "))]
+        except (AttributeError, ValueError):
+            raise ValueError(f"gold_reward: not a prompt of the embedded world: {str(prompt)[:80]!r}") from None
         scores.append(score_response(items, response, ended))
     return scores
 

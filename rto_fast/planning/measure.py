@@ -20,6 +20,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.room import run_items
+from rto_fast.shipped_configs import DEFAULT
 
 # A Llama of 61 million parameters: large enough that weights, not the interpreter, make the peak.
 SIZES = {
@@ -43,8 +44,11 @@ def write_model(folder: Path, **sizes) -> None:
 
 
 def arguments(model: Path, output: Path, extra: list[str]) -> list[str]:
-    """Options of a run with all stages, two steps each: the first makes the optimizer's state."""
-    options: dict[str, object] = dict(OPTIONS)
+    """Options of a run with all stages, two steps each: the first makes the optimizer's state. The model reads nothing but
+    the embedded world."""
+    named = any(option.partition("=")[0] == "--config" for option in extra)
+    options: dict[str, object] = {} if named else {"config": DEFAULT}
+    options |= OPTIONS
     options |= {f"{stage}.max_steps": 2 for stage in ("sft", "reward_model", "dpo")}
     options |= {"model.path": model, "output_dir": output, "eval.function": "null", "eval.prompts": 1}
     return [part for key, value in options.items() for part in (f"--{key}", str(value))] + extra
