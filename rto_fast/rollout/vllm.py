@@ -6,7 +6,6 @@ the checkpoint, where a second `model.load_weights` would garble them. Nothing i
 """
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
