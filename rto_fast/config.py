@@ -31,6 +31,7 @@ from rto_fast.fields import (
     SignedCoefficient,
     Threads,
     check_fields,
+    describe,
     fits,
     shown,
 )
@@ -501,8 +502,10 @@ def read_config(path: str) -> Given:
 
 def _resumed(folder: str) -> Given:
     """The values of the run in `folder`, which is to go on."""
+    if not fits(Location, folder):
+        raise FieldError("--resume", describe(Location), shown(folder))
     files = [os.path.join(folder, name) for name in ("config.yaml", "progress.json")]
-    if not fits(Location, folder) or not all(map(os.path.isfile, files)):
+    if not all(map(os.path.isfile, files)):
         raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
     return read_config(files[0])
 

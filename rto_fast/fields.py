@@ -12,6 +12,7 @@ import os
 import reprlib
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -70,10 +71,12 @@ class PathText:
 
     def __contains__(self, value: Any) -> bool:
         has_home = not value.startswith("~") or os.path.expanduser(value) != value
-        return bool(value.strip()) and value.isprintable() and has_home
+        # What a terminal would obey, or not show: messages escape it, and a path has to be copied from them.
+        is_clean = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in value)
+        return bool(value.strip()) and is_clean and has_home
 
     def __str__(self) -> str:
-        return "a path or name of printable characters, which begins with ~ only where that is a home folder"
+        return "a path or name without line breaks and control characters, whose ~ (if it begins so) is a home folder"
 
 
 # Counts are held as int32 somewhere on the way: lengths and offsets of sequences, by the kernels.

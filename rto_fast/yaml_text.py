@@ -71,19 +71,19 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 _KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 
 
+_RESOLVER = _Loader("")
+
+
 def resolve(text: str) -> Any:
     """What YAML takes `text` for where it stands without quotes: 1, 1e-4, true, None or text."""
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    if tag not in _KINDS:  # such as <<
-        return text
-    return loader.construct_object(_checked_number(yaml.ScalarNode(tag, text)))
+    tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))
+    return _plain(yaml.ScalarNode(tag, text)) if tag in _KINDS else text  # else: <<
 
 
-def _checked_number(node: yaml.ScalarNode) -> yaml.ScalarNode:
+def _plain(node: yaml.ScalarNode) -> Any:
     if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(node.value):,} characters, more than {LONGEST_NUMBER}")
-    return node
+    return _Loader.yaml_constructors[node.tag](_RESOLVER, node)
 
 
 def read_file(path: str) -> Value:
@@ -129,7 +129,7 @@ def read(text: str, name: str) -> Value:
         raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
     if node is None:
         return Value("", name)
-    return _Reading(loader, name).value(node, "")
+    return _Reading(name).value(node, "")
 
 
 def _place(name: str, line: int) -> str:
@@ -139,8 +139,8 @@ def _place(name: str, line: int) -> str:
 class _Reading:
     """Turns a document's nodes into values."""
 
-    def __init__(self, loader: _Loader, name: str):
-        self.loader, self.name, self.count = loader, name, 0
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
 
     def place(self, node: yaml.Node) -> str:
         return _place(self.name, node.start_mark.line)
@@ -164,7 +164,7 @@ class _Reading:
             return Value(items, self.place(node))
         if isinstance(node, yaml.ScalarNode) and node.tag in _KINDS:
             try:
-                plain = self.loader.construct_object(_checked_number(node))
+                plain = _plain(node)
             except (ValueError, LookupError) as error:  # LookupError: `!!bool maybe`
                 raise self.refuse(node, key, f"not read: {error}") from None
             return Value(node.value, self.place(node), plain)
