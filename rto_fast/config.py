@@ -11,11 +11,11 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
+from rto_fast import terminal
 from rto_fast.errors import ConfigError, FieldError
 from rto_fast.fields import (
     Coefficient,
@@ -33,6 +33,7 @@ from rto_fast.fields import (
     SignedCoefficient,
     Threads,
     check_fields,
+    describe,
     fits,
     shown,
 )
@@ -507,10 +508,12 @@ def read_config(path: str) -> Given:
 
 def _resumed(folder: str) -> Given:
     """The values of the run in `folder`, which is to go on."""
-    path = Path(folder)
-    if not fits(Location, folder) or not all((path / name).is_file() for name in ("progress.json", "config.yaml")):
+    if not fits(Location, folder):
+        raise FieldError("--resume", describe(Location), shown(folder))
+    files = [os.path.join(folder, name) for name in ("config.yaml", "progress.json")]
+    if not all(map(os.path.isfile, files)):
         raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
-    return read_config(str(path / "config.yaml"))
+    return read_config(files[0])
 
 
 def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
@@ -535,26 +538,30 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
     for key, (_, instead) in REMOVED.items():
         if any(argument.partition("=")[0] == f"--{key}" for argument in arguments):
             raise ConfigError(f"command line: {key} is no more: {instead}")
-    options = [*split_arguments([a for a in arguments if a != "--print_config"], Config, {"config", "print_config"})]
+    options = [*split_arguments(arguments, Config, others={"config"}, switches={"print_config"})]
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}
     if not folder and "config" not in dict(options):
-        stated = [from_option(Config, key, text) for key, text in options]
+        stated = [from_option(Config, key, text) for key, text in options if key != "print_config"]
         name, why = implied_config({key: value.plain for values in stated for key, value in values.items()})
         given = read_config(config_file(name))
         if why:
             say(why)
     for key, text in options:
-        given |= read_config(config_file(text)) if key == "config" else from_option(Config, key, text)
+        if key == "config":
+            given |= read_config(config_file(text))
+        elif key != "print_config":
+            given |= from_option(Config, key, text)
     if folder:
         given["output_dir"] = given["resume"]
     config = build(Config, given)
     if config.resume and not folder:
+        place = given["resume"].place
         raise ConfigError(
-            "resume: expected on the command line, --resume FOLDER, whose configuration is then the run's"
+            f"{place}: resume: expected on the command line: --resume FOLDER goes on with that folder's run"
         )
-    if "--print_config" in arguments:
-        print(dump_config(config), end="")
+    if "print_config" in dict(options):
+        terminal.say(dump_config(config).rstrip("\n"))
         raise SystemExit(0)
     return config
 

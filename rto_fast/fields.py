@@ -6,11 +6,13 @@
 """
 
 import dataclasses
+import functools
 import math
 import os
 import reprlib
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -41,7 +43,7 @@ class Range:
     def __str__(self) -> str:
         low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:,.10g}" for bound in (self.low, self.high))
         if self.above or self.below:
-            text = f"{'above' if self.above else 'from'} {low} {'and below' if self.below else 'up to'} {high}"
+            text = f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
         else:
             text = f"from {low} to {high}"
         return text + " or .inf" * self.infinite
@@ -69,10 +71,12 @@ class PathText:
 
     def __contains__(self, value: Any) -> bool:
         has_home = not value.startswith("~") or os.path.expanduser(value) != value
-        return bool(value.strip()) and value.isprintable() and has_home
+        # What a terminal would obey, or not show: messages escape it, and a path has to be copied from them.
+        is_clean = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in value)
+        return bool(value.strip()) and is_clean and has_home
 
     def __str__(self) -> str:
-        return "a path or name of printable characters, which begins with ~ only where that is a home folder"
+        return "a path or name without line breaks and control characters, whose ~ (if it begins so) is a home folder"
 
 
 # Counts are held as int32 somewhere on the way: lengths and offsets of sequences, by the kernels.
@@ -91,10 +95,17 @@ Location = Annotated[str, PathText()]
 FolderAtHome = Annotated[str, PathText(keep_home=True)]
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """A dataclass's fields with their types, rules included."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
 def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
     """Every key below a dataclass with its type: {"rto": RTOConfig, "rto.kl_coef": Annotated[float, …], …}."""
     keys: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+    for name, hint in hints_of(cls).items():
         keys[prefix + name] = hint
         if dataclasses.is_dataclass(hint):
             keys |= fields_of(typing.cast(type, hint), f"{prefix}{name}.")
@@ -160,10 +171,10 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"[{', '.join(map(describe, parts))}]"
     if origin is dict:
-        return f"names with {describe(parts[1])} each, such as {{a: b}}"
+        return f"{{name: {describe(parts[1])}, …}}"
     names = {
         int: "a whole number", float: "a number", str: "text in UTF-8 without NUL", bool: "true or false",
-        type(None): "null", Any: "text, or a finite number of 64 bits,",
+        type(None): "null", Any: "text, finite numbers of 64 bits, lists and mappings",
     }  # fmt: skip
     return names.get(hint) or f"a {hint.__name__}"
 
@@ -188,7 +199,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     Raises:
         FieldError: the first that cannot hold its value.
     """
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, hint in hints_of(typing.cast(type, type(config))).items():
         value, key = getattr(config, name), prefix + name
         if not fits(hint, value):
             raise FieldError(key, describe(hint), shown(value))

@@ -12,11 +12,11 @@ import inspect
 import os
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.errors import ConfigError, FieldError
-from rto_fast.fields import PathText, base_of, describe, fields_of, fits, options_of, shown
+from rto_fast.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
 from rto_fast.terminal import ArgumentParser
 from rto_fast.yaml_text import Value, read, resolve
 
@@ -39,18 +39,23 @@ def argument(hint: Any) -> Callable[[str], Any]:
     return convert
 
 
-def split_arguments(arguments: list[str], cls: type, flags: set[str], positional: str | None = None) -> Iterator:
+def split_arguments(
+    arguments: list[str],
+    cls: type,
+    *,
+    others: Iterable[str] = (),
+    switches: Iterable[str] = (),
+    positional: str | None = None,
+) -> Iterator[tuple[str, str]]:
     """(key, text) of each option; `--key value` or `--key=value`.
 
     Args:
-        flags: options of no dataclass, such as config. positional: the key of an argument that is no option.
+        others: options of no dataclass, such as config. switches: those without a value. positional: the key of an argument
+            that is no option.
     Raises:
         ConfigError: an unknown option (the nearest one is suggested), or one without a value.
     """
-    known = sorted(f"--{key}" for key in {*fields_of(cls), *flags, "help"} - {positional})
-    for option in arguments:
-        if option.startswith("--"):
-            check_known(option.partition("=")[0], "command line", known)
+    known = sorted(f"--{key}" for key in {*fields_of(cls), *others, *switches, "help"} - {positional})
     rest = iter(arguments)
     for option in rest:
         name, has_value, text = option.partition("=")
@@ -60,23 +65,28 @@ def split_arguments(arguments: list[str], cls: type, flags: set[str], positional
             yield positional, option
             positional = None
             continue
-        if not has_value:
+        check_known(name, "command line", known)
+        if name[2:] in switches:
+            if has_value:
+                raise ConfigError(f"{name}: expected no value, got {shown(text)}")
+        elif not has_value:
             text = next(rest, "--")
             if text.startswith("--"):
                 raise ConfigError(f"{name}: expected a value after it (write {name}=VALUE for one that begins with --)")
         yield name[2:], text
 
 
-def check_known(name: str, where: str, known: typing.Iterable[str]) -> None:
+def check_known(name: str, where: str, known: Iterable[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{where}: unknown key {name[:100]}{hint}")
+        given = name[:100] if name and name.isprintable() else shown(name)
+        raise ConfigError(f"{where}: unknown key {given}{hint}")
 
 
-def from_option(cls: type, key: str, text: str) -> Given:
+def from_option(cls: type, key: str, text: str, place: str = "") -> Given:
     """What one option gives: its value, or those of a section, `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
-    value = of_command_line(text, f"--{key}", hint := fields_of(cls)[key])
+    value = of_command_line(text, place or f"--{key}", hint := fields_of(cls)[key])
     return flattened(cls, value, f"{key}.") if dataclasses.is_dataclass(hint) else {key: value}
 
 
@@ -88,7 +98,7 @@ def of_command_line(text: str, place: str, hint: Any) -> Value:
     return Value(text, place, None if is_null else text)
 
 
-def flattened(cls: type, tree: Value, prefix: str = "", removed: typing.Iterable[str] = ()) -> Given:
+def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] = ()) -> Given:
     """The values of a mapping and of its sections by their keys.
 
     Raises:
@@ -104,8 +114,7 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: typing.Iterable
         for name, value in tree.content.items():
             key = prefix + name
             if key not in removed:
-                where = "command line" if value.place.startswith("--") else value.place
-                check_known(key, where, keys)
+                check_known(key, value.place, keys)
             if dataclasses.is_dataclass(keys.get(key)):
                 walk(value, f"{key}.")
             elif key in given:
@@ -131,8 +140,8 @@ def parse(
         print_help(cls, prog, description, {}, positional)
         raise SystemExit(0)
     given: Given = {}
-    for key, text in split_arguments(arguments, cls, set(), positional):
-        given |= from_option(cls, key, text)
+    for key, text in split_arguments(arguments, cls, positional=positional):
+        given |= from_option(cls, key, text, key.upper() if key == positional else "")
     return build(cls, given)
 
 
@@ -141,7 +150,7 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def named(key: str, place: str, message: str) -> str:
-    return f"{place}: {message}" if place == f"--{key}" else f"{place}: {key}: {message}"
+    return f"{place}: {message}" if place.lower() in (key, f"--{key}") else f"{place}: {key}: {message}"
 
 
 def converted(hint: Any, value: Value) -> Any:
@@ -162,7 +171,10 @@ def converted(hint: Any, value: Value) -> Any:
         rules = [rule for option in options_of(hint) for rule in getattr(option, "__metadata__", ())]
         has_home = any(isinstance(rule, PathText) and not rule.keep_home for rule in rules)
         return os.path.expanduser(content) if has_home else content
-    plain = resolve(content) if isinstance(value.plain, str) and base is not Any else value.plain
+    plain = value.plain
+    if isinstance(plain, str) and base is not Any:
+        plain = resolve(content.strip())
+        plain = content if plain is None else plain
     return float(plain) if base is float and type(plain) is int else plain
 
 
@@ -175,7 +187,7 @@ def build(cls: type[Settings], given: Given) -> Settings:
 
     def make(cls: type, prefix: str) -> Any:
         values = {}
-        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        for name, hint in hints_of(cls).items():
             key = prefix + name
             if dataclasses.is_dataclass(hint):
                 values[name] = make(typing.cast(type, hint), f"{key}.")
@@ -208,7 +220,7 @@ def print_help(cls: type, prog: str, description: str, others: dict[str, str], p
     def add(group: Any, cls: type, prefix: str) -> None:
         texts = _texts(cls)
         for field in dataclasses.fields(cls):
-            hint = typing.get_type_hints(cls, include_extras=True)[field.name]
+            hint = hints_of(cls)[field.name]
             if dataclasses.is_dataclass(hint):
                 section = parser.add_argument_group(prefix + field.name, inspect.cleandoc(hint.__doc__ or ""))
                 add(section, typing.cast(type, hint), f"{prefix}{field.name}.")

@@ -116,7 +116,7 @@ class ArgumentParser(argparse.ArgumentParser):
             say(message.rstrip("\n"), err=file is not None and file is not sys.stdout)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"rto_fast: {one_line(message)}; see {self.prog} --help")
+        self.exit(2, f"rto_fast: {one_line(message.removeprefix('argument '))}; see {self.prog} --help")
 
 
 class _Unfailing(io.FileIO):

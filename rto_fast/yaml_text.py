@@ -1,5 +1,6 @@
 """YAML as configurations use it, read strictly: what PyYAML drops in silence, or cannot bear, is one line with its place."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,14 +43,18 @@ class Value:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-4 is a number and 2026-01-01 is text."""
 
-    depth = 0
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.path: list[str] = []  # names of the mappings, "" for a list, down to the present node
 
     def compose_node(self, parent, index):
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=self.peek_event().start_mark)
+        self.path.append(index.value if isinstance(index, yaml.ScalarNode) else "")
+        if len(self.path) > DEEPEST:
+            key = ".".join(filter(None, self.path[:3]))
+            problem = f"more than {DEEPEST} levels" + f" in {key}" * bool(key)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
         node = super().compose_node(parent, index)
-        self.depth -= 1
+        self.path.pop()
         return node
 
 
@@ -66,19 +71,19 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 _KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 
 
+_RESOLVER = _Loader("")
+
+
 def resolve(text: str) -> Any:
     """What YAML takes `text` for where it stands without quotes: 1, 1e-4, true, None or text."""
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    if tag not in _KINDS:  # such as <<
-        return text
-    return loader.construct_object(_checked_number(yaml.ScalarNode(tag, text)))
+    tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))
+    return _plain(yaml.ScalarNode(tag, text)) if tag in _KINDS else text  # else: <<
 
 
-def _checked_number(node: yaml.ScalarNode) -> yaml.ScalarNode:
+def _plain(node: yaml.ScalarNode) -> Any:
     if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(node.value):,} characters")
-    return node
+        raise ValueError(f"a number of {len(node.value):,} characters, more than {LONGEST_NUMBER}")
+    return _Loader.yaml_constructors[node.tag](_RESOLVER, node)
 
 
 def read_file(path: str) -> Value:
@@ -106,43 +111,48 @@ def read_file(path: str) -> Value:
     return value
 
 
-def read(text: str, name: str, prefix: str = "") -> Value:
+def read(text: str, name: str) -> Value:
     """The value that `text` holds; ConfigError says what is wrong with it.
 
     Args:
-        name: of the file, or of the option; begins messages. prefix: of its keys in messages, such as "rto.".
+        name: of the file, or the option (--rto); messages begin with it.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: the character {chr(error.character)!r}") from None
+        place = _place(name, text.count("\n", 0, error.position))
+        raise ConfigError(f"{place}: not valid YAML: the character {chr(error.character)!r}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
+        place = _place(name, mark.line) if mark else name
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
     if node is None:
         return Value("", name)
-    return _Reading(loader, name).value(node, prefix.rstrip("."))
+    return _Reading(name).value(node, "")
+
+
+def _place(name: str, line: int) -> str:
+    return name if name.startswith("--") else f"{name}:{line + 1}"
 
 
 class _Reading:
     """Turns a document's nodes into values."""
 
-    def __init__(self, loader: _Loader, name: str):
-        self.loader, self.name, self.count = loader, name, 0
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
 
     def place(self, node: yaml.Node) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}"
+        return _place(self.name, node.start_mark.line)
 
     def refuse(self, node: yaml.Node, key: str, what: str) -> ConfigError:
-        return ConfigError(f"{self.place(node)}: {key + ': ' if key else ''}{what}")
+        shown = key if len(key) <= 40 else f"{key[:40]}…"
+        return ConfigError(f"{self.place(node)}: {shown + ': ' if key else ''}{what}")
 
     def value(self, node: yaml.Node, key: str, depth: int = 0) -> Value:
         self.count += 1 + isinstance(node, yaml.ScalarNode) * len(node.value) // LONGEST_NAME
         if depth > DEEPEST:
-            raise self.refuse(node, key, f"more than {DEEPEST} levels, or an alias that contains itself")
+            raise self.refuse(node, key, f"more than {DEEPEST} levels: an alias contains itself, or is too deep")
         if self.count > MOST_VALUES:
             raise self.refuse(
                 node, key, f"more than {MOST_VALUES:,} values, each counted as often as aliases repeat it"
@@ -154,9 +164,9 @@ class _Reading:
             return Value(items, self.place(node))
         if isinstance(node, yaml.ScalarNode) and node.tag in _KINDS:
             try:
-                plain = self.loader.construct_object(_checked_number(node))
+                plain = _plain(node)
             except (ValueError, LookupError) as error:  # LookupError: `!!bool maybe`
-                raise self.refuse(node, key, f"not read as YAML: {error}") from None
+                raise self.refuse(node, key, f"not read: {error}") from None
             return Value(node.value, self.place(node), plain)
         raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here")
 
@@ -183,4 +193,4 @@ class _Reading:
             if name.value in lines:
                 raise self.refuse(name, full, f"given twice, first in line {lines[name.value]}; keep one of them")
             lines[name.value] = name.start_mark.line + 1
-            yield name.value, self.value(child, full, depth + 1)
+            yield name.value, dataclasses.replace(self.value(child, full, depth + 1), place=self.place(name))

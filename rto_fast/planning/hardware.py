@@ -87,7 +87,7 @@ def parse_machine(text: str) -> Machine:
     Raises:
         ConfigError: a GPU that is not in the table.
     """
-    counted = re.fullmatch(r"(\d+)\s*[x×*]\s*(.*)", text.strip(), re.I)
+    counted = re.fullmatch(r"(\d{1,6})\s*[x×*]\s*(.*)", text.strip(), re.I)
     count, name = (int(counted[1]), counted[2]) if counted else (1, text.strip())
     if count < 1:
         raise ConfigError(f"--gpus {text}: expected at least one")
