@@ -454,7 +454,8 @@ def _validate(config):
             "false without deepspeed.zero_stage: 3")  # fmt: skip
     require(not config.data.streaming or config.data.limit, "data.limit",
             "a number with data.streaming: so many examples are read")  # fmt: skip
-    require(config.model.path or config.sft.model, "model.path", "a model to start from (or sft.model); `embedded` is the package's")
+    require(config.model.path or config.sft.model, "model.path",
+            "a model to start from (or sft.model); `embedded` is the package's")  # fmt: skip
     require(not (config.reward_model.model and config.reward_model.function), "reward_model.function",
             "null when reward_model.model is given: one of the two scores the responses")  # fmt: skip
     require(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", "a number in [0, .5)")
@@ -577,15 +578,8 @@ def _resumed(arguments):
     return None
 
 
-def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
-    """Parses command-line `arguments`.
-
-    Args:
-        say: called with a line of text where a model or data is given without --config: which configuration that takes.
-    Raises:
-        ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
-            unreadable file. `--help` prints every key and exits.
-    """
+@functools.cache  # making it takes most of the time of `load_config`
+def _parser() -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -597,6 +591,19 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
     parser.add_argument("--config", action="config",
                         help=f"YAML file, or one of {', '.join(shipped_configs())}; later options override it.")  # fmt: skip
     parser.add_class_arguments(Config, None)
+    return parser
+
+
+def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
+    """Parses command-line `arguments`.
+
+    Args:
+        say: called with a line of text where a model or data is given without --config: which configuration that takes.
+    Raises:
+        ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
+            unreadable file. `--help` prints every key and exits.
+    """
+    parser = _parser()
 
     def parse(arguments: list[str]) -> dict[str, Any]:
         try:
