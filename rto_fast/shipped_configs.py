@@ -34,7 +34,9 @@ def config_file(name: str) -> str:
     if not os.path.exists(path):
         near = difflib.get_close_matches(Path(name).stem, names, n=1)
         hint = f"; did you mean --config {near[0]}?" if near else ""
-        raise ConfigError(f"--config {name}: No such file or directory, and the shipped ones are {', '.join(names)}{hint}")
+        raise ConfigError(
+            f"--config {name}: No such file or directory, and the shipped ones are {', '.join(names)}{hint}"
+        )
     return path
 
 

@@ -22,7 +22,8 @@ def test_command_line_beats_file_beats_defaults(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
-    config = load_config(["--config", str(path)])
+    own = ["--model.path", "mine"] if path.stem == "own" else []
+    config = load_config(["--config", str(path), *own])
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert load_config(["--config", str(tmp_path / "resolved.yaml")]) == config
 
