@@ -270,9 +270,16 @@ def test_a_mistake_can_be_mended_in_the_same_folder(refused):
         assert f"rto_fast: {name}: no such file" in refused(*SFT, "--data.preferences", name)
 
 
-def test_chat_data_without_a_chat_template_is_told(start, tmp_path):
-    with pytest.warns(UserWarning, match="the tokenizer has no chat template: messages become a 'Human: ... Ass"):
-        start(*SFT, "--model.path", "bare", "--data.preferences", "chat.jsonl", "--output_dir", tmp_path / "out")
+def test_chat_data_without_a_chat_template_is_told_once_and_recorded(start, tmp_path, capfd):
+    start(*SFT, "--model.path", "bare", "--data.preferences", "chat.jsonl", "--output_dir", tmp_path / "out")
+    out, err = capfd.readouterr()
+    what = "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript"
+    assert f"\nwarning: {what}\n" in f"\n{out}" and (out + err).count("no chat template") == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "warnings.jsonl").read_text().splitlines()]
+    assert [record for record in records if record["what"] == what] == [
+        {"stage": "data", "step": 0, "name": "no_chat_template", "what": what, "remedy": ""}
+    ]
+    assert "no chat template" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("debug", [False, True])
