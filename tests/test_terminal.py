@@ -16,7 +16,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.world import build_tokenizer, preference_rows
 from rto_fast.reporting.log import RunLog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(report.__file__).parent.parent
 EVIL = "\x1b]0;title\x07\x1b[2Jblue\r\u202eabc\x9b1m\x7f\u2028\u2066\ud800\x00"
 NAME = EVIL[:-2]  # as a file can have it
 ACTING = set(EVIL) - set("]0;titleblue[2Jabc1m")
@@ -80,7 +80,7 @@ def test_names_of_files_and_columns_do_not_command_the_terminal(tmp_path, capsys
     tokenizer = build_tokenizer()
     data = RunData(DataConfig(preferences=str(tmp_path / name)), tokenizer, [tokenizer.eos_token_id], log.say)
     assert data.pair_examples
-    log.warning("rto", 1, "name", f"{name} is evil", EVIL)
+    log.warning("rto", 1, "name", f"{name} is evil", NAME)
     out = capsys.readouterr().out
     assert not set(out) & ACTING and "exact duplicates dropped: 39" in out
     assert all(line.startswith((str(tmp_path), "preferences", "warning: rto, step 1: ")) for line in out.splitlines())
@@ -220,9 +220,9 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
         return json.dumps(row, ensure_ascii=False) + "\n"
 
     rows = [row | {"chosen": "три ± ✓"} for row in preference_rows(30, seed=3)]
-    (tmp_path / "данные.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
     arguments = [
-        "--output_dir", "run", "--threads", "1", "--data.preferences", "данные.jsonl", "--data.sft", "null",
+        "--output_dir", "run", "--threads", "1", "--data.preferences", "pairs.jsonl", "--data.sft", "null",
         "--data.eval_prompts", "null", "--sft.max_steps", "1", "--dpo.max_steps", "1", "--rto.enabled", "false",
         "--eval.function", "rto_fast.data.world:gold_reward", "--rollout.max_new_tokens", "4", "--eval.prompts", "2",
     ]  # fmt: skip
@@ -234,3 +234,11 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
     process.stdout.close()
     assert process.wait(200) == 0
     assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "dpo" / "README.md").exists()
+
+
+def test_without_a_run_a_warning_is_pythons_own_in_the_name_of_the_caller(tmp_path):
+    (tmp_path / "skipped.jsonl").write_text('{"prompt": "2 red cup"}\n' * 3 + "{}\n")
+    data = RunData(DataConfig(prompts=str(tmp_path / "skipped.jsonl"), invalid="skip"), build_tokenizer(), [2], print)
+    with pytest.warns(UserWarning, match="1 unusable rows skipped") as caught:
+        assert data.prompt_examples
+    assert [warning.filename for warning in caught] == [__file__]

@@ -21,7 +21,7 @@ from rto_fast.reporting.report import write_report
 from rto_fast.stages.common import save_model
 from rto_fast.training.state_files import save_state, write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(report.__file__).parent.parent
 
 
 def a_report(path):
