@@ -3,6 +3,8 @@
 import sys
 import warnings
 
+WRAPPERS = "functools", "contextlib", "torch"  # what calls a function of ours in the name of somebody else
+
 
 class Notice(UserWarning):
     """Something to know that ends nothing.
@@ -19,9 +21,11 @@ class Notice(UserWarning):
 
 def notify(stage: str, name: str, what: str, remedy: str = "") -> None:
     """Warns with a `Notice`, in the name of the code that called this package."""
-    frame, level, caller = sys._getframe(1), 3, 3
+    frames, frame = [], sys._getframe(1)
     while frame:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "rto_fast":
-            caller = level  # of the outermost frame of ours: libraries that we call may call us back
-        frame, level = frame.f_back, level + 1
-    warnings.warn(Notice(stage, name, what, remedy), stacklevel=caller)
+        frames.append(frame.f_globals.get("__name__", "").partition(".")[0])
+        frame = frame.f_back
+    caller = max((i for i, package in enumerate(frames) if package == "rto_fast"), default=0) + 1
+    while caller < len(frames) and frames[caller] in WRAPPERS:
+        caller += 1
+    warnings.warn(Notice(stage, name, what, remedy), stacklevel=caller + 2)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rto_fast import train
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
+from rto_fast.errors import ModelError
 from rto_fast.models.loading import causal_logps
 from rto_fast.stages.common import save_model
 from rto_fast.training.optimizer import Schedule
@@ -272,9 +273,30 @@ def test_a_mistake_can_be_mended_in_the_same_folder(refused):
         assert f"rto_fast: {name}: no such file" in refused(*SFT, "--data.preferences", name)
 
 
-def test_chat_data_without_a_chat_template_is_told(start, tmp_path):
-    with pytest.warns(UserWarning, match="the tokenizer has no chat template: messages become a 'Human: ... Ass"):
-        start(*SFT, "--model.path", "bare", "--data.preferences", "chat.jsonl", "--output_dir", tmp_path / "out")
+def test_chat_data_without_a_chat_template_is_told_once_and_recorded(start, tmp_path, capfd):
+    start(*SFT, "--model.path", "bare", "--data.preferences", "chat.jsonl", "--output_dir", tmp_path / "out")
+    out, err = capfd.readouterr()
+    what = "the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript"
+    assert f"\nwarning: {what}\n" in f"\n{out}" and (out + err).count("no chat template") == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "warnings.jsonl").read_text().splitlines()]
+    assert [record for record in records if record["what"] == what] == [
+        {"stage": "data", "step": 0, "name": "no_chat_template", "what": what, "remedy": ""}
+    ]
+    assert "no chat template" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_engine_that_falls_back_is_told_once_and_recorded(start, monkeypatch, tmp_path, capfd):
+    def engine(*_):
+        raise ModelError("a layer\x1b[2J that it does not know")
+
+    monkeypatch.setattr("rto_fast.rollout.NativeEngine", engine)
+    start(*RTO, *LENGTHS, "--eval.every", "1", "--output_dir", tmp_path / "out")
+    out, err = capfd.readouterr()
+    what = "rollout.engine: falls back to hf (slower): a layer\x1b[2J that it does not know"
+    assert f"\nwarning: {what}\n".replace("\x1b", "\\x1b") in out and (out + err).count("falls back") == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "warnings.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records if record["what"] == what] == ["engine_falls_back"]
+    assert "falls back to hf" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("debug", [False, True])
