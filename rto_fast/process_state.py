@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 
 class Setting(NamedTuple):
@@ -89,9 +89,10 @@ def _function_modes() -> list[Any]:
 
 
 def _leave_function_modes(kept: list[Any]) -> None:
-    for mode in reversed(_function_modes()):
-        if mode not in kept:
-            mode.__exit__(None, None, None)
+    while (modes := _function_modes()) and modes[-1] not in kept:
+        mode = _pop_mode()
+        if hasattr(mode, "old_device"):
+            torch.utils._device.CURRENT_DEVICE = mode.old_device
 
 
 _AUTOCAST = "cpu", "cuda"

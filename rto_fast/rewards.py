@@ -170,7 +170,7 @@ def parameters_of(function: Callable, path: str, key: str) -> Parameters:
         ConfigError: it cannot be called as f(prompts, responses, column=…), or returns nothing but a generator.
     """
     shown = f"{key}: {path}"
-    for code in (function, getattr(type(function), "__call__", None)):
+    for code in (function, type(function).__call__):
         if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
             raise ConfigError(
                 f"{shown} is a generator (it has a `yield`); return a list of one number a response instead"
@@ -237,9 +237,9 @@ class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
     Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
-    the name of another column of the data (such as `answer`), is given those lists by keyword. All that it is given is its
-    own to edit. One that scores right or wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has
-    a rate's confidence interval.
+    the name of another column of the data (such as `answer`), is given those lists by keyword. It may edit all that it is
+    given. One that scores right or wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a
+    rate's confidence interval.
 
     It is called without gradients, and what it changes of the process is put back (`rto_fast.process_state`). One that is
     `async`, or returns a coroutine, is awaited, in an event loop of its own that lasts as long as this object.
@@ -268,7 +268,7 @@ class RewardFunction:
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
         taken = self.parameters
-        columns = {"finished": [c.finished for c in completions]}
+        columns: dict[str, list[Any]] = {"finished": [c.finished for c in completions]}
         for name in {name: None for c in completions for name in c.prompt.extra}:
             if name not in ("finished", *taken.places):
                 columns[name] = [c.prompt.extra.get(name) for c in completions]
