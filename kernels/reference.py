@@ -1,6 +1,6 @@
 """Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
 
-All functions are differentiable and compute in float64 when given float64, in float32 otherwise. The two functions
+The losses and log-probs are differentiable; all compute in float64 when given float64, in float32 otherwise. The two functions
 that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that memory
 stays bounded whatever T is.
 """
@@ -54,6 +54,45 @@ def checked_labels(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str)
 @checked_labels.register_fake
 def _(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
     return torch.empty_like(labels)
+
+
+@torch.library.custom_op("rto_fast::checked_num_items", mutates_args=())
+def checked_num_items(num_items: Tensor) -> Tensor:
+    """num_items, a 0-d tensor; an op of its own like `checked_labels`.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0 <= num_items.item() < float("inf"):
+        raise ValueError(f"num_items: expected a finite number of at least 0, got {num_items.item()}")
+    return num_items.clone()
+
+
+@checked_num_items.register_fake
+def _(num_items: Tensor) -> Tensor:
+    return torch.empty_like(num_items)
+
+
+@torch.library.custom_op("rto_fast::checked_bounds", mutates_args=())
+def checked_bounds(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """cu_seqlens, [N+1] int32; an op of its own like `checked_labels`.
+
+    Raises:
+        ValueError: it does not rise from 0 to num_tokens (a step of 0 is an empty sequence).
+    """
+    bounds = cu_seqlens.tolist()
+    wrong = next((i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1]), None)
+    if bounds[0] != 0 or bounds[-1] != num_tokens or wrong is not None:
+        told = f"{bounds[0]} first" if bounds[0] else f"{bounds[-1]} last"
+        if wrong is not None:
+            told = f"{bounds[wrong]} after {bounds[wrong - 1]} at [{wrong}]"
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the {num_tokens} tokens, got {told}")
+    return cu_seqlens.clone()
+
+
+@checked_bounds.register_fake
+def _(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    return torch.empty_like(cu_seqlens)
 
 
 def _without_ignored(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
@@ -169,7 +208,7 @@ def linear_token_logps(
 
 def _normaliser(loss_mask, weights, num_items, dtype):
     """(per-token weight, 1/denominator); an empty mask gives a loss of 0, not NaN."""
-    weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.to(dtype), 0.0)
+    weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.detach().to(dtype), 0.0)
     total = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=dtype, device=weight.device)
     return weight, torch.where(total == 0, 0.0, 1.0 / total.where(total != 0, 1.0))
 
@@ -183,8 +222,8 @@ def ppo_policy_loss(
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
     high = clip_eps if clip_eps_high is None else clip_eps_high
     # Masked entries may hold anything, NaN included: select before arithmetic, so that 0·NaN cannot occur.
-    log_ratio = torch.where(loss_mask, logps.to(dtype) - old_logps.to(dtype), 0.0).clamp(-20.0, 20.0)
-    advantages = torch.where(loss_mask, advantages.to(dtype), 0.0)
+    log_ratio = torch.where(loss_mask, logps.to(dtype) - old_logps.detach().to(dtype), 0.0).clamp(-20.0, 20.0)
+    advantages = torch.where(loss_mask, advantages.detach().to(dtype), 0.0)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_eps, 1.0 + high)
@@ -210,7 +249,8 @@ def ppo_value_loss(
     """See `rto_fast.ops.ppo_value_loss`."""
     dtype = compute_dtype(values)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
-    values, old_values, returns = (torch.where(loss_mask, t.to(dtype), 0.0) for t in (values, old_values, returns))
+    tensors = values, old_values.detach(), returns.detach()
+    values, old_values, returns = (torch.where(loss_mask, t.to(dtype), 0.0) for t in tensors)
     error = (values - returns).square()
     is_clipped = torch.zeros_like(loss_mask)
     if value_clip_eps is not None:
@@ -268,7 +308,8 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
     sequences = len(cu_seqlens) - 1
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     rows, columns, tokens, length = _padded(cu_seqlens, mask)
-    grid_rewards, grid_values = rewards.new_zeros(2, sequences, length, dtype=dtype)
+    grid_rewards = rewards.new_zeros(sequences, length, dtype=dtype)
+    grid_values = torch.zeros_like(grid_rewards)
     valid = torch.zeros(sequences, length, dtype=torch.bool, device=rewards.device)
     grid_rewards[rows, columns] = rewards[tokens].to(dtype)
     grid_values[rows, columns] = values[tokens].to(dtype)

@@ -4,10 +4,16 @@ Everything works on packed tensors: T tokens of N sequences back to back, `cu_se
 index t is the state s_t and the action `labels[t]` (labels are already shifted). CUDA tensors run the Triton kernels,
 CPU tensors the plain torch reference; with TRITON_INTERPRET=1 in the environment CPU tensors run the Triton code
 through its interpreter. Log-probs, entropies and KL are in nats; outputs are float32 (float64 from float64 on CPU).
-Wrong shapes, devices or dtypes raise ValueError naming the argument. Labels outside [0, V) do so on a CPU; Triton does not
-wait for the device to look for them, nor reads outside of a row: the log-prob of such a label is NaN, and so are the loss it
-is in, the gradient of its row and the whole gradient of `lm_head_weight`. The algorithm is arXiv 2404.18922. `sample_tokens`
-is for decoding: it has no gradient, and on CUDA it neither waits for the device nor depends on it, for CUDA graphs.
+Wrong shapes, devices or dtypes, and numbers that are not finite or out of their range, raise ValueError naming the
+argument. What `cu_seqlens`, `num_items` and labels hold is checked on a CPU only: on CUDA this would wait for the device, so
+each argument says what holds there. Triton never reads outside of a row for a label outside [0, V): the log-prob of such a
+label is NaN, and so are the loss it is in, the gradient of its row and the whole gradient of `lm_head_weight`. The
+algorithm is arXiv 2404.18922. `sample_tokens` is for decoding: on CUDA it neither waits for the device nor depends on it,
+for CUDA graphs.
+
+Gradients flow to the logits, hidden states, weight and bias of log-probs, and to `logps` and `values` of the losses. Every
+other tensor is a constant, also one that requires a gradient: `old_logps` may be `logps` itself. The results of `gae`,
+`rto_advantages` and `sample_tokens` require no gradient.
 
 `torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). In the reference,
 `token_logps` and the PPO losses are traced whole; the others, whose shapes depend on masks, break the graph.
@@ -18,13 +24,26 @@ forward, see `rto_fast.models.head`: DeepSpeed then gathers the weight, for a re
 embedding lets go of the weight in between.
 """
 
-import os
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from rto_fast.kernels import reference, sampling_reference
+from rto_fast.kernels import arguments, reference, sampling_reference
+from rto_fast.kernels.arguments import (
+    AT_LEAST_0,
+    check_first,
+    check_floats,
+    check_linear,
+    check_number,
+    check_numbers,
+    check_optional,
+    check_ppo,
+    check_tensor,
+    checked_cu_seqlens,
+    checked_num_items,
+    float_dtypes,
+)
 from rto_fast.kernels.reference import RTOAdvantages
 
 __all__ = [
@@ -32,13 +51,10 @@ __all__ = [
     "rto_advantages", "RTOAdvantages", "sample_tokens",
 ]  # fmt: skip
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def _implementation(module, tensor, reference=reference):
     """The Triton module of an op for CUDA tensors, the reference otherwise."""
-    if not (tensor.is_cuda or (_INTERPRET and tensor.device.type == "cpu")):
+    if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
         return reference
     # Not at the top: CPU tensors do without Triton. By statements: `torch.compile` cannot trace import_module.
     import rto_fast.kernels.advantages
@@ -49,73 +65,6 @@ def _implementation(module, tensor, reference=reference):
     import rto_fast.kernels.token_logps
 
     return getattr(rto_fast.kernels, module)
-
-
-def _check(name, tensor, shape, dtypes, device):
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
-
-
-def _floats(device):
-    return _FLOATS + (torch.float64,) if device.type == "cpu" and not _INTERPRET else _FLOATS
-
-
-def _check_floats(reference_tensor, shape, **tensors):
-    device = reference_tensor.device
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check(name, tensor, shape, _floats(device), device)
-
-
-def _check_mask(name, mask, shape, device):
-    if mask is not None:
-        _check(name, mask, shape, (torch.bool,), device)
-
-
-def _check_positive(**numbers):
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {number}")
-
-
-def _check_cu_seqlens(cu_seqlens, device):
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-        raise ValueError("cu_seqlens: expected a 1-d tensor of N+1 sequence bounds, the first of them 0")
-    _check("cu_seqlens", cu_seqlens, cu_seqlens.shape, (torch.int32,), device)
-
-
-def _check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap):
-    if hidden_states.dim() < 1:
-        raise ValueError("hidden_states: expected shape [..., D], got ()")
-    if lm_head_weight.dim() != 2:
-        raise ValueError(f"lm_head_weight: expected shape [V, D], got {tuple(lm_head_weight.shape)}")
-    device = hidden_states.device
-    _check("hidden_states", hidden_states, hidden_states.shape, _floats(device), device)
-    _check("lm_head_weight", lm_head_weight, (len(lm_head_weight), hidden_states.shape[-1]), _floats(device), device)
-    if lm_head_weight.dtype != hidden_states.dtype and not torch.is_autocast_enabled(device.type):
-        raise ValueError(f"lm_head_weight: expected dtype {hidden_states.dtype} like hidden_states, "
-                         f"got {lm_head_weight.dtype}")  # fmt: skip
-    _check("labels", labels, hidden_states.shape[:-1], (torch.int64,), device)
-    if bias is not None:
-        _check("bias", bias, lm_head_weight.shape[:1], _floats(device), device)
-    _check_positive(temperature=temperature, softcap=softcap)
-
-
-def _check_ppo(like, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, **tensors):
-    _check_floats(like, like.shape, weights=weights, **tensors)
-    _check_mask("loss_mask", loss_mask, like.shape, like.device)
-    if not 0 <= clip_eps < 1:
-        raise ValueError(f"clip_eps: expected a number in [0, 1), got {clip_eps}")
-    if clip_eps_high is not None and clip_eps_high < 0:
-        raise ValueError(f"clip_eps_high: expected a number of at least 0, got {clip_eps_high}")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
 
 
 @overload
@@ -144,11 +93,11 @@ def token_logps(
     Returns:
         logps [...] float32, or (logps, entropy).
     """
+    check_first("logits", logits)
     if logits.dim() < 1 or not logits.shape[-1]:
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {tuple(logits.shape)}")
-    _check("logits", logits, logits.shape, _floats(logits.device), logits.device)
-    _check("labels", labels, logits.shape[:-1], (torch.int64,), logits.device)
-    _check_positive(temperature=temperature)
+    check_tensor("labels", labels, logits.shape[:-1], (torch.int64,), logits.device)
+    check_numbers(temperature=temperature, ignore_index=ignore_index)
     return _implementation("token_logps", logits).token_logps(
         logits, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
         inplace_backward=inplace_backward,
@@ -183,7 +132,8 @@ def linear_token_logps(
     Returns:
         logps [...] float32, or (logps, entropy); differentiable in hidden_states, lm_head_weight and bias.
     """
-    _check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap)
+    check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap)
+    check_numbers(ignore_index=ignore_index)
     return _implementation("linear_token_logps", hidden_states).linear_token_logps(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature, softcap=softcap,
         ignore_index=ignore_index, return_entropy=return_entropy,
@@ -207,9 +157,11 @@ def linear_ppo_loss(
     Returns:
         (loss 0-d, metrics): those of `ppo_policy_loss` and `entropy` (mean, nats), 0-d tensors on the device.
     """
-    _check_linear(hidden_states, lm_head_weight, labels, None, temperature, softcap)
-    _check("old_logps", old_logps, labels.shape, _floats(hidden_states.device), hidden_states.device)
-    _check_ppo(old_logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, advantages=advantages)
+    check_linear(hidden_states, lm_head_weight, labels, None, temperature, softcap)
+    check_floats(hidden_states, labels.shape, old_logps=old_logps)
+    check_ppo(old_logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, advantages=advantages)
+    check_numbers(entropy_coef=entropy_coef)
+    num_items = checked_num_items(num_items)
     return _implementation("linear_ppo_loss", hidden_states).linear_ppo_loss(
         hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, weights=weights, num_items=num_items,
         clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip, entropy_coef=entropy_coef,
@@ -229,15 +181,18 @@ def ppo_policy_loss(
         weights: [...] per-token weights, default 1; with 1/len(sequence) and num_items = number of sequences the loss
             is the mean over sequences of their token means.
         num_items: float or 0-d tensor that replaces the denominator Σ weights·loss_mask, so that losses of
-            micro-batches and ranks add up to the loss of the whole batch exactly.
-        clip_eps, clip_eps_high: the ratio is clipped to [1 − clip_eps, 1 + (clip_eps_high or clip_eps)].
+            micro-batches and ranks add up to the loss of the whole batch exactly. At least 0, where 0 makes a loss of 0.
+            In a tensor on CUDA this is not checked: a negative one turns the loss's sign, NaN makes it NaN.
+        clip_eps, clip_eps_high: the ratio is clipped to [1 − clip_eps, 1 + clip_eps_high]; clip_eps in [0, 1),
+            clip_eps_high at least 0, or None for clip_eps.
         dual_clip: for negative advantages the loss is at most dual_clip·|A| (arXiv 1912.09729); above 1, or None.
     Returns:
         (loss 0-d, metrics): policy_loss, approx_kl (k3, mean of ratio − 1 − log ratio), clip_fraction; 0-d tensors on
         the device with the loss's denominator, so they too add up. An empty mask gives 0.
     """
-    _check_ppo(logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, logps=logps, old_logps=old_logps,
-               advantages=advantages)  # fmt: skip
+    check_first("logps", logps)
+    check_ppo(logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, old_logps=old_logps, advantages=advantages)
+    num_items = checked_num_items(num_items)
     return _implementation("ppo_losses", logps).ppo_policy_loss(
         logps, old_logps, advantages, loss_mask, weights=weights, num_items=num_items, clip_eps=clip_eps,
         clip_eps_high=clip_eps_high, dual_clip=dual_clip,
@@ -255,14 +210,18 @@ def ppo_value_loss(
     Returns:
         (loss 0-d, metrics): value_loss, value_clip_fraction.
     """
-    _check_floats(values, values.shape, values=values, old_values=old_values, returns=returns, weights=weights)
-    _check_mask("loss_mask", loss_mask, values.shape, values.device)
-    _check_positive(value_clip_eps=value_clip_eps)
+    check_first("values", values)
+    check_floats(values, values.shape, old_values=old_values, returns=returns)
+    check_optional(values, values.shape, float_dtypes(values.device), weights=weights)
+    check_tensor("loss_mask", loss_mask, values.shape, (torch.bool,), values.device)
+    check_numbers(value_clip_eps=value_clip_eps)
+    num_items = checked_num_items(num_items)
     return _implementation("ppo_losses", values).ppo_value_loss(
         values, old_values, returns, loss_mask, weights=weights, num_items=num_items, value_clip_eps=value_clip_eps
     )
 
 
+@torch.no_grad()
 def gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95,
     mask: Tensor | None = None, bootstrap_values: Tensor | None = None,
@@ -270,23 +229,28 @@ def gae(
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over packed sequences.
 
     Args:
-        rewards, values: [T] float. cu_seqlens: [N+1] int32.
+        rewards, values: [T] float.
+        cu_seqlens: [N+1] int32, sequence n is the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]. It rises from 0 to T,
+            and the same bound twice is an empty sequence. Others: ValueError on a CPU. On CUDA this is not checked: bounds
+            outside of [0, T] make the kernel read and write foreign memory, and the results of tokens that are in no
+            sequence are undefined.
+        gamma, gae_lambda: in [0, 1].
         mask: [T] bool, the tokens that are actions (default all). The others are stepped over: their advantage and
             return are 0, and the value after an action is that of the next action.
         bootstrap_values: [N] float, the value after a sequence's last action (default 0: the sequence ended).
     Returns:
-        (advantages [T], returns [T]) float32 with returns = advantages + values.
+        (advantages [T], returns [T]) float32 with returns = advantages + values, without gradients.
     """
-    _check("rewards", rewards, rewards.shape[:1], _floats(rewards.device), rewards.device)
-    _check_cu_seqlens(cu_seqlens, rewards.device)
-    _check_floats(rewards, rewards.shape, values=values)
-    _check_floats(rewards, (len(cu_seqlens) - 1,), bootstrap_values=bootstrap_values)
-    _check_mask("mask", mask, rewards.shape, rewards.device)
+    cu_seqlens = checked_cu_seqlens(cu_seqlens, rewards=rewards, values=values)
+    check_optional(rewards, (len(cu_seqlens) - 1,), float_dtypes(rewards.device), bootstrap_values=bootstrap_values)
+    check_optional(rewards, rewards.shape, (torch.bool,), mask=mask)
+    check_numbers(gamma=gamma, gae_lambda=gae_lambda)
     return _implementation("advantages", rewards).gae(
         rewards, values, cu_seqlens, gamma=gamma, gae_lambda=gae_lambda, mask=mask, bootstrap_values=bootstrap_values
     )
 
 
+@torch.no_grad()
 def rto_advantages(
     old_logps: Tensor, ref_logps: Tensor, dpo_logps: Tensor, values: Tensor, scores: Tensor, cu_seqlens: Tensor,
     response_mask: Tensor, *, dpo_ref_logps: Tensor | None = None, dpo_reward_scale: float = 0.05,
@@ -301,27 +265,33 @@ def rto_advantages(
     − kl_coef·(old_logps − ref_logps) and, on the last response token, + score_scale·clip(score, ±score_clip).
 
     Args:
-        old_logps, ref_logps, dpo_logps, values: [T] float. scores: [N] float. cu_seqlens: [N+1] int32.
+        old_logps, ref_logps, dpo_logps, values: [T] float. scores: [N] float.
+        cu_seqlens: [N+1] int32, as in `gae`.
         response_mask: [T] bool, tokens the policy sampled; holes (tool output) are stepped over as in `gae`.
         dpo_ref_logps: [T], the DPO model's own reference; default ref_logps.
-        dpo_reward_clip, score_clip: 0 turns the clip off.
+        dpo_reward_clip, score_clip: at least 0, where 0 turns the clip off. gamma, gae_lambda: in [0, 1].
         granularity: "token"; "sentence": token rewards are summed onto each response token of `delimiter_mask` [T] bool
             and the rest onto the last one; "sequence": all onto the last response token.
         shaping: subtract a sequence's summed (clipped) DPO rewards on its last token (potential-based, RS-PPO).
         bootstrap_values: [N], value after the last action of truncated sequences, 0 for finished ones.
         whiten: advantages to mean 0 and variance 1 over all response tokens (population variance, at least 1e-8).
     Returns:
-        RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 and 0 outside the mask. `returns` use
-        the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and the sums
-        over tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
+        RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 without gradients, 0 outside the mask.
+        `returns` use the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and
+        the sums over tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
     """
-    _check("old_logps", old_logps, old_logps.shape[:1], _floats(old_logps.device), old_logps.device)
-    _check_cu_seqlens(cu_seqlens, old_logps.device)
-    _check_floats(old_logps, old_logps.shape, ref_logps=ref_logps, dpo_logps=dpo_logps, values=values,
-                  dpo_ref_logps=dpo_ref_logps)  # fmt: skip
-    _check_floats(old_logps, (len(cu_seqlens) - 1,), scores=scores, bootstrap_values=bootstrap_values)
-    _check_mask("response_mask", response_mask, old_logps.shape, old_logps.device)
-    _check_mask("delimiter_mask", delimiter_mask, old_logps.shape, old_logps.device)
+    optional = {} if dpo_ref_logps is None else {"dpo_ref_logps": dpo_ref_logps}
+    cu_seqlens = checked_cu_seqlens(
+        cu_seqlens, old_logps=old_logps, ref_logps=ref_logps, dpo_logps=dpo_logps, values=values, **optional
+    )
+    check_floats(old_logps, (len(cu_seqlens) - 1,), scores=scores)
+    check_optional(old_logps, scores.shape, float_dtypes(scores.device), bootstrap_values=bootstrap_values)
+    check_tensor("response_mask", response_mask, old_logps.shape, (torch.bool,), old_logps.device)
+    check_optional(old_logps, old_logps.shape, (torch.bool,), delimiter_mask=delimiter_mask)
+    check_numbers(
+        dpo_reward_scale=dpo_reward_scale, dpo_reward_clip=dpo_reward_clip, kl_coef=kl_coef, score_scale=score_scale,
+        score_clip=score_clip, gamma=gamma, gae_lambda=gae_lambda,
+    )  # fmt: skip
     if granularity not in ("token", "sentence", "sequence"):
         raise ValueError(f"granularity: expected 'token', 'sentence' or 'sequence', got {granularity!r}")
     if granularity == "sentence" and delimiter_mask is None:
@@ -334,6 +304,7 @@ def rto_advantages(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     min_p: float = 0.0, softcap: float | None = None, stop_ids: Tensor | None = None,
@@ -361,25 +332,19 @@ def sample_tokens(
         from (0 for temperature 0). Where there is none (NaN or +inf in the row, nothing but -inf or stop_ids):
         token 0, both log-probs NaN.
     """
+    check_first("logits", logits)
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits: expected shape [B, V] with V > 0, got {tuple(logits.shape)}")
     rows, device = len(logits), logits.device
-    _check("logits", logits, logits.shape, _floats(device), device)
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits: expected contiguous rows, got stride {logits.stride(1)} in the last dimension")
-    _check("uniforms", uniforms, (rows, 2), (torch.float32,), device)
+    check_tensor("uniforms", uniforms, (rows, 2), (torch.float32,), device)
     if stop_ids is not None:
-        _check("stop_ids", stop_ids, (stop_ids.numel(),), (torch.int64,), device)
-    _check_mask("stop_allowed", stop_allowed, (rows,), device)
-    _check_positive(softcap=softcap)
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected an integer of at least 0, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p: expected a number in [0, 1], got {min_p}")
+        check_tensor("stop_ids", stop_ids, None, (torch.int64,), device)
+        check_tensor("stop_ids", stop_ids, (stop_ids.numel(),), (torch.int64,), device)
+    check_optional(logits, (rows,), (torch.bool,), stop_allowed=stop_allowed)
+    check_number("temperature", temperature, AT_LEAST_0)
+    check_numbers(softcap=softcap, top_k=top_k, top_p=top_p, min_p=min_p)
     return _implementation("sampling", logits, sampling_reference).sample_tokens(
         logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, softcap=softcap,
         stop_ids=stop_ids, stop_allowed=stop_allowed,

@@ -1,11 +1,14 @@
 """Sentence scores: a reward model, a Python function, or none. (Token rewards are `rto_fast.ops.rto_advantages`.)"""
 
+import asyncio
+import copy
 import importlib
 import inspect
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +23,7 @@ from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
 from rto_fast.models.loading import read_position, token_scores
 from rto_fast.models.placement import device_of, resident
+from rto_fast.process_state import users_settings
 from rto_fast.training import deepspeed_import, ranks
 
 
@@ -142,7 +146,7 @@ def import_function(path: str, key: str) -> Callable:
     """The function that `module:function` names; `key` is the configuration key for messages."""
     module_name, _, name = path.partition(":")
     try:
-        with deepspeed_import.revealed():
+        with users_settings(), deepspeed_import.revealed():
             function = getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # the module is somebody else's code, and a script may end itself
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
@@ -151,25 +155,102 @@ def import_function(path: str, key: str) -> Callable:
     return function
 
 
+class Parameters(NamedTuple):
+    """Of a reward function."""
+
+    places: set[str]  # taken by the prompts and the responses
+    columns: set[str]  # that it can be given by name
+    required: list[str]  # of these, those that it cannot do without
+    takes_all: bool  # any column
+
+
+def parameters_of(function: Callable, path: str, key: str) -> Parameters:
+    """
+    Raises:
+        ConfigError: it cannot be called as f(prompts, responses, column=…), or returns nothing but a generator.
+    """
+    shown = f"{key}: {path}"
+    for code in (function, type(function).__call__):
+        if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+            raise ConfigError(
+                f"{shown} is a generator (it has a `yield`); return a list of one number a response instead"
+            )
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # one that is not written in Python: its first call shows
+        return Parameters(set(), set(), [], False)
+    try:
+        places = {*signature.bind_partial([], []).arguments}
+    except TypeError as error:
+        raise ConfigError(f"{shown} cannot be called with a list of prompts and a list of responses ({error}); it must take "
+                          "these two in this order, and columns of the data by their names") from None  # fmt: skip
+    others = [p for name, p in signature.parameters.items() if name not in places]
+    named = [p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in others:
+        if parameter.kind == parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise ConfigError(f"{shown} takes `{parameter.name}` by its place only, and columns of the data are given by "
+                              "name; leave the `/` out of its parameters")  # fmt: skip
+    required = [p.name for p in named if p.default is p.empty]
+    return Parameters(places, {p.name for p in named}, required, any(p.kind == p.VAR_KEYWORD for p in others))
+
+
+def _numbers(scores: Any) -> torch.Tensor:
+    """What a user's function returned, as float32 on the CPU."""
+    if isinstance(scores, (Iterator, AsyncIterator)):
+        raise TypeError(f"returned a {type(scores).__name__}, expected a list of one number a response")
+    if isinstance(scores, torch.Tensor):
+        return scores.detach().to("cpu", torch.float32, copy=True)
+    if isinstance(scores, (list, tuple)):
+        scores = [score.detach() if isinstance(score, torch.Tensor) else score for score in scores]
+    return torch.tensor(scores, dtype=torch.float32, device="cpu")
+
+
+def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
+    """[N] scores by any judge: one that is not of this module is somebody's function, and is called like one, with
+    completions that are its own to edit."""
+    if isinstance(judge, (RewardModel, RewardFunction, NormalizedScores)):
+        return judge(completions)
+    with users_settings():
+        scores = _numbers(judge(copy.deepcopy(completions)))
+    return scores.clone()
+
+
+def _copies(values: list[Any]) -> list[Any]:
+    """Each by itself: rows that share an object get one each."""
+    return [copy.deepcopy(value) for value in values]
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread is running coroutines, as a notebook's does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
 class RewardFunction:
     """Scores by a Python function (prompts, responses) → one number each.
 
     Prompts come as in the data (text, or a list of messages), responses as text. A function that also takes `finished`, or
-    the name of another column of the data (such as `answer`), is given those lists by keyword. One that scores right or
-    wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a rate's confidence interval.
+    the name of another column of the data (such as `answer`), is given those lists by keyword. It may edit all that it is
+    given. One that scores right or wrong, 1 or 0, says so by an attribute, `function.is_rate = True`: its mean then has a
+    rate's confidence interval.
+
+    It is called without gradients, and what it changes of the process is put back (`rto_fast.process_state`). One that is
+    `async`, or returns a coroutine, is awaited, in an event loop of its own that lasts as long as this object.
     """
 
     def __init__(self, path: str, key: str, device: torch.device | str = "cpu", timeout: float | None = None):
         self.path, self.key, self.device, self.timeout = path, key, device, timeout
         self.function = import_function(path, key)
-        try:
-            parameters = [*inspect.signature(self.function).parameters.values()]
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}; give a function written in Python") from None
+        self.parameters = parameters_of(self.function, path, key)
         self.is_rate = bool(getattr(self.function, "is_rate", False))
-        self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-        self.names = {p.name for p in parameters}
-        self.required = [p.name for p in parameters[2:] if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
+        self.loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # clients keep connections from call to call
 
     def check_columns(self, examples: Sequence[Prompt | Example]) -> None:
         """A column that the function cannot do without shows now, not when the first responses are there.
@@ -177,7 +258,7 @@ class RewardFunction:
         Args:
             examples: one of each source that is scored.
         """
-        for name in [] if self.takes_all else self.required:
+        for name in self.parameters.required:
             for example in examples:
                 if name not in {*example.extra, "finished"}:
                     has = ", ".join(example.extra) or "none beside those that are read as text"
@@ -186,26 +267,28 @@ class RewardFunction:
                                     f"({example.origin}; its columns: {has})")  # fmt: skip
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
-        columns = {name for c in completions for name in c.prompt.extra} - {"prompts", "responses"}
-        extra = {name: [c.prompt.extra.get(name) for c in completions] for name in columns}
-        extra["finished"] = [c.finished for c in completions]
-        extra = {name: values for name, values in extra.items() if self.takes_all or name in self.names}
+        taken = self.parameters
+        columns: dict[str, list[Any]] = {"finished": [c.finished for c in completions]}
+        for name in {name: None for c in completions for name in c.prompt.extra}:
+            if name not in ("finished", *taken.places):
+                columns[name] = [c.prompt.extra.get(name) for c in completions]
+        columns = {name: values for name, values in columns.items() if taken.takes_all or name in taken.columns}
         prompts = [p if isinstance(p, str) else list(p) for p in (c.prompt.prompt for c in completions)]
         scores, failure = torch.zeros(len(completions)), None
         if ranks.is_main():  # once, with all responses: it may compare them, cost money, or count its calls
             try:
-                scores = self._call(prompts, completions, extra)
+                scores = self._call(_copies(prompts), completions, {n: _copies(v) for n, v in columns.items()})
             except RewardError as error:
                 failure = error
         if ranks.any_rank(failure is not None):
             raise failure or RewardError(f"{self.path} failed on rank 0")
         return ranks.from_main(scores).to(self.device)
 
-    def _call(self, prompts, completions, extra):
+    def _call(self, prompts, completions, columns):
         try:
-            with deepspeed_import.revealed():
-                scores = self._in_time(prompts, [c.text for c in completions], extra)
-            scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
+            with users_settings() as settings, deepspeed_import.revealed():
+                scores = self._in_time(settings, prompts, [c.text for c in completions], columns)
+            scores = scores.clone()  # outside of the context: not in an inference mode of theirs
         except RewardError:
             raise
         except (Exception, SystemExit) as error:  # somebody else's code
@@ -217,15 +300,19 @@ class RewardFunction:
             raise RewardError(f"{self.path}: its is_rate promises scores from 0 to 1, and one is {odd[0].item():g}")
         return scores
 
-    def _in_time(self, prompts, responses, extra):
-        if self.timeout is None:
-            return self.function(prompts, responses, **extra)
-        outcome, grad = {}, torch.is_grad_enabled()
+    def _scores(self, prompts, responses, columns):
+        result = self.function(prompts, responses, **columns)
+        return _numbers(self.loop.run(_awaited(result)) if inspect.isawaitable(result) else result)
+
+    def _in_time(self, settings, prompts, responses, columns):
+        if self.timeout is None and not _in_event_loop():
+            return self._scores(prompts, responses, columns)
+        outcome = {}
 
         def call():
             try:
-                with torch.set_grad_enabled(grad):  # a setting of each thread
-                    outcome["scores"] = self.function(prompts, responses, **extra)
+                with users_settings(of_caller=settings):
+                    outcome["scores"] = self._scores(prompts, responses, columns)
             except BaseException as error:  # handed to the thread that waits
                 outcome["error"] = error
 
@@ -250,7 +337,7 @@ class NormalizedScores:
     std: float = 1.0
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
-        return (self.source(completions) - self.mean) / self.std
+        return (judged(self.source, completions) - self.mean) / self.std
 
 
 def score_statistics(scores: torch.Tensor) -> tuple[float, float]:

@@ -213,8 +213,8 @@ MISTAKES = {
     "broken module": ([*RTO, "--reward_model.function", "faulty_syntax:f"], "'faulty_syntax:f' (expected module:function): "
                       "SyntaxError: "),
     "module that exits": ([*RTO, "--reward_model.function", "faulty_import:f"], "SystemExit: 0 ({cwd}/faulty_import.py:2)"),
-    "builtin": ([*RTO, "--reward_model.function", "builtins:max"], "reward_model.function: no signature found for builtin "
-                "<built-in function max>; give a function written in Python"),
+    "one parameter": ([*RTO, "--reward_model.function", "builtins:len"], "reward_model.function: builtins:len cannot be "
+                      "called with a list of prompts and a list of responses (too many positional arguments)"),
     "column of a reward": ([*RTO, "--reward_model.function", "rto_fast.rewards:gsm8k"], "reward_model.function: gsm8k takes "
                            "the column `answer`, which the data does not have (pairs.jsonl:"),
     "column of a judge": ([*RTO, *LENGTHS, "--eval.function", "faulty_rewards:graded"], "eval.function: graded takes the "

@@ -111,12 +111,11 @@ def train_zero3(tied, rank):
 
 
 def main(rank, store):
-    from rto_fast import ops
-    from rto_fast.kernels import reference
+    from rto_fast.kernels import arguments, reference
 
     join_deepspeed(rank, store)
     reference.BLOCK_ELEMENTS, reference.KEPT_ELEMENTS = 5 * VOCAB, 0  # blocks computed again in the backward pass
-    for ops._INTERPRET in (False, True):
+    for arguments.INTERPRET in (False, True):
         for tied in (False, True):
             train_zero3(tied, rank)
 

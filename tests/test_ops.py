@@ -1,11 +1,15 @@
 """The public face: what is refused and how, what importing it costs, and empty inputs."""
 
+import inspect
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rto_fast import ops
 
@@ -85,6 +89,195 @@ def test_errors_name_the_argument(op, name, bad):
     getattr(ops, op)(**ARGUMENTS[op])  # the good arguments pass
     with pytest.raises(ValueError, match=rf"^{name}\b.*expected"):
         getattr(ops, op)(**ARGUMENTS[op] | {name: bad})
+
+
+# Of every number: what is refused beside NaN, infinities, what float32 cannot hold, and what is no number; and what passes.
+NUMBERS = {
+    "temperature": ([0.0, -1.0, 1e-60], [1e-4, 1, 1e4]),
+    "softcap": ([0.0, -30.0], [None, 30]),
+    "ignore_index": ([-100.5, 1 << 63], [-100, 0, -(1 << 63)]),
+    "num_items": ([-1.0, -1e-9], [None, 0, 3.5, 7]),
+    "clip_eps": ([-0.1, 1.0], [0, 0.2]),
+    "clip_eps_high": ([-0.1], [None, 0, 5.0]),
+    "dual_clip": ([1.0, 0.0, -3.0], [None, 1.5]),
+    "value_clip_eps": ([0.0, -0.2], [None, 0.2]),
+    "entropy_coef": ([], [-0.1, 0, 0.1]),
+    "gamma": ([-0.01, 1.01], [0, 0.99, 1]),
+    "gae_lambda": ([-0.01, 1.01], [0, 0.95, 1]),
+    "dpo_reward_scale": ([], [-0.05, 0, 1]),
+    "dpo_reward_clip": ([-0.1], [0, 0.05]),
+    "kl_coef": ([], [-0.01, 0, 1]),
+    "score_scale": ([], [-1, 0, 1]),
+    "score_clip": ([-1e-9, -10], [0, 10]),
+    "top_k": ([-1, 2.5, 1 << 40], [0, 3]),
+    "top_p": ([0.0, -0.1, 1.1], [0.9, 1]),
+    "min_p": ([-0.1, 1.1], [0, 0.1, 1]),
+}
+NO_NUMBERS = [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400, 10**6000, "1", [], 1j, torch.ones(1)]
+NO_OPTIONS = {"bias", "weights", "mask", "bootstrap_values", "dpo_ref_logps", "delimiter_mask", "stop_ids", "stop_allowed",
+              "return_entropy", "inplace_backward", "granularity", "shaping", "whiten"}  # fmt: skip
+OPTIONS = [
+    (op, name)
+    for op in ARGUMENTS
+    for name, parameter in inspect.signature(getattr(ops, op)).parameters.items()
+    if parameter.kind == parameter.KEYWORD_ONLY and name not in NO_OPTIONS
+]
+
+
+@pytest.mark.parametrize("op, name", OPTIONS)
+def test_every_number_has_a_range(op, name):
+    call, arguments = getattr(ops, op), ARGUMENTS[op]
+    refused, passed = NUMBERS[name]
+    if (op, name) == ("sample_tokens", "temperature"):  # 0 takes the highest
+        refused, passed = [-1.0, -1e-9], [0, 1.0]
+    if None not in passed:
+        refused = [*refused, None]
+    for bad in [*refused, *NO_NUMBERS]:
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+            call(**arguments | {name: bad})
+    for good in passed:
+        call(**arguments | {name: good})
+
+
+@pytest.mark.parametrize("op", ["linear_ppo_loss", "ppo_policy_loss", "ppo_value_loss"])
+def test_a_denominator_in_a_tensor(op):
+    call, arguments = getattr(ops, op), ARGUMENTS[op]
+    for good in (torch.tensor(3), torch.tensor(3.5, dtype=torch.float64), torch.tensor(0.0)):
+        assert torch.equal(call(**arguments, num_items=good)[0], call(**arguments, num_items=good.item())[0])
+    for bad in (math.nan, math.inf, -1.0, [3.0], 1j):
+        with pytest.raises(ValueError, match="^num_items: expected"):
+            call(**arguments, num_items=torch.tensor(bad))
+
+
+@pytest.mark.parametrize("op", ["gae", "rto_advantages"])
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ([1, 4, 6], "1 first"),
+        ([-1, 4, 6], "-1 first"),
+        ([0, 4, 5], "5 last"),
+        ([0, 4, 7], "7 last"),
+        ([0, 7, 6], r"6 after 7 at \[2\]"),
+        ([6, 4, 0], r"4 after 6 at \[1\]"),
+        ([0, -4, 6], r"-4 after 0 at \[1\]"),
+        ([0, 2**31 - 1, 6], "6 after 2147483647"),
+    ],
+)
+def test_bounds_rise_from_0_to_all_tokens(op, bounds, message):
+    arguments = ARGUMENTS[op] | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+    with pytest.raises(
+        ValueError, match=f"^cu_seqlens: expected bounds that rise from 0 to the 6 tokens, got {message}"
+    ):
+        getattr(ops, op)(**arguments)
+
+
+def test_bounds_of_no_sequence_hold_no_token():
+    with pytest.raises(ValueError, match="^cu_seqlens: expected bounds .*, got 0 last"):
+        ops.gae(FLOAT, FLOAT, torch.tensor([0], dtype=torch.int32))
+    assert len(ops.gae(FLOAT[:0], FLOAT[:0], torch.tensor([0], dtype=torch.int32))[0]) == 0
+    same = torch.tensor([0, 0, 4, 4, 6, 6], dtype=torch.int32)  # empty sequences first, between and last
+    assert torch.equal(ops.gae(FLOAT + 1, FLOAT, same)[0], ops.gae(FLOAT + 1, FLOAT, BOUNDS)[0])
+
+
+TENSORS = [(op, name) for op, arguments in ARGUMENTS.items() for name in arguments if name != "stop_allowed"]
+
+
+@pytest.mark.parametrize("op, name", TENSORS)
+def test_every_tensor_is_a_tensor(op, name):
+    for bad in (None, [0.0] * T, 0.0, "x"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a (1-d )?tensor"):
+            getattr(ops, op)(**ARGUMENTS[op] | {name: bad})
+
+
+@pytest.mark.parametrize("op", ["gae", "rto_advantages"])
+def test_padded_tensors_are_told_how_to_pack(op):
+    """The line of code in the message makes what the op takes."""
+    mask = torch.tensor([[True, True, True, False], [False, False, False, False], [True, False, False, False]])
+    grid = torch.arange(12.0).view(3, 4)
+    names = [name for name, x in ARGUMENTS[op].items() if len(x) == T and x.is_floating_point()]
+    for name in names:
+        with pytest.raises(ValueError, match=rf"^{name}: expected packed tokens, shape \[T\], got \(3, 4\); ") as error:
+            getattr(ops, op)(**ARGUMENTS[op] | {name: grid})
+    line = str(error.value).partition("cu_seqlens = ")[2]
+    cu_seqlens = eval(line, {"torch": torch, "mask": mask})
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == [0, 3, 3, 4]
+    packed = grid[mask]
+    advantages, _ = ops.gae(packed, torch.zeros_like(packed), cu_seqlens, gae_lambda=1.0)
+    assert advantages.tolist() == [3.0, 3.0, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_no_check_looks_at_a_value_on_a_gpu(op, monkeypatch):
+    """Tensors on a GPU that hold nothing: a look at a value, which would wait for the device, raises."""
+    kernels = SimpleNamespace(**{op: lambda *_, **options: None})
+    monkeypatch.setattr(ops, "_implementation", lambda *_: kernels)
+    with FakeTensorMode():
+        arguments = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in ARGUMENTS[op].items()}
+        if op.startswith(("ppo", "linear_ppo")):
+            arguments["num_items"] = torch.empty((), device="cuda")
+        getattr(ops, op)(**arguments)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def place(request, monkeypatch):
+    """Where the tensors of a path live."""
+    if request.param == "reference":
+        return torch.device("cpu")
+    from rto_fast.kernels import arguments
+
+    monkeypatch.setattr(arguments, "INTERPRET", True)
+    return request.getfixturevalue("device")
+
+
+DIFFERENTIABLE = {
+    "token_logps": {"logits"},
+    "linear_token_logps": {"hidden_states", "lm_head_weight", "bias"},
+    "linear_ppo_loss": {"hidden_states", "lm_head_weight"},
+    "ppo_policy_loss": {"logps"},
+    "ppo_value_loss": {"values"},
+}
+OPTIONAL = {
+    "linear_token_logps": {"bias": torch.zeros(V)},
+    "linear_ppo_loss": {"weights": FLOAT + 1, "num_items": torch.tensor(3.0)},
+    "ppo_policy_loss": {"weights": FLOAT + 1, "num_items": torch.tensor(3.0)},
+    "ppo_value_loss": {"weights": FLOAT + 1, "num_items": torch.tensor(3.0)},
+    "gae": {"bootstrap_values": torch.zeros(N), "mask": MASK},
+    "rto_advantages": {"dpo_ref_logps": FLOAT, "bootstrap_values": torch.zeros(N), "delimiter_mask": MASK},
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_what_requires_a_gradient_gets_one_or_is_a_constant(op, place):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {}
+    for name, x in (ARGUMENTS[op] | OPTIONAL.get(op, {})).items():
+        if x.is_floating_point():
+            x = torch.rand(x.shape, generator=generator).to(place).requires_grad_()
+        arguments[name] = x.to(place)
+    results = getattr(ops, op)(**arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    results = [y for x in results for y in (x.values() if isinstance(x, dict) else [x])]
+    differentiable = DIFFERENTIABLE.get(op, set())
+    assert [r.requires_grad for r in results] == [bool(differentiable) and i == 0 for i in range(len(results))]
+    if differentiable:
+        results[0].sum().backward()
+    given = {name for name, x in arguments.items() if x.is_leaf and x.grad is not None}
+    assert given == differentiable
+
+
+@pytest.mark.parametrize("op, same", [("ppo_policy_loss", "old_logps"), ("ppo_value_loss", "old_values")])
+def test_the_first_step_needs_no_detach(op, same, place):
+    """The log-probs that a loss differentiates, given as the old ones too, are those of a constant copy."""
+    arguments = {name: x.to(place) for name, x in ARGUMENTS[op].items()} | {"advantages": torch.ones(T, device=place)}
+    if op == "ppo_value_loss":
+        arguments = arguments | {"returns": arguments.pop("advantages")}
+    leaf = torch.rand(T, generator=torch.Generator().manual_seed(0)).to(place).requires_grad_()
+    first = next(iter(ARGUMENTS[op]))
+    gradients = []
+    for old in (leaf, leaf.detach().clone()):
+        loss, _ = getattr(ops, op)(**arguments | {first: leaf, same: old})
+        gradients += torch.autograd.grad(loss, leaf)
+    assert gradients[0].abs().min() > 0 and torch.equal(*gradients)
 
 
 def test_sentences_need_delimiters():

@@ -20,7 +20,7 @@ from rto_fast.health import Health
 from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import vocabulary_of, whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
-from rto_fast.rewards import completions_of
+from rto_fast.rewards import completions_of, judged
 from rto_fast.rollout import build_engine
 from rto_fast.rollout.shared import generate_shared
 from rto_fast.stages.behaviour import behaviour_logps
@@ -170,7 +170,7 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     scores, bootstrap = old_logps.new_zeros(batch.num_sequences), None
     if models.scorer is not None:
         completions = completions_of(prompts, response_ids, finished, tokenizer)
-        scores = models.scorer(completions).to(device)
+        scores = judged(models.scorer, completions).to(device)
     paid_scores = scores
     if rto.truncation == "penalty":
         # At most 0 before the penalty: never to end must not be worth more than any ending.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rto_fast import ops
-from rto_fast.kernels import reference
+from rto_fast.kernels import arguments, reference
 
 ROWS, VOCAB, SIZE = 24, 300, 16
 BOUNDS = torch.tensor([0, 9, 10, ROWS], dtype=torch.int32)
@@ -17,7 +17,7 @@ BOUNDS = torch.tensor([0, 9, 10, ROWS], dtype=torch.int32)
 
 @pytest.fixture(params=["reference", "triton"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(ops, "_INTERPRET", request.param == "triton")
+    monkeypatch.setattr(arguments, "INTERPRET", request.param == "triton")
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 7 * VOCAB)  # several blocks,
     monkeypatch.setattr(reference, "KEPT_ELEMENTS", 8 * VOCAB)  # the last ones computed again in the backward pass
     return request.param
