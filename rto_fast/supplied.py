@@ -12,7 +12,7 @@ from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import DataError, ModelError
 from rto_fast.health import Finding
-from rto_fast.models.context import context_of
+from rto_fast.models.context import context_of, varying_rope
 from rto_fast.models.directory import (
     check_fit,
     check_vocabulary,
@@ -129,7 +129,9 @@ def _too_long(model: Supplied, longest: int, what: str, trust_remote_code: bool)
     context = _context(model, trust_remote_code)
     if not context or longest <= context:
         return None
-    return f"{model.key}: {model.path} has a context of {context} tokens, {what} has {longest}"
+    rope = varying_rope(model_config(model.path, trust_remote_code=trust_remote_code))
+    why = f" (past it, its RoPE, {rope}, changes with the longest sequence of a batch)" if rope else ""
+    return f"{model.key}: {model.path} has a context of {context} tokens{why}, {what} has {longest}"
 
 
 def _context(model: Supplied, trust_remote_code: bool) -> int | None:

@@ -80,10 +80,11 @@ def folder(tmp_path_factory):
     save_file(weights, folder / "with_value_head" / "model.safetensors", {"format": "pt"})
     mixed = shutil.copytree(folder / "model", folder / "mixed") / "config.json"
     mixed.write_text(json.dumps(json.loads(mixed.read_text()) | {"intermediate_size": 96}))
-    scaled = {"rope_type": "linear", "factor": 8.0}
+    scaled, varying = ({"rope_type": kind, "factor": 8.0} for kind in ("linear", "dynamic"))
     for name, settings in {
         "gpt2_short": {"architecture": "gpt2", "n_positions": 10}, "short": {"max_position_embeddings": 10},
         "middle": {"max_position_embeddings": 40}, "scaled": {"max_position_embeddings": 10, "rope_scaling": scaled},
+        "varying": {"max_position_embeddings": 10, "rope_scaling": varying},
     }.items():  # fmt: skip
         write(folder / name, AutoModelForCausalLM.from_config(config_of(**settings)))
         write(folder / f"{name}_scorer", scorer(**settings))
@@ -290,6 +291,8 @@ TOO_LONG = {
                                "the longest demonstration has "),
     "SFT, RoPE": ([*SFT, "--model.path", "short"], "model.path: short has a context of 10 tokens, the longest demonstration "
                   "has 81; lower max_prompt_tokens or max_response_tokens"),
+    "RoPE that changes with the longest neighbour": ([*SFT, "--model.path", "varying"], "model.path: varying has a context of "
+        "10 tokens (past it, its RoPE, dynamic, changes with the longest sequence of a batch), the longest demonstration has "),
     "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest preference "),
     "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt "
                 "with the first token of a response has "),
@@ -346,7 +349,7 @@ def test_limits_that_no_data_reaches_are_no_mistake_and_a_response_that_is_cut_i
     [
         ({}, 64),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 128),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 128),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 64),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}, 64),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16,

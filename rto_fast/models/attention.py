@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from rto_fast.errors import ModelError
-
 PACKED = "rto_packed"
 
 
@@ -101,7 +99,7 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
 
 
 def refuse_masked_window(module, window):
-    """Raises ModelError where the configuration gives this layer a sliding window and the layer asks for none: it relies
+    """Raises ValueError where the configuration gives this layer a sliding window and the layer asks for none: it relies
     on a mask, and ours are made of `window`."""
     config = getattr(module, "config", None)
     size = getattr(config, "sliding_window", None)
@@ -112,8 +110,8 @@ def refuse_masked_window(module, window):
     else:
         slides = size < getattr(config, "max_position_embeddings", size)
     if slides:
-        raise ModelError(f"{type(module).__name__}: its sliding window of {size} tokens is in its attention mask only, "
-                         "which packed sequences and paged caches do without")  # fmt: skip
+        raise ValueError(f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
+                         "paged caches do without")  # fmt: skip
 
 
 def packed_attention(
@@ -123,9 +121,11 @@ def packed_attention(
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if cu_seq_lens_q is None:
         raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")
-    if attention_mask is not None or s_aux is not None or (dropout and module.training):
-        raise ValueError("packed attention takes no attention_mask, attention sinks or attention dropout; "
-                         "set the model's attention_dropout to 0")  # fmt: skip
+    for given, what in ((attention_mask is not None, "a mask of its own (attention_mask)"),
+                        (s_aux is not None, "attention sinks (s_aux)"),
+                        (dropout and module.training, f"attention dropout ({dropout})")):  # fmt: skip
+        if given:
+            raise ValueError(f"its attention needs {what}, which packed attention does not compute")
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
@@ -135,7 +135,7 @@ def packed_attention(
         out = _varlen_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         out = _sdpa_packed(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
-    return out[None], None
+    return out.contiguous()[None], None  # some models go on with `view`
 
 
 # Only the attention is registered, not a mask: transformers then builds none and does not look for packing (a sync).

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,15 +10,17 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rto_fast.agreement import compare_logits, compare_values
+from rto_fast.agreement import Agreement, compare_logits, compare_values
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import ModelError, UserError
 from rto_fast.kernels import reference
 from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
+from rto_fast.models.dropout import disable_dropout
 from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, linear_in, precise
+from rto_fast.models.trace import Pass, failing_layer, first_difference, misses_mask, title
 from rto_fast.ops import linear_token_logps
 
 
@@ -81,19 +83,23 @@ def _load_weights(
     return _prepare(model, path, device, trainable, gradient_checkpointing)
 
 
-def _prepare(model, path, device, trainable, gradient_checkpointing):
+def _prepare(
+    model: PreTrainedModel, path: str, device: torch.device | str, trainable: bool, gradient_checkpointing: bool
+) -> PreTrainedModel:
     with quiet():  # one line is enough
         model.set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
-        raise ModelError(f"{path}: {type(model).__name__} does not use transformers' attention interface, "
+        layer = next((title(*m) for m in model.named_modules() if "attention" in type(m[1]).__name__.lower()), "it")
+        raise ModelError(f"{path}: {type(model).__name__}: {layer} does not use transformers' attention interface, "
                          "so its sequences cannot be packed")  # fmt: skip
-    # Dropout would make log-probs random: the probability ratio of an unchanged policy must be exactly 1.
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    model.to(device).requires_grad_(trainable).train(trainable)
+    if model.base_model is model:
+        raise ModelError(f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could "
+                         "be read")  # fmt: skip
+    model.to(device).requires_grad_(trainable).eval()
+    with torch.no_grad(), _refusing(model, path), precise(model, higher_precision(next(model.parameters()).dtype)):
+        ids = check_sequences(model.get_input_embeddings().weight.shape[0], [12, 16])
+        disable_dropout(model, lambda: forward_hidden(model, pack_whole(ids, device)))
+    model.train(trainable)
     if trainable and gradient_checkpointing:
         # transformers renamed it between 5.17 and 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -218,7 +224,7 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
     Of a sequence that pass returns one score: in the higher precision it must be the head's score of the token read.
 
     Raises:
-        ModelError: they differ: the class does something to the score, or reads another token.
+        ModelError: they differ: the class does something to the score, or reads another token; or see `check_causal_lm`.
     """
     ids = check_sequences(model.get_input_embeddings().weight.shape[0], [12, 15, 18, 21])
     batch = pack_whole(ids, model.device)
@@ -228,14 +234,14 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
             with precise(model, higher_precision(precision)):
                 truth, returned = _own_token_scores(model, ids), _own_logits(model, ids)[:, 0]
             with precise(model, precision):
-                packed, own = token_scores(model, batch), _own_token_scores(model, ids)
-            found = compare_values(packed, own, truth, precision)
+                own = _own_token_scores(model, ids)
+                check = _Check(model, name, "scores", "", precision, compare_values, token_scores)
+                found = check.packing(ids, own, truth)
             apart = (returned - truth[read]).abs().max().item()
-            if not (found.is_rounding and apart <= found.limit):
+            if not apart <= found.limit:
                 raise ModelError(
-                    f"{name}: packed scores differ from the model's own by {max(found.error, apart):.2g} in {precision}, "
-                    f"where rounding explains {found.limit:.2g}: {type(model).__name__} does something to its scores that "
-                    "is not known here, or does not respect packing"
+                    f"{name}: packed scores differ from the model's own by {apart:.2g} in {precision}, where rounding "
+                    f"explains {found.limit:.2g}: {type(model).__name__} does something to its scores that is not known here"
                 )
 
 
@@ -243,30 +249,128 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
 def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     """Compares packed sequences with the model's own logits of each alone (see `rto_fast.agreement`).
 
-    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak.
+    Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak, a
+    training mode that computes something else.
 
     Raises:
         ModelError: they are further apart than rounding explains.
     """
     ids = check_sequences(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
-    batch = pack_whole(ids, device_of(model))
     with _precisions(model, name) as precisions:
         for precision in precisions:
             with precise(model, higher_precision(precision)):
                 truth = _own_logits(model, ids)
             with precise(model, precision):
-                found = compare_logits(packed_logits(model, batch), _own_logits(model, ids), truth, precision)
-            if not found.is_rounding:
-                raise ModelError(
-                    f"{name}: packed log-probs differ from the model's own by {found.error:.2g} nats in {precision}, where "
-                    f"rounding explains {found.limit:.2g}: {type(model).__name__} does something between hidden states and "
-                    "logits that is not known here, or does not respect packing"
+                own = _own_logits(model, ids)
+                _Check(model, name, "log-probs", " nats", precision, compare_logits, packed_logits).packing(
+                    ids, own, truth
                 )
 
 
 def check_sequences(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
     """Sequences of these lengths that do not look alike, or a leak between them would not show."""
     return [[((5 + 2 * row) * i + row + 1) % vocab_size for i in range(length)] for row, length in enumerate(lengths)]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What is compared of a model in one precision, and what a message calls it.
+
+    compare: `compare_logits` or `compare_values`. packed: a packed batch → what is compared, a row for each token.
+    """
+
+    model: PreTrainedModel
+    name: str
+    what: str
+    unit: str
+    precision: torch.dtype
+    compare: Callable[..., Agreement]
+    packed: Callable[[PreTrainedModel, PackedBatch], torch.Tensor]
+
+    def packing(self, ids: list[list[int]], own: torch.Tensor, truth: torch.Tensor) -> Agreement:
+        """Compares packed sequences with each alone, in both modes; returns the `Agreement` of evaluation mode.
+
+        Args:
+            own, truth: of the model's own forward pass of each sequence, in this precision and in a higher one.
+        Raises:
+            ModelError: they are further apart than rounding explains.
+        """
+        batch = pack_whole(ids, device_of(self.model))
+        self.model.eval()
+        evaluated = self.packed(self.model, batch)
+        self._refuse_leak(batch, evaluated, own)
+        found = self.compare(evaluated, own, truth, self.precision)
+        if not found.is_rounding:
+            self._refuse_packing(ids, batch, found)
+        self.model.train()
+        trained = self.packed(self.model, batch)
+        if not self.compare(trained, own, evaluated, self.precision).is_rounding:
+            self._refuse_training(batch)
+        self._refuse_leak(batch, trained, own)
+        self.model.eval()
+        return found
+
+    def _refuse_leak(self, batch: PackedBatch, packed: torch.Tensor, own: torch.Tensor) -> None:
+        """The second sequence, with a neighbour on either side, must not change when they do. They become other tokens
+        whose embeddings are NaN: what a layer makes of them is NaN, however weak its weights are."""
+        start, end = batch.cu_seqlens[1:3].tolist()
+        middle = slice(start, end)
+        inside = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
+        inside[middle] = True
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        other = replace(batch, input_ids=torch.where(inside, batch.input_ids, (batch.input_ids + 7) % vocab_size))
+
+        def spoil(module: torch.nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded.masked_fill(~inside[:, None], torch.nan)
+
+        def spoiled() -> torch.Tensor:
+            hook = self.model.get_input_embeddings().register_forward_hook(spoil)
+            try:
+                return self.packed(self.model, other)
+            finally:
+                hook.remove()
+
+        found = self.compare(spoiled()[middle], own[middle], packed[middle], self.precision)
+        if found.is_rounding:
+            return
+        tokens = batch.num_tokens
+        layer = self._layer(Pass(lambda: self.packed(self.model, batch), tokens, middle), Pass(spoiled, tokens, middle))
+        raise ModelError(
+            f"{self.name}: {layer} lets a packed sequence see its neighbours: it mixes positions by something else than "
+            "transformers' attention interface (a convolution, a recurrent state, a mask of its own), so this model "
+            "cannot be trained here; give one whose every layer is attention"
+        )
+
+    def _refuse_training(self, batch: PackedBatch) -> None:
+        one = Pass(lambda: self.packed(self.model, batch), batch.num_tokens, slice(0, batch.num_tokens))
+        is_random = not torch.equal(one.run(), one.run())
+        evaluating = replace(one, run=lambda: (self.model.eval(), one.run(), self.model.train()))
+        layer = self._layer(one, one if is_random else evaluating)
+        reason = (
+            "draws random numbers in training mode (dropout that no rate in config.json turns off, noise, sampled experts)"
+            if is_random
+            else "computes something else in training mode than in evaluation mode"
+        )
+        raise ModelError(
+            f"{self.name}: {layer} {reason}; the probability ratio of an unchanged policy would not be 1, so this model "
+            "cannot be trained here"
+        )
+
+    def _refuse_packing(self, ids: list[list[int]], batch: PackedBatch, found: Agreement) -> None:
+        start, end = batch.cu_seqlens[1:3].tolist()
+        layer = self._layer(
+            Pass(lambda: _own_logits(self.model, ids[1:2]), end - start, slice(0, end - start)),
+            Pass(lambda: self.packed(self.model, batch), batch.num_tokens, slice(start, end)),
+            f"something between hidden states and {self.what} that is not known here",
+        )
+        raise ModelError(
+            f"{self.name}: packed {self.what} differ from the model's own by {found.error:.2g}{self.unit} in "
+            f"{self.precision}, where rounding explains {found.limit:.2g}; the cause is {layer}"
+        )
+
+    def _layer(self, one: Pass, other: Pass, unknown: str | None = None) -> str:
+        tolerance = 0.05 if self.precision.itemsize < 4 else 1e-4
+        return first_difference(self.model, one, other, tolerance) or unknown or type(self.model).__name__
 
 
 @contextlib.contextmanager
@@ -280,14 +384,23 @@ def _precisions(model: PreTrainedModel, name: str) -> Iterator[list[torch.dtype]
     dtype, training = next(model.parameters()).dtype, model.training
     try:
         model.eval()
-        yield list(dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)))
+        with _refusing(model, name):
+            yield list(dict.fromkeys((torch.promote_types(dtype, torch.float32), dtype)))
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _refusing(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """What fails inside becomes a ModelError that names the layer."""
+    try:
+        yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # from code that we do not know: whatever it is, the model cannot be trained
-        reason = first_line(error)
-        raise ModelError(f"{name}: {type(model).__name__} cannot run packed sequences: {reason}") from error
-    finally:
-        model.train(training)
+        layer = failing_layer(model, error) or type(model).__name__
+        reason = "it needs an attention mask, and they have none" if misses_mask(error) else first_line(error)
+        raise ModelError(f"{name}: {layer} cannot run packed sequences: {reason}") from error
 
 
 def _own_rows(model: PreTrainedModel, run: Callable[..., torch.Tensor], ids: list[list[int]]) -> torch.Tensor:

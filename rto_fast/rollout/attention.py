@@ -17,7 +17,10 @@ def paged_attention(
 ):  # fmt: skip
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if paged is None or attention_mask is not None or s_aux is not None:
-        raise ValueError("rto_paged attention takes a cache (`paged=`), no attention mask and no attention sinks")
+        raise ValueError("its attention is given no cache (`paged=`), or an attention mask or sinks besides")
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(f"its keys have {key.shape[-1]} elements a head and its values {value.shape[-1]} (latent "
+                         "attention), and a cache holds both alike")  # fmt: skip
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

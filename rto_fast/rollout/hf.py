@@ -8,7 +8,10 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
-from rto_fast.models.loading import attention_implementation
+from rto_fast.errors import ModelError, UserError
+from rto_fast.models.directory import first_line
+from rto_fast.models.loading import attention_implementation, check_sequences
+from rto_fast.models.trace import failing_layer
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
 
@@ -22,9 +25,25 @@ def _refuse_nan(input_ids, scores):
 
 
 class HFEngine:
+    """Samples from a Hugging Face causal LM by its own `generate`.
+
+    Args:
+        model, tokenizer: see `NativeEngine`.
+    Raises:
+        ModelError: `generate` does not run (tried here, on a few tokens).
+    """
+
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.model = self.wrapped.causal_lm
+        try:
+            self.generate(check_sequences(self.wrapped.vocab_size, [3, 5]), 1, Sampling(2, temperature=0.0))
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # from code that we do not know: whatever it is, there will be no rollouts
+            layer = failing_layer(self.model, error) or "it"
+            raise ModelError(f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: "
+                             f"{first_line(error)}") from error  # fmt: skip
 
     @torch.no_grad()
     def generate(

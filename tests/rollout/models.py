@@ -21,7 +21,7 @@ ARCHITECTURES = {
         final_logit_softcapping=3.0,
     ),
     "gemma3_text": dict(head_dim=16, sliding_window=12, layer_types=["sliding_attention", "full_attention"]),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "gpt_neox": dict(num_key_value_heads=None),
     "phi": {},
     "phi3": {},

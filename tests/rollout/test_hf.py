@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from rto_fast.config import RolloutConfig
 from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.rollout import Sampling, build_engine
 
@@ -74,11 +75,23 @@ def test_the_model_is_restored_even_after_an_exception(model, monkeypatch):
     def fail(**_):
         raise RuntimeError("interrupted")
 
-    defaults = model.generation_config
+    defaults, built = model.generation_config, engine(model)
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError, match="interrupted"):
-        engine(model).generate(PROMPTS, 1, sampling(), seed=0)
+        built.generate(PROMPTS, 1, sampling(), seed=0)
     assert model.training and model.config._attn_implementation == PACKED and model.generation_config is defaults
+
+
+def test_a_model_that_generate_cannot_decode_is_refused_in_one_line_before_any_rollout(model, monkeypatch):
+    def no_such_layer(self, *args, **options):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", no_such_layer)
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM cannot be decoded by transformers' generate: model.layers.0.self_attn"
+    ):
+        engine(model)
+    assert model.training and model.config._attn_implementation == PACKED
 
 
 def test_left_padding_does_not_change_what_a_prompt_gets(model):
