@@ -303,15 +303,16 @@ def test_a_card_needs_a_finished_model(finished, push, tmp_path):
 
 def test_a_dry_run_lists_what_the_push_uploads_and_uses_no_network(finished, push, hub, no_network):
     folder = finished()
+    write_model_card(folder)
     code, out, _ = push(folder, "--repo", "me/tiny", "--dry_run")
     sizes = re.findall(r"^ +([\d,]+) bytes  (\S+)$", out, re.M)
     listed = {name: int(size.replace(",", "")) for size, name in sizes}
     assert code == 0 and sorted(listed) == MODEL_FILES and "me/tiny (private)" in out
-    assert all((folder / "rto" / name).stat().st_size == size for name, size in listed.items())
     assert f"card: {folder / 'rto' / 'README.md'}" in out and f"{sum(listed.values()):,} bytes in 9 files" in out
     stub = hub()
     code, out, _ = push(folder, "--repo", "me/tiny")
     assert code == 0 and out == "pushed: https://huggingface.co/me/tiny\n"
+    assert all((folder / "rto" / name).stat().st_size == size for name, size in listed.items())
     assert stub.calls == [("create_repo", "me/tiny", True, True), ("upload_folder", "me/tiny", MODEL_FILES)]
     assert 'name = "me/tiny"' in (folder / "rto" / "README.md").read_text()
 
@@ -339,13 +340,33 @@ def test_a_pickle_with_a_better_name_is_refused(finished, push, hub):
     assert code == 2 and "not a safetensors file" in err and not stub.calls
 
 
-def test_a_card_that_was_edited_is_kept_but_for_the_repositorys_name(finished, push, no_network):
-    folder = finished("--hub.repo", "me/first")
+@pytest.mark.parametrize("has_card", [False, True])
+def test_a_dry_run_changes_nothing_in_the_run(finished, push, hub, no_network, has_card):
+    folder = finished()
+    if has_card:
+        write_model_card(folder)
+
+    def tree():
+        paths = [folder, *folder.rglob("*")]
+        return {p: (p.stat().st_mtime_ns, p.stat().st_mode, p.is_file() and p.read_bytes()) for p in paths}
+
+    before = tree()
+    code, out, _ = push(folder, "--repo", "me/another_name", "--dry_run")
+    assert code == 0 and tree() == before
+    listed = dict(re.findall(r"^ +([\d,]+) bytes  (\S+)$", out, re.M))
+    stub = hub()
+    assert push(folder, "--repo", "me/another_name")[0] == 0
+    sizes = {f"{(folder / 'rto' / name).stat().st_size:,}": name for name in stub.calls[1][2]}
+    assert listed == sizes and sorted(listed.values()) == MODEL_FILES
+
+
+def test_a_card_that_was_edited_is_kept_but_for_the_repositorys_name(finished, push, hub):
+    folder, _ = finished("--hub.repo", "me/first"), hub()
     path = write_model_card(folder)
     assert path.read_text().count("me/first") == 2  # the lines that load it, and the configuration
     edited = path.read_text().replace("# first", "# mine")
     path.write_text(edited)
-    assert push(folder, "--repo", "me/second", "--dry_run")[0] == 0
+    assert push(folder, "--repo", "me/second")[0] == 0
     assert path.read_text() == name_in_card(edited, "me/second") == edited.replace('"me/first"', '"me/second"')
 
 

@@ -71,6 +71,20 @@ def write_model_card(run_folder: str | Path) -> Path:
     Raises:
         DataError: there is no finished model in the folder. ModelError: its weights cannot be read.
     """
+    text, images = model_card(run_folder)
+    _, model = final_model(run_folder)
+    for name, drawn in images.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(drawn, model / name)
+    (model / "README.md").write_text(text, encoding="utf-8")
+    return model / "README.md"
+
+
+def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
+    """The card of a finished run's final model: (its text, {name of an image beside it: the figure}). Writes nothing.
+
+    Raises: as `write_model_card`.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     config, model = final_model(run_folder)
@@ -85,11 +99,16 @@ def write_model_card(run_folder: str | Path) -> Path:
         datasets=list(dict.fromkeys(filter(None, data_names))) or None,
         tags=["rto-fast", *methods, "rlhf"],
     )
+    images = {
+        f"images/{name}.png": run.folder / "figures" / f"{name}.png"
+        for name in FIGURES
+        if (run.folder / "figures" / f"{name}.png").is_file()
+    }
     sections = {
         "Use": _use(config),
         "Results": _results(config, run),
         "Training": _training(config, run, folders),
-        "Figures": _figures(run.folder / "figures", model / "images"),
+        "Figures": "\n".join(f"![{FIGURES[Path(name).stem]}]({name})" for name in images),
         "Configuration": _configuration(config, folders),
         "Citation": f"```bibtex\n{CITATIONS}\n```",
     }
@@ -98,8 +117,7 @@ def write_model_card(run_folder: str | Path) -> Path:
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {plain(title)}\n\n{_summary(config, model, folders)}\n\n{body}\n"
     )
-    card.save(model / "README.md")
-    return model / "README.md"
+    return str(card), images
 
 
 def plain(text: object) -> str:
@@ -257,16 +275,6 @@ def _reward(config):
     dense = f"{rto.dpo_reward_scale:g}·log(π_dpo/π_ref){clip} " if config.pays_dense_reward else ""
     score = f", the last one also {rto.score_scale:g}·score" if rto.score_scale else ""
     return f"Each token earns {dense}− {rto.kl_coef:g}·log(π/π_ref){score}."
-
-
-def _figures(drawn, images):
-    shown = []
-    for name, caption in FIGURES.items():
-        if (drawn / f"{name}.png").is_file():
-            images.mkdir(exist_ok=True)
-            shutil.copyfile(drawn / f"{name}.png", images / f"{name}.png")
-            shown.append(f"![{caption}](images/{name}.png)")
-    return "\n".join(shown)
 
 
 def _configuration(config, folders):
