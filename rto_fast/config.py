@@ -105,7 +105,7 @@ class DataConfig:
     cache_dir: FolderAtHome | None = "~/.cache/rto_fast"
     """Folder where token ids are kept by content, for the next run on the same texts; null: tokenise every time."""
     max_unpacked_gib: Positive = 4.0
-    """A compressed file that unpacks to more is refused."""
+    """A packed file (.gz, .parquet, a saved data set) whose rows would take more memory is refused."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
 
     Args:
         repo: OWNER/NAME; made if it is not there. private: a public repository is refused. dry_run: only list what would
-            be uploaded; no network is used.
+            be uploaded; no network is used and nothing is written.
     Returns:
         The repository's address, None after a dry run.
     Raises:
@@ -35,28 +35,47 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
         HubError: no token, no network, or a refusal of the Hub's.
     """
     check_repo(repo, "--repo")
-    from rto_fast.reporting.model_card import count_parameters, final_model, name_in_card, write_model_card
+    from rto_fast.reporting.model_card import count_parameters, final_model, model_card, name_in_card, write_model_card
 
     _, folder = final_model(run_folder)
     count_parameters(folder)  # weights that cannot be read are not pushed
     card = folder / "README.md"
-    if not card.is_file():
-        write_model_card(run_folder)
+    images: dict[str, Path] = {}
     try:
-        write_file(card, name_in_card(card.read_text(encoding="utf-8"), repo))
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+        else:
+            text, images = model_card(run_folder)
     except UnicodeDecodeError as error:
         raise HubError(f"{card}: not UTF-8: {error}") from error
+    text = name_in_card(text, repo)
+    if dry_run:
+        written = {name: image.stat().st_size for name, image in images.items()}
+        _list(folder, written | {"README.md": len(text.encode("utf-8"))}, repo, private)
+        return None
+    if not card.is_file():
+        write_model_card(run_folder)
+    write_file(card, text)
+    return _upload(folder, _allowed(folder), repo, private)
+
+
+def _allowed(folder: Path) -> list[str]:
+    """The files that are uploaded; the others are named."""
     files, left_out = split_files(folder)
     if left_out:
         say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
-    if not dry_run:
-        return _upload(folder, files, repo, private)
-    sizes = {name: (folder / name).stat().st_size for name in files}
+    return files
+
+
+def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> None:
+    """Prints what would be uploaded. written: {name: bytes} of the files that the push would write before."""
+    sizes = {name: (folder / name).stat().st_size for name in _allowed(folder)} | written
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
-    for name, size in sizes.items():
-        say(f"  {size:>15,} bytes  {name}")
-    say(f"  {sum(sizes.values()):>15,} bytes in {len(files)} files\ncard: {card}")
-    return None
+    for name in sorted(sizes):
+        say(f"  {sizes[name]:>15,} bytes  {name}")
+    card = folder / "README.md"
+    say(f"  {sum(sizes.values()):>15,} bytes in {len(sizes)} files")
+    say(f"card: {card}{'' if card.is_file() else ', which the push writes'}")
 
 
 def split_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -117,7 +136,9 @@ def main(arguments: list[str] | None = None) -> str | None:
         help="the repository; made if it is not there",
     )
     parser.add_argument("--private", choices=["true", "false"], default="true", help="default: true")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded; no network is used")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list what would be uploaded; no network is used and nothing is written"
+    )
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     url = push(options.run, options.repo, private=options.private == "true", dry_run=options.dry_run)
     if url:

@@ -27,6 +27,7 @@ from rto_fast.models.placement import resident
 from rto_fast.planning.room import check_room
 from rto_fast.preflight import CHECKED_PAIRS, preference_finding
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.public import public
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
@@ -135,7 +136,7 @@ class Run:
         trackers: list[TensorBoard | Service] = [TensorBoard(self.folder / "tensorboard", record)]
         if track.service:
             name = self.folder.resolve().name
-            trackers.append(Service(track.service, track.project, name, dataclasses.asdict(self.config)))
+            trackers.append(Service(track.service, track.project, name, public(dataclasses.asdict(self.config))))
         return trackers
 
     def _embedded(self):

@@ -212,14 +212,67 @@ def test_local_models_and_data_are_no_names_of_the_hub_and_say_only_their_last_p
         ("path", "../ann/model/", "model"),
         ("path", "owner/model", "owner/model"),
         ("max_new_tokens", 60, 60),
-        ("delimiters", ".!?\n", ".!?\n"),
+        ("delimiters", ".!?/\n", ".!?/\n"),
         ("api_key", "abc", "(left out)"),
         ("url", "https://ann:pass@host/x", "(left out)"),
+        ("url", "https://host/x", "https://host/x"),
+        ("url", "file:///home/ann/x", "x"),
         ("list", ["hf_" + "a" * 30], ["(left out)"]),
+        ("preferences", "clients/acme/pairs.jsonl", "pairs.jsonl"),
+        ("preferences", "clients/pairs.jsonl[test[:500]]", "pairs.jsonl[test[:500]]"),
+        ("preferences", "clients\\acme\\pairs.jsonl", "pairs.jsonl"),
+        ("preferences", "client x/pairs", "pairs"),
+        ("preferences", "org/name:config[test[:500]]", "org/name:config[test[:500]]"),
+        ("preferences", "a/b/c", "c"),
+        ("preferences", ".clients/pairs", "pairs"),
+        ("preferences", "clients/pairs/", "pairs"),
+        ("preferences", "models/acme", "acme"),
+        ("preferences", "kunden/\u7532", "\u7532"),
+        ("preferences", "\u7532/pairs", "pairs"),
+        ("preferences", "clients/a--b", "a--b"),
+        ("preferences", "here/pairs", "pairs"),
+        ("path", "C:model", "model"),
+        ("path", "~ann", "~"),
+        ("path", "./model", "model"),
+        ("path", "/", "/"),
+        ("output_dir", "acme/run", "run"),
+        ("function", "acme/reward.py:score", "reward.py:score"),
+        ("download_dir", "acme/cache", "cache"),
     ],
 )
-def test_settings_for_others_eyes(key, value, shown):
+def test_settings_for_others_eyes(key, value, shown, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()  # a folder with the name of an owner
+    monkeypatch.chdir(tmp_path)
     assert public({key: value}) == {key: shown}
+
+
+def test_relative_paths_are_no_names_of_the_hub(finished, tmp_path, monkeypatch):
+    """Neither in the card's header, nor as links, nor in its text; from another working directory too."""
+    (tmp_path / "acme" / "model").mkdir(parents=True)
+    (tmp_path / "clients").mkdir()
+    options = ["--sft.model", "acme/model", "--data.preferences", "clients/pairs", "--data.prompts", "clients/x.jsonl"]
+    folder = finished(*options, "--dpo.model", "./acme/model", "--output_dir", "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        text = write_model_card(folder).read_text()
+        card = huggingface_hub.ModelCard(text)
+        assert card.data.base_model is None and card.data.datasets is None
+        assert "acme" not in text and "clients" not in text and "trained from model by" in text
+        assert "| x.jsonl |" in text and "preferences: pairs" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b](http://x)", "a/b\n- evil", "a/<b>", "a/b: c", "a/b'\"", "..", "a/..", "-a/b", "a/b.git"]
+)
+def test_what_cannot_be_a_name_of_the_hub_is_not_linked(finished, name):
+    text = write_model_card(finished(f"--sft.model={name}")).read_text()
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.base_model is None and "](http://x" not in text and "huggingface.co/a" not in text
+    assert card.data.datasets == ["trl-lib/ultrafeedback_binarized"] and set(card.data.to_dict()) >= {
+        "tags",
+        "datasets",
+    }
 
 
 def test_what_data_put_there_is_no_markup(finished):
@@ -250,15 +303,16 @@ def test_a_card_needs_a_finished_model(finished, push, tmp_path):
 
 def test_a_dry_run_lists_what_the_push_uploads_and_uses_no_network(finished, push, hub, no_network):
     folder = finished()
+    write_model_card(folder)
     code, out, _ = push(folder, "--repo", "me/tiny", "--dry_run")
     sizes = re.findall(r"^ +([\d,]+) bytes  (\S+)$", out, re.M)
     listed = {name: int(size.replace(",", "")) for size, name in sizes}
     assert code == 0 and sorted(listed) == MODEL_FILES and "me/tiny (private)" in out
-    assert all((folder / "rto" / name).stat().st_size == size for name, size in listed.items())
     assert f"card: {folder / 'rto' / 'README.md'}" in out and f"{sum(listed.values()):,} bytes in 9 files" in out
     stub = hub()
     code, out, _ = push(folder, "--repo", "me/tiny")
     assert code == 0 and out == "pushed: https://huggingface.co/me/tiny\n"
+    assert all((folder / "rto" / name).stat().st_size == size for name, size in listed.items())
     assert stub.calls == [("create_repo", "me/tiny", True, True), ("upload_folder", "me/tiny", MODEL_FILES)]
     assert 'name = "me/tiny"' in (folder / "rto" / "README.md").read_text()
 
@@ -286,13 +340,33 @@ def test_a_pickle_with_a_better_name_is_refused(finished, push, hub):
     assert code == 2 and "not a safetensors file" in err and not stub.calls
 
 
-def test_a_card_that_was_edited_is_kept_but_for_the_repositorys_name(finished, push, no_network):
-    folder = finished("--hub.repo", "me/first")
+@pytest.mark.parametrize("has_card", [False, True])
+def test_a_dry_run_changes_nothing_in_the_run(finished, push, hub, no_network, has_card):
+    folder = finished()
+    if has_card:
+        write_model_card(folder)
+
+    def tree():
+        paths = [folder, *folder.rglob("*")]
+        return {p: (p.stat().st_mtime_ns, p.stat().st_mode, p.is_file() and p.read_bytes()) for p in paths}
+
+    before = tree()
+    code, out, _ = push(folder, "--repo", "me/another_name", "--dry_run")
+    assert code == 0 and tree() == before
+    listed = dict(re.findall(r"^ +([\d,]+) bytes  (\S+)$", out, re.M))
+    stub = hub()
+    assert push(folder, "--repo", "me/another_name")[0] == 0
+    sizes = {f"{(folder / 'rto' / name).stat().st_size:,}": name for name in stub.calls[1][2]}
+    assert listed == sizes and sorted(listed.values()) == MODEL_FILES
+
+
+def test_a_card_that_was_edited_is_kept_but_for_the_repositorys_name(finished, push, hub):
+    folder, _ = finished("--hub.repo", "me/first"), hub()
     path = write_model_card(folder)
     assert path.read_text().count("me/first") == 2  # the lines that load it, and the configuration
     edited = path.read_text().replace("# first", "# mine")
     path.write_text(edited)
-    assert push(folder, "--repo", "me/second", "--dry_run")[0] == 0
+    assert push(folder, "--repo", "me/second")[0] == 0
     assert path.read_text() == name_in_card(edited, "me/second") == edited.replace('"me/first"', '"me/second"')
 
 

@@ -28,14 +28,17 @@ from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
 
+from rto_fast.data.arrow_files import check_arrow_files
+from rto_fast.data.budget import Budget
 from rto_fast.data.detection import find_layout
-from rto_fast.data.files import SUFFIXES, Row, rows_of_file, without_filled_keys
+from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
 from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
 from rto_fast.notices import notify
 
 __all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
 WINDOW = 1000  # rows that tell the layout
+OBJECTS_PER_BYTE = 16  # bytes of Python's objects for a byte of a saved data set that is not packed, at most
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -117,7 +120,7 @@ def open_examples(
         split: its split, perhaps with a range of rows.
         columns: {ours: theirs} for layouts that are not detected, ours being prompt, response, chosen, rejected, messages.
         streaming: of a hub data set only download what is read.
-        max_unpacked_gib: the most that a compressed file may unpack to, GiB.
+        max_unpacked_gib: the most that the rows of a packed file (.gz, .parquet, a saved data set) may take, GiB.
     Raises DataError if there is no row, or no layout.
     """
     check_columns(columns)
@@ -179,7 +182,7 @@ def read_rows(
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         found = [] if saved else _split_files(path, name)
         each = (rows_of_file(file, max_unpacked_gib) for file in found)
-        rows = _saved_rows(path, name) if saved else chain.from_iterable(each)
+        rows = _saved_rows(path, name, max_unpacked_gib) if saved else chain.from_iterable(each)
     elif path.is_file():
         if name != "train":
             raise DataError(f"{source}: a single file is split 'train', not {name!r}; ranges work: train[90%:]")
@@ -245,29 +248,40 @@ def _split_files(folder, split):
 
 
 class _DatasetRows:
-    """(origin, row) of a `datasets.Dataset`, which stays on disk."""
+    """(origin, row) of a `datasets.Dataset`, which stays on disk; with a budget, the rows are taken from it."""
 
-    def __init__(self, dataset, name):
-        self.dataset, self.name = dataset, name
+    def __init__(self, dataset, name: str, budget: Budget | None = None):
+        self.dataset, self.name, self.budget = dataset, name, budget
 
     def __len__(self):
         return len(self.dataset)
 
-    def __iter__(self):
-        return ((f"{self.name}[{i}]", without_filled_keys(row)) for i, row in enumerate(self.dataset))
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        rows = ((f"{self.name}[{i}]", without_filled_keys(row)) for i, row in enumerate(self.dataset))
+        return counted(rows, self.budget)
 
 
-def _saved_rows(folder, split):
+def _saved_rows(folder: Path, split: str, max_unpacked_gib: float) -> _DatasetRows:
     from datasets import DatasetDict, load_from_disk
 
-    dataset = load_from_disk(str(folder))
+    size = sum(path.stat().st_size for path in folder.rglob("*.arrow"))
+    budget = Budget(folder, max_unpacked_gib, OBJECTS_PER_BYTE * size)
+    try:
+        check_arrow_files(folder, Budget(folder, max_unpacked_gib))
+        dataset = load_from_disk(str(folder))
+    except DataError:
+        raise
+    except Exception as error:  # a JSON file of another kind, or a schema that `datasets` does not know, ends in any
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{folder}: not a data set that can be read ({type(error).__name__}: {reason}); save it again "
+                        "with save_to_disk") from error  # fmt: skip
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise DataError(f"{folder}: no split {split!r}; there are {', '.join(dataset)}")
         dataset = dataset[split]
     elif split != "train":
         raise DataError(f"{folder}: a single saved data set is split 'train', not {split!r}; ranges work: train[90%:]")
-    return _DatasetRows(dataset, str(folder))
+    return _DatasetRows(dataset, str(folder), budget)
 
 
 @contextlib.contextmanager

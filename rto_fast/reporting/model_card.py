@@ -10,9 +10,9 @@ import yaml
 
 from rto_fast import __version__
 from rto_fast.config import Config, dump_config, load_config
-from rto_fast.data.run_data import split_of_source
 from rto_fast.errors import DataError, ModelError, how_to_go_on
 from rto_fast.reporting.markup import brief, show, visible
+from rto_fast.reporting.public import hub_name, public, working_folder
 from rto_fast.reporting.run_files import number, read_run
 from rto_fast.writing import write_file
 
@@ -42,9 +42,6 @@ CITATIONS = f"""@inproceedings{{zhong2025rto,
 }}"""  # noqa: E501
 
 NAME_LINE = 'name = "{}"  # this repository, or a folder with its files'
-LOCAL = re.compile(r"(~[^\\/]*|\.{1,2}|file:|[A-Za-z]:)?[\\/]")  # how a path begins that says where on a disk it is
-SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|(api_?)?key)$", re.IGNORECASE)
-SECRET = re.compile(r"\bhf_\w{16,}|\bsk-\w{16,}|//[^/@\s]+@")
 # ASCII that can mean something in Markdown or HTML; an underscore between letters cannot.
 MARKUP = re.compile(r"""[!"#$&'*+<=>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
 
@@ -75,49 +72,58 @@ def write_model_card(run_folder: str | Path) -> Path:
     Raises:
         DataError: there is no finished model in the folder. ModelError: its weights cannot be read.
     """
+    text, images = model_card(run_folder)
+    _, model = final_model(run_folder)
+    for name, drawn in images.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(drawn, model / name)
+    write_file(model / "README.md", text)
+    return model / "README.md"
+
+
+def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
+    """The card of a finished run's final model: (its text, {name of an image beside it: the figure}). Writes nothing.
+
+    Raises: as `write_model_card`.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     config, model = final_model(run_folder)
     run = read_run(run_folder)
     methods = _methods(config)
+    folders = working_folder(run.folder, config.output_dir)
+    data_names = [hub_name(source, folders) for source in _sources(config).values() if "/" in source]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=_hub_id(_start(config)),
-        datasets=list(dict.fromkeys(filter(None, map(_hub_dataset, _sources(config).values())))) or None,
+        base_model=hub_name(_start(config), folders),
+        datasets=list(dict.fromkeys(filter(None, data_names))) or None,
         tags=["rto-fast", *methods, "rlhf"],
     )
+    images = {
+        f"images/{name}.png": run.folder / "figures" / f"{name}.png"
+        for name in FIGURES
+        if (run.folder / "figures" / f"{name}.png").is_file()
+    }
     sections = {
         "Use": _use(config),
         "Results": _results(config, run),
-        "Training": _training(config, run),
-        "Figures": _figures(run.folder / "figures", model / "images"),
-        "Configuration": _configuration(config),
+        "Training": _training(config, run, folders),
+        "Figures": "\n".join(f"![{FIGURES[Path(name).stem]}]({name})" for name in images),
+        "Configuration": _configuration(config, folders),
         "Citation": f"```bibtex\n{CITATIONS}\n```",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     title = config.hub.repo.partition("/")[2] if config.hub.repo else run.name
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {plain(title)}\n\n{_summary(config, model)}\n\n{body}\n")
-    write_file(model / "README.md", str(card))
-    return model / "README.md"
+    card = ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {plain(title)}\n\n{_summary(config, model, folders)}\n\n{body}\n"
+    )
+    return str(card), images
 
 
 def plain(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line, in a table too: what could be markup becomes entities."""
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", brief(text, 120))
-
-
-def public(value: object, key: str = "") -> object:
-    """A setting for others' eyes: of local paths the last part, of secrets nothing."""
-    if isinstance(value, dict):
-        return {name: public(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [public(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    if SECRET_KEY.search(key) or SECRET.search(value):
-        return "(left out)"
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if LOCAL.match(value) else value
 
 
 def name_in_card(text: str, repo: str) -> str:
@@ -168,40 +174,24 @@ def _sources(config):
     return {stage: source for stage, source in trained.items() if source}
 
 
-def _hub_id(name):
-    """`name` where it is one of the Hub's, or None: the run loaded it, so it is if it is nothing local."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if name == "embedded" or Path(name).expanduser().exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def _hub_dataset(source):
-    name, _ = split_of_source(source)
-    return None if Path(name).expanduser().exists() else _hub_id(name.partition(":")[0])
-
-
-def _link(name):
+def _link(name: str, folders: list[Path]) -> str:
     """A model's name, as a link where the Hub has it."""
     if name == "embedded":
         return "rto-fast's embedded model (random weights)"
-    return f"[{plain(name)}](https://huggingface.co/{name})" if _hub_id(name) else plain(public(name))
+    found = hub_name(name, folders)
+    return f"[{plain(found)}](https://huggingface.co/{found})" if found else plain(public(name, "path", folders))
 
 
-def _summary(config, model):
+def _summary(config, model, folders):
     what = {
         "rto": "[Reinforced Token Optimization](https://arxiv.org/abs/2404.18922): DPO gives every token a reward, "
         "PPO optimises it",
         "ppo": "PPO",
         "dpo": "DPO",
     }[_methods(config)[0]]
+    start = _link(_start(config), folders)
     return (
-        f"A language model of {count_parameters(model):,} parameters, trained from {_link(_start(config))} by rto-fast with "
+        f"A language model of {count_parameters(model):,} parameters, trained from {start} by rto-fast with "
         f"{what}.\n\nNo licence is stated here: those of the base model and of the data apply."
     )
 
@@ -238,7 +228,7 @@ def _results(config, run):
     return f"Judged on the same held-out prompts by {plain(public(judge))}.\n\n{_table(header, rows)}"
 
 
-def _training(config, run):
+def _training(config, run, folders):
     """Where each stage started, on what, for how long, and how it ended."""
     rto, reward, sources = config.rto, config.reward_model, _sources(config)
     base = "embedded (random weights)" if config.model.path == "embedded" else config.model.path
@@ -251,15 +241,16 @@ def _training(config, run):
     rows = []
     for key, name, start, given, used in stages:
         if used and given:
-            rows.append([name, f"given: {public(given)}", "", "", "", "", ""])
+            kind = "function" if given == reward.function else "model"
+            rows.append([name, f"given: {public(given, kind, folders)}", "", "", "", "", ""])
         elif used:
             batch = (
                 rto.prompts_per_rollout * rto.samples_per_prompt if key == "rto" else getattr(config, key).batch_size
             )
             tokens = sum(value for value in run.series(key, "tokens")[1] if value == value)
             steps = max(run.stages.get(key, {}), default=None)
-            source = public(sources[key])
-            rows.append([name, public(start), source, show(steps), show(batch), show(tokens), _ended(run, key)])
+            start, source = public(start, "path", folders), public(sources[key], "preferences", folders)
+            rows.append([name, start, source, show(steps), show(batch), show(tokens), _ended(run, key)])
     header = ["stage", "starts from", "data", "steps", "batch", "tokens", "ended with"]
     notes = [f"A step of {rows[-1][0]} is a rollout; its tokens are the responses'. {_reward(config)}"]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
@@ -287,18 +278,8 @@ def _reward(config):
     return f"Each token earns {dense}− {rto.kl_coef:g}·log(π/π_ref){score}."
 
 
-def _figures(drawn, images):
-    shown = []
-    for name, caption in FIGURES.items():
-        if (drawn / f"{name}.png").is_file():
-            images.mkdir(exist_ok=True)
-            shutil.copyfile(drawn / f"{name}.png", images / f"{name}.png")
-            shown.append(f"![{caption}](images/{name}.png)")
-    return "\n".join(shown)
-
-
-def _configuration(config):
-    settings = public(yaml.safe_load(dump_config(config)))
+def _configuration(config, folders):
+    settings = public(yaml.safe_load(dump_config(config)), "", folders)
     text = visible(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).strip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"<details>\n<summary>config.yaml</summary>\n\n{fence}yaml\n{text}\n{fence}\n\n</details>"

@@ -1,0 +1,260 @@
+"""Rows of a Parquet file in bounded memory.
+
+Three kilobytes of Parquet can stand for terabytes: a long text is stored once and repeated by number, a run of equal values
+is stored as one value and a count. What a row group needs is therefore read from its pages' headers before anything is
+decoded, and so many rows are decoded at once as need little memory whatever they hold. The footer repeats these numbers,
+but nothing stops it from lying; the reader allocates what the pages say.
+(https://parquet.apache.org/docs/file-format/, the format's parquet.thrift)
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from rto_fast.data.budget import Budget
+from rto_fast.errors import DataError
+
+ROWS = 256  # decoded at once, at most
+AT_ONCE = 2**24  # bytes that are decoded at once, unless one row has more
+LARGE_DICTIONARY = 2**24  # bytes; of a smaller one the longest text is looked for
+LONGEST_HEADER = 2**24  # bytes of one page's header, the limit of Arrow's reader too
+# Measured with pyarrow 26: the decompressed page, the reader's copy, Arrow's array and the pieces that join them.
+PAGE_COPIES = 6
+NESTED_VALUE = 24  # bytes of one value in a list: its two levels, its place, its validity
+_DICTIONARY_PAGE, _DATA_PAGE_V2 = 2, 3
+_DELTA_BYTE_ARRAY = 7  # keeps of each value what differs from the value before
+
+
+class _Pages(NamedTuple):
+    """What the pages of one column in one row group need.
+
+    held: bytes of the dictionary and of the largest other page, decompressed. value: the most bytes of a value that they
+    can repeat. number: of values, missing ones and those in lists included. delta: whether values repeat their predecessors.
+    """
+
+    held: int
+    value: int
+    number: int
+    delta: bool
+
+
+class _Reading(NamedTuple):
+    """How a row group is read.
+
+    needed: bytes to set aside. rows: decoded at once. numbered: columns whose texts are decoded as numbers of a dictionary.
+    """
+
+    needed: int
+    rows: int
+    numbered: list[str]
+
+
+def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Iterate over the rows.
+
+    Args:
+        budget: what reading may hold for the moment is set aside in it; the rows themselves are its caller's to take.
+    Raises:
+        DataError: a row group needs more than is left of the budget. ValueError, OSError: of pyarrow, a damaged file.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with open(path, "rb") as raw, contextlib.closing(ParquetFile(path)) as file:
+        for index in range(file.metadata.num_row_groups):
+            reading = _plan(raw, file, index, budget)
+            numbered = ParquetFile(path, read_dictionary=reading.numbered) if reading.numbered else file
+            with budget.set_aside(reading.needed):
+                for batch in numbered.iter_batches(batch_size=reading.rows, row_groups=[index]):
+                    yield from _as_rows(batch, budget)
+
+
+def _plan(raw: BinaryIO, file: Any, index: int, budget: Budget) -> _Reading:
+    """How to read a row group so that nothing in it can take more than the budget has."""
+    schema, group = file.metadata.schema, file.metadata.row_group(index)
+    needed = longest = 0
+    numbered = []
+    for column in range(group.num_columns):
+        pages, field = _read_pages(raw, group.column(column), budget.path), schema.column(column)
+        is_text, is_nested = field.physical_type == "BYTE_ARRAY", field.max_repetition_level > 0
+        longest += max(pages.value, field.length)
+        # Room is made for missing values of a fixed length too; in a list, one row may hold all values.
+        needed += PAGE_COPIES * pages.held + (field.length + NESTED_VALUE * is_nested) * pages.number
+        if is_nested and is_text:
+            texts = pages.value * pages.number
+            if pages.delta or needed + texts <= budget.left / 2:
+                needed += texts
+            else:  # slower, and how long they are is known before they are made
+                numbered.append(field.path)
+    return _Reading(needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered)
+
+
+def _as_rows(batch: Any, budget: Budget) -> Iterator[dict[str, Any]]:
+    """The rows of a `pyarrow.RecordBatch` as dicts, fewer at once where they are large."""
+    import pyarrow
+
+    size = sum(map(_size, batch.columns))
+    if size > AT_ONCE and batch.num_rows > 1:
+        half = batch.num_rows // 2
+        yield from _as_rows(batch.slice(0, half), budget)
+        yield from _as_rows(batch.slice(half), budget)
+        return
+    if size > AT_ONCE:
+        budget.check(4 * size)  # what one character takes in Python, at most
+    plain = pyarrow.schema([field.with_type(_plain(field.type)) for field in batch.schema])
+    yield from (batch if plain == batch.schema else batch.cast(plain)).to_pylist()
+
+
+def _size(array: Any) -> int:
+    """Bytes of an array's values once each stands for itself; what lies before and behind a slice is not counted."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind = array.type
+    each = 64 * len(array)  # what Python adds
+    if isinstance(array, pyarrow.ExtensionArray):
+        return _size(array.storage)
+    if types.is_dictionary(kind):
+        kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+        if kind.value_type not in kinds:
+            return each
+        lengths = compute.binary_length(array.dictionary).cast(pyarrow.int64())
+        return (compute.sum(lengths.take(array.indices)).as_py() or 0) + each
+    if types.is_map(kind):
+        start, end = (array.offsets[0].as_py(), array.offsets[-1].as_py()) if len(array) else (0, 0)
+        return sum(_size(part.slice(start, end - start)) for part in (array.keys, array.items)) + each
+    if types.is_struct(kind):
+        return sum(map(_size, array.flatten())) + each
+    return (_size(array.flatten()) if types.is_nested(kind) else array.nbytes) + each
+
+
+def _plain(kind: Any) -> Any:
+    """A type with the dictionaries' values in their place: pyarrow makes Python's objects of those 100 times faster."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return kind.value_type
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
+        return make(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
+
+
+def _read_pages(raw: BinaryIO, chunk: Any, path: Path) -> _Pages:
+    """Reads the headers of a column chunk's pages, which is all that tells what decoding them takes."""
+    position = chunk.data_page_offset
+    if chunk.dictionary_page_offset:
+        position = min(position, chunk.dictionary_page_offset)
+    end = position + chunk.total_compressed_size
+    dictionary = largest = total = count = value = 0
+    delta = False
+    while position < end:
+        raw.seek(position)
+        header, length = _read_header(raw, path)
+        unpacked, packed = header.get(2, 0), header.get(3, 0)
+        if packed < 0 or unpacked < 0:
+            raise DataError(f"{path}: not a readable parquet file: a page of negative size at byte {position:,}")
+        if header.get(1) == _DICTIONARY_PAGE:
+            dictionary += unpacked
+            raw.seek(position + length)
+            value = max(value, _longest_text(raw.read(packed), unpacked, chunk))
+        else:
+            is_v2 = header.get(1) == _DATA_PAGE_V2
+            data = header.get(8 if is_v2 else 5, {})
+            count += max(0, data.get(1, 0))
+            delta = delta or data.get(4 if is_v2 else 2) == _DELTA_BYTE_ARRAY
+            largest, total = max(largest, unpacked), total + unpacked
+        position += length + packed
+    return _Pages(dictionary + largest, max(value, total * delta), count, delta)
+
+
+def _longest_text(content: bytes, unpacked: int, chunk: Any) -> int:
+    """Bytes of the longest text in a dictionary's page; those of the whole page where that is large, or holds no texts."""
+    import pyarrow
+
+    if chunk.physical_type != "BYTE_ARRAY" or unpacked > LARGE_DICTIONARY:
+        return unpacked
+    try:
+        if chunk.compression != "UNCOMPRESSED":
+            content = pyarrow.decompress(content, unpacked, chunk.compression.lower(), asbytes=True)
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+    ):  # a codec that only the reader knows, or damage that it will name
+        return unpacked
+    longest = position = 0
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4], "little")
+        longest, position = max(longest, length), position + 4 + length
+    return min(longest, unpacked)
+
+
+def _read_header(raw: BinaryIO, path: Path) -> tuple[dict[int, Any], int]:
+    """(fields of the page's header by their number, its length in bytes)."""
+    start, size = raw.tell(), 2**12
+    while size <= LONGEST_HEADER:
+        raw.seek(start)
+        content = raw.read(size)
+        try:
+            reader = _Compact(content)
+            return reader.struct(), reader.position
+        except IndexError:  # it is longer, or the file ends
+            if len(content) < size:
+                break
+            size *= 16
+        except RecursionError:
+            break
+    raise DataError(f"{path}: not a readable parquet file: no page at byte {start:,}")
+
+
+class _Compact:
+    """Reads Thrift's compact protocol; IndexError where the content ends before the value."""
+
+    def __init__(self, content: bytes):
+        self.content, self.position = content, 0
+
+    def byte(self) -> int:
+        self.position += 1
+        return self.content[self.position - 1]
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def number(self) -> int:
+        value = self.varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def struct(self) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        last = 0
+        while head := self.byte():
+            last = last + (head >> 4) if head >> 4 else self.number()
+            fields[last] = self.value(head & 15)
+        return fields
+
+    def value(self, kind: int) -> Any:
+        """Numbers and structs; the others are passed over, since no page's size is among them."""
+        if kind in (4, 5, 6):
+            return self.number()
+        if kind == 12:
+            return self.struct()
+        if kind == 3:
+            return self.byte()
+        if kind == 7:
+            self.position += 8
+        elif kind == 8:
+            length = self.varint()
+            self.position += length
+        elif kind not in (1, 2):
+            raise IndexError  # lists and maps: no page's header has one
+        return None
