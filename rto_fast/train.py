@@ -22,14 +22,25 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def train(config, stop):
-    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end."""
+    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    from rto_fast.run import Run, claimed_output
+
     start = time.perf_counter()
+    with claimed_output(config) as lock:
+        return run_stages(Run(config, stop, lock), start)
+
+
+def run_stages(run, start):
+    """SFT → reward model → DPO → RTO, the evaluations, the report and the model card.
+
+    Args:
+        start: when the command began, by `time.perf_counter`.
+    """
+    config = run.config
     from rto_fast.evaluation import table
-    from rto_fast.run import Run
     from rto_fast.training.ranks import is_main
     from rto_fast.training.state_files import write_text
 
-    run = Run(config, stop)
     with run.checkpoints.resumable():
         sft = run.train_sft()
         reward_model = run.train_reward_model(sft)

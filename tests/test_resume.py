@@ -268,7 +268,7 @@ def test_what_a_kill_left_of_checkpoints_is_removed(tmp_path):
 
 
 def test_what_followed_a_step_and_failed_is_done_by_the_resumed_run(tmp_path):
-    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished=True)
+    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished={})
     resumed = Checkpoints(tmp_path, Log(), resume=True)
     assert resumed.restore("sft", Trainer()) and not resumed.restore("dpo", Trainer())
     resumed.save("sft", Trainer())

@@ -20,7 +20,7 @@ def scalars(folder):
 
 
 def test_tensorboard_gets_every_finite_number_of_a_stage(tmp_path):
-    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl")])
+    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl", "run")])
     log.metrics("sft", 1, {"loss": 2.0, "grad_norm": float("nan")})
     log.metrics("sft", 2, {"loss": 1.5, "tokens": 7})
     log.metrics("dpo", 1, {"accuracy": 0.5})
@@ -33,7 +33,7 @@ def test_a_resumed_run_shows_each_step_once_whatever_the_clock_says(tmp_path, mo
     record = tmp_path / "metrics.jsonl"
 
     def run(steps):
-        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", record)])
+        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", record, "run")])
         for step, value in steps.items():
             log.metrics("rto", step, {"kl": value})
         log.close()

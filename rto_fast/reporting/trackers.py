@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import shutil
 import socket
 import time
 
@@ -16,10 +15,11 @@ class TensorBoard:
     Args:
         record: the run's metrics.jsonl. A resumed run writes its stages' event files anew from it: TensorBoard orders files
             by the clock in their names, and what was logged after the checkpoint comes again.
+        run: the run's name, with which the names of its files end: others' are left alone.
     """
 
-    def __init__(self, folder, record):
-        self.folder, self.record, self.writers = folder, record, {}
+    def __init__(self, folder, record, run):
+        self.folder, self.record, self.run, self.writers = folder, record, run, {}
 
     def log(self, stage, step, values):
         """`record` holds these values already."""
@@ -36,9 +36,10 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
-        (self.folder / stage).mkdir(parents=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / stage).glob(f"events.out.tfevents.*.{self.run}"):
+            path.unlink()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self.run}"
         self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
         self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         with open(self.record) as lines:
