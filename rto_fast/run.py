@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,13 +44,9 @@ from rto_fast.training.launch import local_rank
 from rto_fast.training.progress import UNSTARTED
 from rto_fast.training.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.training.state_files import write_text
-from rto_fast.training.stop import StopRequest
-
 
 # What a run leaves that ended before its first step, by a mistake or a kill.
-UNSTARTED_FILES = {
-    "config.yaml", "base", "warnings.jsonl", UNSTARTED, ".config.yaml.part", ".base.part", ".base.old", ".progress.json.part"
-}  # fmt: skip
+UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @contextlib.contextmanager
@@ -82,9 +79,7 @@ def _usable(folder):
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one"
-        ) from None
+        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
 
 
 def refuse_what_is_there(folder: Path) -> None:
@@ -95,7 +90,7 @@ def refuse_what_is_there(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
-    if names - UNSTARTED_FILES or (names and UNSTARTED not in names):
+    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
         raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
 
 
@@ -129,7 +124,7 @@ def quiet_libraries(device):
 class Run:
     """What the stages share: configuration, device, tokenizer, data, log; and the sequence of the stages."""
 
-    def __init__(self, config: Config, stop: StopRequest, lock: RunLock | None = None):
+    def __init__(self, config, stop, lock=None):
         self.config = config
         self.folder = Path(config.resume or config.output_dir)
         if ranks.is_main() and not config.resume:
@@ -182,9 +177,7 @@ class Run:
 
     def _trackers(self):
         record, track = self.folder / "metrics.jsonl", self.config.track
-        trackers: list[TensorBoard | Service] = [
-            TensorBoard(self.folder / "tensorboard", record, self.checkpoints.run)
-        ]
+        trackers: list[TensorBoard | Service] = [TensorBoard(self.folder / "tensorboard", record, self.checkpoints.run)]
         if track.service:
             name = self.folder.resolve().name
             trackers.append(Service(track.service, track.project, name, dataclasses.asdict(self.config)))

@@ -75,7 +75,7 @@ class RunLog:
         self.say(f"warning: {f'{stage}, step {step}: ' if step else ''}{what}; {remedy}")
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
         path = self.folder / "warnings.jsonl"
-        recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        recorded = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         if json.dumps(record) not in recorded:  # a resumed run checks its models again
             self._append("warnings.jsonl", record)
 

@@ -1,12 +1,13 @@
 """Metrics for other eyes: TensorBoard always, Weights & Biases or trackio where asked for."""
 
 import importlib
-import json
+import math
 import os
 import socket
 import time
 
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.reporting.run_files import number, read_records
 
 
 class TensorBoard:
@@ -42,18 +43,16 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self.run}"
         self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
         self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        with open(self.record) as lines:
-            for line in map(json.loads, lines):
-                if line["stage"] == stage:
-                    self._add(
-                        stage, line["step"], {k: v for k, v in line.items() if k not in ("stage", "step", "seconds")}
-                    )
+        for line in read_records(self.record, []):  # what cannot be read has been said
+            step = number(line.get("step"))
+            if line.get("stage") == stage and math.isfinite(step):
+                self._add(stage, int(step), {k: v for k, v in line.items() if k not in ("stage", "step", "seconds")})
 
     def _add(self, stage, step, values):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        numbers = [(name, value) for name, value in values.items() if isinstance(value, (int, float))]
+        numbers = [(name, number(value)) for name, value in values.items() if math.isfinite(number(value))]
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in numbers]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
         self.writers[stage].write(event.SerializeToString())

@@ -26,6 +26,7 @@ from rto_fast.training.state_files import (
     sync,
     write_text,
 )
+from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 
 
@@ -147,7 +148,12 @@ class Checkpoints:
         sizes = self.log_sizes()
         for name in sizes if ranks.is_main() else ():
             sync(self.folder / name)
-        point = {"checkpoint": checkpoint, "logs": sizes if unfinished is None else unfinished, "seconds": self.log.seconds(), "best": self.best}
+        point = {
+            "checkpoint": checkpoint,
+            "logs": sizes if unfinished is None else unfinished,
+            "seconds": self.log.seconds(),
+            "best": self.best,
+        }
         return point | ({} if unfinished is None else {"unfinished": True})
 
     def check_lock(self, look: bool = True) -> None:
@@ -225,9 +231,11 @@ class Checkpoints:
         folder = self.folder / "checkpoints" / name
         state = load_state(folder)
         try:
+            if misfit := find_misfit(state, trainer.state_dict()):
+                raise ValueError(misfit)
             trainer.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
                                   "options it was begun with") from error  # fmt: skip
         self.log.say(f"{stage}: goes on after step {trainer.step_count}")

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.command_line import exit_code, one_line
 from rto_fast.errors import ConfigError, Interrupted, UserError
+from rto_fast.training.run_lock import release_all
 
 INTERVAL = 1.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without one after which a rank is gone
@@ -137,6 +138,7 @@ class Watch:
             print(f"rto_fast: {why}{end}", file=sys.stderr, flush=True)
         elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
             time.sleep(5 * INTERVAL)
+        release_all()
         os._exit(code)
 
     def wait(self):

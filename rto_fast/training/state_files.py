@@ -164,7 +164,7 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
     for path in (aside, folder):
-        if (other := owner_of(path)) not in (None, owner):
+        if owner_of(path) not in (None, owner):
             raise CheckpointError(f"{path} was written by another run; make {folder.parent} a folder of this run alone")
     try:
         if ranks.is_main():

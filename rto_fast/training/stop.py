@@ -23,9 +23,9 @@ class StopRequest:
     takes SIGINT, SIGTERM, and SIGHUP where that is not ignored (`nohup`); without, none ever comes.
 
     After the first signal, and its echo, SIGINT and SIGTERM have the system's default action again: the next one ends the
-    process, whatever it is doing. Not SIGHUP: nobody insists who closes a terminal after Ctrl-C. A thread sees to this, for Python calls handlers in the main thread only, which may be in foreign
-    code that does not return. (Code that has kept Python's lock since before the first signal can only be ended by
-    SIGKILL.)
+    process, whatever it is doing. Not so SIGHUP: who closes a terminal after Ctrl-C does not insist. A thread sees to this,
+    for Python calls handlers in the main thread only, which may be in foreign code that does not return. (Code that has kept
+    Python's lock since before the first signal can only be ended by SIGKILL.)
     """
 
     active: "StopRequest | None" = None  # the one that takes signals in this process
