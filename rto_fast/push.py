@@ -30,7 +30,8 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     Returns:
         The repository's address, None after a dry run.
     Raises:
-        ConfigError: not a name for a repository, or the run is under way. DataError: no finished model. ModelError: weights that cannot be read.
+        ConfigError: not a name for a repository, or the run is under way. DataError: no finished model. ModelError: weights
+        that cannot be read.
         HubError: no token, no network, or a refusal of the Hub's.
     """
     check_repo(repo, "--repo")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from rto_fast import train
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.models.loading import causal_logps
+from rto_fast.run import Run
 from rto_fast.stages.common import save_model
 from rto_fast.training.supervised import SupervisedTrainer
 
@@ -326,6 +327,37 @@ def stopped(folder, tmp_path_factory):
         train.main([*RTO, "--reward_model.function", "faulty_rewards:flaky", "--output_dir", str(output)])
     assert fault.value.__notes__ == [how_to_go_on(output)[2:-1]]
     return output
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--resume"])
+def test_a_second_run_of_a_folder_while_the_first_lives(start, refused, tmp_path, monkeypatch, option):
+    """It begins in the middle of the first one's step."""
+    step, lines = SupervisedTrainer.step, []
+
+    def step_and_second_run(self):
+        if not lines:
+            lines.append("")
+            arguments = SFT if option == "--output_dir" else []
+            before = sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+            lines.append(refused(*arguments, option, tmp_path / "out"))
+            assert before == sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+        return step(self)
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step_and_second_run)
+    monkeypatch.setattr(Run, "report", lambda self: None)
+    start(*SFT, "--output_dir", tmp_path / "out")
+    assert lines[1].startswith(f"rto_fast: {tmp_path / 'out'} is in use: process {os.getpid()} on {os.uname().nodename} ")
+    steps = [(r["stage"], r["step"]) for r in map(json.loads, open(tmp_path / "out" / "metrics.jsonl")) if "lr" in r]
+    assert steps == [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)] and not (tmp_path / "out" / "run.lock").exists()
+
+
+def test_a_folder_with_somebodys_model_and_configuration_is_no_place_for_a_run(refused, tmp_path):
+    """Though a run that ends before its first step leaves files of these names."""
+    for name in ("config.yaml", "base/model.safetensors"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("somebody's")
+    assert "out exists and is not empty; give another one with --output_dir" in refused(*SFT)
+    assert {path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"somebody's"}
 
 
 def test_what_was_trained_before_a_reward_function_failed_is_kept(start, stopped, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.stages.common import save_model
 from rto_fast.training import state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.order import ShuffledIndices
@@ -127,6 +130,131 @@ def test_every_stage_goes_on_with_other_data(tmp_path):
         assert line.startswith(f"warning: {place}: the data has changed: {what}") and f"steps to go: {left})" in line
     recorded = [json.loads(line) for line in open(folder / "warnings.jsonl")]
     assert [r["stage"] for r in recorded if r["name"] == "data"] == ["sft", "reward_model", "dpo", "rto"]
+
+
+# What others have in the run's folder
+
+
+def content(folder):
+    """{path: bytes} of all files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("somebody's")
+    return content(folder)
+
+
+def begin(folder):
+    """A run that can be resumed from its beginning."""
+    folder.mkdir()
+    with Checkpoints(folder, Log()).resumable():
+        pass
+
+
+def save_steps(folder, *steps):
+    """A run in `folder` that kept the last checkpoint of SFT's steps."""
+    checkpoints, trainer = Checkpoints(folder, Log(), keep=2), Trainer()
+    for trainer.step_count in steps:
+        checkpoints.save("sft", trainer)
+    return checkpoints
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/sft-00000001"])
+def test_what_others_have_where_a_link_of_the_run_leads_stays(tmp_path, linked):
+    """Also what has a checkpoint's name, through every end that removes checkpoints."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    names = ["a.png", "photos/a.png", ".sft-00000002.part/state.json", "dpo-00000003/state.json", "rto-00000001/run"]
+    if linked == "checkpoints":
+        names += ["sft-00000001/state.json", "sft-00000001/state-00000.safetensors"]
+    before = make(other, *names, "state.json")
+    begin(run)
+    (run / linked).parent.mkdir(exist_ok=True)
+    (run / linked).symlink_to(other)
+    resumed = Checkpoints(run, Log(), resume=True)
+    assert content(other) == before
+    trainer = Trainer()
+    for trainer.step_count in (7, 8, 9):
+        resumed.save("sft", trainer)
+    again = Trainer()
+    Checkpoints(run, Log(), resume=True).restore("sft", again)
+    assert again.step_count == 9
+    resumed.finish("sft")
+    assert content(other) == before
+    assert (run / linked).is_symlink() and len([*other.iterdir()]) == len({name.partition("/")[0] for name in before})
+
+
+def test_two_runs_with_one_folder_of_checkpoints_do_not_take_each_others(tmp_path):
+    shared, one, two = tmp_path / "shared", tmp_path / "one", tmp_path / "two"
+    for folder in (shared, one, two):
+        folder.mkdir()
+    for run in (one, two):
+        (run / "checkpoints").symlink_to(shared)
+    save_steps(one, 3, 4)
+    before = content(shared)
+    with pytest.raises(CheckpointError, match="sft-00000004 was written by another run; make .* of this run alone"):
+        save_steps(two, 4)
+    save_steps(two, 5).finish("sft")
+    assert content(shared) == before
+    Checkpoints(one, Log(), resume=True).finish("sft")
+    assert not content(shared)
+
+
+def test_files_that_others_put_into_a_checkpoint_or_a_model_stay(tmp_path):
+    checkpoints = save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "sft-00000002" / "notes.txt").write_text("mine")
+    save_steps_again, trainer = Checkpoints(tmp_path, Log(), resume=True), Trainer()
+    trainer.step_count = 2
+    save_steps_again.save("sft", trainer)
+    checkpoints.finish("sft")
+    assert content(tmp_path / "checkpoints") == {"sft-00000002/notes.txt": b"mine"}
+    model, tokenizer = build_model(0), build_tokenizer()
+    for _ in range(2):
+        save_model(model, tokenizer, tmp_path / "rto_best")
+        make(tmp_path / "rto_best", "notes.txt", "more/a.txt")
+    save_model(model, tokenizer, tmp_path / "rto_best")
+    assert {"notes.txt", "more/a.txt", "model.safetensors"} < content(tmp_path / "rto_best").keys()
+    assert not [path.name for path in tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("name", ["rto", ".rto.part", ".rto.old"])
+def test_a_model_is_not_written_or_deleted_through_a_link(tmp_path, name):
+    before = make(tmp_path / "other", "model.safetensors", "config.json", "notes.txt")
+    (tmp_path / name).symlink_to(tmp_path / "other")
+    for _ in range(2):
+        save_model(build_model(0), build_tokenizer(), tmp_path / "rto")
+    assert content(tmp_path / "other") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "rto"] and not (tmp_path / "rto").is_symlink()
+
+
+@pytest.mark.parametrize("at", [("replace", 0), ("replace", 1), ("replace", 2), ("rmtree", 0)], ids=str)
+def test_a_kill_while_a_model_is_replaced_costs_no_file_of_others(tmp_path, monkeypatch, at):
+    model, tokenizer, (name, calls) = build_model(0), build_tokenizer(), at
+    save_model(model, tokenizer, tmp_path / "rto")
+    make(tmp_path / "rto", "notes.txt")
+    function, left = getattr(os if name == "replace" else shutil, name), iter(range(calls))
+
+    def killed(*arguments, **options):
+        if Path(arguments[0]).name in ("rto", ".rto.part", ".rto.old", "notes.txt") and next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"{'os' if name == 'replace' else 'shutil'}.{name}", killed)
+        save_model(model, tokenizer, tmp_path / "rto")
+    save_model(model, tokenizer, tmp_path / "rto")
+    assert (tmp_path / "rto" / "notes.txt").read_text() == "somebody's" and (tmp_path / "rto" / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["rto"]
+
+
+def test_a_log_that_the_run_has_not_written_is_not_cut_through_a_link(tmp_path):
+    begin(tmp_path / "run")
+    before = make(tmp_path / "other", "samples.jsonl")
+    (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "other" / "samples.jsonl")
+    Checkpoints(tmp_path / "run", Log(), resume=True)
+    assert content(tmp_path / "other") == before and not (tmp_path / "run" / "samples.jsonl").exists()
 
 
 # The files

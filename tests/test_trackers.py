@@ -46,6 +46,21 @@ def test_a_resumed_run_shows_each_step_once_whatever_the_clock_says(tmp_path, mo
     assert scalars(tmp_path / "tensorboard" / "rto") == {"kl": [(1, 1.0), (2, 20.0), (3, 30.0)]}
 
 
+def test_event_files_of_others_stay(tmp_path):
+    """Where `tensorboard` is a link to a folder in which another run writes, say."""
+    names = ["rto/events.out.tfevents.1.host.7", "rto/events.out.tfevents.1.host.7.another", "rto/notes.txt", "x.txt"]
+    for name in names:
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text("somebody's")
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "other")
+    for _ in range(2):
+        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl", "one")])
+        log.metrics("rto", 1, {"kl": 1.0})
+        log.close()
+    assert all((tmp_path / "other" / name).read_text() == "somebody's" for name in names)
+    assert len(list((tmp_path / "other" / "rto").iterdir())) == 4
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_service_is_started_told_and_ended(name, monkeypatch, tmp_path):
     said = []

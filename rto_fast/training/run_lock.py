@@ -113,9 +113,9 @@ def _read(path: Path) -> Found | None:
             found = Found(content := os.read(descriptor, LONGEST), status.st_mtime, _holder(content))
         finally:
             os.close(descriptor)
-        if found.holder:
+        if found.content:
             break
-        time.sleep(0.05)  # it may be written just now: see `_place`
+        time.sleep(0.02)  # it may be written just now: see `_place`
     return found
 
 
