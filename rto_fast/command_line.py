@@ -21,7 +21,7 @@ def one_line(error: BaseException, kind: bool = False) -> str:
 
 
 def exit_code(stop: Interrupted) -> int:
-    return 130 if stop.signal == signal.SIGINT else 0  # a scheduler that asks for an end gets one
+    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # a scheduler that asks for an end gets one
 
 
 def _tell(text):

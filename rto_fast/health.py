@@ -5,7 +5,7 @@ thumb, their sources beside them; most want several iterations in a row, since o
 runs stay far below all of them.
 """
 
-import json
+import math
 from collections.abc import Callable, Iterator
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from rto_fast.agreement import clip_width, k3_limit, ppo_notices
 from rto_fast.config import Config
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.run_files import number, read_records
 
 QUIET = 10  # iterations without its cause after which a warning is over: one that comes and goes is said once
 
@@ -242,9 +243,14 @@ class Health:
 
     def _recorded(self) -> list[dict]:
         """The iterations of a resumed run so far, whose warnings have been said."""
-        path = self.log.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        return [record for record in records if record["stage"] == self.stage]
+        notes: list[str] = []
+        records = read_records(self.log.folder / "metrics.jsonl", notes)
+        for note in notes:
+            self.log.say(f"{self.log.folder / 'metrics.jsonl'}: {note.partition(': ')[2]}; the run goes on without them")
+        records = [record for record in records if record.get("stage") == self.stage]
+        # As they were written: None where a metric is no finite number.
+        plain = [{k: v if math.isfinite(number(v)) else None for k, v in record.items()} for record in records]
+        return [record for record in plain if record.get("step") is not None]
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
         """The metrics of iteration `step`, as `RunLog.metrics` returns them."""
@@ -261,7 +267,11 @@ class Health:
         self.history.append(metrics)
         for rule in RULES:
             name = rule.__name__
-            if found := rule(self.history, self.config):
+            try:
+                found = rule(self.history, self.config)
+            except ArithmeticError:  # over metrics of a damaged file, see `_recorded`
+                found = None
+            if found:
                 if name not in self.seen:
                     yield Finding(name, *found), step
                 self.seen[name] = step

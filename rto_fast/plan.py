@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None):
         needed, as_it_is = (measure.compare(rest, give_back=give_back) for give_back in (True, False))
         say(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
         return needed
-    config = load_config(rest, say=lambda text: None if options.json else print(text))
+    config = load_config(rest, say=lambda text: None if options.json else say(text))
     plan, given = make(options, config)
     if options.json:
         say(json.dumps(as_json(plan), indent=2))

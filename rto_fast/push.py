@@ -11,6 +11,7 @@ from rto_fast.errors import HubError
 from rto_fast.fields import Location
 from rto_fast.options import argument
 from rto_fast.terminal import ArgumentParser, one_line, say
+from rto_fast.training.run_lock import refuse_if_in_use
 from rto_fast.writing import write_file
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
@@ -31,12 +32,14 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     Returns:
         The repository's address, None after a dry run.
     Raises:
-        ConfigError: not a name for a repository. DataError: no finished model. ModelError: weights that cannot be read.
+        ConfigError: not a name for a repository, or the run is under way. DataError: no finished model. ModelError: weights
+        that cannot be read.
         HubError: no token, no network, or a refusal of the Hub's.
     """
     check_repo(repo, "--repo")
     from rto_fast.reporting.model_card import count_parameters, final_model, model_card, name_in_card, write_model_card
 
+    refuse_if_in_use(run_folder)  # it may be about to write another model, or card
     _, folder = final_model(run_folder)
     count_parameters(folder)  # weights that cannot be read are not pushed
     card = folder / "README.md"

@@ -17,7 +17,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
-from rto_fast.errors import ConfigError, DataError, RewardError
+from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
@@ -148,7 +148,9 @@ def import_function(path: str, key: str) -> Callable:
     try:
         with users_settings(), deepspeed_import.revealed():
             function = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # the module is somebody else's code, and a script may end itself
+    except Interrupted:
+        raise
+    except BaseException as error:  # the module is somebody else's code, and a script may end itself
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
     if not callable(function):
         raise ConfigError(f"{key}: {path!r} is not a function")
@@ -289,9 +291,9 @@ class RewardFunction:
             with users_settings() as settings, deepspeed_import.revealed():
                 scores = self._in_time(settings, prompts, [c.text for c in completions], columns)
             scores = scores.clone()  # outside of the context: not in an inference mode of theirs
-        except RewardError:
+        except (RewardError, Interrupted):
             raise
-        except (Exception, SystemExit) as error:  # somebody else's code
+        except BaseException as error:  # somebody else's code: `asyncio.CancelledError` is no Exception, nor SystemExit
             raise RewardError(f"{self.path}: {_told(error)}") from error
         if scores.shape != (len(completions),):
             raise RewardError(f"{self.path}: returned {tuple(scores.shape)} scores for {len(completions)} responses")

@@ -1,14 +1,17 @@
 """A run: what its stages share, and each stage called with it."""
 
+import contextlib
 import dataclasses
 import gc
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from rto_fast.config import dump_config
+from rto_fast.config import Config, dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
@@ -39,22 +42,66 @@ from rto_fast.supplied import check_contexts, check_endings, check_models, suppl
 from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
+from rto_fast.training.progress import UNSTARTED
+from rto_fast.training.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.training.state_files import write_text
 
+# What a run leaves that ended before its first step, by a mistake or a kill.
+UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
-def prepare_output(path):
-    """Creates the run's folder; one that holds results, or anything of somebody else's, is refused."""
-    folder = Path(path)
-    # What a run leaves that ended before its first step, by a mistake or a kill.
-    unstarted = {"config.yaml", "base", "warnings.jsonl", ".config.yaml.part", ".base.part", ".progress.json.part"}
+
+@contextlib.contextmanager
+def claimed_output(config: Config) -> Iterator[RunLock | None]:
+    """The run's folder, for this run alone; None on all ranks but the main one.
+
+    Raises:
+        ConfigError: another run has it, it is not to be used, or a new run would find something in it. Nothing is changed.
+    """
+    if not ranks.is_main():
+        yield None
+        return
+    folder = Path(config.resume or config.output_dir)
+    with _usable(folder):
+        refuse_if_in_use(folder)
+        if not config.resume:
+            refuse_what_is_there(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
     try:
-        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - unstarted):
-            raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "warnings.jsonl").unlink(missing_ok=True)
+        with _usable(folder):
+            lock.take()
+        yield lock
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _usable(folder):
+    try:
+        yield
     except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror}; give another one") from None
-    return folder
+        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
+
+
+def refuse_what_is_there(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder holds results, or anything of somebody else's.
+    """
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
+    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
+        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
+
+
+def prepare_output(folder: Path) -> None:
+    """Creates the run's folder. What is in it afterwards is this run's, until it is past its first step."""
+    with _usable(folder):
+        refuse_what_is_there(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNSTARTED).touch()
+        (folder / "warnings.jsonl").unlink(missing_ok=True)
 
 
 def resolve_device(name):
@@ -78,7 +125,7 @@ def quiet_libraries(device):
 class Run:
     """What the stages share: configuration, device, tokenizer, data, log; and the sequence of the stages."""
 
-    def __init__(self, config, stop):
+    def __init__(self, config, stop, lock=None):
         self.config = config
         self.folder = Path(config.resume or config.output_dir)
         check_pairs_given(self)
@@ -90,12 +137,13 @@ class Run:
             raise ConfigError(
                 f"output_dir: {self.folder} is not the same folder on every node; give one that all nodes see"
             )
-        is_main = ranks.is_main()
-        self.log = RunLog(self.folder, self._trackers() if is_main else (), silent=not is_main)
+        self.log = RunLog(self.folder, silent=not ranks.is_main())
         self.log.take_notices()
         self.checkpoints = Checkpoints(
-            self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop
+            self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop, lock=lock
         )  # fmt: skip
+        if ranks.is_main():
+            self.log.trackers = self._trackers()
         say_sources(self)
         device = resolve_device(config.device)
         quiet_libraries(device)
@@ -133,7 +181,7 @@ class Run:
 
     def _trackers(self):
         record, track = self.folder / "metrics.jsonl", self.config.track
-        trackers: list[TensorBoard | Service] = [TensorBoard(self.folder / "tensorboard", record)]
+        trackers: list[TensorBoard | Service] = [TensorBoard(self.folder / "tensorboard", record, self.checkpoints.run)]
         if track.service:
             name = self.folder.resolve().name
             trackers.append(Service(track.service, track.project, name, public(dataclasses.asdict(self.config))))

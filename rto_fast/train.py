@@ -8,6 +8,7 @@ import warnings
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
+from rto_fast.terminal import say
 from rto_fast.training.stop import StopRequest
 
 
@@ -27,23 +28,30 @@ def main(arguments: list[str] | None = None) -> dict:
 def _say(text: str) -> None:
     """What is said before the run has its log; of several processes, one speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        say(text)
 
 
 def train(config, stop):
-    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end."""
-    with warnings.catch_warnings():  # the run's log takes them, until here
-        return _train(config, stop)
+    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    from rto_fast.run import Run, claimed_output
 
-
-def _train(config, stop):
     start = time.perf_counter()
+    # The run's log takes all warnings until the end.
+    with warnings.catch_warnings(), claimed_output(config) as lock:
+        return run_stages(Run(config, stop, lock), start)
+
+
+def run_stages(run, start):
+    """SFT → reward model → DPO → RTO, the evaluations, the report and the model card.
+
+    Args:
+        start: when the command began, by `time.perf_counter`.
+    """
+    config = run.config
     from rto_fast.evaluation import table
-    from rto_fast.run import Run
     from rto_fast.training.ranks import is_main
     from rto_fast.training.state_files import write_text
 
-    run = Run(config, stop)
     with run.checkpoints.resumable():
         sft = run.train_sft()
         reward_model = run.train_reward_model(sft)

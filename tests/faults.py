@@ -159,12 +159,12 @@ class BadDays:
         self.folder, self.dice, self.ranks, self.resize, self.longest = folder, dice, ranks, resize, longest
         self.sessions = 0
 
-    def start(self, *options, prepare=lambda: None):
+    def start(self, *options, prepare=lambda: None, output=".txt"):
         self.sessions += 1
         begun = (self.folder / "progress.json").exists()
         arguments = ["--resume", self.folder] if begun else [*OPTIONS, "--output_dir", self.folder]
         ranks = self.dice.randint(1, self.ranks) if self.resize else self.ranks
-        return Session([*arguments, *options], self.folder.with_suffix(".txt"), ranks, prepare)
+        return Session([*arguments, *options], self.folder.with_suffix(output), ranks, prepare)
 
     def is_over(self):
         return (self.folder / "results.json").exists()
@@ -339,6 +339,29 @@ class BadDays:
             raise Lost(f"hanging reward: exit codes {codes}: {said[-500:]}")
         return True
 
+    def fight(self):
+        """Two runs for the folder, at once or one after the other, as new ones or resumed: one is told that the other has
+        it, and that one is killed; whatever comes next finds its lock."""
+        sessions = [self.start()]
+        sessions[0].run(self.dice.choice([0.0, self.dice.uniform(0, self.longest)]))
+        if sessions[0].poll():
+            return self._whole(sessions[0])
+        sessions.append(self.start(output=".second.txt"))
+        sessions[0].run(LIMIT, sessions[1].poll)
+        sessions.sort(key=lambda session: not session.poll())
+        refused, winner = sessions
+        code, said = refused.end()[0], refused.said()
+        if code and f"is in use: process {winner.processes[0]} on {socket.gethostname()} " not in said:
+            if not self.is_over():  # a new run that began when the other had ended is refused for what is there
+                raise Lost(f"two runs: exit code {code}: {said[-500:]}")
+        if code not in (0, 2) or "Traceback" in said:
+            raise Lost(f"two runs: exit code {code}: {said[-500:]}")
+        if not code or winner.run(self.dice.uniform(0, self.longest)):  # else the one had ended before the other began
+            return self._whole(winner if code else refused) or any(winner.end()[:1])
+        winner.send(signal.SIGKILL)
+        winner.end()
+        return True
+
     def _whole(self, session):
         codes = session.end()
         if any(codes) or not self.is_over():
@@ -355,6 +378,7 @@ HARMS = {
     "full disk": (BadDays.full_disk, 2),
     "clock jumps": (BadDays.clock, 2),
     "reward function hangs": (BadDays.hanging_reward, 1),
+    "two runs for one folder": (BadDays.fight, 4),
 }  # with how often they come
 
 
@@ -386,7 +410,7 @@ def compare(found, truth, exactly=True):
             raise Lost(f"{name} differs: {len(a)} records, not {len(b)}")
     if exactly and (found / "results.json").read_text() != (truth / "results.json").read_text():
         raise Lost("results.json differs")
-    left = [path.name for path in [*found.glob(".*"), *found.glob("checkpoints")]]
+    left = [path.name for path in [*found.glob(".*"), *found.glob("checkpoints"), *found.glob("run.lock")]]
     if left:
         raise Lost(f"{left} was left behind")
 

@@ -1,5 +1,6 @@
 """Every mistake and every fault through the command line: one line that names the thing and the remedy, exit code 2."""
 
+import asyncio
 import contextlib
 import ctypes
 import gzip
@@ -7,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from rto_fast import train
+from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
-from rto_fast.errors import ModelError
+from rto_fast.errors import ConfigError, ModelError, RewardError
 from rto_fast.models.loading import causal_logps
+from rto_fast.rewards import Completion, RewardFunction
+from rto_fast.run import Run
 from rto_fast.stages.common import save_model
 from rto_fast.training.optimizer import Schedule
 from rto_fast.training.supervised import SupervisedTrainer
@@ -37,7 +42,7 @@ def chat(row):
 
 
 REWARDS = b"""
-import time
+import asyncio, time
 calls = []
 def lengths(prompts, responses): return [float(len(text)) for text in responses]
 def flaky(prompts, responses):
@@ -47,6 +52,10 @@ def flaky(prompts, responses):
 def raises(prompts, responses): raise KeyError("colour")
 def ends(prompts, responses): raise SystemExit(0)
 def hangs(prompts, responses): time.sleep(60)
+def cancelled(prompts, responses): raise asyncio.CancelledError
+def interrupted(prompts, responses): raise KeyboardInterrupt("by the reward")
+def closed(prompts, responses): raise GeneratorExit
+def greedy(prompts, responses): raise MemoryError
 def nan(prompts, responses): return [float("nan")] * len(prompts)
 def short(prompts, responses): return [1.0]
 def graded(prompts, responses, answer): return [1.0] * len(prompts)
@@ -321,6 +330,7 @@ def test_the_process(debug, tmp_path):
     [
         ("raises", "KeyError: 'colour' ({cwd}/faulty_rewards.py:9)"),
         ("ends", "SystemExit: 0 ({cwd}/faulty_rewards.py:10)"),
+        ("cancelled", "CancelledError: ({cwd}/faulty_rewards.py:12)"),
         ("hangs", "no scores for 8 responses within 0.2 s (reward_model.timeout)"),
         ("nan", "score nan for the response '"),
         ("short", "returned (1,) scores for 8 responses"),
@@ -332,6 +342,67 @@ def test_reward_functions(refused, tmp_path, function, message):
     line = refused(*RTO, *options)
     assert f"rto_fast: {path}: {message.format(cwd=os.getcwd())}" in line
     assert line.endswith(how_to_go_on(tmp_path / "out")) and time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("timeout", [None, 9.0], ids=["here", "in a thread"])
+@pytest.mark.parametrize("function", ["ends", "cancelled", "interrupted", "closed", "greedy"])
+def test_no_end_of_a_reward_function_is_the_runs(function, timeout):
+    reward = RewardFunction(f"faulty_rewards:{function}", "reward_model.function", timeout=timeout)
+    kind = {"ends": "SystemExit", "cancelled": "CancelledError", "interrupted": "KeyboardInterrupt",
+            "closed": "GeneratorExit", "greedy": "MemoryError"}[function]  # fmt: skip
+    with pytest.raises(RewardError, match=f"faulty_rewards:{function}: {kind}: .*faulty_rewards.py"):
+        reward([Completion(Prompt([1], "a", {}, "", None), [1], "b", True)])
+
+
+def test_a_module_of_rewards_that_ends_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for kind in ("SystemExit", "GeneratorExit", "KeyboardInterrupt"):
+        (tmp_path / f"ends_by_{kind}.py").write_text(f"raise {kind}")
+        with pytest.raises(ConfigError, match=f"reward_model.function: cannot import .* {kind}"):
+            RewardFunction(f"ends_by_{kind}:f", "reward_model.function")
+
+
+ENDS = {
+    SystemExit(0): "the run was ended by SystemExit: 0", GeneratorExit(): "the run was ended by GeneratorExit",
+    asyncio.CancelledError("late"): "the run was ended by CancelledError: late",
+    MemoryError(): "sft: out of memory: of the CPU. Lower sft.micro_batch_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: type(end).__name__)
+def test_whatever_ends_a_step_the_run_says_what_is_lost_and_how_to_go_on(refused, tmp_path, monkeypatch, end):
+    def step(self):
+        raise end
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step)
+    line = refused(*SFT)
+    assert line.startswith(f"rto_fast: {ENDS[end]}")
+    assert "; what sft trained after its last checkpoint is not saved: a step was under way; " in line
+    assert line.endswith(f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}\n")
+
+
+def test_a_traceback_ends_with_how_to_go_on(start, tmp_path, monkeypatch):
+    def step(self):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step)
+    with pytest.raises(RuntimeError) as fault:
+        start(*SFT, "--output_dir", tmp_path / "out")
+    assert fault.value.__notes__[-1] == f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}"
+
+
+def test_ctrl_c_that_a_library_has_taken_over_ends_as_ours_does(start, tmp_path, monkeypatch, capsys):
+    def step(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step)
+    monkeypatch.setattr("rto_fast.command_line._end_at_next_signal", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        start(*SFT, "--output_dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said.startswith("rto_fast: stopped; what sft trained after its last checkpoint is not")
+    assert said.endswith(f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}\n") and said.count("\n") == 1
 
 
 def test_a_judge_that_fails_between_iterations_of_rto(refused, tmp_path):
@@ -350,6 +421,37 @@ def stopped(folder, tmp_path_factory):
         train.main([*RTO, "--reward_model.function", "faulty_rewards:flaky", "--output_dir", str(output)])
     assert fault.value.__notes__ == [how_to_go_on(output)[2:-1]]
     return output
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--resume"])
+def test_a_second_run_of_a_folder_while_the_first_lives(start, refused, tmp_path, monkeypatch, option):
+    """It begins in the middle of the first one's step."""
+    step, lines = SupervisedTrainer.step, []
+
+    def step_and_second_run(self):
+        if not lines:
+            lines.append("")
+            arguments = SFT if option == "--output_dir" else []
+            before = sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+            lines.append(refused(*arguments, option, tmp_path / "out"))
+            assert before == sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+        return step(self)
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step_and_second_run)
+    monkeypatch.setattr(Run, "report", lambda self: None)
+    start(*SFT, "--output_dir", tmp_path / "out")
+    assert lines[1].startswith(f"rto_fast: {tmp_path / 'out'} is in use: process {os.getpid()} on {os.uname().nodename} ")
+    steps = [(r["stage"], r["step"]) for r in map(json.loads, open(tmp_path / "out" / "metrics.jsonl")) if "lr" in r]
+    assert steps == [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)] and not (tmp_path / "out" / "run.lock").exists()
+
+
+def test_a_folder_with_somebodys_model_and_configuration_is_no_place_for_a_run(refused, tmp_path):
+    """Though a run that ends before its first step leaves files of these names."""
+    for name in ("config.yaml", "base/model.safetensors"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("somebody's")
+    assert "out exists and is not empty; give another one with --output_dir" in refused(*SFT)
+    assert {path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"somebody's"}
 
 
 def test_what_was_trained_before_a_reward_function_failed_is_kept(start, stopped, tmp_path):

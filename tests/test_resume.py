@@ -1,7 +1,10 @@
 """A run that is killed at any step of any stage and resumed ends as one that was not, to the last bit."""
 
+import functools
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rto_fast.config import load_config
+from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.stages.common import save_model
 from rto_fast.training import state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
+from rto_fast.training.state_match import find_misfit
+from rto_fast.training.supervised import SupervisedTrainer
 
 OPTIONS = [
     "--threads", "1", "--data.limit", "64", "--data.held_out", "8", "--eval.prompts", "16",
@@ -129,6 +137,131 @@ def test_every_stage_goes_on_with_other_data(tmp_path):
     assert [r["stage"] for r in recorded if r["name"] == "data"] == ["sft", "reward_model", "dpo", "rto"]
 
 
+# What others have in the run's folder
+
+
+def content(folder):
+    """{path: bytes} of all files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("somebody's")
+    return content(folder)
+
+
+def begin(folder):
+    """A run that can be resumed from its beginning."""
+    folder.mkdir()
+    with Checkpoints(folder, Log()).resumable():
+        pass
+
+
+def save_steps(folder, *steps):
+    """A run in `folder` that kept the last checkpoint of SFT's steps."""
+    checkpoints, trainer = Checkpoints(folder, Log(), keep=2), Trainer()
+    for trainer.step_count in steps:
+        checkpoints.save("sft", trainer)
+    return checkpoints
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/sft-00000001"])
+def test_what_others_have_where_a_link_of_the_run_leads_stays(tmp_path, linked):
+    """Also what has a checkpoint's name, through every end that removes checkpoints."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    names = ["a.png", "photos/a.png", ".sft-00000002.part/state.json", "dpo-00000003/state.json", "rto-00000001/run"]
+    if linked == "checkpoints":
+        names += ["sft-00000001/state.json", "sft-00000001/state-00000.safetensors"]
+    before = make(other, *names, "state.json")
+    begin(run)
+    (run / linked).parent.mkdir(exist_ok=True)
+    (run / linked).symlink_to(other)
+    resumed = Checkpoints(run, Log(), resume=True)
+    assert content(other) == before
+    trainer = Trainer()
+    for trainer.step_count in (7, 8, 9):
+        resumed.save("sft", trainer)
+    again = Trainer()
+    Checkpoints(run, Log(), resume=True).restore("sft", again)
+    assert again.step_count == 9
+    resumed.finish("sft")
+    assert content(other) == before
+    assert (run / linked).is_symlink() and len([*other.iterdir()]) == len({name.partition("/")[0] for name in before})
+
+
+def test_two_runs_with_one_folder_of_checkpoints_do_not_take_each_others(tmp_path):
+    shared, one, two = tmp_path / "shared", tmp_path / "one", tmp_path / "two"
+    for folder in (shared, one, two):
+        folder.mkdir()
+    for run in (one, two):
+        (run / "checkpoints").symlink_to(shared)
+    save_steps(one, 3, 4)
+    before = content(shared)
+    with pytest.raises(CheckpointError, match="sft-00000004 was written by another run; make .* of this run alone"):
+        save_steps(two, 4)
+    save_steps(two, 5).finish("sft")
+    assert content(shared) == before
+    Checkpoints(one, Log(), resume=True).finish("sft")
+    assert not content(shared)
+
+
+def test_files_that_others_put_into_a_checkpoint_or_a_model_stay(tmp_path):
+    checkpoints = save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "sft-00000002" / "notes.txt").write_text("mine")
+    save_steps_again, trainer = Checkpoints(tmp_path, Log(), resume=True), Trainer()
+    trainer.step_count = 2
+    save_steps_again.save("sft", trainer)
+    checkpoints.finish("sft")
+    assert content(tmp_path / "checkpoints") == {"sft-00000002/notes.txt": b"mine"}
+    model, tokenizer = build_model(0), build_tokenizer()
+    for _ in range(2):
+        save_model(model, tokenizer, tmp_path / "rto_best")
+        make(tmp_path / "rto_best", "notes.txt", "more/a.txt")
+    save_model(model, tokenizer, tmp_path / "rto_best")
+    assert {"notes.txt", "more/a.txt", "model.safetensors"} < content(tmp_path / "rto_best").keys()
+    assert not [path.name for path in tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("name", ["rto", ".rto.part", ".rto.old"])
+def test_a_model_is_not_written_or_deleted_through_a_link(tmp_path, name):
+    before = make(tmp_path / "other", "model.safetensors", "config.json", "notes.txt")
+    (tmp_path / name).symlink_to(tmp_path / "other")
+    for _ in range(2):
+        save_model(build_model(0), build_tokenizer(), tmp_path / "rto")
+    assert content(tmp_path / "other") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "rto"] and not (tmp_path / "rto").is_symlink()
+
+
+@pytest.mark.parametrize("at", [("replace", 0), ("replace", 1), ("replace", 2), ("rmtree", 0)], ids=str)
+def test_a_kill_while_a_model_is_replaced_costs_no_file_of_others(tmp_path, monkeypatch, at):
+    model, tokenizer, (name, calls) = build_model(0), build_tokenizer(), at
+    save_model(model, tokenizer, tmp_path / "rto")
+    make(tmp_path / "rto", "notes.txt")
+    function, left = getattr(os if name == "replace" else shutil, name), iter(range(calls))
+
+    def killed(*arguments, **options):
+        if Path(arguments[0]).name in ("rto", ".rto.part", ".rto.old", "notes.txt") and next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"{'os' if name == 'replace' else 'shutil'}.{name}", killed)
+        save_model(model, tokenizer, tmp_path / "rto")
+    save_model(model, tokenizer, tmp_path / "rto")
+    assert (tmp_path / "rto" / "notes.txt").read_text() == "somebody's" and (tmp_path / "rto" / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["rto"]
+
+
+def test_a_log_that_the_run_has_not_written_is_not_cut_through_a_link(tmp_path):
+    begin(tmp_path / "run")
+    before = make(tmp_path / "other", "samples.jsonl")
+    (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "other" / "samples.jsonl")
+    Checkpoints(tmp_path / "run", Log(), resume=True)
+    assert content(tmp_path / "other") == before and not (tmp_path / "run" / "samples.jsonl").exists()
+
+
 # The files
 
 
@@ -189,6 +322,131 @@ def test_damage_to_a_state_is_found(tmp_path, name, damage):
     if damage != "a bit":
         with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
             load_state(tmp_path / "state")
+
+
+POINT = {"checkpoint": None, "logs": {}, "seconds": 1.0, "best": None}
+NASTY = [None, True, -1, 10**30, 1e400, float("nan"), "text", "../../other", [], [[]], {}, {"a": 1}]
+PROGRESS = {
+    "empty": b"", "no UTF-8": b"\xff", "half": b'{"done": [', "deep": b"[" * 100_000, "digits": b"9" * 6000,
+    "large": b'{"done": []}' + b" " * 2**25, "a list": b"[]", "nothing": b"{}",
+}  # fmt: skip
+PROGRESS |= {
+    f"{key}: {value!r}": json.dumps({"run": "0" * 16, "done": [], "points": [POINT]} | {key: value}).encode()
+    for key in ("run", "done", "points")
+    for value in [*NASTY, [None], ["other"], [POINT | {"checkpoint": "sft-00000001"}], [POINT, POINT]]
+    if not (key == "done" and value == [])
+}
+PROGRESS |= {
+    f"point, {key}: {value!r}": json.dumps({"done": [], "points": [POINT | {key: value}]}).encode()
+    for key in POINT
+    for value in [*NASTY, {"metrics.jsonl": -1}, {"metrics.jsonl": 1.5}, {"other": 1}]
+    if not (key in ("checkpoint", "best") and value is None or key == "logs" and value == {})
+    and not (key == "best" and value == -1)
+}
+
+
+@pytest.mark.parametrize("damage", PROGRESS)
+def test_a_damaged_memory_of_the_run_is_one_line(tmp_path, damage):
+    (tmp_path / "progress.json").write_bytes(PROGRESS[damage])
+    with pytest.raises(
+        CheckpointError, match=r"^--resume: .*progress.json cannot be read \(.*\): nothing to go on from$"
+    ):
+        Checkpoints(tmp_path, Log(), resume=True)
+
+
+STATES = {
+    "files": [{"files": value, "state": {"dict": []}} for value in (10**18, 0, *NASTY)],
+    "state": [{"files": 1, "state": v} for v in ({"tensor": "9"}, {"tensor": []}, {"dict": 1}, {"dict": [1]}, {"odd": []},
+                                                 {"dict": [[[], 1]]}, {"a": 1, "b": 2}, {}, {"list": "abc"})],
+    "all": [[], 1, "text", {}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_nobody_wrote_is_one_line(tmp_path, kind):
+    """With the right digests: a disk that fails does not make these, and nothing hangs or ends in a traceback."""
+    for value in STATES[kind]:
+        save_state(tmp_path / "state", {"a": torch.zeros(2)})
+        text = json.dumps(value)
+        (tmp_path / "state" / "state.json").write_text(text)
+        (tmp_path / "state" / "state.json.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+        started = time.perf_counter()
+        if kind != "state":
+            assert find_damage(tmp_path / "state"), value
+        with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+            load_state(tmp_path / "state")
+        assert time.perf_counter() - started < 5
+
+
+def test_a_file_of_a_state_that_never_ends_is_damage(tmp_path):
+    save_state(tmp_path / "state", STATE)
+    (tmp_path / "state" / "state-00000.safetensors").unlink()
+    os.mkfifo(tmp_path / "state" / "state-00000.safetensors")
+    assert find_damage(tmp_path / "state") == "state-00000.safetensors is not a file"
+
+
+def trainer():
+    """A stage of the real trainer on a model of one matrix."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    config = load_config(["--data.cache_dir", "null", "--sft.batch_size", "2", "--sft.epochs", "1"])
+
+    def loss(run, chosen):
+        return model(torch.ones(3)).square().sum(), {}
+
+    return SupervisedTrainer(model, config.sft, [5] * 20, loss, config, print, "data")
+
+
+def places(state, before=()):
+    """The keys that lead to each value of a state."""
+    for key, value in state.items():
+        yield from places(value, (*before, key)) if isinstance(value, dict) else [(*before, key)]
+
+
+TENSORS = [torch.full((2, 3), torch.nan), torch.zeros(3, 2), torch.zeros(1), torch.zeros(2, 3, dtype=torch.int64)]
+
+
+def replaced(state, keys, value):
+    functools.reduce(lambda part, key: part[key], keys[:-1], state)[keys[-1]] = value
+    return state
+
+
+def test_no_value_of_a_state_can_be_another(tmp_path):
+    """Each value of a stage's state, replaced by each that the trainer cannot have written."""
+    whole = trainer()
+    for _ in range(3):
+        whole.step()
+    found = list(places(whole.state_dict()))
+    assert len(found) > 10
+    for keys in found:
+        own = functools.reduce(lambda part, key: part[key], keys, whole.state_dict())
+        for value in [None, -1, 10**30, float("inf"), float("nan"), [], {}, 7, "text", *TENSORS, torch.tensor(1.0)]:
+            could_be = value == 7 if isinstance(own, int) else isinstance(own, str) and isinstance(value, str)
+            misfit = find_misfit(replaced(whole.state_dict(), keys, value), trainer().state_dict())
+            assert could_be if misfit is None else misfit.startswith(f"{'.'.join(keys)}: "), (keys, value)
+    assert find_misfit(whole.state_dict(), trainer().state_dict()) is None
+
+
+@pytest.mark.parametrize(
+    "keys, value, said",
+    [
+        ("order", [], "order: expected names and values, got list"),
+        ("order.position", float("nan"), "order.position: expected a count, got nan"),
+        ("optimizer.steps", "text", "optimizer.steps: expected a count, got 'text'"),
+        ("optimizer.exp_avg.weight", TENSORS[1], "optimizer.exp_avg.weight: expected shape (2, 3), got (3, 2)"),
+        ("accumulator.tokens", 0, "accumulator.tokens: expected 1 to 16384, got 0"),
+        ("order.epoch", 2**62, "Overflow"),
+    ],
+)
+def test_a_checkpoint_with_such_a_value_is_one_line(tmp_path, keys, value, said):
+    whole = trainer()
+    for _ in range(3):
+        whole.step()
+    state = replaced(whole.state_dict(), keys.split("."), value)
+    whole.state_dict = lambda: state
+    Checkpoints(tmp_path, Log()).save("sft", whole)
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoints(tmp_path, Log(), resume=True).restore("sft", trainer())
+    assert f"sft-00000003: not a checkpoint of this run's sft stage ({said}" in str(refused.value)
 
 
 class Trainer:
@@ -268,7 +526,7 @@ def test_what_a_kill_left_of_checkpoints_is_removed(tmp_path):
 
 
 def test_what_followed_a_step_and_failed_is_done_by_the_resumed_run(tmp_path):
-    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished=True)
+    Checkpoints(tmp_path, Log()).save("sft", Trainer(), unfinished={})
     resumed = Checkpoints(tmp_path, Log(), resume=True)
     assert resumed.restore("sft", Trainer()) and not resumed.restore("dpo", Trainer())
     resumed.save("sft", Trainer())
@@ -322,8 +580,6 @@ def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
 
 
 def test_resume_is_an_option_like_others(tmp_path):
-    from rto_fast.config import load_config
-
     with pytest.raises(ConfigError, match="no run to go on with"):
         load_config(["--resume", str(tmp_path)])
     (tmp_path / "progress.json").write_text("{}")

@@ -13,7 +13,19 @@ from rto_fast.errors import Interrupted
 from rto_fast.training.stop import ECHO, StopRequest
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.fixture(autouse=True)
+def hangup():
+    """As where nobody ignores it, as `nohup pytest` would."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+    ids=["SIGTERM", "Ctrl-C", "SIGHUP"],
+)
 def test_where_nothing_would_be_lost_the_run_ends_at_once(number, code):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped, StopRequest() as stop:
@@ -22,6 +34,15 @@ def test_where_nothing_would_be_lost_the_run_ends_at_once(number, code):
     assert str(stopped.value) == "stopped; go on with: python -m rto_fast.train --resume runs/a"
     assert exit_code(stopped.value) == code and not stopped.value.together
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert stop.signal is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_before_there_is_a_run_it_says_so():
@@ -93,6 +114,19 @@ def test_a_second_signal_ends_at_once_whatever_is_running(busy, first, second):
         code, _, said = run.end()
     assert code == -second
     assert "rto_fast: stopping: the present step ends first and is saved; a second signal ends the run at once" in said
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_is_closed_ends_no_step(first):
+    """A stage goes on to the end of its step after SIGHUP, be it the first signal or a later one; SIGTERM still ends it."""
+    with Process("wait(); print('ready', flush=True); time.sleep(60)") as run:
+        run.process.send_signal(first)
+        run.wait_until_ready()
+        run.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert run.process.poll() is None
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end()[0] == -signal.SIGTERM
 
 
 def test_an_echo_of_the_first_signal_is_no_second_one():

@@ -20,7 +20,7 @@ def scalars(folder):
 
 
 def test_tensorboard_gets_every_finite_number_of_a_stage(tmp_path):
-    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl")])
+    log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl", "run")])
     log.metrics("sft", 1, {"loss": 2.0, "grad_norm": float("nan")})
     log.metrics("sft", 2, {"loss": 1.5, "tokens": 7})
     log.metrics("dpo", 1, {"accuracy": 0.5})
@@ -33,7 +33,7 @@ def test_a_resumed_run_shows_each_step_once_whatever_the_clock_says(tmp_path, mo
     record = tmp_path / "metrics.jsonl"
 
     def run(steps):
-        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", record)])
+        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", record, "run")])
         for step, value in steps.items():
             log.metrics("rto", step, {"kl": value})
         log.close()
@@ -44,6 +44,21 @@ def test_a_resumed_run_shows_each_step_once_whatever_the_clock_says(tmp_path, mo
     monkeypatch.setattr(time, "time", lambda: now - 3600)  # the clock was set back
     run({2: 20.0, 3: 30.0})
     assert scalars(tmp_path / "tensorboard" / "rto") == {"kl": [(1, 1.0), (2, 20.0), (3, 30.0)]}
+
+
+def test_event_files_of_others_stay(tmp_path):
+    """Where `tensorboard` is a link to a folder in which another run writes, say."""
+    names = ["rto/events.out.tfevents.1.host.7", "rto/events.out.tfevents.1.host.7.another", "rto/notes.txt", "x.txt"]
+    for name in names:
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text("somebody's")
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "other")
+    for _ in range(2):
+        log = RunLog(tmp_path, [TensorBoard(tmp_path / "tensorboard", tmp_path / "metrics.jsonl", "one")])
+        log.metrics("rto", 1, {"kl": 1.0})
+        log.close()
+    assert all((tmp_path / "other" / name).read_text() == "somebody's" for name in names)
+    assert len(list((tmp_path / "other" / "rto").iterdir())) == 4
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -95,7 +95,7 @@ class RunLog:
         place = f"{stage}, step {step}: " if step else ""
         self.say(terminal.one_line(f"warning: {place}{what}{f'; {remedy}' if remedy else ''}"))
         path = self.folder / "warnings.jsonl"
-        recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        recorded = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         if json.dumps(record) not in recorded:  # a resumed run checks its models again
             self._append("warnings.jsonl", record)
 

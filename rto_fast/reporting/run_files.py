@@ -62,16 +62,16 @@ def read_run(folder):
     if not (folder / "metrics.jsonl").is_file():
         raise DataError(f"{folder}: no metrics.jsonl in it; give the output_dir of a run that has begun training")
     notes = []
-    stages = _stages(_records(folder / "metrics.jsonl", notes))
+    stages = _stages(read_records(folder / "metrics.jsonl", notes))
     if not stages:
         raise DataError(f"{folder / 'metrics.jsonl'}: no record of a training step in it")
     run = RunFiles(folder, folder.resolve().name or str(folder), stages, notes=notes)
     run.results = _results(folder / "results.json", notes)
-    samples = [s for s in _records(folder / "samples.jsonl", notes) if {"stage", "prompt", "response"} <= set(s)]
+    samples = [s for s in read_records(folder / "samples.jsonl", notes) if {"stage", "prompt", "response"} <= set(s)]
     run.samples = [_plain(sample) for sample in samples]
-    run.tokens = _latest(_records(folder / "tokens.jsonl", notes))
+    run.tokens = _latest(read_records(folder / "tokens.jsonl", notes))
     if (folder / "warnings.jsonl").is_file():
-        run.warnings = _warnings(_records(folder / "warnings.jsonl", notes))
+        run.warnings = _warnings(read_records(folder / "warnings.jsonl", notes))
     if (folder / "config.yaml").is_file():
         run.config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     return run
@@ -92,8 +92,9 @@ def read_runs(folders):
     return runs
 
 
-def _records(path, notes):
-    """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted, not fatal."""
+def read_records(path, notes):
+    """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted in `notes`, not
+    fatal."""
     if not path.is_file():
         return []
     records, bad = [], 0

@@ -1,13 +1,13 @@
 """Metrics for other eyes: TensorBoard always, Weights & Biases or trackio where asked for."""
 
 import importlib
-import json
+import math
 import os
-import shutil
 import socket
 import time
 
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.reporting.run_files import number, read_records
 
 
 class TensorBoard:
@@ -16,10 +16,11 @@ class TensorBoard:
     Args:
         record: the run's metrics.jsonl. A resumed run writes its stages' event files anew from it: TensorBoard orders files
             by the clock in their names, and what was logged after the checkpoint comes again.
+        run: the run's name, with which the names of its files end: others' are left alone.
     """
 
-    def __init__(self, folder, record):
-        self.folder, self.record, self.writers = folder, record, {}
+    def __init__(self, folder, record, run):
+        self.folder, self.record, self.run, self.writers = folder, record, run, {}
 
     def log(self, stage, step, values):
         """`record` holds these values already."""
@@ -36,23 +37,22 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
-        (self.folder / stage).mkdir(parents=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / stage).glob(f"events.out.tfevents.*.{self.run}"):
+            path.unlink()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self.run}"
         self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
         self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        with open(self.record, encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
-                if line["stage"] == stage:
-                    self._add(
-                        stage, line["step"], {k: v for k, v in line.items() if k not in ("stage", "step", "seconds")}
-                    )
+        for line in read_records(self.record, []):  # what cannot be read has been said
+            step = number(line.get("step"))
+            if line.get("stage") == stage and math.isfinite(step):
+                self._add(stage, int(step), {k: v for k, v in line.items() if k not in ("stage", "step", "seconds")})
 
     def _add(self, stage, step, values):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        numbers = [(name, value) for name, value in values.items() if isinstance(value, (int, float))]
+        numbers = [(name, number(value)) for name, value in values.items() if math.isfinite(number(value))]
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in numbers]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
         self.writers[stage].write(event.SerializeToString())

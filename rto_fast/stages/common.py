@@ -19,7 +19,7 @@ from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.models.tokens import choose_pad, plain_generation, write_pad_token, write_stop_tokens
 from rto_fast.training import ranks
-from rto_fast.training.state_files import replace_folder
+from rto_fast.training.state_files import remove, replace_folder
 
 
 def save_model(
@@ -52,7 +52,7 @@ def _write_model(model, tokenizer, folder, stop_ids):
     folder = Path(os.path.realpath(folder))  # a link to a folder stays one
     aside = folder.with_name(f".{folder.name}.part")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         if hasattr(model, "score"):
             model.save_pretrained(aside)
             tokenizer = _write_padding(model, tokenizer, aside, stop_ids)
@@ -65,7 +65,7 @@ def _write_model(model, tokenizer, folder, stop_ids):
         tokenizer.save_pretrained(aside)
         replace_folder(aside, folder)
     except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
 
 

@@ -65,6 +65,8 @@ class Accumulator:
 
     def load_state_dict(self, state):
         """A budget that was lowered stays so, unless the run goes on with another one in its options."""
+        if not 0 < state["tokens"] <= state["configured"]:
+            raise ValueError(f"accumulator.tokens: expected 1 to {state['configured']}, got {state['tokens']}")
         if state["configured"] == self.configured:
             self.tokens = state["tokens"]
 

@@ -3,22 +3,23 @@
 import contextlib
 import json
 import os
-import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from rto_fast.errors import CheckpointError, UserError, how_to_go_on
+from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.state_files import find_damage, load_state, save_state, write_text
+from rto_fast.training.progress import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
+from rto_fast.training.run_lock import RunLock
+from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_of, remove_state, save_state, write_text
+from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 from rto_fast.writing import sync
-
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 
 
 class Trainer(Protocol):
@@ -42,22 +43,31 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
+def _told(what: str, error: BaseException) -> str:
+    """`what` with what the error says, its notes included."""
+    said = ": ".join(filter(None, [what, str(error)]))
+    return "; ".join([said, *getattr(error, "__notes__", [])])
+
+
 class Checkpoints:
     """The checkpoints of a run in `folder`. Every rank calls the same methods at the same time; the main one writes.
 
     `progress.json` is the run's memory: stages that are done, and the points from which the one under way can go on, oldest
     first: its beginning, then each checkpoint that is kept. With each are the sizes of the logs at that moment, to which a
-    resumed run cuts them: no record appears twice.
+    resumed run cuts them: no record appears twice. The run's name is there and in each checkpoint: what another run wrote,
+    in a folder that both have a link to, is not removed.
 
     Args:
-        stop: what asks the run to end.
+        stop: what asks the run to end. lock: the run's, looked at before anything is saved.
     """
 
     def __init__(
-        self, folder: str | Path, log: RunLog, *, keep: int = 2, resume: bool = False, stop: StopRequest | None = None
+        self, folder: str | Path, log: RunLog, *, keep: int = 2, resume: bool = False, stop: StopRequest | None = None,
+        lock: RunLock | None = None,
     ):  # fmt: skip
         self.folder, self.log, self.keep, self.stop = Path(folder), log, keep, stop or StopRequest()
-        self.path = self.folder / "progress.json"
+        self.path, self.lock = self.folder / "progress.json", lock
+        self.run = new_run()
         self.done: list[str] = []
         self.best: float | None = None  # evaluation so far
         self.points: list[dict[str, Any]] = [self._point(None)]
@@ -65,35 +75,54 @@ class Checkpoints:
             self._read()
 
     def _read(self):
-        try:
-            progress = json.loads(self.path.read_text(encoding="utf-8"))
-            self.done, self.points = progress["done"], progress["points"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"--resume: {self.path} cannot be read ({error!r}): nothing to go on from") from error
+        progress = read_progress(self.path)
+        self.run, self.done, self.points = progress["run"], progress["done"], progress["points"]
         self._sweep()  # a kill may have come before it
         self._drop_damaged()
         point = self.points[-1]
         for name in LOGS if ranks.is_main() else ():
-            path = self.folder / name
-            if path.exists():
-                os.truncate(path, min(path.stat().st_size, point["logs"].get(name, 0)))
+            self._cut(self.folder / name, point["logs"].get(name, 0))
         self.best = point["best"]
         self.log.start -= point["seconds"]
+
+    def _cut(self, path, size):
+        """A log's records of what is done again are dropped."""
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            self.log.say(f"{path} has lost records: {there:,} bytes, {size:,} when the checkpoint was made")
+        elif there > size:
+            if path.is_symlink() and not size:
+                path.unlink()  # to a file that the run has not written to
+            else:
+                os.truncate(path, size)
 
     def _sweep(self):
         """Removes the checkpoints that are of no more use, and what a kill left of one."""
         folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
-        for path in folder.glob("*") if ranks.is_main() else ():
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-        if ranks.is_main() and kept == {None}:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in list(folder.glob("*")) if ranks.is_main() else ():
+            if path.name not in kept and self._is_own(path):
+                with contextlib.suppress(OSError):
+                    remove_state(path)
+        if ranks.is_main() and kept == {None} and not folder.is_symlink():
+            with contextlib.suppress(OSError):  # where something else is in it
+                folder.rmdir()
+
+    def _is_own(self, path):
+        """Whether a folder is a checkpoint of this run, whole or in parts, by its name and by what it says itself."""
+        name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
+        if not CHECKPOINT.fullmatch(name) or not path.is_dir():
+            return False
+        owner = owner_of(path)
+        return owner == self.run or (owner is None and all(file.name == OWNER for file in path.iterdir()))
 
     def _drop_damaged(self):
         """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""
         good = len(self.points)
         while ranks.is_main() and (name := self.points[good - 1]["checkpoint"]):
-            damage = find_damage(self.folder / "checkpoints" / name)
+            folder = self.folder / "checkpoints" / name
+            damage = find_damage(folder)
+            if damage is None and owner_of(folder) not in (self.run, None):
+                damage = "it is another run's"
             if damage is None:
                 break
             good -= 1
@@ -101,30 +130,66 @@ class Checkpoints:
             self.log.say(f"checkpoint {name} is damaged ({damage}); goes on from {before}")
         self.points = self.points[: int(ranks.from_main(torch.tensor(good)))]
 
-    def _point(self, checkpoint, unfinished=False):
-        """A point from which the run can go on: this moment. unfinished: it has still to be evaluated."""
-        paths = [self.folder / name for name in LOGS if (self.folder / name).exists()]
-        for path in paths if ranks.is_main() else ():
-            sync(path)
-        sizes = {path.name: path.stat().st_size for path in paths}
-        point = {"checkpoint": checkpoint, "logs": sizes, "seconds": self.log.seconds(), "best": self.best}
-        return point | ({"unfinished": True} if unfinished else {})
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes of each log there is."""
+        return {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+
+    def _point(self, checkpoint, unfinished=None):
+        """A point from which the run can go on: this moment, or as `unfinished` the logs' sizes before what is to be done
+        again after the step."""
+        sizes = self.log_sizes()
+        for name in sizes if ranks.is_main() else ():
+            sync(self.folder / name)
+        point = {
+            "checkpoint": checkpoint,
+            "logs": sizes if unfinished is None else unfinished,
+            "seconds": self.log.seconds(),
+            "best": self.best,
+        }
+        return point | ({} if unfinished is None else {"unfinished": True})
+
+    def check_lock(self, look: bool = True) -> None:
+        """
+        Args:
+            look: see `RunLock.check`.
+        Raises:
+            CheckpointError: another run has taken the folder.
+        """
+        if self.lock and (note := self.lock.check(look)):
+            self.log.say(f"warning: {note}")
 
     def _write(self):
+        self.check_lock()
         if ranks.is_main():
-            write_text(self.path, json.dumps({"done": self.done, "points": self.points}))
+            write_text(self.path, json.dumps({"run": self.run, "done": self.done, "points": self.points}))
         ranks.barrier()
 
     @contextlib.contextmanager
     def resumable(self) -> Iterator[None]:
-        """From here on the run can be resumed, be it from its beginning; what ends it says how."""
+        """From here on the run can be resumed, be it from its beginning; whatever ends it says how.
+
+        Raises:
+            TrainingError: instead of what is no `Exception`, such as `SystemExit`: it would end the command without a word.
+        """
         self._write()
+        if ranks.is_main():
+            (self.folder / UNSTARTED).unlink(missing_ok=True)
         self.stop.folder = self.folder
         try:
             yield
-        except (UserError, OSError) as error:
-            error.add_note(f"once that is mended, {how_to_go_on(self.folder)}")
+        except Interrupted:
             raise
+        except KeyboardInterrupt as error:  # of somebody's own handler of signals
+            self.stop.signal = self.stop.signal or signal.SIGINT
+            raise self.stop.interrupted(_told("stopped", error), together=False) from error
+        except Exception as error:
+            mended = "once that is mended, " if isinstance(error, (UserError, OSError)) else ""
+            error.add_note(mended + how_to_go_on(self.folder))
+            raise
+        except BaseException as error:
+            ended = TrainingError(_told(f"the run was ended by {type(error).__name__}", error))
+            ended.add_note(how_to_go_on(self.folder))
+            raise ended from error
 
     def is_done(self, stage: str) -> bool:
         return stage in self.done
@@ -138,11 +203,13 @@ class Checkpoints:
         if ranks.any_rank(self.stop.signal is not None):
             raise self.stop.interrupted(f"stopped after {stage}")
 
-    def save(self, stage: str, trainer: Trainer, unfinished: bool = False) -> None:
-        """The state of `trainer` after its last whole step. unfinished: its evaluation failed, and is to be done."""
+    def save(self, stage: str, trainer: Trainer, unfinished: dict[str, int] | None = None) -> None:
+        """The state of `trainer` after its last whole step. unfinished: what followed it failed and is to be done again; the
+        `log_sizes` before that."""
+        self.check_lock()
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
-        save_state(folder / name, trainer.state_dict())
+        save_state(folder / name, trainer.state_dict(), self.run)
         beginning, *others = [point for point in self.points if point["checkpoint"] != name]
         self.points = [beginning, *others[max(0, len(others) - self.keep + 1) :], self._point(name, unfinished)]
         self._write()
@@ -156,9 +223,11 @@ class Checkpoints:
         folder = self.folder / "checkpoints" / name
         state = load_state(folder)
         try:
+            if misfit := find_misfit(state, trainer.state_dict()):
+                raise ValueError(misfit)
             trainer.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
                                   "options it was begun with") from error  # fmt: skip
         self.log.say(f"{stage}: goes on after step {trainer.step_count}")

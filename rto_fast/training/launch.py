@@ -21,6 +21,7 @@ from rto_fast.errors import ConfigError, Interrupted, UserError
 from rto_fast.fields import CountOr0
 from rto_fast.options import argument
 from rto_fast.terminal import say
+from rto_fast.training.run_lock import release_all
 
 INTERVAL = 1.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without one after which a rank is gone
@@ -153,6 +154,7 @@ class Watch:
             say(f"rto_fast: {why}{end}", err=True)
         elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
             time.sleep(5 * INTERVAL)
+        release_all()
         os._exit(code)
 
     def wait(self):

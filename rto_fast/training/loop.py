@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rto_fast.errors import RewardError, TrainingError
+from rto_fast.errors import RewardError, TrainingError, UserError
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints, Trainer
@@ -24,6 +24,7 @@ def train(
         Interrupted: after a signal; the state is saved.
         RewardError: from a step, which must then have changed nothing, or from `evaluate`; the state is saved.
         TrainingError: names the stage; also where memory runs out.
+        BaseException: any other, with a note that says what is not saved.
     """
     stop = checkpoints.stop
     stop.waits = True  # until the stage has written its model
@@ -31,22 +32,24 @@ def train(
         evaluate(trainer.step_count)
     with log.stage(name, trainer.steps, trainer.step_count) as progress:
         while trainer.step_count < trainer.steps:
-            stepped = False
+            recorded: dict[str, int] | None = None  # the logs' sizes, once the step is in them
             try:
                 metrics = progress.step(trainer.step(), show=show)
                 if after_step:
                     after_step(trainer.step_count, metrics)
-                stepped = True
+                recorded = checkpoints.log_sizes()
                 if evaluate:
                     evaluate(trainer.step_count)
-            except RewardError:  # somebody else's function or server: no reason to lose what was trained
-                checkpoints.save(name, trainer, unfinished=stepped)
+            except BaseException as error:
+                save_what_is_whole(error, name, trainer, checkpoints, recorded)
+                if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                    what = (str(error).splitlines() or ["of the CPU."])[0]
+                    raise with_notes(error, f"{name}: out of memory: {what} Lower {name}.micro_batch_tokens or "
+                                     "rollout.batch_size, or set model.gradient_checkpointing") from error  # fmt: skip
+                if isinstance(error, TrainingError):
+                    raise with_notes(error, f"{name}: {error}") from error
                 raise
-            except TrainingError as error:
-                raise TrainingError(f"{name}: {error}") from error
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(f"{name}: out of memory: {str(error).splitlines()[0]} Lower {name}.micro_batch_tokens "
-                                    "or rollout.batch_size, or set model.gradient_checkpointing") from error  # fmt: skip
+            checkpoints.check_lock(look=False)
             if ranks.any_rank(stop.signal is not None):
                 checkpoints.save(name, trainer)
                 raise stop.interrupted(f"stopped in {name} after step {trainer.step_count}")
@@ -54,3 +57,30 @@ def train(
                 checkpoints.save(name, trainer)
     if trainer.skipped:
         log.say(f"{name}: optimizer steps skipped for a gradient that was not finite: {trainer.skipped}")
+
+
+def save_what_is_whole(
+    error: BaseException, name: str, trainer: Trainer, checkpoints: Checkpoints, recorded: dict[str, int] | None
+) -> None:
+    """Saves the state after `error`, if it is that of a whole step; else, or where that fails too, the error says so.
+
+    Args:
+        recorded: sizes of the logs when the step was done and recorded, where what failed came after it; else None.
+    """
+    # A reward is somebody else's function or server, fails on all ranks at once, and before a step has changed anything.
+    # What else fails may do so on one rank, and saving takes all.
+    if not isinstance(error, RewardError) and (recorded is None or ranks.world_size() > 1):
+        error.add_note(f"what {name} trained after its last checkpoint is not saved: a step was under way")
+        return
+    try:
+        checkpoints.save(name, trainer, unfinished=recorded)
+    except UserError as fault:
+        error.add_note(f"what {name} trained after its last checkpoint is not saved: {fault}")
+
+
+def with_notes(error: BaseException, message: str) -> TrainingError:
+    """A `TrainingError` that says what `error` has been given as notes, too."""
+    fault = TrainingError(message)
+    for note in getattr(error, "__notes__", []):
+        fault.add_note(note)
+    return fault

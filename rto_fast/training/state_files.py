@@ -7,6 +7,7 @@ file each, at the same time; what they write can be read by any number of ranks.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from safetensors.torch import load_file, save_file
 from rto_fast.errors import CheckpointError
 from rto_fast.training import ranks
 from rto_fast.writing import set_permissions, sync, write_file
+
+OWNER = "run"  # the file that names the run whose state it is
+STATE_FILE = rf"{OWNER}|state(-\d{{5,}})?\.(json|safetensors)(\.sha256)?"
+# What folders of states and models hold of ours; another name in them is of somebody else's.
+OURS = re.compile(
+    rf"{STATE_FILE}|(pytorch_)?model\b.*|adapter|.*config\.json|tokenizer\b.*|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\..*|merges\.txt|spiece\.model|chat_template\..*|additional_chat_templates|README\.md|images"
+)
+LARGEST_JSON = 2**30  # bytes of a state's JSON; of a model with a hundred thousand tensors it has some ten million
 
 
 def _flatten(value, tensors, count):
@@ -43,6 +53,8 @@ def _restore(value, tensors):
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind not in ("dict", "list", "tuple") or not isinstance(content, list):
+        raise ValueError(f"it holds a {kind!r} with a {type(content).__name__}")
     if kind == "dict":
         return {key: _restore(item, tensors) for key, item in content}
     items = [_restore(item, tensors) for item in content]
@@ -61,16 +73,57 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or of a symbolic link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a folder in the place of another, which is no link. Removing one takes time, in which there would be neither."""
+    """Puts a folder in the place of another, which may be killed at any moment. Files in the other one that have no name of
+    ours move into the new one; where it is a symbolic link, only the link goes."""
     set_permissions(new, like=folder if folder.is_dir() else new)
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if os.path.lexists(old):  # of a kill
+        if os.path.lexists(folder):
+            _take_over(old, folder)
+        else:
+            os.replace(old, folder)
+    if os.path.lexists(folder):  # removing it takes time, in which there would be neither
         os.replace(folder, old)
     os.replace(new, folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _take_over(old, folder)
+
+
+def _take_over(old: Path, folder: Path) -> None:
+    """Removes `old` when what is somebody else's in it has moved to `folder`."""
+    for path in [] if old.is_symlink() or not old.is_dir() else list(old.iterdir()):
+        if not OURS.fullmatch(path.name) and not os.path.lexists(folder / path.name):
+            os.replace(path, folder / path.name)
+    remove(old)
+
+
+def owner_of(folder: Path) -> str | None:
+    """The name of the run whose state it is; None: it says none."""
+    try:
+        with open(folder / OWNER, "rb") as file:
+            return file.read(100).decode("ascii") or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def remove_state(folder: Path) -> None:
+    """Removes the files of a state, and their folder where nothing else is in it; of a symbolic link the link alone."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+        return
+    paths = [path for path in folder.iterdir() if re.fullmatch(STATE_FILE, path.name)]
+    for path in sorted(paths, key=lambda path: path.name == OWNER):  # until the last it is known whose state it is
+        path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _digest(path):
@@ -86,19 +139,26 @@ def _write_part(folder, name, write):
     sync(folder / f"{name}.sha256")
 
 
-def save_state(folder: str | Path, state: dict) -> None:
+def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
     """Writes a tree of dicts, lists, tensors (or functions that return one) and plain values as a new folder, all of it or
     nothing. Every rank calls it, with the same tree.
 
+    Args:
+        owner: the name of the run.
     Raises:
-        CheckpointError: the disk is full, or the folder cannot be written; what was there before is untouched.
+        CheckpointError: the disk is full, or the folder cannot be written, or it is another run's; what was there before is
+            untouched.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
+    for path in (aside, folder):
+        if owner_of(path) not in (None, owner):
+            raise CheckpointError(f"{path} was written by another run; make {folder.parent} a folder of this run alone")
     try:
         if ranks.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             aside.mkdir(parents=True)
+            (aside / OWNER).write_text(owner)
         ranks.barrier()
         tensors: dict[str, torch.Tensor] = {}
         tree = _flatten(state, tensors, iter(range(2**31)))
@@ -120,19 +180,31 @@ def save_state(folder: str | Path, state: dict) -> None:
 
 def _parts(folder):
     """(the JSON of a state, the paths of its tensors)."""
-    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return content["state"], [folder / f"state-{rank:05d}.safetensors" for rank in range(content["files"])]
+    with open(folder / "state.json", "rb") as file:
+        content = json.loads(file.read(LARGEST_JSON))
+    files, found = content["files"], len(list(folder.glob("state-*.safetensors")))
+    if type(files) is not int or not 1 <= files <= found:
+        raise ValueError(f"state.json names {str(files)[:20]} files of tensors, there are {found}")
+    return content["state"], [folder / f"state-{rank:05d}.safetensors" for rank in range(files)]
 
 
 def find_damage(folder: str | Path) -> str | None:
     """What is wrong with the files of a state, if they are not as they were written."""
     folder = Path(folder)
+
+    def is_whole(path):
+        return _digest(path) == (folder / f"{path.name}.sha256").read_text()
+
     try:
-        _, paths = _parts(folder)
-        for path in [folder / "state.json", *paths]:
-            if _digest(path) != (folder / f"{path.name}.sha256").read_text(encoding="utf-8"):
+        for path in folder.iterdir():
+            if not path.is_file() and re.fullmatch(STATE_FILE, path.name):
+                return f"{path.name} is not a file"  # and may be something that never ends
+        if not is_whole(folder / "state.json"):
+            return "state.json is not as it was written"
+        for path in _parts(folder)[1]:
+            if not is_whole(path):
                 return f"{path.name} is not as it was written"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -150,5 +222,5 @@ def load_state(folder: str | Path) -> dict:
         for path in paths:
             tensors |= load_file(path)
         return _restore(tree, tensors)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint that can be read: {error}") from error

@@ -1,4 +1,5 @@
-"""A stop that loses nothing: Ctrl-C, or a scheduler's SIGTERM. A second signal ends the process at once."""
+"""A stop that loses nothing: Ctrl-C, a scheduler's SIGTERM, a terminal's SIGHUP. A second Ctrl-C or SIGTERM ends the process
+at once."""
 
 import contextlib
 import ctypes
@@ -11,7 +12,8 @@ from pathlib import Path
 from rto_fast.errors import Interrupted, how_to_go_on
 from rto_fast.terminal import say
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+INSISTENT = signal.SIGINT, signal.SIGTERM
+SIGNALS = *INSISTENT, signal.SIGHUP  # of a terminal that is closed
 # Seconds in which a further signal is an echo of the first: `timeout` sends its own twice, and a launcher passes on what
 # the terminal has sent to all its processes.
 ECHO = 0.5
@@ -19,12 +21,12 @@ ECHO = 0.5
 
 class StopRequest:
     """Ends the run at once where nothing would be lost, and in a stage (`waits`) after the present step. As a context it
-    takes SIGINT and SIGTERM; without, none ever comes.
+    takes SIGINT, SIGTERM, and SIGHUP where that is not ignored (`nohup`); without, none ever comes.
 
-    After the first signal, and its echo, both have the system's default action again: the next one ends the process,
-    whatever it is doing. A thread sees to this, for Python calls handlers in the main thread only, which may be in foreign
-    code that does not return. (Code that has kept Python's lock since before the first signal can only be ended by
-    SIGKILL.)
+    After the first signal, and its echo, SIGINT and SIGTERM have the system's default action again: the next one ends the
+    process, whatever it is doing. Not so SIGHUP: who closes a terminal after Ctrl-C does not insist. A thread sees to this,
+    for Python calls handlers in the main thread only, which may be in foreign code that does not return. (Code that has kept
+    Python's lock since before the first signal can only be ended by SIGKILL.)
     """
 
     active: "StopRequest | None" = None  # the one that takes signals in this process
@@ -38,7 +40,8 @@ class StopRequest:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
             for number in SIGNALS:
-                self.before[number] = signal.signal(number, self._receive)
+                if number in INSISTENT or signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._receive)
             self.left, self.lock = threading.Event(), threading.Lock()
             reading, self.writing = os.pipe()
             os.set_blocking(self.writing, False)
@@ -58,7 +61,7 @@ class StopRequest:
         StopRequest.active = None
         signal.set_wakeup_fd(self.wakeup_before)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
 
     def _receive(self, number, frame):
         if self.signal is None:
@@ -67,9 +70,9 @@ class StopRequest:
                 raise self.interrupted("stopped", together=False)
 
     def _give_back(self, reading):
-        """Waits for the first signal, in a thread; then gives both back to the system."""
+        """Waits for the first signal, in a thread; then gives Ctrl-C and SIGTERM back to the system."""
         with open(reading, "rb", buffering=0) as numbers:
-            while (number := numbers.read(1)) and number[0] not in SIGNALS:
+            while (number := numbers.read(1)) and number[0] not in self.before:
                 pass  # another signal, with a handler of its own
             if number and self.waits and os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):
@@ -79,7 +82,7 @@ class StopRequest:
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():
-                        for signal_number in SIGNALS:  # `signal.signal` works in the main thread only
+                        for signal_number in INSISTENT:  # `signal.signal` works in the main thread only
                             ctypes.CDLL(None).signal(int(signal_number), ctypes.c_void_p(signal.SIG_DFL))
 
     def interrupted(self, what: str, together: bool = True) -> Interrupted:
