@@ -93,12 +93,11 @@ def test_an_own_model_and_own_preferences_get_nothing_embedded(here, tmp_path, m
     ids=lambda options: " ".join(options),
 )
 def test_whatever_is_ones_own_leaves_the_embedded_default(here, options):
-    said = []
-    config = load_config(options, said.append)
+    config, said = load_config(options), []
     assert (
         embedded_values({name: vars(getattr(config, name)) for name in ("model", "data", "eval", "reward_model")}) == {}
     )
-    assert config == load_config(["--config", "own", *options]) and len(said) == 1
+    assert config == load_config(["--config", "own", *options]) == load_config(options, said.append) and len(said) == 1
 
 
 @pytest.mark.parametrize(
