@@ -10,7 +10,7 @@ import sys
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.terminal import ArgumentParser, Styled, say, styled, wants_styles
+from rto_fast.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
@@ -84,7 +84,8 @@ def table(plan) -> str:
     dtype = "float32" if setting.itemsize == 4 else "bfloat16"
     gpu = "GPU" if setting.gpu else "process"
     lines = [
-        f"{shape.name}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_size(machine.memory)} GiB usable",
+        f"{one_line(shape.name)}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_size(machine.memory)} GiB "
+        "usable",
         f"ZeRO {setting.zero}, frozen models {setting.frozen}, gradient checkpointing "
         + ("on" if setting.checkpointing else "off"),
         "", f"{'GiB a ' + gpu:<19}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total")),

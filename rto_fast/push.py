@@ -52,7 +52,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     sizes = {name: (folder / name).stat().st_size for name in files}
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
     for name, size in sizes.items():
-        say(f"  {size:>15,} bytes  {name}")
+        say(f"  {size:>15,} bytes  {one_line(name)}")
     say(f"  {sum(sizes.values()):>15,} bytes in {len(files)} files\ncard: {card}")
     return None
 

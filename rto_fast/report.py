@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rto_fast.command_line import run_command
-from rto_fast.terminal import ArgumentParser, say
+from rto_fast.terminal import ArgumentParser, one_line, say
 from rto_fast.writing import own_descriptor
 
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
     output = "/dev/stdout" if options.output == "-" else options.output
     path = write_report(options.runs, output)
-    say(f"report: {path}", err=own_descriptor(path) == 1)
+    say(f"report: {one_line(path)}", err=own_descriptor(path) == 1)
     return path
 
 
