@@ -32,6 +32,7 @@ from rto_fast.supplied import (
     longest_written,
     refuse_long,
 )
+from rto_fast.terminal import one_line
 from rto_fast.training import deepspeed_import
 
 
@@ -44,7 +45,8 @@ class Measurement:
     """Models of the same path are loaded once for all they are needed for, and never two at once."""
 
     def __init__(self, options, say):
-        self.options, self.say, self.config = options, say, options.as_config()
+        self.options, self.config = options, options.as_config()
+        self.say = lambda text: say(one_line(text))  # names of models are no lines of their own
         device = resolve_device(options.device)
         quiet_libraries(device)
         if options.threads:

@@ -12,7 +12,7 @@ from rto_fast.command_line import run_command
 from rto_fast.config import load_config
 from rto_fast.fields import Count, Location
 from rto_fast.options import argument
-from rto_fast.terminal import ArgumentParser, Styled, say, styled, wants_styles
+from rto_fast.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
@@ -87,7 +87,8 @@ def table(plan) -> str:
     dtype = "float32" if setting.itemsize == 4 else "bfloat16"
     gpu = "GPU" if setting.gpu else "process"
     lines = [
-        f"{shape.name}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_size(machine.memory)} GiB usable",
+        f"{one_line(shape.name)}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_size(machine.memory)} GiB "
+        "usable",
         f"ZeRO {setting.zero}, frozen models {setting.frozen}, gradient checkpointing "
         + ("on" if setting.checkpointing else "off"),
         "", f"{'GiB a ' + gpu:<19}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total")),

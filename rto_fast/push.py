@@ -75,7 +75,7 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
     sizes = {name: (folder / name).stat().st_size for name in _allowed(folder)} | written
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
     for name in sorted(sizes):
-        say(f"  {sizes[name]:>15,} bytes  {name}")
+        say(f"  {sizes[name]:>15,} bytes  {one_line(name)}")
     card = folder / "README.md"
     say(f"  {sum(sizes.values()):>15,} bytes in {len(sizes)} files")
     say(f"card: {card}{'' if card.is_file() else ', which the push writes'}")

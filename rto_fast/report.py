@@ -5,7 +5,7 @@ from pathlib import Path
 from rto_fast.command_line import run_command
 from rto_fast.fields import Location
 from rto_fast.options import argument
-from rto_fast.terminal import ArgumentParser, say
+from rto_fast.terminal import ArgumentParser, one_line, say
 from rto_fast.writing import own_descriptor
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
     output = "/dev/stdout" if options.output == "-" else options.output
     path = write_report(options.runs, output)
-    say(f"report: {path}", err=own_descriptor(path) == 1)
+    say(f"report: {one_line(path)}", err=own_descriptor(path) == 1)
     return path
 
 

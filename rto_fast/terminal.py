@@ -77,13 +77,22 @@ def _printable(text: object) -> str:
 
 def wants_styles() -> bool:
     """Whether stdout is a terminal that shows styles, see https://no-color.org."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def is_wide() -> bool:
     """Whether stdout is a terminal on which a line can be redrawn."""
-    return sys.stdout is not None and sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    try:
+        return _is_terminal() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except OSError:  # it was closed
+        return False
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # None, or closed by somebody's code
+        return False
 
 
 def live_line(total: int, shown: bool) -> Any:
@@ -94,18 +103,19 @@ def live_line(total: int, shown: bool) -> Any:
 
 
 def say(*parts: object, err: bool = False) -> None:
-    """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`.
+    """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
+    cannot be done.
 
     Args:
         err: to stderr.
     """
     stream = sys.stderr if err else sys.stdout
-    if stream is None:
-        return
     bars: Any = sys.modules.get("tqdm")  # a live line moves below what is printed
-    with bars.tqdm.external_write_mode(stream) if bars else contextlib.nullcontext():
-        stream.write("".join(map(_printable, parts)) + "\n")
-        stream.flush()
+    # Of a process that `protect` was not called in, or a stream that somebody's code has closed or put in place.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        with bars.tqdm.external_write_mode(stream) if bars else contextlib.nullcontext():
+            stream.write("".join(map(_printable, parts)) + "\n")
+            stream.flush()
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -96,6 +96,18 @@ def test_mistakes_on_the_command_line_are_one_line_without_commands(command, cap
     assert not set(err) & ACTING
 
 
+def test_a_stream_that_somebodys_code_has_closed_ends_no_run(tmp_path, monkeypatch):
+    for stream in (open(tmp_path / "closed", "w"), open(tmp_path / "ascii", "w", encoding="ascii"), None):
+        monkeypatch.setattr("sys.stdout", stream)
+        if stream and stream.name.endswith("closed"):
+            stream.close()
+        log = RunLog(tmp_path)
+        log.say("±")
+        with log.stage("sft", 1) as stage:
+            stage.step({"loss": 1.0}, show=("loss",))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 # A command, and how its streams may end. `{}`: what it does.
 COMMAND = """
 import logging, os, subprocess, sys, threading, warnings
