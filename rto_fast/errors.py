@@ -1,5 +1,18 @@
 """Mistakes of the user: one line that names the thing and the remedy; the command line prints it and exits with 2."""
 
+import shlex
+from pathlib import Path
+
+
+def command_line(command: str, path: str | Path, *options: str) -> str:
+    """`python -m rto_fast.COMMAND…` with a path after it, as a shell takes it."""
+    text = str(path)
+    return shlex.join(["python", "-m", *command.split(), f"./{text}" if text.startswith("-") else text, *options])
+
+
+def how_to_go_on(folder: str | Path) -> str:
+    return f"go on with: {command_line('rto_fast.train --resume', folder)}"
+
 
 class UserError(ValueError):
     """Base of every error whose message is meant for the user."""

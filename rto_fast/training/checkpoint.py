@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError
+from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
@@ -192,11 +192,11 @@ class Checkpoints:
             raise self.stop.interrupted(_told("stopped", error), together=False) from error
         except Exception as error:
             mended = "once that is mended, " if isinstance(error, (UserError, OSError)) else ""
-            error.add_note(f"{mended}go on with: python -m rto_fast.train --resume {self.folder}")
+            error.add_note(f"{mended}{how_to_go_on(self.folder)}")
             raise
         except BaseException as error:
             ended = TrainingError(_told(f"the run was ended by {type(error).__name__}", error))
-            ended.add_note(f"go on with: python -m rto_fast.train --resume {self.folder}")
+            ended.add_note(how_to_go_on(self.folder))
             raise ended from error
 
     def is_done(self, stage: str) -> bool:

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from rto_fast.errors import Interrupted
+from rto_fast.errors import Interrupted, how_to_go_on
 
 INSISTENT = signal.SIGINT, signal.SIGTERM
 SIGNALS = *INSISTENT, signal.SIGHUP  # of a terminal that is closed
@@ -86,8 +86,9 @@ class StopRequest:
 
     def interrupted(self, what: str, together: bool = True) -> Interrupted:
         """The error that ends the run. what: is said, followed by how to go on."""
-        how = f"go on with: python -m rto_fast.train --resume {self.folder}"
-        message = f"{what}; {how}" if self.folder else f"{what} before the first step; start it again"
+        message = (
+            f"{what}; {how_to_go_on(self.folder)}" if self.folder else f"{what} before the first step; start it again"
+        )
         return Interrupted(message, self.signal or signal.SIGTERM, together)
 
 
