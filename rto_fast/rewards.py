@@ -139,7 +139,8 @@ def _told(error: BaseException) -> str:
     """Somebody else's error: its kind, what it says, and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
-    return f"{type(error).__name__}: {error}{where}"
+    said = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{said}{where}"
 
 
 def import_function(path: str, key: str) -> Callable:

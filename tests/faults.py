@@ -351,13 +351,15 @@ class BadDays:
         sessions.sort(key=lambda session: not session.poll())
         refused, winner = sessions
         code, said = refused.end()[0], refused.said()
-        if code and f"is in use: process {winner.processes[0]} on {socket.gethostname()} " not in said:
-            if not self.is_over():  # a new run that began when the other had ended is refused for what is there
-                raise Lost(f"two runs: exit code {code}: {said[-500:]}")
-        if code not in (0, 2) or "Traceback" in said:
-            raise Lost(f"two runs: exit code {code}: {said[-500:]}")
-        if not code or winner.run(self.dice.uniform(0, self.longest)):  # else the one had ended before the other began
-            return self._whole(winner if code else refused) or any(winner.end()[:1])
+        if self.is_over():  # one had ended before the other began
+            if {code, winner.end()[0]} - {0, 2}:
+                raise Lost(f"two runs, one after the other: {said[-500:]} {winner.said()[-500:]}")
+            return False
+        holder = f"is in use: process {winner.processes[0]} on {socket.gethostname()} "
+        if code != 2 or holder not in said or "Traceback" in said:
+            raise Lost(f"two runs: exit code {code}, not {holder!r}: {said[-500:]}")
+        if winner.run(self.dice.uniform(0, self.longest)):
+            return self._whole(winner)
         winner.send(signal.SIGKILL)
         winner.end()
         return True

@@ -330,7 +330,7 @@ def test_the_process(debug, tmp_path):
     [
         ("raises", "KeyError: 'colour' ({cwd}/faulty_rewards.py:9)"),
         ("ends", "SystemExit: 0 ({cwd}/faulty_rewards.py:10)"),
-        ("cancelled", "CancelledError: ({cwd}/faulty_rewards.py:12)"),
+        ("cancelled", "CancelledError ({cwd}/faulty_rewards.py:12)"),
         ("hangs", "no scores for 8 responses within 0.2 s (reward_model.timeout)"),
         ("nan", "score nan for the response '"),
         ("short", "returned (1,) scores for 8 responses"),
@@ -350,7 +350,7 @@ def test_no_end_of_a_reward_function_is_the_runs(function, timeout):
     reward = RewardFunction(f"faulty_rewards:{function}", "reward_model.function", timeout=timeout)
     kind = {"ends": "SystemExit", "cancelled": "CancelledError", "interrupted": "KeyboardInterrupt",
             "closed": "GeneratorExit", "greedy": "MemoryError"}[function]  # fmt: skip
-    with pytest.raises(RewardError, match=f"faulty_rewards:{function}: {kind}: .*faulty_rewards.py"):
+    with pytest.raises(RewardError, match=f"faulty_rewards:{function}: {kind}.* .*faulty_rewards.py"):
         reward([Completion(Prompt([1], "a", {}, "", None), [1], "b", True)])
 
 
