@@ -1,7 +1,7 @@
 """What the public ops refuse: each check raises a ValueError that begins with the argument's name.
 
-A tensor's shape, dtype and device cost nothing to look at. What it holds is looked at only where it lies on the CPU: on a GPU
-that would wait for the device.
+A tensor's shape, dtype and device cost nothing to look at. What it holds is looked at only where it lies on the CPU: on a
+GPU that would wait for the device.
 """
 
 import os
@@ -19,12 +19,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(
-    name: str, tensor: Any, shape: Sequence[int] | None, dtypes: Sequence[torch.dtype], device: torch.device
+    name: str, tensor: Any, shape: tuple[int, ...] | None, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """shape: None for any."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
+    if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -43,13 +43,14 @@ def float_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return _FLOATS + (torch.float64,) if device.type == "cpu" and not INTERPRET else _FLOATS
 
 
-def check_floats(like: Tensor, shape: Sequence[int], **tensors: Any) -> None:
+def check_floats(like: Tensor, shape: tuple[int, ...], **tensors: Any) -> None:
     device = like.device
+    dtypes = float_dtypes(device)
     for name, tensor in tensors.items():
-        check_tensor(name, tensor, shape, float_dtypes(device), device)
+        check_tensor(name, tensor, shape, dtypes, device)
 
 
-def check_optional(like: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], **tensors: Any) -> None:
+def check_optional(like: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], **tensors: Any) -> None:
     """Tensors that may be None."""
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -63,7 +64,7 @@ class _Range(NamedTuple):
     low: float
     high: float
     is_optional: bool = False  # may be None
-    kind: Any = Real  # of number
+    kind: Any = (float, int, Real)  # as isinstance takes it, the usual ones first: they are cheap to find
 
 
 # Kernels compute in float32: what it rounds to 0 or to infinity is refused as these are.
@@ -75,7 +76,7 @@ _FROM_0_TO_1 = _Range("a number in [0, 1]", 0.0, 1.0)
 _RANGES = {
     "temperature": _ABOVE_0,
     "softcap": _ABOVE_0._replace(is_optional=True),
-    "ignore_index": _Range("an integer of 64 bits", -(1 << 63), (1 << 63) - 1, kind=Integral),
+    "ignore_index": _Range("an integer of 64 bits", -(1 << 63), (1 << 63) - 1, kind=(int, Integral)),
     "num_items": AT_LEAST_0._replace(is_optional=True),
     "clip_eps": _Range("a number in [0, 1)", 0.0, 1.0 - 2**-24),
     "clip_eps_high": AT_LEAST_0._replace(is_optional=True),
@@ -89,7 +90,7 @@ _RANGES = {
     "kl_coef": _FINITE,
     "score_scale": _FINITE,
     "score_clip": AT_LEAST_0,
-    "top_k": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=Integral),
+    "top_k": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
     "top_p": _Range("a number in (0, 1]", _SMALLEST, 1.0),
     "min_p": _FROM_0_TO_1,
 }

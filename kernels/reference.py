@@ -1,8 +1,8 @@
 """Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
 
-The losses and log-probs are differentiable; all compute in float64 when given float64, in float32 otherwise. The two functions
-that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that memory
-stays bounded whatever T is.
+The losses and log-probs are differentiable; all compute in float64 when given float64, in float32 otherwise. The two
+functions that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that
+memory stays bounded whatever T is.
 """
 
 from functools import partial

@@ -55,6 +55,7 @@ def philox_uniforms(seed, sample_ids, positions):
     return torch.stack([word >> 8 for word in words[:2]], dim=-1).to(torch.float32).mul_(2.0**-24)
 
 
+@torch.no_grad()
 def sample_tokens(
     logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
 ):  # fmt: skip

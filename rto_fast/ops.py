@@ -304,7 +304,6 @@ def rto_advantages(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     min_p: float = 0.0, softcap: float | None = None, stop_ids: Tensor | None = None,

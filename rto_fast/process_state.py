@@ -245,7 +245,10 @@ def _wakeup() -> int | None:
     if threading.current_thread() is not threading.main_thread():
         return None
     descriptor = signal.set_wakeup_fd(-1)  # it can only be read by setting one
-    signal.set_wakeup_fd(descriptor)
+    try:
+        signal.set_wakeup_fd(descriptor)
+    except (ValueError, OSError):  # users' code has closed it
+        return -1
     return descriptor
 
 
@@ -303,9 +306,15 @@ _theirs: dict[str, tuple[Any, Any]] = {}  # {name: (what users' code found, what
 
 
 def _write(wanted: dict[str, Any]) -> None:
-    for setting in SETTINGS:
-        if setting.name in wanted and setting.read() != wanted[setting.name]:
-            setting.write(wanted[setting.name])
+    with contextlib.ExitStack() as stack:  # runs all of them, in reverse, also where one fails
+        for setting in reversed(SETTINGS):
+            if setting.name in wanted:
+                stack.callback(_write_one, setting, wanted[setting.name])
+
+
+def _write_one(setting: Setting, value: Any) -> None:
+    if setting.read() != value:
+        setting.write(value)
 
 
 def _their(name: str, ours: Any) -> Any:

@@ -280,7 +280,7 @@ class RewardFunction:
         scores, failure = torch.zeros(len(completions)), None
         if ranks.is_main():  # once, with all responses: it may compare them, cost money, or count its calls
             try:
-                scores = self._call(_copies(prompts), completions, {n: _copies(v) for n, v in columns.items()})
+                scores = self._call(prompts, completions, columns)
             except RewardError as error:
                 failure = error
         if ranks.any_rank(failure is not None):
@@ -289,6 +289,7 @@ class RewardFunction:
 
     def _call(self, prompts, completions, columns):
         try:
+            prompts, columns = _copies(prompts), {name: _copies(values) for name, values in columns.items()}
             with users_settings() as settings, deepspeed_import.revealed():
                 scores = self._in_time(settings, prompts, [c.text for c in completions], columns)
             scores = scores.clone()  # outside of the context: not in an inference mode of theirs

@@ -4,10 +4,12 @@ look like, must neither change a run nor end it without a word."""
 import gc
 import importlib
 import itertools
+import json
 import locale
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -20,6 +22,7 @@ import torch
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, DataError, RewardError
 from rto_fast.rewards import Completion, NormalizedScores, RewardFunction
+from rto_fast.train import main
 
 NUMBERS = itertools.count()  # each test imports a module of its own
 HEAD = """
@@ -120,6 +123,7 @@ CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
 # {what users' code changes: (how, what it is)}
 CHANGES = {
     "gradients": ("torch.set_grad_enabled(False)", torch.is_grad_enabled),
+    "gradients, on": ("torch.set_grad_enabled(True)", torch.is_grad_enabled),
     "inference mode": ("global MODE; MODE = torch.inference_mode(); MODE.__enter__()", torch.is_inference_mode_enabled),
     "dtype": ("torch.set_default_dtype(torch.float64)", torch.get_default_dtype),
     "device": ("torch.set_default_device('meta')", lambda: torch.empty(0).device),
@@ -140,6 +144,7 @@ CHANGES = {
     "cudnn": ("torch.backends.cudnn.enabled = False", lambda: CUDNN.enabled),
     "cudnn, deterministic": ("torch.backends.cudnn.deterministic = True", lambda: CUDNN.deterministic),
     "cudnn, benchmark": ("torch.backends.cudnn.benchmark = True", lambda: CUDNN.benchmark),
+    "cudnn, TF32": ("torch.backends.cudnn.allow_tf32 = False", lambda: CUDNN.allow_tf32),
     "mkldnn": ("torch.backends.mkldnn.enabled = False", lambda: torch.backends.mkldnn.enabled),
     "attention": ("torch.backends.cuda.enable_flash_sdp(False)", torch.backends.cuda.flash_sdp_enabled),
     "seed of torch": ("torch.manual_seed(7)", lambda: torch.get_rng_state().tolist()),
@@ -168,7 +173,7 @@ CHANGES = {
     "another signal": ("signal.signal(signal.SIGUSR1, print)", lambda: signal.getsignal(signal.SIGUSR1)),
     "masked signals": ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])",
                        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())),
-    "wakeup": ("global ENDS; ENDS = socket.socketpair(); ENDS[0].setblocking(False); signal.set_wakeup_fd(ENDS[0].fileno())",
+    "wakeup": ("ends = os.pipe(); os.set_blocking(ends[1], False); signal.set_wakeup_fd(ends[1])",
                lambda: wakeup()),
     "timer": ("signal.setitimer(signal.ITIMER_REAL, 3600)", lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0),
 }  # fmt: skip
@@ -203,6 +208,20 @@ def test_what_users_code_changes_is_put_back(function, name, when):
     for _ in range(2):
         assert reward(completions()).tolist() == [1.0, 1.0]
     assert probe() == before
+
+
+def test_every_setting_is_among_them():
+    """Each setting that is kept apart is changed by one of the cases above."""
+    from rto_fast.process_state import SETTINGS, users_settings
+
+    changed = {"torch.cuda.set_device"}  # needs two GPUs
+    for how, _ in CHANGES.values():
+        with users_settings():
+            before = {setting.name: setting.read() for setting in SETTINGS}
+            exec(f"{HEAD}\ndef change():\n    {how}\nchange()", {})
+            changed |= {setting.name for setting in SETTINGS if setting.read() != before[setting.name]}
+        sys.modules["rto_fast.process_state"]._theirs.clear()
+    assert changed == {setting.name for setting in SETTINGS}
 
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
@@ -276,6 +295,46 @@ def test_a_thread_has_its_callers_settings(function):
             assert reward(completions()).tolist() == [threads + 1, 1.0]
     finally:
         torch.set_num_threads(threads)
+
+
+HARMFUL = [
+    how
+    for name, (how, _) in CHANGES.items()
+    if name not in ("inference mode", "device", "device context", "warnings", "stdout")
+]
+
+
+def test_a_run_is_the_same_whatever_its_reward_does(tmp_path, monkeypatch):
+    """SFT and RTO, bit for bit: weights and metrics, with a module that changes everything on import and in each
+    call, and returns results that require a gradient."""
+    harm = "\n".join(f"    {line}" for line in HARMFUL)
+    (tmp_path / "harmless.py").write_text(
+        f"{HEAD}\ndef f(prompts, responses):\n    return torch.tensor([len(r) / 10 for r in responses])\n"
+    )
+    (tmp_path / "harmful.py").write_text(
+        f"{HEAD}\ndef change():\n{harm}\ntorch.set_grad_enabled(False)\nchange()\n"
+        "WEIGHT = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))\n"
+        "def f(prompts, responses):\n    change()\n    torch.set_grad_enabled(True)\n"
+        "    scores = torch.tensor([[len(r) / 10, 0] for r in responses]) * WEIGHT\n"
+        "    prompts.clear(); responses.clear()\n    return scores[:, 0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for module in ("harmless", "harmful"):
+        options = {
+            "output_dir": module, "reward_model.function": f"{module}:f", "eval.function": f"{module}:f", "threads": 1,
+            "sft.max_steps": 2, "rto.dpo_reward_scale": 0, "rto.advantage": "reinforce_pp",
+            "rto.iterations": 2, "rto.prompts_per_rollout": 8, "rto.batch_size": 4,
+            "data.limit": 64, "eval.prompts": 4, "eval.every": 1, "rollout.max_new_tokens": 8,
+        }  # fmt: skip
+        main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        metrics = [json.loads(line) for line in (tmp_path / module / "metrics.jsonl").read_text().splitlines()]
+        timed = re.compile("second|time")
+        metrics = [{name: value for name, value in row.items() if not timed.search(name)} for row in metrics]
+        weights = [(tmp_path / module / stage / "model.safetensors").read_bytes() for stage in ("sft", "rto")]
+        results.append((metrics, weights))
+    assert len(results[0][0]) > 6 and results[0] == results[1]
 
 
 # What a function is given
