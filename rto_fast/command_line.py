@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from rto_fast.data.inspection import visible
 from rto_fast.errors import Interrupted, UserError
+from rto_fast.reporting.progress import shown
 from rto_fast.training import deepspeed_import
 
 
@@ -42,7 +43,7 @@ def run_command(main: Callable[[list[str]], object], *, interrupted: str | None 
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with deepspeed_import.hidden():
+        with deepspeed_import.hidden(), shown():
             main([argument for argument in sys.argv[1:] if argument != "--debug"])
     except BrokenPipeError:  # `| head`
         raise

@@ -11,6 +11,7 @@ import sys
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
+from rto_fast.reporting.progress import duration
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
@@ -66,12 +67,6 @@ def _size(value):
     """GiB."""
     value /= 1 << 30
     return "-" if not value else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _bold(text):
@@ -161,7 +156,10 @@ def main(arguments: list[str] | None = None):
     if options.measure:
         from rto_fast.planning import measure
 
-        needed, as_it_is = (measure.compare(rest, give_back=give_back) for give_back in (True, False))
+        needed, as_it_is = (
+            measure.compare(rest, give_back=give_back, what=f"measuring, run {number} of 2")
+            for number, give_back in enumerate((True, False), 1)
+        )
         print(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
         return needed
     config = load_config(rest)

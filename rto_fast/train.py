@@ -25,11 +25,13 @@ def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end."""
     start = time.perf_counter()
     from rto_fast.evaluation import table
+    from rto_fast.reporting.progress import progress
     from rto_fast.run import Run
     from rto_fast.training.ranks import is_main
     from rto_fast.training.state_files import write_text
 
-    run = Run(config, stop)
+    with progress("reading models' settings and data"):
+        run = Run(config, stop)
     with run.checkpoints.resumable():
         sft = run.train_sft()
         reward_model = run.train_reward_model(sft)

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.models.loading import attention_implementation
+from rto_fast.reporting.progress import advance
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
 
@@ -56,6 +57,7 @@ class HFEngine:
                     chosen = order[i : i + self.config.batch_size]
                     for index, response in zip(chosen, self._decode([prompt_ids[j] for j in chosen], sampling)):
                         responses[index] = response[: limits[index]]
+                    advance(len(chosen))
             finally:
                 self.model.generation_config = defaults
         reasons = finish_reasons(responses, sampling.stop_ids)

@@ -12,6 +12,7 @@ import torch
 
 from rto_fast.errors import CheckpointError, UserError
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state, sync, write_text
@@ -92,7 +93,8 @@ class Checkpoints:
         """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""
         good = len(self.points)
         while ranks.is_main() and (name := self.points[good - 1]["checkpoint"]):
-            damage = find_damage(self.folder / "checkpoints" / name)
+            with progress(f"looking at the checkpoint {name}"):
+                damage = find_damage(self.folder / "checkpoints" / name)
             if damage is None:
                 break
             good -= 1
@@ -141,7 +143,8 @@ class Checkpoints:
         """The state of `trainer` after its last whole step. unfinished: its evaluation failed, and is to be done."""
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
-        save_state(folder / name, trainer.state_dict())
+        with progress(f"writing the checkpoint {name}"):
+            save_state(folder / name, trainer.state_dict())
         beginning, *others = [point for point in self.points if point["checkpoint"] != name]
         self.points = [beginning, *others[max(0, len(others) - self.keep + 1) :], self._point(name, unfinished)]
         self._write()
@@ -153,9 +156,10 @@ class Checkpoints:
         if not name or name.rpartition("-")[0] != stage:
             return False
         folder = self.folder / "checkpoints" / name
-        state = load_state(folder)
         try:
-            trainer.load_state_dict(state)
+            with progress(f"reading the checkpoint {name}"):
+                state = load_state(folder)
+                trainer.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
