@@ -161,7 +161,7 @@ def compare(
                 said.append(line)
                 if step := STEP.match(line):
                     phase.advance(step[1] == step[2])
-                    phase.note = line.strip()
+                    phase.note = " ".join(line.split())
         if process.returncode:
             raise TrainingError(f"--measure: the run failed:\n{''.join(said)}")
         return json.loads(result.read_text())
