@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rto_fast import terminal
 from rto_fast.errors import Interrupted, UserError
+from rto_fast.reporting.progress import shown
 from rto_fast.training import deepspeed_import
 
 
@@ -46,7 +47,7 @@ def run_command(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with warnings.catch_warnings(), deepspeed_import.hidden():
+        with warnings.catch_warnings(), deepspeed_import.hidden(), shown():
             terminal.protect(only_prints)
             main([argument for argument in sys.argv[1:] if argument != "--debug"])
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it

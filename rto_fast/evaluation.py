@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack, segment_sum
 from rto_fast.data.tokenizing import Prompt
+from rto_fast.reporting.progress import progress
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.shared import generate_shared
@@ -72,7 +73,8 @@ def evaluate(
         (Evaluation, completions, scores [N])
     """
     rollout, completions = respond(engine, prompts, sampling, tokenizer)
-    scores = judged(judge, completions).double()
+    with progress(f"judging {len(completions):,} responses"):
+        scores = judged(judge, completions).double()
     count = len(prompts)
     result = Evaluation(
         score=scores.mean().item(),

@@ -16,6 +16,7 @@ from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
 from rto_fast.health import Finding
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
 from rto_fast.models.loading import load_causal_lm, load_scorer, resolve_dtype
+from rto_fast.reporting.progress import progress
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.run import quiet_libraries, resolve_device
@@ -148,7 +149,8 @@ class Measurement:
                 ).cpu()  # fmt: skip
         if ranks:
             self.say(f"{path}: log-probs of {len(self.pairs)} pairs")
-            self.pair_logps[path] = pair_logps(model, self.pairs, max_tokens)
+            with progress(f"{path}: log-probs of {len(self.pairs):,} pairs"):
+                self.pair_logps[path] = pair_logps(model, self.pairs, max_tokens)
 
     @staticmethod
     def _responses(rollout):
@@ -187,7 +189,8 @@ class Measurement:
         """Scores, win rates and preference accuracy by one reward source; `scores` takes {path: [N]}."""
         options, out = self.options, {}
         for path, completions in self.completions.items():
-            scores[path] = judge(completions).double().cpu()
+            with progress(f"judging {len(completions):,} responses"):
+                scores[path] = judge(completions).double().cpu()
         if options.model in scores:
             out["score"] = asdict(estimate(scores[options.model]))
         if options.reference in scores:
@@ -199,7 +202,8 @@ class Measurement:
                 "length_controlled_win_rate": asdict(length_controlled_win_rate(outcomes, *lengths)),
             }
         if self.pairs:
-            ranked = judge(completions_of_pairs(self.pairs, self.stop_ids, self.tokenizer)).view(-1, 2)
+            with progress(f"judging {len(self.pairs):,} pairs"):
+                ranked = judge(completions_of_pairs(self.pairs, self.stop_ids, self.tokenizer)).view(-1, 2)
             outcomes = wins(ranked[:, 0], ranked[:, 1])
             out["preference_accuracy"] = asdict(rate(outcomes)) | {"ties": (outcomes == 0.5).double().mean().item()}
         return out

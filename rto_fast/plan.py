@@ -12,6 +12,7 @@ from rto_fast.command_line import run_command
 from rto_fast.config import load_config
 from rto_fast.fields import Count, Location
 from rto_fast.options import argument
+from rto_fast.reporting.progress import duration
 from rto_fast.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
@@ -69,12 +70,6 @@ def _size(value):
     """GiB."""
     value /= 1 << 30
     return "-" if not value else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _bold(text):
@@ -165,7 +160,10 @@ def main(arguments: list[str] | None = None):
     if options.measure:
         from rto_fast.planning import measure
 
-        needed, as_it_is = (measure.compare(rest, give_back=give_back) for give_back in (True, False))
+        needed, as_it_is = (
+            measure.compare(rest, give_back=give_back, what=f"measuring, run {number} of 2")
+            for number, give_back in enumerate((True, False), 1)
+        )
         say(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
         return needed
     config = load_config(rest, say=lambda text: None if options.json else say(text))

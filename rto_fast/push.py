@@ -10,6 +10,7 @@ from rto_fast.config import check_repo
 from rto_fast.errors import HubError
 from rto_fast.fields import Location
 from rto_fast.options import argument
+from rto_fast.reporting.progress import progress
 from rto_fast.terminal import ArgumentParser, one_line, say
 from rto_fast.training.run_lock import refuse_if_in_use
 from rto_fast.writing import write_file
@@ -106,13 +107,14 @@ def _upload(folder, files, repo, private):
         url = api.create_repo(repo, private=private, exist_ok=True)
         is_public = private and not api.model_info(repo).private
         if not is_public:
-            api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                allow_patterns=[glob.escape(name) for name in files],
-                delete_patterns=WEIGHTS,  # of an earlier push: loaded instead of these, if they are cut otherwise
-                commit_message="Push from rto-fast",
-            )
+            with progress(f"uploading {sum((folder / name).stat().st_size for name in files):,} bytes to {repo}"):
+                api.upload_folder(
+                    repo_id=repo,
+                    folder_path=folder,
+                    allow_patterns=[glob.escape(name) for name in files],
+                    delete_patterns=WEIGHTS,  # of an earlier push: loaded instead of these, if they are cut otherwise
+                    commit_message="Push from rto-fast",
+                )
     except Exception as error:  # those of the client, of HTTP and of the storage have no common base
         # An HTTP library repeats a header that it does not like.
         reason = " ".join(str(error).replace(token, "…").split())[:300]

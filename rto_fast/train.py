@@ -33,12 +33,15 @@ def _say(text: str) -> None:
 
 def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    from rto_fast.reporting.progress import progress
     from rto_fast.run import Run, claimed_output
 
     start = time.perf_counter()
     # The run's log takes all warnings until the end.
     with warnings.catch_warnings(), claimed_output(config) as lock:
-        return run_stages(Run(config, stop, lock), start)
+        with progress("reading models' settings and data"):
+            run = Run(config, stop, lock)
+        return run_stages(run, start)
 
 
 def run_stages(run, start):

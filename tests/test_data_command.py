@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from rto_fast.config import ConfigError, DataConfig
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import cache as cache_module
+from rto_fast.data import sources
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
 from rto_fast.data.inspection import Page, histogram
@@ -529,3 +530,19 @@ def test_real_data_with_a_real_tokenizer(capsys, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shown(capsys, *options) == first
+
+
+def test_a_command_that_reads_for_long_says_so(tmp_path, monkeypatch, capsys):
+    source, read = world(tmp_path / "a.jsonl", 30), sources.read_rows
+
+    def slowly(*arguments):
+        for number, row in enumerate(read(*arguments)):
+            time.sleep(6.0 * (number == 20))
+            yield row
+
+    monkeypatch.setattr(sources, "read_rows", slowly)
+    monkeypatch.setattr(sources, "WINDOW", 10)
+    monkeypatch.setattr(sys, "argv", ["data", source, "--data.limit", "40"])
+    data_command.command()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "a.jsonl: " in line]
+    assert re.fullmatch(r"reading .*a\.jsonl: 20 of 40 rows, [56](\.\d)? s, about [56](\.\d)? s left", lines[0])

@@ -8,17 +8,21 @@ right is warned of and written again.
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from rto_fast.notices import notify
+from rto_fast.reporting.progress import progress
 from rto_fast.writing import write_file
 
 FORMAT = 1  # raise it when entries are laid out differently
 FEWEST_TEXTS = 64  # below, tokenising is faster than a file
+TEXTS_AT_ONCE = 1000  # between two looks at how far it is
 
 
 class CachingTokenizer:
@@ -41,7 +45,7 @@ class CachingTokenizer:
         path = self._folder / f"{key}.safetensors"
         ids = self._read(path, key, len(texts))
         if ids is None:
-            ids = self._tokenizer(texts, **options).input_ids
+            ids = tokenised(self._tokenizer, texts, **options)
             self._write(path, key, ids)
         return SimpleNamespace(input_ids=ids)
 
@@ -103,6 +107,18 @@ class CachingTokenizer:
         except OSError as error:  # a full or read-only disk costs the cache, not the run
             reason = error.strerror or error
             notify("data", "not_cached", f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached")
+
+
+def tokenised(tokenizer, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """The ids of texts by a tokenizer or a `CachingTokenizer`, whose progress is shown."""
+    if isinstance(tokenizer, CachingTokenizer):
+        return tokenizer(texts, **options).input_ids
+    ids: list[list[int]] = []
+    with progress("tokenising", len(texts), "texts") as phase:
+        for begin in range(0, len(texts), TEXTS_AT_ONCE):
+            ids += tokenizer(texts[begin : begin + TEXTS_AT_ONCE], **options).input_ids
+            phase.advance(min(TEXTS_AT_ONCE, len(texts) - begin))
+    return ids
 
 
 def _checksum(ids, sizes):

@@ -11,6 +11,7 @@ from rto_fast.data.templates import MODES, ChatTemplate
 from rto_fast.data.tokenizing import Limits, NothingLeft, preference_pairs, prompts, responses_of, sft_sequences
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
+from rto_fast.reporting.progress import progress
 from rto_fast.terminal import one_line
 
 # The columns that a mapping may name for each use; a file of prompts has no chosen responses to map.
@@ -47,10 +48,11 @@ class RunData:
         config = self.config
         name, split = split_of_source(source, split)
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
-        examples = load_examples(
-            name, split=split, columns=columns or None, limit=config.limit, invalid=config.invalid,
-            streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib, demonstrations=demonstrations,
-        )  # fmt: skip
+        with progress(f"reading {source}", config.limit, "rows"):
+            examples = load_examples(
+                name, split=split, columns=columns or None, limit=config.limit, invalid=config.invalid,
+                streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib, demonstrations=demonstrations,
+            )  # fmt: skip
         self.read[source] = len(examples)
         unique = without_duplicates(examples)
         if len(unique) < len(examples):

@@ -34,6 +34,7 @@ from rto_fast.data.detection import find_layout
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
 from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
 from rto_fast.notices import notify
+from rto_fast.reporting.progress import advance
 
 __all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
@@ -74,6 +75,7 @@ def load_examples(
     )
     examples, unread, skipped, first_error = [], [], 0, None
     for row, example in rows:
+        advance()
         if demonstrations and isinstance(example, Example) and (example.response or example.chosen) is None:
             example = DataError(
                 f"{example.origin}: no response or chosen; this stage needs it: remove the row, or use other data"

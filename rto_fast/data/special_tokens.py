@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_fast.data.cache import tokenised
 from rto_fast.data.messages import map_strings, strings
 from rto_fast.data.templates import any_of, is_thought_mark
 from rto_fast.errors import DataError
@@ -162,14 +163,15 @@ class SpecialTokens:
         if not texts:
             return []
         # verbose=False: no warning about model_max_length; the limits say what is too long
-        return self.tokenizer(
+        return tokenised(
+            self.tokenizer,
             list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
             **options,
-        ).input_ids
+        )
 
 
 def shown_again(message: str, hidden: Mapping[str, str]) -> str:

@@ -32,6 +32,7 @@ from rto_fast.data.notes import notes
 from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
 from rto_fast.notices import notify
+from rto_fast.reporting.progress import advance, progress
 
 
 class NothingLeft(DataError):
@@ -269,13 +270,15 @@ class _Reading:
         template = ChatTemplate(tokenizer)
         thinking = thinking or template.choose_thinking(responses_of(examples))
         self._encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, thinking)
-        self._read(examples, sides, invalid)
+        with progress("reading conversations", len(examples), "examples"):
+            self._read(examples, sides, invalid)
         self._say()
         self._fit_prompts(tokenizer.bos_token_id)
 
     def _read(self, examples, sides, invalid):
         self.examples, self._rows = [], []
         for example, responses in zip(examples, sides, strict=True):
+            advance()
             try:
                 row = self._encoder.read(example.prompt, responses, example.tools)
             except DataError as error:

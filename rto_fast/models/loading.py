@@ -22,6 +22,7 @@ from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.models.trace import Pass, failing_layer, first_difference, misses_mask, title
 from rto_fast.ops import linear_token_logps
+from rto_fast.reporting.progress import progress
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,12 @@ def load_causal_lm(
     Raises:
         ModelError: nothing usable at `path`, or an architecture that cannot be packed.
     """
-    model = _load_weights(
-        path, "causal_lm", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    check_causal_lm(model, path)
+    with progress(f"loading and checking {path}"):
+        model = _load_weights(
+            path, "causal_lm", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        check_causal_lm(model, path)
     return model
 
 
@@ -139,11 +141,12 @@ def load_scorer(
     Raises:
         ModelError: nothing usable at `path`, or scores that are not those of the model's own forward pass.
     """
-    model = _load_weights(
-        path, "scorer", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
-        trust_remote_code=trust_remote_code, new_head=new_head,
-    )  # fmt: skip
-    check_scorer(model, path)
+    with progress(f"loading and checking {path}"):
+        model = _load_weights(
+            path, "scorer", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype, trust_remote_code=trust_remote_code, new_head=new_head,
+        )  # fmt: skip
+        check_scorer(model, path)
     if new_head:  # not before the check: all scores would be 0, whatever leaks
         with torch.no_grad():
             for p in score_head(model).parameters():

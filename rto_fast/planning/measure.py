@@ -10,16 +10,18 @@ import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from rto_fast.config import load_config
+from rto_fast.config import Config, load_config
 from rto_fast.errors import TrainingError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.room import run_items
+from rto_fast.reporting.progress import progress
 from rto_fast.shipped_configs import DEFAULT
 
 # A Llama of 61 million parameters: large enough that weights, not the interpreter, make the peak.
@@ -52,6 +54,9 @@ def arguments(model: Path, output: Path, extra: list[str]) -> list[str]:
     options |= {f"{stage}.max_steps": 2 for stage in ("sft", "reward_model", "dpo")}
     options |= {"model.path": model, "output_dir": output, "eval.function": "null", "eval.prompts": 1}
     return [part for key, value in options.items() for part in (f"--{key}", str(value))] + extra
+
+
+STEP = re.compile(r"\w+ +(\d+)/(\d+) ")  # the live line of a stage, as a file gets it
 
 
 class Peaks:
@@ -137,21 +142,39 @@ def measure(config) -> dict[str, dict[str, float]]:
     return {title: {"predicted": predicted[title], "measured": value} for title, value in peaks.bytes.items()}
 
 
-def compare(extra: list[str], sizes: dict | None = None, give_back: bool = True) -> dict[str, dict[str, float]]:
+def compare(
+    extra: list[str], sizes: dict | None = None, give_back: bool = True, what: str = "measuring"
+) -> dict[str, dict[str, float]]:
     """`measure` in a process of its own, on a model written for it.
 
     Args:
-        extra: options of the run. give_back: tell glibc to give back what is freed.
+        extra: options of the run. give_back: tell glibc to give back what is freed. what: the name of its progress.
     """
     with tempfile.TemporaryDirectory() as folder:
         model, output, result = (Path(folder) / name for name in ("model", "run", "result.json"))
         write_model(model, **(SIZES if sizes is None else sizes))
-        command = [sys.executable, "-m", __name__, str(result), *arguments(model, output, extra)]
-        environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "262144"} if give_back else {})
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        options = arguments(model, output, extra)
+        command = [sys.executable, "-m", __name__, str(result), *options]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # its lines come when they are written
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"} if give_back else {}
+        said = []
+        with progress(what, _stages(load_config(options)), "stages") as phase, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        ) as process:  # fmt: skip
+            for line in process.stdout or ():
+                said.append(line)
+                if step := STEP.match(line):
+                    phase.advance(step[1] == step[2])
+                    phase.note = " ".join(line.split())
         if process.returncode:
-            raise TrainingError(f"--measure: the run failed:\n{process.stdout}")
+            raise TrainingError(f"--measure: the run failed:\n{''.join(said)}")
         return json.loads(result.read_text())
+
+
+def _stages(config: Config) -> int:
+    """How many stages a run trains."""
+    reward = config.needs_reward_model and not (config.reward_model.model or config.reward_model.function)
+    return sum([not config.sft.model, reward, config.needs_dpo_model and not config.dpo.model, config.rto.enabled])
 
 
 def table(needed: dict[str, dict[str, float]], as_it_is: dict[str, dict[str, float]] | None = None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rto_fast.errors import DataError
 from rto_fast.reporting import draw, figures
 from rto_fast.reporting.page import page
+from rto_fast.reporting.progress import progress
 from rto_fast.reporting.run_files import read_runs
 from rto_fast.writing import check_target, is_file, write_file
 
@@ -31,14 +32,17 @@ def write_report(folders, output=None):
         has_pictures = is_file(path)
         if has_pictures:
             pictures.mkdir(parents=True, exist_ok=True)
-        for title, panels in figures.sections(runs):
-            shown = []
-            for panel in panels:
-                svg, png = draw.render(panel)
-                shown.append((panel.title, svg))
-                if has_pictures:
-                    write_file(pictures / f"{_file_name(panel.slug)}.png", png)
-            drawn.append((title, shown))
+        sections = [(title, list(panels)) for title, panels in figures.sections(runs)]
+        with progress("drawing the report", sum(len(panels) for _, panels in sections), "figures") as phase:
+            for title, panels in sections:
+                shown = []
+                for panel in panels:
+                    svg, png = draw.render(panel)
+                    shown.append((panel.title, svg))
+                    if has_pictures:
+                        write_file(pictures / f"{_file_name(panel.slug)}.png", png)
+                    phase.advance()
+                drawn.append((title, shown))
         write_file(path, page(runs, drawn))
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be written ({error.strerror}); see --output") from error

@@ -12,6 +12,7 @@ from rto_fast.errors import ModelError, UserError
 from rto_fast.models.directory import first_line
 from rto_fast.models.loading import attention_implementation, check_sequences
 from rto_fast.models.trace import failing_layer
+from rto_fast.reporting.progress import advance
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
 
@@ -75,6 +76,7 @@ class HFEngine:
                     chosen = order[i : i + self.config.batch_size]
                     for index, response in zip(chosen, self._decode([prompt_ids[j] for j in chosen], sampling)):
                         responses[index] = response[: limits[index]]
+                    advance(len(chosen))
             finally:
                 self.model.generation_config = defaults
         reasons = finish_reasons(responses, sampling.stop_ids)

@@ -6,6 +6,7 @@ from itertools import accumulate, count
 
 import torch
 
+from rto_fast.reporting.progress import advance
 from rto_fast.rollout.attention import Prefill
 from rto_fast.rollout.base import nan_logits
 from rto_fast.rollout.cache import to_device
@@ -119,6 +120,7 @@ class Scheduler:
         for sequence in ended:
             self.cache.give(sequence.pages)
         if ended:
+            advance(len(ended))
             self.running = [s for s in self.running if not done[s.row]]
             self._compact()
 

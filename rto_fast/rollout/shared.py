@@ -2,6 +2,7 @@
 
 import torch
 
+from rto_fast.reporting.progress import progress
 from rto_fast.rollout.base import RolloutBatch, finish_reasons
 from rto_fast.training import ranks
 
@@ -15,11 +16,13 @@ def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
     """
     size = ranks.world_size()
     if size == 1:
-        return engine.generate(prompt_ids, n, sampling, seed)
+        with progress("sampling", n * len(prompt_ids), "responses"):
+            return engine.generate(prompt_ids, n, sampling, seed)
     shares = ranks.share([len(ids) for ids in prompt_ids], size)
     # A rank without a prompt of its own samples too: sharded weights are gathered by all.
     own = shares[ranks.rank()] or [0]
-    part = engine.generate([prompt_ids[i] for i in own], n, sampling, seed, prompt_numbers=own)
+    with progress("sampling", n * len(own), "responses"):
+        part = engine.generate([prompt_ids[i] for i in own], n, sampling, seed, prompt_numbers=own)
     counts = [len(share) * n for share in shares]
     lengths = torch.tensor([len(ids) for ids in part.response_ids])[: counts[ranks.rank()]]
     lengths_of = ranks.gather(lengths, counts)

@@ -18,6 +18,7 @@ from rto_fast.models.lora import FOLDER as ADAPTER
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import device_of, is_zero3, resident, whole_weights
 from rto_fast.models.tokens import choose_pad, plain_generation, write_pad_token, write_stop_tokens
+from rto_fast.reporting.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.state_files import remove, replace_folder
 
@@ -43,7 +44,8 @@ def save_model(
         if ranks.is_main():
             if stop_ids is None:
                 stop_ids = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-            _write_model(model, tokenizer, folder, stop_ids)
+            with progress(f"writing {folder}"):
+                _write_model(model, tokenizer, folder, stop_ids)
         ranks.barrier()
     return str(folder)
 

@@ -7,6 +7,7 @@ from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of
 from rto_fast.preflight import preference_finding
+from rto_fast.reporting.progress import progress
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.training.loop import train
@@ -38,8 +39,9 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     model = Loader(config, placement).trained("causal_lm", base)
     # The reference is the model before its first step: no second copy, each pair scored once.
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
-    reference = pair_logps(model, pairs, stage.micro_batch_tokens)
-    held_out_reference = pair_logps(model, held_out, stage.micro_batch_tokens) if held_out else None
+    with progress("dpo: reference log-probs"):
+        reference = pair_logps(model, pairs, stage.micro_batch_tokens)
+        held_out_reference = pair_logps(model, held_out, stage.micro_batch_tokens) if held_out else None
 
     def loss(indices, step_indices):
         before = reference[indices].to(placement["device"])
@@ -54,7 +56,8 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
     model.eval()
     if held_out:
-        change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference
+        with progress("dpo: held-out pairs"):
+            change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {"held_out_accuracy": accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")

@@ -12,6 +12,7 @@ import torch
 
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.progress import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
@@ -120,7 +121,8 @@ class Checkpoints:
         good = len(self.points)
         while ranks.is_main() and (name := self.points[good - 1]["checkpoint"]):
             folder = self.folder / "checkpoints" / name
-            damage = find_damage(folder)
+            with progress(f"looking at the checkpoint {name}"):
+                damage = find_damage(folder)
             if damage is None and owner_of(folder) not in (self.run, None):
                 damage = "it is another run's"
             if damage is None:
@@ -209,7 +211,8 @@ class Checkpoints:
         self.check_lock()
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
-        save_state(folder / name, trainer.state_dict(), self.run)
+        with progress(f"writing the checkpoint {name}"):
+            save_state(folder / name, trainer.state_dict(), self.run)
         beginning, *others = [point for point in self.points if point["checkpoint"] != name]
         self.points = [beginning, *others[max(0, len(others) - self.keep + 1) :], self._point(name, unfinished)]
         self._write()
@@ -221,7 +224,8 @@ class Checkpoints:
         if not name or name.rpartition("-")[0] != stage:
             return False
         folder = self.folder / "checkpoints" / name
-        state = load_state(folder)
+        with progress(f"reading the checkpoint {name}"):
+            state = load_state(folder)
         try:
             if misfit := find_misfit(state, trainer.state_dict()):
                 raise ValueError(misfit)

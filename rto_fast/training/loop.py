@@ -6,6 +6,7 @@ import torch
 
 from rto_fast.errors import RewardError, TrainingError, UserError
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints, Trainer
 
@@ -30,11 +31,16 @@ def train(
     stop.waits = True  # until the stage has written its model
     if checkpoints.restore(name, trainer) and evaluate:
         evaluate(trainer.step_count)
-    with log.stage(name, trainer.steps, trainer.step_count) as progress:
+    done = trainer.step_count
+    with (
+        log.stage(name, trainer.steps, done) as line,
+        progress(name, trainer.steps, "steps", done=done, has_line=line.live) as phase,
+    ):
         while trainer.step_count < trainer.steps:
             recorded: dict[str, int] | None = None  # the logs' sizes, once the step is in them
             try:
-                metrics = progress.step(trainer.step(), show=show)
+                metrics = line.step(trainer.step(), show=show)
+                phase.advance()
                 if after_step:
                     after_step(trainer.step_count, metrics)
                 recorded = checkpoints.log_sizes()

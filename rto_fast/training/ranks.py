@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rto_fast.batch import micro_batches
+from rto_fast.reporting.progress import progress
 
 
 def world_size() -> int:
@@ -108,9 +109,12 @@ def map_items(
         the rows of all items, in their order, on every rank.
     """
     values = []
-    for run, is_work in shared_micro_batches(lengths, max_tokens):
-        result = forward(run)
-        values.append(result if is_work else result[:0])
+    micro_batches_here = shared_micro_batches(lengths, max_tokens)
+    with progress(total=sum(len(run) for run, is_work in micro_batches_here if is_work), unit="sequences") as phase:
+        for run, is_work in micro_batches_here:
+            result = forward(run)
+            values.append(result if is_work else result[:0])
+            phase.advance(len(run) * is_work)
     own = torch.cat(values)
     if world_size() == 1:
         return own

@@ -1,0 +1,171 @@
+"""What is done and what is left of anything that lasts longer than `PATIENCE` seconds, on stderr.
+
+    with progress("dpo: reference log-probs", total=len(pairs), unit="pairs") as phase:
+        for pair in pairs:
+            ...
+            phase.advance()
+
+A terminal shows one line that is written over; a file gets a line after 5, 10, 20, 40 … seconds. Of phases within each
+other the innermost that lasts long is shown. Nothing is shown before a command asks for it (`shown`), and by one process of
+several.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from rto_fast.data.inspection import visible
+
+PATIENCE = 5.0  # seconds without a word
+INTERVAL = 0.5  # seconds between two looks
+LONGEST_SILENCE = 600.0  # seconds between two lines of a file
+_LOCK = threading.Lock()
+
+
+class Progress:
+    """One phase.
+
+    Args:
+        what: its name; that of the phase around it if this is empty. total: of items, None where nobody knows. unit: their
+            name. done: items that were done before. has_line: another live line shows this phase while it advances.
+    Attributes:
+        note: said behind the figures.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0, has_line: bool = False):
+        self.what, self.total, self.unit = what, total, unit
+        self.count = self.done = done
+        self.has_line, self.note = has_line, ""
+        self.start = self.advanced = time.monotonic()
+        self.next_line = PATIENCE
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+        self.advanced = time.monotonic()
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self.start
+        parts = []
+        if self.total is not None or self.count:
+            parts.append(
+                f"{self.count:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}"
+            )
+        parts.append(duration(elapsed))
+        fresh = self.count - self.done
+        if self.total is not None and fresh > 0:
+            parts[-1] += f", about {duration(elapsed / fresh * max(0, self.total - self.count))} left"
+        return visible(f"{self.what}: {', '.join(parts)}{f' ({self.note})' if self.note else ''}")
+
+
+class _Display:
+    """The phases that are under way, and the thread that shows them."""
+
+    def __init__(self):
+        self.is_on, self.phases, self.thread, self.ended = False, [], None, threading.Event()
+        self.has_drawn = False
+
+    def begin(self, phase: Progress) -> None:
+        with _LOCK:
+            self.phases.append(phase)
+            if self.thread is None and self.is_on and os.environ.get("RANK", "0") == "0":
+                self.ended = threading.Event()
+                self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
+                self.thread.start()
+
+    def end(self, phase: Progress) -> None:
+        with _LOCK:
+            self.phases.remove(phase)
+            thread = self.thread if not self.phases else None
+            self._clear()
+            if thread:
+                self.thread = None
+                self.ended.set()
+        if thread:
+            thread.join(1.0)
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(INTERVAL):
+            with _LOCK:
+                if not ended.is_set():
+                    self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        phase = next((phase for phase in reversed(self.phases) if now - phase.start >= PATIENCE), None)
+        if phase is None or (phase.has_line and _is_terminal() and now - phase.advanced < PATIENCE):
+            return
+        if _is_terminal():
+            self._write(f"\r{phase.line()[: _columns() - 1]}\x1b[K")
+            self.has_drawn = True
+        elif now - phase.start >= phase.next_line:
+            phase.next_line = now - phase.start + min(max(now - phase.start, PATIENCE), LONGEST_SILENCE)
+            self._write(phase.line() + "\n")
+
+    def _clear(self) -> None:
+        if self.has_drawn:
+            self.has_drawn = False
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):  # closed, gone, or of too few characters: the work goes on
+            pass
+
+
+_DISPLAY = _Display()
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Shows the progress of what happens in a `with` block."""
+    before, _DISPLAY.is_on = _DISPLAY.is_on, True
+    try:
+        yield
+    finally:
+        _DISPLAY.is_on = before
+
+
+@contextlib.contextmanager
+def progress(
+    what: str = "", total: int | None = None, unit: str = "items", *, done: int = 0, has_line: bool = False
+) -> Iterator[Progress]:
+    """Shows a `with` block as a phase, once it lasts long; see `Progress` for the arguments."""
+    around = _DISPLAY.phases[-1].what if _DISPLAY.phases else "working"
+    phase = Progress(what or around, total, unit, done, has_line)
+    _DISPLAY.begin(phase)
+    try:
+        yield phase
+    finally:
+        _DISPLAY.end(phase)
+
+
+def advance(count: int = 1) -> None:
+    """Advances the innermost phase, for what does not know in which it works."""
+    phases = _DISPLAY.phases
+    if phases:
+        phases[-1].advance(count)
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):
+        return False
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,102 @@
+"""Whatever lasts longer than five seconds says what is done and what is left."""
+
+import io
+import os
+import pty
+import re
+import sys
+import threading
+import time
+
+import pytest
+
+from rto_fast.reporting import progress as progress_module
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A fiftieth of the time."""
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(progress_module, "INTERVAL", 0.01)
+    with progress_module.shown():
+        yield progress_module.progress
+
+
+def test_a_file_gets_lines_at_growing_intervals(quick, capsys):
+    with quick("counting", 100, "sheep", done=50) as phase:
+        for _ in range(25):
+            time.sleep(0.05)
+            phase.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5 and all(
+        re.match(r"counting: [567]\d of 100 sheep, .* s, about .* s left", x) for x in lines
+    )
+    seconds = [float(re.search(r"sheep, ([\d.]+) s", line)[1]) for line in lines]
+    assert all(later >= 1.8 * earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
+
+
+def test_a_terminal_gets_one_line_that_is_removed(quick, monkeypatch):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with quick("thinking \x1b[31m"):
+            time.sleep(0.3)
+        time.sleep(0.05)
+        written = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert written.count("\n") == 0 and written.count("\rthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
+
+
+def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):
+    with quick("outer"):
+        with quick("inner", 3):
+            time.sleep(0.25)
+        for _ in range(8):
+            with quick("brief"):
+                time.sleep(0.05)
+        with quick(unit="parts") as phase:
+            phase.advance(7)
+            time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("inner: 0 of 3 items, ") and any(line.startswith("outer: 7 parts, ") for line in lines)
+    assert any(re.match(r"outer: [\d.]+ s$", line) for line in lines) and not any("brief" in line for line in lines)
+
+
+def test_a_phase_with_a_line_of_its_own_is_shown_where_that_stands_still(quick, monkeypatch):
+    monkeypatch.setattr(progress_module, "_is_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    with quick("dpo", 9, "steps", has_line=True) as phase:
+        for _ in range(10):
+            time.sleep(0.03)
+            phase.advance()
+        assert not written.getvalue()
+        time.sleep(0.2)
+    assert "\rdpo: 10 of 9 steps, " in written.getvalue()
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stream", [Broken(), None], ids=["broken", "none"])
+def test_a_stream_that_is_gone_costs_nothing(quick, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with quick("working"):
+        time.sleep(0.2)
+
+
+def test_nothing_is_shown_unasked_and_no_thread_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress_module, "INTERVAL", 0.01)
+    before = threading.active_count()
+    with progress_module.progress("a library's call"):
+        time.sleep(0.05)
+        assert threading.active_count() == before
+    monkeypatch.setenv("RANK", "1")  # of several processes, one speaks
+    with progress_module.shown(), progress_module.progress("working"):
+        time.sleep(0.05)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(KeyboardInterrupt), progress_module.shown(), progress_module.progress("interrupted"):
+        raise KeyboardInterrupt
+    assert threading.active_count() == before and not capsys.readouterr().err
