@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import select
+import shutil
 import sys
 import threading
 import traceback
@@ -116,6 +117,14 @@ def say(*parts: object, err: bool = False) -> None:
         with bars.tqdm.external_write_mode(stream) if bars else contextlib.nullcontext():
             stream.write("".join(map(_printable, parts)) + "\n")
             stream.flush()
+
+
+def redraw(text: str) -> None:
+    """Draws `text` over the line of stderr that was drawn before; an empty one clears it. Cut to the terminal's width."""
+    stream = sys.stderr
+    if stream is not None:
+        stream.write(f"\r{one_line(text)[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+        stream.flush()
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -234,7 +234,7 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
     rows = [row | {"chosen": "три ± ✓"} for row in preference_rows(30, seed=3)]
     (tmp_path / "pairs.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
     arguments = [
-        "--output_dir", "run", "--threads", "1", "--data.preferences", "pairs.jsonl", "--data.sft", "null",
+        "--config", "default", "--output_dir", "run", "--data.preferences", "pairs.jsonl", "--data.sft", "null",
         "--data.eval_prompts", "null", "--sft.max_steps", "1", "--dpo.max_steps", "1", "--rto.enabled", "false",
         "--eval.function", "rto_fast.data.world:gold_reward", "--rollout.max_new_tokens", "4", "--eval.prompts", "2",
     ]  # fmt: skip

@@ -5,7 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 EXTENDING = ("linear", "yarn")  # RoPE scalings whose factor multiplies the context of the configuration
-VARYING = ("dynamic", "longrope")  # whose frequencies change with the longest sequence of a batch, past the original context
+VARYING = (
+    "dynamic",
+    "longrope",
+)  # whose frequencies change with the longest sequence of a batch, past the original context
 
 
 def context_of(config: PreTrainedConfig) -> int | None:

@@ -15,9 +15,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from rto_fast.data.inspection import visible
+from rto_fast.terminal import one_line, redraw, say
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -57,7 +58,7 @@ class Progress:
         fresh = self.count - self.done
         if self.total is not None and fresh > 0:
             parts[-1] += f", about {duration(elapsed / fresh * max(0, self.total - self.count))} left"
-        return visible(f"{self.what}: {', '.join(parts)}{f' ({self.note})' if self.note else ''}")
+        return one_line(f"{self.what}: {', '.join(parts)}{f' ({self.note})' if self.note else ''}")
 
 
 class _Display:
@@ -98,23 +99,20 @@ class _Display:
         if phase is None or (phase.has_line and _is_terminal() and now - phase.advanced < PATIENCE):
             return
         if _is_terminal():
-            self._write(f"\r{phase.line()[: _columns() - 1]}\x1b[K")
+            self._write(redraw, phase.line())
             self.has_drawn = True
         elif now - phase.start >= phase.next_line:
             phase.next_line = now - phase.start + min(max(now - phase.start, PATIENCE), LONGEST_SILENCE)
-            self._write(phase.line() + "\n")
+            self._write(partial(say, err=True), phase.line())
 
     def _clear(self) -> None:
         if self.has_drawn:
             self.has_drawn = False
-            self._write("\r\x1b[K")
+            self._write(redraw, "")
 
-    def _write(self, text: str) -> None:
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):  # closed, gone, or of too few characters: the work goes on
-            pass
+    def _write(self, write: Callable[[str], None], line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # of a library user's own stream: the work goes on
+            write(line)
 
 
 _DISPLAY = _Display()
@@ -156,13 +154,6 @@ def _is_terminal() -> bool:
         return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, ValueError):
         return False
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
 
 
 def duration(seconds: float) -> str:
