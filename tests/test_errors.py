@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from rto_fast import train
+from rto_fast.config import load_config
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.models.loading import causal_logps
 from rto_fast.stages.common import save_model
@@ -309,6 +311,14 @@ def test_reward_functions(refused, tmp_path, function, message):
     line = refused(*RTO, *options)
     assert f"rto_fast: {path}: {message.format(cwd=os.getcwd())}" in line
     assert line.endswith(how_to_go_on(tmp_path / "out")) and time.perf_counter() - started < 20
+
+
+def test_the_line_that_says_how_to_go_on_is_one_for_a_shell(refused, folder):
+    odd = "-it's  a $HOME run"
+    line = refused(*RTO, "--reward_model.function", "faulty_rewards:raises", "--output_dir", odd)
+    words = shlex.split(line.partition("go on with: ")[2])
+    assert words[:3] == ["python", "-m", "rto_fast.train"]
+    assert load_config(words[3:]).resume.endswith(odd) and (folder / odd / "progress.json").exists()
 
 
 def test_a_judge_that_fails_between_iterations_of_rto(refused, tmp_path):

@@ -1,6 +1,7 @@
 """When a signal ends a run, and how."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,15 @@ def test_where_nothing_would_be_lost_the_run_ends_at_once(number, code):
     assert str(stopped.value) == "stopped; go on with: python -m rto_fast.train --resume runs/a"
     assert exit_code(stopped.value) == code and not stopped.value.together
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("folder", ["a  b", "it's", "$(id)", "-x", "--resume", "a;b"])
+def test_how_to_go_on_is_a_line_for_a_shell(folder):
+    stop = StopRequest()
+    stop.folder = folder
+    words = shlex.split(str(stop.interrupted("stopped")).partition("go on with: ")[2])
+    assert words[:-1] == "python -m rto_fast.train --resume".split()
+    assert os.path.normpath(words[-1]) == folder and not words[-1].startswith("-")
 
 
 def test_before_there_is_a_run_it_says_so():
