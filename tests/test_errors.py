@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from rto_fast import train
+from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.errors import ConfigError, ModelError, RewardError
@@ -407,6 +409,14 @@ def test_ctrl_c_that_a_library_has_taken_over_ends_as_ours_does(start, tmp_path,
     assert (
         said.endswith(f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}\n") and said.count("\n") == 1
     )
+
+
+def test_the_line_that_says_how_to_go_on_is_one_for_a_shell(refused, folder):
+    odd = "-it's  a $HOME run"
+    line = refused(*RTO, "--reward_model.function", "faulty_rewards:raises", "--output_dir", odd)
+    words = shlex.split(line.partition("go on with: ")[2])
+    assert words[:3] == ["python", "-m", "rto_fast.train"]
+    assert load_config(words[3:]).resume.endswith(odd) and (folder / odd / "progress.json").exists()
 
 
 def test_a_judge_that_fails_between_iterations_of_rto(refused, tmp_path):

@@ -1,6 +1,7 @@
 """When a signal ends a run, and how."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def test_a_hangup_that_is_ignored_stays_ignored():
         time.sleep(0.01)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert stop.signal is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("folder", ["a  b", "it's", "$(id)", "-x", "--resume", "a;b"])
+def test_how_to_go_on_is_a_line_for_a_shell(folder):
+    stop = StopRequest()
+    stop.folder = folder
+    words = shlex.split(str(stop.interrupted("stopped")).partition("go on with: ")[2])
+    assert words[:-1] == "python -m rto_fast.train --resume".split()
+    assert os.path.normpath(words[-1]) == folder and not words[-1].startswith("-")
 
 
 def test_before_there_is_a_run_it_says_so():
