@@ -190,6 +190,9 @@ def _unfailing(stream: TextIO | None, descriptor: int, ends: bool) -> TextIO:
     return io.TextIOWrapper(buffer, encoding, "rto_fast.spell", line_buffering=True)
 
 
+_told: set[str] = set()
+
+
 class _Record(logging.LogRecord):
     """A library's log line; it may quote names of files and of weights."""
 
@@ -205,9 +208,14 @@ def _show_exception(kind: type[BaseException], error: BaseException | None, trac
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
+    text, place = f"warning: {one_line(message)}", f" ({category.__name__}, {filename}:{lineno})"
+    if isinstance(message, Notice):
+        place = ""
+        if text in _told:
+            return
+        _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        ours = isinstance(message, Notice)
-        say("warning: ", one_line(message), "" if ours else f" ({category.__name__}, {filename}:{lineno})", err=True)
+        say(text, place, err=True)
 
 
 def protect(ends: bool = False) -> None:
@@ -228,4 +236,5 @@ def protect(ends: bool = False) -> None:
         sys.excepthook = _show_exception
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = lambda fault: _show_exception(fault.exc_type, fault.exc_value, fault.exc_traceback)
+    _told.clear()
     warnings.showwarning = _show_warning

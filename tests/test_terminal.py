@@ -225,6 +225,22 @@ def test_what_python_prints_by_itself_is_escaped(kind, tmp_path):
         assert text.startswith("warning: ") and text.count("\n") == 1 and "(UserWarning, " in text
 
 
+def test_a_warning_of_ours_is_one_line_and_said_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 red cup"}\n' * 3 + "{}\n")
+    body = """from rto_fast.data.sources import load_examples
+    for _ in range(3):
+        with warnings.catch_warnings():
+            load_examples("rows.jsonl", invalid="skip")
+    """
+    process = start(tmp_path, body, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, error = process.communicate(timeout=60)
+    assert (
+        not out
+        and error.count("\n") == 1
+        and error.startswith("warning: rows.jsonl: 1 unusable rows skipped, the first")
+    )
+
+
 def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
     """In an ASCII locale; the reader of stdout leaves after a line, stderr is closed."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_fast import report
+from rto_fast import evaluate, report
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
@@ -143,6 +143,21 @@ def test_a_report_to_stdout_is_all_that_is_there(name, capfd):
     out, err = capfd.readouterr()
     assert out.lower().startswith("<!doctype html>") and out.rstrip().endswith("</html>")
     assert err.startswith("report: ") and err.count("\n") == 1 and not Path("link_figures").exists()
+
+
+@pytest.mark.parametrize("name", ["-", "link"])
+def test_an_evaluation_to_stdout_is_all_that_is_there(name, capfd, monkeypatch):
+    def measure(options, say):
+        say("policy: responds to 4 prompts")
+        return {"rewards": {}, "kl": {key: {"value": 1.0, "low": 0.5, "high": 2.0, "count": 4} for key in ("k1", "k3")}}
+
+    monkeypatch.setattr("rto_fast.evaluation_run.measure", measure)
+    Path("link").symlink_to("/dev/stdout")
+    evaluate.main(["--model", "m", "--data", "embedded:eval_prompts", "--output", name])
+    out, err = capfd.readouterr()
+    assert (
+        json.loads(out)["kl"]["k1"]["value"] == 1.0 and "responds to 4 prompts" in err and "KL to the reference" in err
+    )
 
 
 def test_a_link_that_somebody_put_beside_is_not_followed(writer):
