@@ -153,6 +153,15 @@ def truncated(size):
     return lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:size])
 
 
+def index(file):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        weight_map = {"weight_map": {"model.norm.weight": file}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+
+    return damage
+
+
 UP = "model.layers.0.mlp.up_proj.weight"
 DIRECTORIES = {
     "NaN": (weights(lambda s: s[UP][0].fill_(NAN) is None or None), rf"{UP} holds NaN or infinity"),
@@ -170,6 +179,10 @@ DIRECTORIES = {
     "config that is no object": (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object, got"),
     "config that is binary": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\0"), "config.json: not JSON"),
     "config that is deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not JSON"),
+    "index that leaves the directory": (index("../x.safetensors"), "'../x.safetensors' is no file name in this directory"),
+    "index without names": (index(5), "index.json: 5 is no file name in this directory"),
+    "index of files that are not there": (index("x.safetensors"), "x.safetensors: damaged weights"),
+    "tokenizer without a length": (lambda d: settings(d, "tokenizer_config.json", model_max_length="x"), "does not encode "),
     "file": (a_file, "a file, not a directory"),
     "file inside": (lambda d: None, "a file, not a directory"),
 }  # fmt: skip

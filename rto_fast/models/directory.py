@@ -73,7 +73,14 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     if os.path.isfile(f"{path}/config.json"):  # transformers reads it first, and would blame the tokenizer
         model_config(path, trust_remote_code=trust_remote_code)
-    return from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer.decode(tokenizer("a").input_ids)
+    except Exception as error:  # its settings may hold anything, and are not looked at before
+        raise ModelError(
+            f"{path}: the tokenizer does not encode text: {first_line(error)}; mend tokenizer_config.json"
+        ) from error
+    return tokenizer
 
 
 def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -184,6 +191,9 @@ def _weight_files(path: str) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
+    strange = [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]
+    if strange:
+        raise ModelError(f"{index}: {strange[0]!r} is no file name in this directory; copy the file again")
     return [index.with_name(name) for name in sorted(set(names))]
 
 

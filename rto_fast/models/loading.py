@@ -75,6 +75,9 @@ def _load_weights(
             getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
         )  # fmt: skip
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{path}: its weights are quantised (quantization_config) and are not trained here; give the "
+                         "model as it was before")  # fmt: skip
     if new_head:
         own = {name for name, p in model.named_parameters() if any(p is q for q in score_head(model).parameters())}
         # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
