@@ -39,7 +39,7 @@ from rto_fast.sources_of_stages import check_pairs_given, say_sources
 from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
-from rto_fast.supplied import check_contexts, check_endings, check_models, supplied_models
+from rto_fast.supplied import check_contexts, check_endings, check_models, supplied_models, tell_dropout
 from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -164,6 +164,8 @@ class Run:
         self.tokenizer = load_tokenizer(config.model.tokenizer or self.base, trust_remote_code=trust)
         self.models = supplied_models(config, self.base)
         check_models(self.models, self.tokenizer, trust_remote_code=trust)
+        trained = [model for model in self.models if model.key == "rto.critic" or model is self.models[0]]
+        tell_dropout(trained, self.log.say, trust)
         if self._trains_reward_model or self._critic_starts_from_policy:
             check_becomes_scorer(self.base, trust_remote_code=trust)
         self.stop_ids = stop_token_ids(self.tokenizer, generation_config(self.base, trust_remote_code=trust))

@@ -16,11 +16,11 @@ from rto_fast.models.context import context_of, varying_rope
 from rto_fast.models.directory import (
     check_fit,
     check_vocabulary,
-    check_weights,
     generation_config,
     load_tokenizer,
     model_config,
 )
+from rto_fast.models.dropout import dropout_rates
 from rto_fast.preflight import CHECKED_PAIRS, stop_finding
 from rto_fast.rewards import same_tokens
 
@@ -78,10 +78,9 @@ def check_models(
             load_tokenizer(model.path, **trusted)
     for model in models:
         with _named(model.key):
-            check_weights(model.path)
+            check_fit(model.path, model.kind, **trusted)
             if model.kind == "causal_lm":
                 generation_config(model.path, **trusted)
-            check_fit(model.path, model.kind, **trusted)
 
 
 @contextlib.contextmanager
@@ -112,6 +111,18 @@ def check_endings(
         if model.reads_ids or same_tokens(own, tokenizer):
             if finding := stop_finding(model.key, model.path, own_stop_ids, end, tokenizer):
                 warn(finding)
+
+
+def tell_dropout(models: Iterable[Supplied], say: Callable[[str], Any], trust_remote_code: bool) -> None:
+    """Says which dropout rates of models to be trained are set to 0 when they are loaded.
+
+    Args:
+        say: called with a line of text.
+    """
+    for model in models:
+        if rates := dropout_rates(model_config(model.path, trust_remote_code=trust_remote_code)):
+            told = ", ".join(f"{key} ({rate:g})" for key, rate in rates.items())
+            say(f"{model.key}: {model.path}: config.json's {told} set to 0: dropout would make log-probs random")
 
 
 def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str, trust_remote_code: bool) -> None:

@@ -160,7 +160,8 @@ def test_attention_that_cannot_be_packed_is_refused_in_one_line(name, tmp_path, 
 
 MAMBA = dict(mamba_d_state=4, mamba_dt_rank=4, state_size=4, time_step_rank=4)
 RECURRENT = {
-    "lfm2": (dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False), "conv.conv.weight", "Lfm2ShortConv"),
+    "lfm2": (dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False), "conv.conv.weight",
+             "Lfm2ShortConv"),
     "mamba": (MAMBA, "conv1d.weight", "MambaMixer"),
     "mamba2": (dict(num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8), "conv1d.weight", "Mamba2Mixer"),
     "jamba": (MAMBA | dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1), "dt_proj.weight", "JambaMambaMixer"),

@@ -291,8 +291,9 @@ TOO_LONG = {
                                "the longest demonstration has "),
     "SFT, RoPE": ([*SFT, "--model.path", "short"], "model.path: short has a context of 10 tokens, the longest demonstration "
                   "has 81; lower max_prompt_tokens or max_response_tokens"),
-    "RoPE that changes with the longest neighbour": ([*SFT, "--model.path", "varying"], "model.path: varying has a context of "
-        "10 tokens (past it, its RoPE, dynamic, changes with the longest sequence of a batch), the longest demonstration has "),
+    "RoPE that changes with the longest neighbour": (
+        [*SFT, "--model.path", "varying"], "model.path: varying has a context of 10 tokens (past it, its RoPE, dynamic, "
+        "changes with the longest sequence of a batch), the longest demonstration has "),
     "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest preference "),
     "prompts": ([*RTO, *GOLD, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest prompt "
                 "with the first token of a response has "),

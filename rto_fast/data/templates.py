@@ -216,7 +216,10 @@ class ChatTemplate:
             except Exception as error:
                 failures.append(error)
         said = " ".join(f"{type(failures[0]).__name__}: {failures[0]}".split())
-        raise DataError(f"the chat template does not render a question and its answer: {said}") from failures[0]
+        raise DataError(
+            f"the chat template of {self.tokenizer.name_or_path} does not render a question and its answer: {said}; mend it "
+            "(chat_template.jinja, or chat_template in tokenizer_config.json), or give data.prompt_format: text"
+        ) from failures[0]
 
     @cached_property
     def turn(self) -> Response:

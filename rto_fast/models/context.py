@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from rto_fast.models.config_file import ropes
+
 EXTENDING = ("linear", "yarn")  # RoPE scalings whose factor multiplies the context of the configuration
 VARYING = (
     "dynamic",
@@ -27,18 +29,12 @@ def context_of(config: PreTrainedConfig) -> int | None:
     positions = getattr(text, "max_position_embeddings", None)
     if not positions or positions < 0 or getattr(text, "alibi", False):
         return None
-    return min(_context(rope, text, positions) for rope in _ropes(text))
+    return min(_context(rope, text, positions) for rope in ropes(config) or [{}])
 
 
 def varying_rope(config: PreTrainedConfig) -> str | None:
     """The type of a model's RoPE, where it limits the context (see `context_of`)."""
-    return next((r["rope_type"] for r in _ropes(config.get_text_config()) if r.get("rope_type") in VARYING), None)
-
-
-def _ropes(text: PreTrainedConfig) -> list[dict[str, Any]]:
-    """RoPE's parameters: one dict, or one for each kind of layers."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    return [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    return next((r["rope_type"] for r in ropes(config) if r.get("rope_type") in VARYING), None)
 
 
 def _context(rope: dict[str, Any], text: PreTrainedConfig, positions: int) -> int:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rto_fast.errors import ModelError
+from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
 from rto_fast.models.head import score_head
 
 # What a model is read as: its name in messages, and the transformers class that reads it, with these options.
@@ -19,6 +20,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "causal_lm": ("a causal language model", "AutoModelForCausalLM", {}),
     "scorer": ("a sequence classifier with one label", "AutoModelForSequenceClassification", {"num_labels": 1}),
 }
+DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names
 
 
 def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> Any:
@@ -26,6 +28,10 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # the files may hold anything, and each mistake fails somewhere else in transformers
+        if os.path.isfile(path):
+            raise ModelError(
+                f"{path}: cannot load {what}: it is a file, not a directory; give the one that it is in"
+            ) from None
         is_local, reason = os.path.isdir(path), first_line(error)
         place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
         remedy = "" if is_local else "; check the name and the network, or give a local directory"
@@ -47,8 +53,11 @@ def quiet() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What a foreign error says, for a message of one line."""
-    first, *more = [line.strip() for line in str(error).strip().split("\n")]
+    told = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # else in quotes
+    first, *more = [line.strip() for line in told.strip().split("\n")]
     text = f"{first} {more[0]}" if first.endswith(":") and more else first
+    if type(error).__name__.startswith("StrictDataclass"):  # an error of a field, inside of one of the class
+        return text.rpartition("Error: ")[2]
     return (
         text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
     )
@@ -62,14 +71,26 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    return from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    if os.path.isfile(f"{path}/config.json"):  # transformers reads it first, and would blame the tokenizer
+        model_config(path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer.decode(tokenizer("a").input_ids)
+    except Exception as error:  # its settings may hold anything, and are not looked at before
+        raise ModelError(
+            f"{path}: the tokenizer does not encode text: {first_line(error)}; mend tokenizer_config.json"
+        ) from error
+    return tokenizer
 
 
 def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The `config.json` at `path`, as transformers reads it."""
     from transformers import AutoConfig
 
-    return from_pretrained(AutoConfig, "a model", path, trust_remote_code=trust_remote_code)
+    check_sizes(path)
+    config = from_pretrained(AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code)
+    check_rope(config, path)
+    return config
 
 
 def check_becomes_scorer(path: str, *, trust_remote_code: bool = False) -> None:
@@ -170,6 +191,9 @@ def _weight_files(path: str) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
+    strange = [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]
+    if strange:
+        raise ModelError(f"{index}: {strange[0]!r} is no file name in this directory; copy the file again")
     return [index.with_name(name) for name in sorted(set(names))]
 
 
@@ -197,7 +221,13 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+                    part = opened.get_slice(name)
+                    if name.endswith(".weight") and part.get_dtype() not in DTYPES:
+                        raise ModelError(
+                            f"{file}: {name} is of type {part.get_dtype()}: quantised weights, which are not trained; give "
+                            f"the model as it was before ({', '.join(DTYPES)})"
+                        )
+                    shapes[name] = torch.empty(part.get_shape(), device="meta")
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: damaged weights: {error}; copy the file again") from error
     return shapes
@@ -216,7 +246,15 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
         return
     import transformers
 
+    config = model_config(path, trust_remote_code=trust_remote_code)
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > max(1, len(shapes)):
+        raise ModelError(
+            f"{path}: num_hidden_layers of config.json is {layers}, the checkpoint holds {len(shapes)} weights in all: two "
+            "models are mixed"
+        )
+    check_tokens(path, config.get_text_config().vocab_size)
     trusted = {"trust_remote_code": trust_remote_code}
     try:
         with quiet():
@@ -232,7 +270,13 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     except Exception as error:  # as in `from_pretrained`
         if trust_remote_code:  # somebody's code need not know weights without data
             return
-        raise ModelError(f"{path}: cannot be {what}: {first_line(error)}") from error
+        key = key_of(config.to_dict(), error.args[0]) if isinstance(error, KeyError) and error.args else None
+        reason = f"{key} is {error.args[0]!r}, which transformers does not know" if key else first_line(error)
+        method = getattr(config, "quantization_config", None)
+        if method:
+            method = method.get("quant_method", method) if isinstance(method, dict) else method
+            reason = f"it is quantised ({method}): {reason}; give the model as it was before"
+        raise ModelError(f"{path}: cannot be {what}: {reason}") from error
     if kind == "scorer":
         score_head(model)
     refuse_misfit(path, kind, info)

@@ -36,12 +36,12 @@ def disable_dropout(model: PreTrainedModel, evaluate: Callable[[], Tensor]) -> N
     before = evaluate()
     for owner, key, _ in rates:
         setattr(owner, key, 0.0)
-    if not torch.allclose(evaluate(), before, atol=1e-5 * before.abs().max().item()):
+    if not torch.allclose(evaluate(), before, atol=1e-5 * before.abs().amax().nan_to_num().item(), equal_nan=True):
         for owner, key, value in rates:
             setattr(owner, key, value)
 
 
 def _rates(owner: object) -> Iterator[tuple[str, float]]:
     for key, value in vars(owner).items():
-        if _RATE.search(key) and isinstance(value, float) and 0 < value <= 1:
+        if _RATE.search(key) and isinstance(value, float) and value:
             yield key, value

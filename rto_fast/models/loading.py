@@ -76,6 +76,9 @@ def _load_weights(
             getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
         )  # fmt: skip
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{path}: its weights are quantised (quantization_config) and are not trained here; give the "
+                         "model as it was before")  # fmt: skip
     if new_head:
         own = {name for name, p in model.named_parameters() if any(p is q for q in score_head(model).parameters())}
         # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
@@ -97,6 +100,13 @@ def _prepare(
         raise ModelError(f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could "
                          "be read")  # fmt: skip
     model.to(device).requires_grad_(trainable).eval()
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(
+                f"{path}: {key} holds NaN or infinity; the run that wrote it failed, or the file is damaged"
+            )
+    # Many tokenizers pad with the token that ends a response, whose embedding must learn.
+    model.get_input_embeddings().padding_idx = None
     with torch.no_grad(), _refusing(model, path), precise(model, higher_precision(next(model.parameters()).dtype)):
         ids = check_sequences(model.get_input_embeddings().weight.shape[0], [12, 16])
         disable_dropout(model, lambda: forward_hidden(model, pack_whole(ids, device)))
@@ -298,6 +308,10 @@ class _Check:
         Raises:
             ModelError: they are further apart than rounding explains.
         """
+        if truth.isnan().any():
+            raise ModelError(
+                f"{self.name}: its {self.what} are NaN: a number in config.json or its weights are damaged"
+            )
         batch = pack_whole(ids, device_of(self.model))
         self.model.eval()
         evaluated = self.packed(self.model, batch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from rto_fast.errors import ConfigError
+from rto_fast.models.directory import first_line
 
 # Public models that a configuration may name without having them on disk, as their config.json says.
 _LLAMA3_8B = {
@@ -76,13 +77,27 @@ class Shape:
 
 
 def shape_of(config, name: str) -> Shape:
-    """The shape of the model that a transformers configuration describes."""
+    """The shape of the model that a transformers configuration describes.
+
+    Raises:
+        ConfigError: it describes no decoder of attention layers, the only ones that a run trains.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
+    if not _size(text, "num_attention_heads"):
+        raise ConfigError(
+            f"{name}: {config.model_type} has layers without attention heads (a recurrent state): no run trains it, so "
+            "there is nothing to plan; give a decoder whose every layer is attention"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # from code that we do not know
+        raise ConfigError(
+            f"{name}: {config.model_type} cannot be a causal language model: {first_line(error)}"
+        ) from error
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     matrices = [
         p for p in model.base_model.parameters() if p.dim() >= 2 and p.shape != embeddings.shape and p is not head
@@ -91,17 +106,26 @@ def shape_of(config, name: str) -> Shape:
         (name, module.in_features + module.out_features)
         for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)
     ]  # fmt: skip
-    heads = text.num_attention_heads
+    heads = _size(text, "num_attention_heads")
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         name=name, model_type=config.model_type, parameters=sum(p.numel() for p in model.parameters()),
         layer_weights=sum(p.numel() for p in matrices), largest=max(p.numel() for p in model.parameters()),
         tensors=sum(1 for _ in model.parameters()), tied=head is embeddings, layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size, intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        heads=heads, kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocab_size=head.shape[0],
+        hidden_size=text.hidden_size, intermediate_size=_size(text, "intermediate_size") or 4 * text.hidden_size,
+        heads=heads, kv_heads=_size(text, "num_key_value_heads") or heads,
+        head_dim=_size(text, "head_dim") or text.hidden_size // heads, vocab_size=head.shape[0],
         gated="gate_proj" in names, head_norms="q_norm" in names, linears=tuple(linears),
     )  # fmt: skip
+
+
+def _size(text, key: str) -> int:
+    """A size that a configuration may leave out (0), or give for each layer: then the largest."""
+    try:
+        value = getattr(text, key, None)
+    except Exception:  # transformers refuses to give one value for layers that differ
+        value = [getattr(text.per_layer_config[i], key, None) for i in range(text.num_hidden_layers)]
+    return max([size or 0 for size in value], default=0) if isinstance(value, list | tuple) else value or 0
 
 
 @cache
@@ -125,7 +149,7 @@ def find_shape(path: str, substitute: str | None = None) -> Shape:
         values = dict(KNOWN[path])
         return shape_of(AutoConfig.for_model(values.pop("model_type"), **values), name)
     try:
-        return shape_of(AutoConfig.from_pretrained(path, local_files_only=True), name)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         if substitute and substitute != path:
             return find_shape(substitute)
@@ -133,3 +157,4 @@ def find_shape(path: str, substitute: str | None = None) -> Shape:
             f"{path}: no config.json of this model here, and its shape is not known; give a local directory, or one of "
             f"the same shape as --model_shape (or {', '.join(KNOWN)})"
         ) from error
+    return shape_of(config, name)
