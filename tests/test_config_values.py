@@ -154,10 +154,10 @@ def test_every_number_declares_its_range(keys):
         ("--rollout.vllm={a: &a [*a]}", "--rollout.vllm: a[0]"),
         ("--seed", "--seed: expected a value after it"),
         ("--print_config=x", "--print_config: expected no value"),
-        ("--config=" + "x" * 5000, "File name too long"),
+        ("--config=" + "x" * 5000, "x: No such file or directory"),
         ("--resume=" + "x" * 5000, "no run to go on with"),
         ("--resume=a\0b", "--resume: expected a path"),
-        ("--config=a\0b", "embedded null byte"),
+        ("--config=a\0b", "No such file or directory"),
     ],
     ids=itertools.count(),
 )  # fmt: skip
@@ -237,7 +237,7 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=re.escape(message)) as mistake:
-        load_config(["--config", str(file)])
+        load_config(["--config", str(file), "--model.path", "m"])
     assert str(mistake.value).startswith(str(file)) and "\n" not in str(mistake.value)
 
 
@@ -288,7 +288,7 @@ def test_a_mistake_is_where_the_last_word_is(tmp_path):
 @pytest.mark.parametrize("key", ["output_dir", "model.path", "data.preferences", "sft.model", "dpo.model"])
 def test_home_folders_are_expanded(key, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home of/me")
-    assert value_of(load_config([f"--{key}=~/x y"]), key) == "/home of/me/x y"
+    assert value_of(load_config(["--config=default", f"--{key}=~/x y"]), key) == "/home of/me/x y"
     (tmp_path / "c.yaml").write_text(
         "".join(f"{part}:\n{'  ' * (i + 1)}" for i, part in enumerate(key.split("."))) + "~/x"
     )
@@ -319,7 +319,7 @@ def test_paths_that_cannot_be_shown_or_opened(path, load):
 
 def test_shipped_configurations_give_every_section_once():
     for file in Path(__file__).parent.parent.glob("configs/*.yaml"):
-        load_config(["--config", str(file)])
+        load_config(["--config", str(file), "--model.path", "m"])
 
 
 # What a launcher says in the environment

@@ -34,7 +34,7 @@ def read_settings(path: str, name: str) -> dict[str, Any]:
 
 def check_sizes(path: str) -> None:
     """Raises ModelError where a size in a directory's `config.json` is a number below 1."""
-    settings = read_settings(path, "config.json")
+    settings = read_settings(path, "config.json") or {}
     for place in (settings, settings.get("text_config")):
         for key in SIZES if isinstance(place, dict) else ():
             value = place.get(key)
@@ -90,7 +90,7 @@ def check_tokens(path: str, vocab_size: int) -> None:
         vocab_size: rows of the embedding.
     """
     for name in ("config.json", "generation_config.json"):
-        settings = read_settings(path, name)
+        settings = read_settings(path, name) or {}
         for place in (settings, settings.get("text_config")):
             for key in ("eos_token_id", "pad_token_id") if isinstance(place, dict) else ():
                 value = place.get(key)

@@ -74,7 +74,8 @@ class StopRequest:
         with open(reading, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) and number[0] not in self.before:
                 pass  # another signal, with a handler of its own
-            if number and self.waits and os.environ.get("RANK", "0") == "0":
+            ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
+            if ours and self.waits and os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):
                     what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
                     line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
