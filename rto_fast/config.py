@@ -39,7 +39,7 @@ from rto_fast.fields import (
 )
 from rto_fast.options import Given, asks_for_help, build, flattened, from_option, print_help, split_arguments
 from rto_fast.shipped_configs import config_file, implied_config, shipped_configs
-from rto_fast.yaml_text import read_file
+from rto_fast.yaml_text import Value, read_file
 
 
 @dataclass
@@ -553,7 +553,7 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
         elif key != "print_config":
             given |= from_option(Config, key, text)
     if folder:
-        given["output_dir"] = given["resume"]
+        given["output_dir"] = given["resume"] = Value(folder, "--resume", folder)
     config = build(Config, given)
     if config.resume and not folder:
         place = given["resume"].place

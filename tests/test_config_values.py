@@ -282,6 +282,16 @@ def test_a_mistake_is_where_the_last_word_is(tmp_path):
         load_config(["--config", str(tmp_path / "c.yaml"), "--rto.gamma", "4"])
 
 
+def test_a_resumed_run_stays_in_its_folder_whatever_a_configuration_says(tmp_path):
+    config = load_config(["--seed", "7"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "progress.json").write_text("{}")
+    again = load_config(
+        ["--resume", str(tmp_path), "--config", str(tmp_path / "config.yaml"), "--output_dir", "elsewhere"]
+    )
+    assert again == dataclasses.replace(config, resume=str(tmp_path), output_dir=str(tmp_path))
+
+
 # Paths
 
 
