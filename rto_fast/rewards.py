@@ -214,7 +214,7 @@ def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
     if isinstance(judge, (RewardModel, RewardFunction, NormalizedScores)):
         return judge(completions)
     with users_settings():
-        scores = _numbers(judge(copy.deepcopy(completions)))
+        scores = _numbers(judge(_copies(completions)))
     return scores.clone()
 
 
