@@ -189,9 +189,7 @@ def write_weak(folder, name):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_layers_that_carry_a_state_into_the_next_sequence_are_refused_however_weak(name, tmp_path):
     layer = write_weak(tmp_path, name)
-    with pytest.raises(
-        ModelError, match=rf"layers\.[01]\.\S+ \({layer}\) lets a packed sequence see its neighbours"
-    ):
+    with pytest.raises(ModelError, match=rf"layers\.[01]\.\S+ \({layer}\) lets a packed sequence see its neighbours"):
         load_causal_lm(str(tmp_path), **PLACEMENT)
 
 
