@@ -23,7 +23,7 @@ from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.run import Run
 from rto_fast.stages.common import save_model
-from rto_fast.supplied import check_endings, check_models, supplied_models
+from rto_fast.supplied import Supplied, check_endings, check_models, supplied_models, tell_dropout
 from rto_fast.training.stop import StopRequest
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
@@ -367,6 +367,17 @@ def test_contexts_of_other_architectures():
     assert context_of(AutoConfig.for_model("gemma3")) == AutoConfig.for_model("gemma3_text").max_position_embeddings
     assert context_of(AutoConfig.for_model("bloom")) is context_of(AutoConfig.for_model("falcon", alibi=True)) is None
     assert context_of(AutoConfig.for_model("mamba")) is None
+
+
+def test_dropout_that_is_turned_off_is_told(tmp_path):
+    settings = dict(dropout=0.2, layerdrop=0.25, attention_dropout=0.0, ffn_dim=48, word_embed_proj_dim=32)
+    AutoConfig.for_model("opt", **settings).save_pretrained(tmp_path)
+    build_model(0).save_pretrained(tmp_path / "none")
+    lines: list[str] = []
+    models = [Supplied("model.path", str(path), "causal_lm", False) for path in (tmp_path, tmp_path / "none")]
+    tell_dropout(models, lines.append, False)
+    assert len(lines) == 1 and lines[0].startswith(f"model.path: {tmp_path}: config.json's ")
+    assert "dropout (0.2)" in lines[0] and "layerdrop (0.25)" in lines[0] and "attention_dropout" not in lines[0]
 
 
 # Architectures

@@ -32,11 +32,16 @@ def read_settings(path: str, name: str) -> dict[str, Any]:
     return settings
 
 
+def _places(path: str, name: str) -> list[dict[str, Any]]:
+    """The settings in a file, and those of its language model where they are apart."""
+    settings = read_settings(path, name)
+    return [place for place in (settings, settings.get("text_config")) if isinstance(place, dict)]
+
+
 def check_sizes(path: str) -> None:
     """Raises ModelError where a size in a directory's `config.json` is a number below 1."""
-    settings = read_settings(path, "config.json") or {}
-    for place in (settings, settings.get("text_config")):
-        for key in SIZES if isinstance(place, dict) else ():
+    for place in _places(path, "config.json"):
+        for key in SIZES:
             value = place.get(key)
             if isinstance(value, int | float) and not value >= 1:
                 raise ModelError(f"{path}/config.json: {key} is {value}, expected a whole number from 1")
@@ -90,9 +95,8 @@ def check_tokens(path: str, vocab_size: int) -> None:
         vocab_size: rows of the embedding.
     """
     for name in ("config.json", "generation_config.json"):
-        settings = read_settings(path, name) or {}
-        for place in (settings, settings.get("text_config")):
-            for key in ("eos_token_id", "pad_token_id") if isinstance(place, dict) else ():
+        for place in _places(path, name):
+            for key in ("eos_token_id", "pad_token_id"):
                 value = place.get(key)
                 for token in value if isinstance(value, list) else [value]:
                     # -1: none, in old configurations.
