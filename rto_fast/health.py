@@ -246,7 +246,9 @@ class Health:
         notes: list[str] = []
         records = read_records(self.log.folder / "metrics.jsonl", notes)
         for note in notes:
-            self.log.say(f"{self.log.folder / 'metrics.jsonl'}: {note.partition(': ')[2]}; the run goes on without them")
+            self.log.say(
+                f"{self.log.folder / 'metrics.jsonl'}: {note.partition(': ')[2]}; the run goes on without them"
+            )
         records = [record for record in records if record.get("stage") == self.stage]
         # As they were written: None where a metric is no finite number.
         plain = [{k: v if math.isfinite(number(v)) else None for k, v in record.items()} for record in records]

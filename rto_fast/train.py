@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
-    from rto_fast.run import Run, claimed_output
+    from rto_fast.output_folder import claimed_output
+    from rto_fast.run import Run
 
     start = time.perf_counter()
     with claimed_output(config) as lock:
