@@ -376,8 +376,12 @@ def test_ctrl_c_that_a_library_has_taken_over_ends_as_ours_does(start, tmp_path,
     with pytest.raises(SystemExit) as end:
         start(*SFT, "--output_dir", tmp_path / "out")
     said = capsys.readouterr().err
-    assert end.value.code == 130 and said.startswith("rto_fast: stopped; what sft trained after its last checkpoint is not")
-    assert said.endswith(f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}\n") and said.count("\n") == 1
+    assert end.value.code == 130 and said.startswith(
+        "rto_fast: stopped; what sft trained after its last checkpoint is not"
+    )
+    assert (
+        said.endswith(f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}\n") and said.count("\n") == 1
+    )
 
 
 def test_a_judge_that_fails_between_iterations_of_rto(refused, tmp_path):
@@ -415,7 +419,9 @@ def test_a_second_run_of_a_folder_while_the_first_lives(start, refused, tmp_path
     monkeypatch.setattr(SupervisedTrainer, "step", step_and_second_run)
     monkeypatch.setattr(Run, "report", lambda self: None)
     start(*SFT, "--output_dir", tmp_path / "out")
-    assert lines[1].startswith(f"rto_fast: {tmp_path / 'out'} is in use: process {os.getpid()} on {os.uname().nodename} ")
+    assert lines[1].startswith(
+        f"rto_fast: {tmp_path / 'out'} is in use: process {os.getpid()} on {os.uname().nodename} "
+    )
     steps = [(r["stage"], r["step"]) for r in map(json.loads, open(tmp_path / "out" / "metrics.jsonl")) if "lr" in r]
     assert steps == [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)] and not (tmp_path / "out" / "run.lock").exists()
 
