@@ -33,8 +33,9 @@ def _say(text: str) -> None:
 
 def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    from rto_fast.output_folder import claimed_output
     from rto_fast.reporting.progress import progress
-    from rto_fast.run import Run, claimed_output
+    from rto_fast.run import Run
 
     start = time.perf_counter()
     # The run's log takes all warnings until the end.

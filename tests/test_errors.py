@@ -9,7 +9,6 @@ import os
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -395,8 +394,7 @@ def test_a_traceback_ends_with_how_to_go_on(start, tmp_path, monkeypatch):
 
 def test_ctrl_c_that_a_library_has_taken_over_ends_as_ours_does(start, tmp_path, monkeypatch, capsys):
     def step(self):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # as its handler does
 
     monkeypatch.setattr(SupervisedTrainer, "step", step)
     monkeypatch.setattr("rto_fast.command_line._end_at_next_signal", lambda: None)

@@ -23,7 +23,6 @@ from rto_fast.training import state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
-from rto_fast.training.state_match import find_misfit
 from rto_fast.training.supervised import SupervisedTrainer
 
 OPTIONS = [
@@ -412,6 +411,8 @@ def replaced(state, keys, value):
 
 def test_no_value_of_a_state_can_be_another(tmp_path):
     """Each value of a stage's state, replaced by each that the trainer cannot have written."""
+    from rto_fast.training.state_match import find_misfit
+
     whole = trainer()
     for _ in range(3):
         whole.step()

@@ -144,15 +144,17 @@ def _refuse(path: Path, found: Found, now: float) -> None:
     raise ConfigError(f"{path.parent} is in use: {what}")
 
 
-def refuse_if_in_use(folder: str | Path) -> None:
+def refuse_if_in_use(folder: str | Path, by_others: bool = False) -> None:
     """Writes nothing; a lock that can be judged only by its heartbeat is left to `RunLock.take`.
 
+    Args:
+        by_others: than this process.
     Raises:
-        ConfigError: another process of this host runs in the folder.
+        ConfigError: a process of this host runs in the folder.
     """
     path = Path(folder) / NAME
     found = _read(path)
-    if found and found.holder and found.holder["pid"] != os.getpid() and _lives(found.holder):
+    if found and found.holder and _lives(found.holder) and not (by_others and found.holder["pid"] == os.getpid()):
         _refuse(path, found, found.modified)
 
 

@@ -1,0 +1,69 @@
+"""The folder of a run: for one run at a time, and a new one has it to itself."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rto_fast.config import Config
+from rto_fast.errors import ConfigError
+from rto_fast.training import ranks
+from rto_fast.training.progress import UNSTARTED
+from rto_fast.training.run_lock import RunLock, is_lock, refuse_if_in_use
+
+# What a run leaves that ended before its first step, by a mistake or a kill.
+UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
+
+
+@contextlib.contextmanager
+def claimed_output(config: Config) -> Iterator[RunLock | None]:
+    """The run's folder, for this run alone; None on all ranks but the main one.
+
+    Raises:
+        ConfigError: another run has it, it is not to be used, or a new run would find something in it. Nothing is changed.
+    """
+    if not ranks.is_main():
+        yield None
+        return
+    folder = Path(config.resume or config.output_dir)
+    with _usable(folder):
+        refuse_if_in_use(folder)
+        if not config.resume:
+            refuse_what_is_there(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    try:
+        with _usable(folder):
+            lock.take()
+        yield lock
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _usable(folder):
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
+
+
+def refuse_what_is_there(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder holds results, or anything of somebody else's.
+    """
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
+    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
+        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
+
+
+def prepare_output(folder: Path) -> None:
+    """Creates the run's folder. What is in it afterwards is this run's, until it is past its first step."""
+    with _usable(folder):
+        refuse_what_is_there(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNSTARTED).touch()
+        (folder / "warnings.jsonl").unlink(missing_ok=True)
