@@ -78,29 +78,24 @@ def _printable(text: object) -> str:
 
 def wants_styles() -> bool:
     """Whether stdout is a terminal that shows styles, see https://no-color.org."""
-    return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_live() and not os.environ.get("NO_COLOR")
 
 
-def is_wide() -> bool:
-    """Whether stdout is a terminal on which a line can be redrawn."""
+def is_live(err: bool = False) -> bool:
+    """Whether a stream is a terminal on which a line can be redrawn."""
+    return _is_terminal(err) and os.environ.get("TERM") != "dumb"
+
+
+def _is_terminal(err: bool = False) -> bool:
     try:
-        return _is_terminal() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
-    except OSError:  # it was closed
-        return False
-
-
-def _is_terminal() -> bool:
-    try:
-        return sys.stdout.isatty()
+        return (sys.stderr if err else sys.stdout).isatty()
     except (AttributeError, ValueError):  # None, or closed by somebody's code
         return False
 
 
-def live_line(total: int, shown: bool) -> Any:
-    """A tqdm bar that is one line of text, set with `set_description_str`; the text is ours."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not shown, dynamic_ncols=True)
+def speaks() -> bool:
+    """Whether this process is the one of several that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(*parts: object, err: bool = False) -> None:
@@ -110,20 +105,64 @@ def say(*parts: object, err: bool = False) -> None:
     Args:
         err: to stderr.
     """
+    text = "".join(map(_printable, parts)) + "\n"
+    if not _live.lock.acquire(timeout=1.0):  # another thread waits for somebody who does not read
+        return _write(text, err)
+    try:
+        drawn = _live.text, _live.err
+        redraw("")
+        _write(text, err)
+        redraw(*drawn)
+    finally:
+        _live.lock.release()
+
+
+class _LiveLine:
+    """What is drawn in the terminal's last line, below all that `say` prints."""
+
+    def __init__(self) -> None:
+        self.text, self.err, self.lock = "", False, threading.RLock()
+
+
+_live = _LiveLine()
+
+
+def _in_a_fork() -> None:
+    """The line is the parent's, whose threads may have been drawing it."""
+    global _live
+    _live = _LiveLine()
+
+
+os.register_at_fork(after_in_child=_in_a_fork)
+
+
+def redraw(text: str, err: bool = True) -> None:
+    """Draws `text` over the line that was drawn before; an empty one removes it. Cut to the terminal's width.
+
+    Args:
+        err: to stderr, else to stdout.
+    """
+    with _live.lock:
+        if _live.text:
+            _write("\r\x1b[K", _live.err)
+        _live.text, _live.err = one_line(text)[: shutil.get_terminal_size().columns - 1], err
+        if _live.text:
+            _write(_live.text, err)
+
+
+def leave_line() -> None:
+    """The line that was drawn stays where it is, above what is printed from now on."""
+    with _live.lock:
+        if _live.text:
+            _write("\n", _live.err)
+        _live.text = ""
+
+
+def _write(text: str, err: bool) -> None:
     stream = sys.stderr if err else sys.stdout
-    bars: Any = sys.modules.get("tqdm")  # a live line moves below what is printed
     # Of a process that `protect` was not called in, or a stream that somebody's code has closed or put in place.
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        with bars.tqdm.external_write_mode(stream) if bars else contextlib.nullcontext():
-            stream.write("".join(map(_printable, parts)) + "\n")
-            stream.flush()
-
-
-def redraw(text: str) -> None:
-    """Draws `text` over the line of stderr that was drawn before; an empty one clears it. Cut to the terminal's width."""
-    stream = sys.stderr
-    if stream is not None:
-        stream.write(f"\r{one_line(text)[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+        stream.write(text)
         stream.flush()
 
 
@@ -214,7 +253,7 @@ def _show_warning(
         if text in _told:
             return
         _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if speaks():
         say(text, place, err=True)
 
 

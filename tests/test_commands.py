@@ -29,7 +29,7 @@ COMMANDS = {
     "push": ["{run}", "--repo", "me/tiny", "--dry_run"],
 }  # fmt: skip
 # Runs a command as `python -m` does, and writes down whose code wrote to stdout and stderr: the innermost that is neither
-# the standard library's nor tqdm's, through which rto_fast writes.
+# the standard library's.
 SPY = """
 import io, json, runpy, sys, sysconfig, types
 stdlib, foreign = sysconfig.get_path("stdlib"), []
@@ -38,7 +38,7 @@ def writer(frame):
     while frame:
         path = frame.f_code.co_filename
         is_library = (path.startswith(stdlib) and "site-packages" not in path) or path.startswith("<frozen")
-        if not is_library and "/tqdm/" not in path and path != "<string>":
+        if not is_library and path != "<string>":
             return path
         frame = frame.f_back
     return ""

@@ -20,6 +20,7 @@ from rto_fast.evaluation import evaluate
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.planning import measure
 from rto_fast.reporting import progress as progress_module
+from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo
 from rto_fast.stages.common import save_model
@@ -56,7 +57,7 @@ def test_a_terminal_gets_one_line_that_is_removed(quick, monkeypatch):
         time.sleep(0.05)
         written = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert written.count("\n") == 0 and written.count("\rthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
+    assert written.count("\n") == 0 and written.count("\x1b[Kthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
 
 
 def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):
@@ -77,15 +78,39 @@ def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):
 
 
 def test_a_phase_with_a_line_of_its_own_is_shown_where_that_stands_still(quick, monkeypatch):
-    monkeypatch.setattr(progress_module, "_is_terminal", lambda: True)
-    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", written := Terminal())
     with quick("dpo", 9, "steps", has_line=True) as phase:
         for _ in range(10):
             time.sleep(0.03)
             phase.advance()
         assert not written.getvalue()
         time.sleep(0.2)
-    assert "\rdpo: 10 of 9 steps, " in written.getvalue()
+    assert "\x1b[Kdpo: 10 of 9 steps, " in written.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_printed_goes_above_the_live_lines(quick, tmp_path, monkeypatch):
+    """Those of a phase and of a stage are one: each takes the place of what was drawn before."""
+    monkeypatch.setattr(sys, "stdout", written := Terminal())
+    monkeypatch.setattr(sys, "stderr", written)
+    log = RunLog(tmp_path)
+    with quick("loading"):
+        time.sleep(0.2)
+        log.say("said")
+    with log.stage("sft", 2) as stage, quick("sft", 2, "steps", has_line=True):
+        stage.step({}, ())
+        log.say("said")
+        time.sleep(0.2)
+        stage.step({}, ())
+    log.say("said")
+    shown = [line.rpartition("\r\x1b[K")[2] for line in written.getvalue().split("\n")]
+    assert shown[:2] == ["said", "said"] and shown[2].startswith("sft ") and shown[3:] == ["said", ""], shown
+    drawn = re.split(r"\r\x1b\[K|\n", written.getvalue())
+    assert {line.partition(":")[0].split(" ")[0] for line in drawn} == {"loading", "sft", "said", ""}
 
 
 class Broken(io.StringIO):

@@ -123,15 +123,16 @@ class StageLog:
 
     def __init__(self, log, name, total, done=0):
         self.log, self.name, self.total, self.count, self.done = log, name, total, done, done
-        self.live = not log.silent and terminal.is_wide()
+        self.live, self.line = not log.silent and terminal.is_live(), ""
         self.start = self.last = time.perf_counter()
-        self.bar = terminal.live_line(total, shown=self.live)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.bar.close()
+        if self.live:
+            terminal.redraw(self.line, err=False)
+            terminal.leave_line()
 
     def step(self, values, show):
         """Records a finished step; the keys in `show` appear on the line. Returns the values as numbers."""
@@ -140,10 +141,11 @@ class StageLog:
         values = {"tokens_per_second": values["tokens"] / (now - self.last)} | values if "tokens" in values else values
         self.last = now
         values = self.log.metrics(self.name, self.count, values)
-        line = self._line({key: values[key] for key in show if key in values})
-        self.bar.set_description_str(line)
-        if not self.live and (self.count * 5 // self.total > (self.count - 1) * 5 // self.total):
-            self.log.say(line)
+        self.line = self._line({key: values[key] for key in show if key in values})
+        if self.live:
+            terminal.redraw(self.line, err=False)
+        elif self.count * 5 // self.total > (self.count - 1) * 5 // self.total:
+            self.log.say(self.line)
         return values
 
     def _line(self, values):

@@ -11,14 +11,11 @@ several.
 """
 
 import contextlib
-import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
-from rto_fast.terminal import one_line, redraw, say
+from rto_fast.terminal import is_live, one_line, redraw, say, speaks
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -71,7 +68,7 @@ class _Display:
     def begin(self, phase: Progress) -> None:
         with _LOCK:
             self.phases.append(phase)
-            if self.thread is None and self.is_on and os.environ.get("RANK", "0") == "0":
+            if self.thread is None and self.is_on and speaks():
                 self.ended = threading.Event()
                 self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
                 self.thread.start()
@@ -96,23 +93,19 @@ class _Display:
     def _show(self) -> None:
         now = time.monotonic()
         phase = next((phase for phase in reversed(self.phases) if now - phase.start >= PATIENCE), None)
-        if phase is None or (phase.has_line and _is_terminal() and now - phase.advanced < PATIENCE):
+        if phase is None or (phase.has_line and is_live(err=True) and now - phase.advanced < PATIENCE):
             return
-        if _is_terminal():
-            self._write(redraw, phase.line())
+        if is_live(err=True):
+            redraw(phase.line())
             self.has_drawn = True
         elif now - phase.start >= phase.next_line:
             phase.next_line = now - phase.start + min(max(now - phase.start, PATIENCE), LONGEST_SILENCE)
-            self._write(partial(say, err=True), phase.line())
+            say(phase.line(), err=True)
 
     def _clear(self) -> None:
         if self.has_drawn:
             self.has_drawn = False
-            self._write(redraw, "")
-
-    def _write(self, write: Callable[[str], None], line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # of a library user's own stream: the work goes on
-            write(line)
+            redraw("")
 
 
 _DISPLAY = _Display()
@@ -147,13 +140,6 @@ def advance(count: int = 1) -> None:
     phases = _DISPLAY.phases
     if phases:
         phases[-1].advance(count)
-
-
-def _is_terminal() -> bool:
-    try:
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):
-        return False
 
 
 def duration(seconds: float) -> str:
