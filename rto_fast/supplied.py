@@ -78,9 +78,9 @@ def check_models(
             load_tokenizer(model.path, **trusted)
     for model in models:
         with _named(model.key):
-            check_fit(model.path, model.kind, **trusted)
             if model.kind == "causal_lm":
                 generation_config(model.path, **trusted)
+            check_fit(model.path, model.kind, **trusted)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def test_settings_that_cannot_be(model, changed, message, capfd):
     assert re.search(message, refused(model, capfd))
 
 
-@pytest.mark.parametrize("changed", [{"eos_token_id": [1, 49]}, {"pad_token_id": 99}, {"pad_token_id": True}], ids=str)
+@pytest.mark.parametrize("changed", [{"pad_token_id": 99}, {"pad_token_id": True}], ids=str)
 def test_generation_settings_that_cannot_be(model, changed, capfd):
     settings(model, "generation_config.json", **changed)
     key = next(iter(changed))

@@ -88,15 +88,19 @@ def _numbers(rope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                     yield key, item
 
 
-def check_tokens(path: str, vocab_size: int) -> None:
+def check_tokens(path: str, vocab_size: int, generates: bool) -> None:
     """Raises ModelError where a directory's settings name a stop or padding token that the model does not have.
 
     Args:
-        vocab_size: rows of the embedding.
+        vocab_size: rows of the embedding. generates: whether `generation_config.json` is used, too.
     """
-    for name in ("config.json", "generation_config.json"):
-        for place in _places(path, name):
-            for key in ("eos_token_id", "pad_token_id"):
+    # The stop tokens of generation_config.json are checked where they are read.
+    for name, keys in (
+        ("config.json", ("eos_token_id", "pad_token_id")),
+        ("generation_config.json", ("pad_token_id",)),
+    ):
+        for place in _places(path, name) if generates or name == "config.json" else ():
+            for key in keys:
                 value = place.get(key)
                 for token in value if isinstance(value, list) else [value]:
                     # -1: none, in old configurations.

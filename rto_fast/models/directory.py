@@ -254,7 +254,7 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
             f"{path}: num_hidden_layers of config.json is {layers}, the checkpoint holds {len(shapes)} weights in all: two "
             "models are mixed"
         )
-    check_tokens(path, config.get_text_config().vocab_size)
+    check_tokens(path, config.get_text_config().vocab_size, kind == "causal_lm")
     trusted = {"trust_remote_code": trust_remote_code}
     try:
         with quiet():
