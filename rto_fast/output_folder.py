@@ -8,7 +8,7 @@ from pathlib import Path
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.training import ranks
-from rto_fast.training.progress import UNSTARTED
+from rto_fast.training.progress_file import UNSTARTED
 from rto_fast.training.run_lock import RunLock, is_lock, refuse_if_in_use
 
 # What a run leaves that ended before its first step, by a mistake or a kill.
@@ -26,6 +26,7 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield None
         return
     folder = Path(config.resume or config.output_dir)
+    is_new = not folder.exists()
     with _usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
@@ -38,10 +39,13 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield lock
     finally:
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds what the run wrote
+                folder.rmdir()
 
 
 @contextlib.contextmanager
-def _usable(folder):
+def _usable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import torch
 
-from rto_fast.training.progress import is_number
+from rto_fast.training.progress_file import is_number
 
 
 def find_misfit(state: object, own: object, place: str = "") -> str | None:
