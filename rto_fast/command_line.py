@@ -12,7 +12,7 @@ from rto_fast.reporting.progress import shown
 from rto_fast.training import deepspeed_import
 
 
-def one_line(error: BaseException, kind: bool = False) -> str:
+def error_line(error: BaseException, kind: bool = False) -> str:
     """What is said of an error, its notes included. Messages quote data, files and other people's errors: no line breaks,
     nothing that a terminal would obey. kind: its type's name goes first."""
     parts = [type(error).__name__] if kind or not str(error) else []
@@ -53,7 +53,7 @@ def run_command(
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
         if "--debug" in sys.argv:
             raise
-        _tell(one_line(error))
+        _tell(error_line(error))
         sys.exit(2)
     except Interrupted as stop:
         _end_at_next_signal()

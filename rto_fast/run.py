@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from rto_fast.command_line import one_line
+from rto_fast.command_line import error_line
 from rto_fast.config import dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
@@ -291,7 +291,7 @@ class Run:
 
             return write_report([self.folder])
         except Exception as error:
-            self.log.say(f"report: not written ({one_line(error, kind=True)})")
+            self.log.say(f"report: not written ({error_line(error, kind=True)})")
             return None
 
     def publish(self) -> None:
@@ -304,7 +304,7 @@ class Run:
 
             self.log.say(f"model card: {write_model_card(self.folder)}")
         except Exception as error:
-            self.log.say(f"model card: not written ({one_line(error, kind=True)})")
+            self.log.say(f"model card: not written ({error_line(error, kind=True)})")
         if not hub.repo:
             return
         try:
@@ -313,7 +313,7 @@ class Run:
             self.log.say(f"pushed: {push(self.folder, hub.repo, private=hub.private)}")
         except Exception as error:
             again = command_line("rto_fast.push", self.folder, "--repo", hub.repo)
-            self.log.say(f"push: {one_line(error)}; again with: {again}{'' if hub.private else ' --private false'}")
+            self.log.say(f"push: {error_line(error)}; again with: {again}{'' if hub.private else ' --private false'}")
 
     def _check_dpo_model(self, models):
         """A supplied DPO model should prefer what people preferred; one that is trained here was measured by its stage."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from rto_fast.command_line import exit_code, one_line
+from rto_fast.command_line import error_line, exit_code
 from rto_fast.errors import ConfigError, Interrupted, UserError
 from rto_fast.fields import CountOr0
 from rto_fast.options import argument
@@ -166,7 +166,7 @@ class Watch:
     def fail(self, error):
         """Tells the other ranks why this one ends, and with which exit code."""
         self.stopped.set()
-        failure = f"rank {self.rank}: {one_line(error, kind=not isinstance(error, UserError))}", 1
+        failure = f"rank {self.rank}: {error_line(error, kind=not isinstance(error, UserError))}", 1
         if isinstance(error, Interrupted):
             failure = str(error), exit_code(error)
         with contextlib.suppress(RuntimeError, dist.DistError):

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from rto_fast.command_line import one_line as told
+from rto_fast.command_line import error_line
 
 SECONDS = 40.0  # in which a command ends, or is asked to; a tiny run takes three
 GRACE = 20.0  # seconds from SIGTERM to the end
@@ -28,7 +28,7 @@ class Broken(Exception):
 
 def one_line(error: BaseException) -> None:
     """Raises Broken unless this is how a mistake is told."""
-    text = told(error)
+    text = error_line(error)
     if not text.strip() or "\n" in text or len(text) > LONGEST:
         raise Broken(f"a mistake of {len(text)} characters in {len(text.splitlines())} lines: {text[:300]!r}")
 
