@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -59,27 +60,33 @@ def pairs(**columns: object) -> pa.Table:
     return pa.table({"prompt": ["p"] * rows, "response": ["r"] * rows} | columns)
 
 
-def parquet_bombs() -> dict[str, tuple[pa.Table, dict]]:
-    """{name: (table, options of the writer)}; none of the files is larger than 20 KB."""
-    text, piece = "x" * 2**24, "y" * 2**20
-    items = pa.StructArray.from_arrays([dictionary(piece, 2**14), dictionary("user", 2**14)], ["content", "role"])
-    delta = {"use_dictionary": False, "column_encoding": {"x": "DELTA_BYTE_ARRAY"}}
-    in_list = {"use_dictionary": False, "column_encoding": {"x.list.element": "DELTA_BYTE_ARRAY"}}
-    return {
-        "a long text": (pa.table({"prompt": dictionary(text, 256), "response": ["r"] * 256}), {}),
-        "a long large_string": (pairs(x=dictionary(text, 256, pa.large_string())), {"store_schema": True}),
-        "long bytes": (pairs(x=dictionary(text.encode(), 256, pa.binary())), {}),
-        "texts in a list": (pairs(x=one_row(dictionary(piece, 2**18))), {}),
-        "texts in lists of structs": (pairs(x=one_row(items)), {}),
-        "missing numbers in a list": (pairs(x=one_row(pa.nulls(2**24, pa.int64()), large=True)), {}),
-        "equal numbers in a list": (pairs(x=one_row(pa.repeat(pa.scalar(1, pa.int64()), 2**24))), {}),
-        "equal beginnings": (pairs(x=pa.array([piece] * 512, pa.large_string())), delta),
-        "equal beginnings in a list": (pairs(x=one_row(pa.array([piece] * 512, pa.large_string()))), in_list),
-        "missing bytes of a fixed length": (pairs(x=pa.array([None] * 256, pa.binary(2**23))), {}),
-        "a long text that fits": (pairs(x=dictionary(piece, 2**10)), {}),
-        "many columns": (pairs(**{f"x{i}": dictionary(piece, 256) for i in range(64)}), {}),
-        "many rows": (pairs(x=pa.repeat(pa.scalar(1, pa.int8()), 2**17)), {}),
-    }  # fmt: skip
+def structs() -> pa.Array:
+    return pa.StructArray.from_arrays([dictionary(PIECE, 2**14), dictionary("user", 2**14)], ["content", "role"])
+
+
+def equal_texts() -> pa.Array:
+    return dictionary(PIECE, 512, pa.large_string()).dictionary_decode()
+
+
+TEXT, PIECE = "x" * 2**24, "y" * 2**20
+DELTA = {"use_dictionary": False, "column_encoding": {"x": "DELTA_BYTE_ARRAY"}}
+DELTA_IN_LIST = {"use_dictionary": False, "column_encoding": {"x.list.element": "DELTA_BYTE_ARRAY"}}
+# {name: (what makes the table, options of the writer)}; none of the files is larger than 20 KB.
+PARQUET_BOMBS: dict[str, tuple[Callable[[], pa.Table], dict]] = {
+    "a long text": (lambda: pa.table({"prompt": dictionary(TEXT, 256), "response": ["r"] * 256}), {}),
+    "a long large_string": (lambda: pairs(x=dictionary(TEXT, 256, pa.large_string())), {"store_schema": True}),
+    "long bytes": (lambda: pairs(x=dictionary(TEXT.encode(), 256, pa.binary())), {}),
+    "texts in a list": (lambda: pairs(x=one_row(dictionary(PIECE, 2**18))), {}),
+    "texts in lists of structs": (lambda: pairs(x=one_row(structs())), {}),
+    "missing numbers in a list": (lambda: pairs(x=one_row(pa.nulls(2**24, pa.int64()), large=True)), {}),
+    "equal numbers in a list": (lambda: pairs(x=one_row(pa.repeat(pa.scalar(1, pa.int64()), 2**24))), {}),
+    "equal beginnings": (lambda: pairs(x=equal_texts()), DELTA),
+    "equal beginnings in a list": (lambda: pairs(x=one_row(equal_texts())), DELTA_IN_LIST),
+    "missing bytes of a fixed length": (lambda: pairs(x=pa.array([None] * 256, pa.binary(2**23))), {}),
+    "a long text that fits": (lambda: pairs(x=dictionary(PIECE, 2**10)), {}),
+    "many columns": (lambda: pairs(**{f"x{i}": dictionary(PIECE, 256) for i in range(64)}), {}),
+    "many rows": (lambda: pairs(x=pa.repeat(pa.scalar(1, pa.int8()), 2**17)), {}),
+}  # fmt: skip
 
 
 def text_bombs() -> dict[str, list[bytes]]:
@@ -105,10 +112,10 @@ REFUSED = ("unpacks to more than", "a row of", "a line of", "a page of")
 def read(tmp_path_factory) -> dict[str, tuple[float, str]]:
     """{file's name: (GiB that reading took, what came of it)}; in one process of its own."""
     folder, paths = tmp_path_factory.mktemp("bombs"), []
-    for name, (table, options) in parquet_bombs().items():
+    for name, (make, options) in PARQUET_BOMBS.items():
         paths.append(folder / f"{name}.parquet")
         options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "store_schema": False} | options
-        pyarrow.parquet.write_table(table, paths[-1], **options)
+        pyarrow.parquet.write_table(make(), paths[-1], **options)
     for name, pieces in text_bombs().items():
         paths.append(folder / name)
         packer = zlib.compressobj(1, zlib.DEFLATED, 31)
@@ -131,7 +138,7 @@ def saved_bomb(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"{name}.parquet" for name in parquet_bombs()), *text_bombs(), "saved"], ids=str
+    "name", [*(f"{name}.parquet" for name in PARQUET_BOMBS), *text_bombs(), "saved"], ids=str
 )  # fmt: skip
 def test_reading_takes_no_more_memory_than_allowed(read, name):
     took, said = read[name]
