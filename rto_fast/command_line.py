@@ -30,7 +30,7 @@ def _tell(text: str) -> None:
         terminal.say(f"rto_fast: {text}", err=True)
 
 
-def _end_at_next_signal():
+def _end_at_next_signal() -> None:
     """What is still to be ended, threads and libraries, may hang."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def check_pairs_given(run: "Run") -> None:
-    """Raises:
-    DataError: no preference data is given, and stages of the run need some; names them, and what each takes instead.
+    """
+    Raises:
+        DataError: no preference data is given, and stages of the run need some; names them, and what each takes instead.
     """
     config, data = run.config, run.config.data
     needs = [

@@ -4,11 +4,15 @@ import json
 import sys
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
 from rto_fast.terminal import say, speaks
 from rto_fast.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from rto_fast.run import Run
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -44,7 +48,7 @@ def train(config, stop):
         return run_stages(run, start)
 
 
-def run_stages(run, start):
+def run_stages(run: "Run", start: float) -> dict:
     """SFT → reward model → DPO → RTO, the evaluations, the report and the model card.
 
     Args:

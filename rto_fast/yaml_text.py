@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.path: list[str] = []  # names of the mappings, "" for a list, down to the present node
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.path.append(index.value if isinstance(index, yaml.ScalarNode) else "")
         if len(self.path) > DEEPEST:
             key = ".".join(filter(None, self.path[:3]))

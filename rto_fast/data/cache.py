@@ -109,7 +109,7 @@ class CachingTokenizer:
             notify("data", "not_cached", f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached")
 
 
-def tokenised(tokenizer, texts: Sequence[str], **options: Any) -> list[list[int]]:
+def tokenised(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
     """The ids of texts by a tokenizer or a `CachingTokenizer`, whose progress is shown."""
     if isinstance(tokenizer, CachingTokenizer):
         return tokenizer(texts, **options).input_ids

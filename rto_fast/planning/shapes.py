@@ -6,6 +6,7 @@ Parameters are counted on the model itself, built from its configuration on torc
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from rto_fast.errors import ConfigError
 from rto_fast.models.directory import first_line
@@ -119,7 +120,7 @@ def shape_of(config, name: str) -> Shape:
     )  # fmt: skip
 
 
-def _size(text, key: str) -> int:
+def _size(text: Any, key: str) -> int:
     """A size that a configuration may leave out (0), or give for each layer: then the largest."""
     try:
         value = getattr(text, key, None)

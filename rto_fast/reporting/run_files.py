@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rto_fast.errors import DataError
 
@@ -92,7 +93,7 @@ def read_runs(folders):
     return runs
 
 
-def read_records(path, notes):
+def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted in `notes`, not
     fatal."""
     if not path.is_file():

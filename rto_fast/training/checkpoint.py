@@ -108,7 +108,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # where something else is in it
                 folder.rmdir()
 
-    def _is_own(self, path):
+    def _is_own(self, path: Path) -> bool:
         """Whether a folder is a checkpoint of this run, whole or in parts, by its name and by what it says itself."""
         name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
         if not CHECKPOINT.fullmatch(name) or not path.is_dir():

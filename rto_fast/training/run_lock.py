@@ -242,11 +242,11 @@ class RunLock:
         self.was_deleted = False
         return f"{self.path} was deleted while this run lives; it is there again"
 
-    def _beat(self):
+    def _beat(self) -> None:
         while not self.stopped.wait(BEAT):
             self._look()
 
-    def _look(self):
+    def _look(self) -> None:
         """A sign of life, if the lock is this run's still. A disk that fails has its say where the run writes."""
         with contextlib.suppress(OSError, ConfigError), self.mutex:
             if self not in held or self.taken_by:
@@ -300,7 +300,7 @@ class RunLock:
         finally:
             guard.unlink(missing_ok=True)
 
-    def _sweep(self):
+    def _sweep(self) -> None:
         """Removes what processes left that were killed while they took the lock."""
         now = self.path.stat().st_mtime
         for path in self.path.parent.glob(f".{NAME}.*"):

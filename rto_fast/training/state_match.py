@@ -2,7 +2,7 @@
 
 import torch
 
-from rto_fast.training.progress_file import is_number
+from rto_fast.training.progress_file import is_count, is_number
 
 
 def find_misfit(state: object, own: object, place: str = "") -> str | None:
@@ -28,14 +28,13 @@ def find_misfit(state: object, own: object, place: str = "") -> str | None:
     if isinstance(own, str):
         return None if isinstance(state, str) else _expected(place, "text", state)
     if isinstance(own, int):
-        fits = is_number(state, at_least=0) and isinstance(state, int)
-        return None if fits else _expected(place, "a count", state)
+        return None if is_count(state) else _expected(place, "a count", state)
     if isinstance(own, float):
         return None if is_number(state, at_least=0) else _expected(place, "a finite number of at least 0", state)
     return None
 
 
-def _misfit_of_tensor(state, own, place):
+def _misfit_of_tensor(state: object, own: torch.Tensor | None, place: str) -> str | None:
     if not isinstance(state, torch.Tensor):
         return _expected(place, "a tensor", state)
     if own is not None and state.shape != own.shape:
@@ -45,6 +44,6 @@ def _misfit_of_tensor(state, own, place):
     return None if state.isfinite().all() else f"{place}: it has numbers that are not finite"
 
 
-def _expected(place, what, got):
+def _expected(place: str, what: str, got: object) -> str:
     text = repr(got) if isinstance(got, (int, float, str)) else type(got).__name__
     return f"{place}: expected {what}, got {text[:40]}"
