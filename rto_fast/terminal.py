@@ -17,8 +17,10 @@ import sys
 import threading
 import traceback
 import types
+import unicodedata
 import warnings
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any, NoReturn, TextIO
 
 from rto_fast.notices import Notice
@@ -93,11 +95,6 @@ def _is_terminal(err: bool = False) -> bool:
         return False
 
 
-def speaks() -> bool:
-    """Whether this process is the one of several that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(*parts: object, err: bool = False) -> None:
     """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
     cannot be done.
@@ -110,7 +107,7 @@ def say(*parts: object, err: bool = False) -> None:
         return _write(text, err)
     try:
         drawn = _live.text, _live.err
-        redraw("")
+        redraw("", _live.err)
         _write(text, err)
         redraw(*drawn)
     finally:
@@ -143,11 +140,15 @@ def redraw(text: str, err: bool = True) -> None:
         err: to stderr, else to stdout.
     """
     with _live.lock:
-        if _live.text:
-            _write("\r\x1b[K", _live.err)
-        _live.text, _live.err = one_line(text)[: shutil.get_terminal_size().columns - 1], err
-        if _live.text:
-            _write(_live.text, err)
+        if text or _live.text:
+            _write(f"\r{_cut(one_line(text), shutil.get_terminal_size().columns - 1)}\x1b[K", err)
+        _live.text, _live.err = text, err
+
+
+def _cut(text: str, columns: int) -> str:
+    """As much of the text as so many columns show; a Chinese character takes two."""
+    widths = accumulate(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+    return text[: sum(width <= columns for width in widths)]
 
 
 def leave_line() -> None:
@@ -253,7 +254,7 @@ def _show_warning(
         if text in _told:
             return
         _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
-    if speaks():
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         say(text, place, err=True)
 
 

@@ -1,6 +1,7 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.terminal import say, speaks
+from rto_fast.terminal import say
 from rto_fast.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def _say(text: str) -> None:
     """What is said before the run has its log; of several processes, one speaks."""
-    if speaks():
+    if os.environ.get("RANK", "0") == "0":
         say(text)
 
 

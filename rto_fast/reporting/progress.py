@@ -11,11 +11,13 @@ several.
 """
 
 import contextlib
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from rto_fast.terminal import is_live, one_line, redraw, say, speaks
+from rto_fast.terminal import is_live, one_line, redraw, say
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -68,7 +70,7 @@ class _Display:
     def begin(self, phase: Progress) -> None:
         with _LOCK:
             self.phases.append(phase)
-            if self.thread is None and self.is_on and speaks():
+            if self.thread is None and self.is_on and os.environ.get("RANK", "0") == "0":
                 self.ended = threading.Event()
                 self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
                 self.thread.start()
@@ -93,19 +95,23 @@ class _Display:
     def _show(self) -> None:
         now = time.monotonic()
         phase = next((phase for phase in reversed(self.phases) if now - phase.start >= PATIENCE), None)
-        if phase is None or (phase.has_line and is_live(err=True) and now - phase.advanced < PATIENCE):
+        if phase is None or (phase.has_line and _is_terminal() and now - phase.advanced < PATIENCE):
             return
-        if is_live(err=True):
-            redraw(phase.line())
+        if _is_terminal():
+            self._write(redraw, phase.line())
             self.has_drawn = True
         elif now - phase.start >= phase.next_line:
             phase.next_line = now - phase.start + min(max(now - phase.start, PATIENCE), LONGEST_SILENCE)
-            say(phase.line(), err=True)
+            self._write(partial(say, err=True), phase.line())
 
     def _clear(self) -> None:
         if self.has_drawn:
             self.has_drawn = False
-            redraw("")
+            self._write(redraw, "")
+
+    def _write(self, write: Callable[[str], None], line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # of a library user's own stream: the work goes on
+            write(line)
 
 
 _DISPLAY = _Display()
@@ -140,6 +146,10 @@ def advance(count: int = 1) -> None:
     phases = _DISPLAY.phases
     if phases:
         phases[-1].advance(count)
+
+
+def _is_terminal() -> bool:
+    return is_live(err=True)
 
 
 def duration(seconds: float) -> str:

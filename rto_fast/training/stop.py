@@ -1,14 +1,16 @@
 """A stop that loses nothing: Ctrl-C, a scheduler's SIGTERM, a terminal's SIGHUP. A second Ctrl-C or SIGTERM ends the process
 at once."""
 
+import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
 from rto_fast.errors import Interrupted, how_to_go_on
-from rto_fast.terminal import say, speaks
+from rto_fast.terminal import say
 
 INSISTENT = signal.SIGINT, signal.SIGTERM
 SIGNALS = *INSISTENT, signal.SIGHUP  # of a terminal that is closed
@@ -73,9 +75,11 @@ class StopRequest:
             while (number := numbers.read(1)) and number[0] not in self.before:
                 pass  # another signal, with a handler of its own
             ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
-            if ours and self.waits and speaks():
-                what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
-                say(f"rto_fast: {what}", err=True)
+            if ours and self.waits and os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):
+                    what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
+                    line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
+                    say(f"{line_end}rto_fast: {what}", err=True)
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():
