@@ -35,7 +35,6 @@ def a_report(path):
 WRITERS = {
     "report": (a_report, "<!doctype html>"),
     "evaluation": (lambda path: write_json({"kl": 1.0}, path), "{\n"),
-    "file of a run": (lambda path: write_text(Path(path), "all of it"), "all of it"),
 }
 
 
