@@ -110,21 +110,34 @@ def say(*parts: object, err: bool = False) -> None:
     Args:
         err: to stderr.
     """
+    global _has_drawn
     stream = sys.stderr if err else sys.stdout
     bars: Any = sys.modules.get("tqdm")  # a live line moves below what is printed
     # Of a process that `protect` was not called in, or a stream that somebody's code has closed or put in place.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         with bars.tqdm.external_write_mode(stream) if bars else contextlib.nullcontext():
-            stream.write("".join(map(_printable, parts)) + "\n")
+            # With the text in one piece: the thread that draws cannot come between them.
+            cleared = CLEAR_LINE if _has_drawn and stream.isatty() else ""
+            _has_drawn = _has_drawn and not cleared
+            stream.write(cleared + "".join(map(_printable, parts)) + "\n")
             stream.flush()
+
+
+CLEAR_LINE = "\r\x1b[K"
+_has_drawn = False  # a line that `redraw` has drawn is there
 
 
 def redraw(text: str) -> None:
     """Draws `text` over the line of stderr that was drawn before; an empty one clears it. Cut to the terminal's width."""
+    global _has_drawn
     stream = sys.stderr
     if stream is not None:
-        stream.write(f"\r{one_line(text)[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+        from tqdm.utils import disp_trim  # by columns: a Chinese character takes two
+
+        _has_drawn = True  # from before it is seen, for another thread
+        stream.write(f"\r{disp_trim(one_line(text), shutil.get_terminal_size().columns - 1)}\x1b[K")
         stream.flush()
+        _has_drawn = bool(text)
 
 
 class ArgumentParser(argparse.ArgumentParser):

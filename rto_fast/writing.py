@@ -71,7 +71,9 @@ def check_own(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # it is made
         kind = stat.S_IFMT(os.lstat(path).st_mode)
         if kind not in (stat.S_IFREG, stat.S_IFLNK):
-            raise OSError(errno.EINVAL, f"{REFUSED.get(kind, 'is a pipe or a device')} and no file of the run", str(path))
+            raise OSError(
+                errno.EINVAL, f"{REFUSED.get(kind, 'is a pipe or a device')} and no file of the run", str(path)
+            )
 
 
 def own_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from rto_fast.reporting import progress as progress_module
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo
 from rto_fast.stages.common import save_model
+from rto_fast.terminal import say
 
 
 @pytest.fixture
@@ -57,6 +58,35 @@ def test_a_terminal_gets_one_line_that_is_removed(quick, monkeypatch):
         written = os.read(ours, 10_000).decode()
     os.close(ours)
     assert written.count("\n") == 0 and written.count("\rthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Both streams are a terminal of 60 columns; returns a function that reads what was written there."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "60")
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield lambda: os.read(ours, 100_000).decode()
+    os.close(ours)
+
+
+@pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
+def test_what_is_said_meanwhile_has_a_line_of_its_own(quick, terminal, err):
+    with quick("thinking"):
+        time.sleep(0.25)
+        for number in range(3):
+            say(f"thought {number}", err=err)
+    said = [line for line in terminal().splitlines() if "thought" in line]
+    assert len(said) == 3 and all(line.startswith("thought") for line in (x.rpartition("\x1b[K")[2] for x in said))
+
+
+def test_a_line_in_wide_characters_fits_the_terminal(quick, terminal):
+    with quick("数据" * 40):
+        time.sleep(0.25)
+    drawn = [re.sub(r"\x1b\[K", "", line) for line in terminal().split("\r") if "数" in line]
+    assert drawn and all(2 * line.count("数") + 2 * line.count("据") < 60 for line in drawn)
 
 
 def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):

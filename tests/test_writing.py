@@ -167,6 +167,55 @@ def test_a_link_that_somebody_put_beside_is_not_followed(writer):
     assert Path("victim").read_text() == "precious" and not Path("out").is_symlink()
 
 
+OWN = ["report.html", "figures", "config.yaml"]
+
+
+def write_own_files(run):
+    """What the report and the run write into a run's folder."""
+    lines = [json.dumps({"stage": "sft", "step": i + 1, "seconds": 1.0, "loss": 1.0}) + "\n" for i in range(3)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report([run])
+    write_text(run / "config.yaml", "all of it")
+
+
+@pytest.mark.parametrize("name", [*OWN, "a figure"])
+@pytest.mark.parametrize("there", [True, False], ids=["whole", "dangling"])
+def test_in_a_runs_folder_a_link_is_replaced_and_what_it_points_at_stays(name, there):
+    run, other = Path("run").absolute(), Path("other").absolute()
+    run.mkdir()
+    write_own_files(run)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    name = name if name in names else next(n for n in sorted(names) if n.startswith("figures/"))
+    if (run / name).is_dir():
+        (run / name).rename("old figures")
+        (run / name).symlink_to(other)
+        if there:
+            other.mkdir()
+            for path in Path("old figures").iterdir():
+                (other / path.name).write_text("precious")
+    else:
+        (run / name).unlink()
+        (run / name).symlink_to(other)
+        if there:
+            other.write_text("precious")
+    write_own_files(run)
+    left = [*other.iterdir()] if other.is_dir() else [other]
+    assert all(path.read_text() == "precious" for path in left) if there else not other.exists()
+    assert not (run / name).is_symlink() and not left_over(run)
+    assert names == {path.relative_to(run).as_posix() for path in run.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["report.html", "config.yaml"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_in_a_runs_folder_what_is_no_file_is_refused_and_nothing_waits(name, make, limited):
+    run = Path("run").absolute()
+    run.mkdir()
+    make(run / name)
+    with limited(20), pytest.raises(UserError, match=f"{name}.* and no file of the run"):
+        write_own_files(run)
+    assert not (run / name).is_file() and not left_over(run)
+
+
 def test_a_file_that_is_a_mount_is_written_in_its_place(writer, monkeypatch):
     write, begins = writer
 
