@@ -1,5 +1,6 @@
 """Whatever lasts longer than five seconds says what is done and what is left."""
 
+import contextlib
 import io
 import os
 import pty
@@ -60,33 +61,36 @@ def test_a_terminal_gets_one_line_that_is_removed(quick, monkeypatch):
     assert written.count("\n") == 0 and written.count("\rthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Both streams are a terminal of 60 columns; returns a function that reads what was written there."""
+@contextlib.contextmanager
+def on_a_terminal(monkeypatch):
+    """Both streams are a terminal of 60 columns; yields a function that reads what was written there."""
     ours, theirs = pty.openpty()
-    monkeypatch.setenv("COLUMNS", "60")
-    with os.fdopen(theirs, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
+    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "60")
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
         yield lambda: os.read(ours, 100_000).decode()
     os.close(ours)
 
 
 @pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
-def test_what_is_said_meanwhile_has_a_line_of_its_own(quick, terminal, err):
-    with quick("thinking"):
-        time.sleep(0.25)
-        for number in range(3):
-            say(f"thought {number}", err=err)
-    said = [line for line in terminal().splitlines() if "thought" in line]
-    assert len(said) == 3 and all(line.startswith("thought") for line in (x.rpartition("\x1b[K")[2] for x in said))
+def test_what_is_said_meanwhile_has_a_line_of_its_own(quick, monkeypatch, err):
+    with on_a_terminal(monkeypatch) as written:
+        with quick("thinking"):
+            for number in range(3):
+                time.sleep(0.25)
+                say(f"thought {number}", err=err)
+        lines = written().split("\n")
+    assert any("\rthinking: " in line for line in lines)
+    assert [line.rpartition("\r\x1b[K")[2].strip() for line in lines[:3]] == [f"thought {i}" for i in range(3)]
 
 
-def test_a_line_in_wide_characters_fits_the_terminal(quick, terminal):
-    with quick("数据" * 40):
-        time.sleep(0.25)
-    drawn = [re.sub(r"\x1b\[K", "", line) for line in terminal().split("\r") if "数" in line]
-    assert drawn and all(2 * line.count("数") + 2 * line.count("据") < 60 for line in drawn)
+def test_a_line_in_wide_characters_fits_the_terminal(quick, monkeypatch):
+    with on_a_terminal(monkeypatch) as written:
+        with quick("数据" * 40):
+            time.sleep(0.25)
+        drawn = [line for line in written().split("\r") if "数" in line]
+    assert drawn and all(2 * (line.count("数") + line.count("据")) < 60 for line in drawn)
 
 
 def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):

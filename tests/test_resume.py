@@ -20,7 +20,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import CheckpointError, ConfigError
 from rto_fast.reporting.log import RunLog
 from rto_fast.stages.common import save_model
-from rto_fast.training import state_files
+from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
@@ -288,6 +288,17 @@ def test_the_runs_memory_is_not_written_through_a_link(tmp_path):
     Checkpoints(tmp_path / "run", Log(), resume=True).finish("sft")
     assert (tmp_path / "elsewhere").read_text() == before
     assert json.loads((tmp_path / "run" / "progress.json").read_text())["done"] == ["sft"]
+
+
+def test_a_rank_that_comes_later_finds_what_the_main_one_has_begun(tmp_path, monkeypatch):
+    """Each rank of a new run has drawn a name for it; the main one's is the run's."""
+    begun = tmp_path / ".sft-00000001.part"
+    begun.mkdir()
+    (begun / "run").write_text("a" * 16)
+    for name, value in {"is_main": False, "rank": 1, "world_size": 2, "barrier": None}.items():
+        monkeypatch.setattr(ranks, name, lambda value=value: value)
+    save_state(tmp_path / "sft-00000001", STATE, "b" * 16)
+    assert (begun / "run").read_text() == "a" * 16 and (begun / "state-00001.safetensors").is_file()
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])

@@ -146,14 +146,14 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
     nothing. Every rank calls it, with the same tree.
 
     Args:
-        owner: the name of the run.
+        owner: the name of the run, as the main rank knows it.
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written, or it is another run's; what was there before is
             untouched.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
-    for path in (aside, folder):
+    for path in (aside, folder) if ranks.is_main() else ():  # which may have begun to write when the others come here
         if owner_of(path) not in (None, owner):
             raise CheckpointError(f"{path} was written by another run; make {folder.parent} a folder of this run alone")
     try:
