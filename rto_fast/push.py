@@ -13,7 +13,7 @@ from rto_fast.options import argument
 from rto_fast.reporting.progress import progress
 from rto_fast.terminal import ArgumentParser, one_line, say
 from rto_fast.training.run_lock import refuse_if_in_use
-from rto_fast.writing import write_file
+from rto_fast.writing import write_own
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 # Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
@@ -22,6 +22,7 @@ ALLOWED = [
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
+LARGEST_CARD = 2**24  # bytes
 
 
 def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bool = False) -> str | None:
@@ -47,6 +48,8 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     images: dict[str, Path] = {}
     try:
         if card.is_file():
+            if card.stat().st_size > LARGEST_CARD:
+                raise HubError(f"{card}: larger than {LARGEST_CARD:,} bytes, which is no model card; delete it")
             text = card.read_text(encoding="utf-8")
         else:
             text, images = model_card(run_folder)
@@ -59,7 +62,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
         return None
     if not card.is_file():
         write_model_card(run_folder)
-    write_file(card, text)
+    write_own(card, text)
     return _upload(folder, _allowed(folder), repo, private)
 
 

@@ -3,6 +3,9 @@
 A regular file is written aside and renamed, so that a kill at any moment leaves what was there before. A symbolic link stays
 one: what it points at is written. A pipe or a character device is written into; a folder, a socket, a disk is refused.
 What is new has the permissions that the umask gives, what is replaced keeps its own.
+
+That is for the places that a user names. In a run's folder the names are the run's, and a link there may lead to anybody's
+file: see `write_own` and `own_folder`.
 """
 
 import contextlib
@@ -43,6 +46,63 @@ def write_file(path: str | Path, content: str | bytes) -> None:
                 _write_into(target, data)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_own(path: str | Path, content: str | bytes) -> None:
+    """`write_file` for a file of a run's folder: a symbolic link of its name is replaced, and what it points at stays as it
+    is; anything but a file is refused.
+
+    Raises:
+        OSError: with `path` and the reason; what was there before is untouched.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        try:
+            return _put(path, data, None)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    check_own(path)
+    write_file(path, content)
+
+
+def check_own(path: Path) -> None:
+    """Raises OSError where something that is not a file, such as a folder or a pipe, has the name of a run's file."""
+    with contextlib.suppress(FileNotFoundError):  # it is made
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFLNK):
+            raise OSError(
+                errno.EINVAL, f"{REFUSED.get(kind, 'is a pipe or a device')} and no file of the run", str(path)
+            )
+
+
+def own_folder(folder: Path) -> None:
+    """Makes a folder of a run's folder; a symbolic link of its name is removed, and what it points at stays as it is."""
+    if folder.is_symlink():
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def make_own(path: Path, size: int) -> None:
+    """Makes a file of a run's folder one that can be written into: a symbolic link, or a hard link of which another name
+    may be a copy's that somebody keeps, becomes a file with the first `size` bytes of what was there.
+
+    Raises:
+        OSError: it is not a file, or cannot be copied.
+    """
+    check_own(path)
+    if not path.is_symlink() and (not path.exists() or path.stat().st_nlink == 1):
+        return
+    if not path.is_file():  # a link to nothing, or to something that may never end
+        return path.unlink()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(path, "rb") as source, open(aside, "wb") as copy:
+            while size > 0 and (block := source.read(min(size, 2**20))):
+                size -= copy.write(block)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_target(path: str | Path) -> None:

@@ -5,7 +5,9 @@ switch must be thrown before any test module is imported, and stay thrown inside
 where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses would see it.
 """
 
+import contextlib
 import os
+import signal
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests run beside each other
@@ -20,6 +22,26 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def limited():
+    """`with limited(seconds)`: what takes longer, as reading a pipe that nobody writes to, fails."""
+
+    def late(*_):
+        pytest.fail("it hangs")
+
+    @contextlib.contextmanager
+    def limit(seconds):
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    return limit
 
 
 @pytest.fixture(scope="session")

@@ -165,6 +165,45 @@ def test_figures_that_matter_lie_beside_the_card(finished):
     assert all((path.parent / name).read_bytes().startswith(b"\x89PNG") for name in linked)
 
 
+def test_what_a_link_points_at_is_no_figure_of_the_card(finished, push, hub, tmp_path):
+    """It would be copied beside the model and leave the machine."""
+    (tmp_path / "secret").write_text("a key")
+    folder, stub = finished(), hub()
+    (folder / "figures" / "rto_kl.png").unlink()
+    (folder / "figures" / "rto_kl.png").symlink_to(tmp_path / "secret")
+    code, _, _ = push(folder, "--repo", "me/tiny")
+    assert code == 0 and "images/rto_kl.png" not in stub.calls[1][2] and "images/rto_score.png" in stub.calls[1][2]
+    assert not (folder / "rto" / "images" / "rto_kl.png").exists()
+    (folder / "figures").rename(tmp_path / "pictures")
+    (folder / "figures").symlink_to(tmp_path / "pictures")
+    assert "](images/" not in write_model_card(folder).read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "images", "images/rto_kl.png"])
+def test_the_card_is_not_written_through_a_link(finished, tmp_path, name):
+    folder, other = finished(), tmp_path / "other"
+    path = folder / "rto" / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "images":
+        other.mkdir()
+        (other / "rto_kl.png").write_text("precious")
+    else:
+        other.write_text("precious")
+    path.symlink_to(other)
+    write_model_card(folder)
+    kept = other / "rto_kl.png" if name == "images" else other
+    assert kept.read_text() == "precious" and not path.is_symlink()
+    assert (folder / "rto" / "images" / "rto_kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_that_somebody_has_blown_up_is_refused(finished, push):
+    folder = finished()
+    with open(folder / "rto" / "README.md", "wb") as file:
+        file.truncate(2**40)
+    code, _, err = push(folder, "--repo", "me/tiny", "--dry_run")
+    assert code == 2 and "README.md: larger than" in err and err.count("\n") == 1
+
+
 def test_the_cards_lines_load_the_model(finished, no_network):
     path = write_model_card(finished())
     (code,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.S)

@@ -1,5 +1,6 @@
 """Whatever lasts longer than five seconds says what is done and what is left."""
 
+import contextlib
 import io
 import os
 import pty
@@ -24,6 +25,7 @@ from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo
 from rto_fast.stages.common import save_model
+from rto_fast.terminal import say
 
 
 @pytest.fixture
@@ -58,6 +60,38 @@ def test_a_terminal_gets_one_line_that_is_removed(quick, monkeypatch):
         written = os.read(ours, 10_000).decode()
     os.close(ours)
     assert written.count("\n") == 0 and written.count("\rthinking \\x1b[31m: ") > 2 and written.endswith("\r\x1b[K")
+
+
+@contextlib.contextmanager
+def on_a_terminal(monkeypatch):
+    """Both streams are a terminal of 60 columns; yields a function that reads what was written there."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "60")
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        yield lambda: os.read(ours, 100_000).decode()
+    os.close(ours)
+
+
+@pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
+def test_what_is_said_meanwhile_has_a_line_of_its_own(quick, monkeypatch, err):
+    with on_a_terminal(monkeypatch) as written:
+        with quick("thinking"):
+            for number in range(3):
+                time.sleep(0.25)
+                say(f"thought {number}", err=err)
+        lines = written().split("\n")
+    assert any("\rthinking: " in line for line in lines)
+    assert [line.rpartition("\r\x1b[K")[2].strip() for line in lines[:3]] == [f"thought {i}" for i in range(3)]
+
+
+def test_a_line_in_wide_characters_fits_the_terminal(quick, monkeypatch):
+    with on_a_terminal(monkeypatch) as written:
+        with quick("数据" * 40):
+            time.sleep(0.25)
+        drawn = [line for line in written().split("\r") if "数" in line]
+    assert drawn and all(2 * (line.count("数") + line.count("据")) < 60 for line in drawn)
 
 
 def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rto_fast.errors import DataError
-from rto_fast.reporting import draw
+from rto_fast.reporting import draw, run_files
 from rto_fast.reporting.figures import sections
 from rto_fast.reporting.markup import visible
 from rto_fast.reporting.report import write_report
@@ -335,3 +335,15 @@ def test_no_script_runs_in_a_real_browser(page, tmp_path):
         titles[name] = re.search("<title>(.*?)</title>", done.stdout, re.S)[1]
     assert titles.pop("neither") == "owned"
     assert set(titles.values()) == {"run · rto-fast"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "results.json", "config.yaml"])
+def test_a_file_that_somebody_has_blown_up_takes_no_memory_and_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run_files, "LARGEST", 2**20)
+    folder = fake_run(tmp_path / "run")
+    if not (folder / name).exists():
+        (folder / name).touch()
+    with open(folder / name, "r+b") as file:
+        file.truncate(2**40)
+    run = read_run(folder)
+    assert any(note.startswith(f"{name}: of 1,099,511,627,776 bytes the first ") for note in run.notes)

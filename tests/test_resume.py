@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from rto_fast.config import load_config
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.reporting.log import RunLog
 from rto_fast.stages.common import save_model
-from rto_fast.training import state_files
+from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
@@ -153,7 +154,7 @@ def make(folder, *names):
 
 def begin(folder):
     """A run that can be resumed from its beginning."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with Checkpoints(folder, Log()).resumable():
         pass
 
@@ -259,6 +260,73 @@ def test_a_log_that_the_run_has_not_written_is_not_cut_through_a_link(tmp_path):
     (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "other" / "samples.jsonl")
     Checkpoints(tmp_path / "run", Log(), resume=True)
     assert content(tmp_path / "other") == before and not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_a_log_shares_with_another_name_is_neither_cut_nor_added_to(tmp_path, link):
+    """A log on another disk, or in a copy of the folder that was made of hard links."""
+    (tmp_path / "run").mkdir()
+    log = RunLog(tmp_path / "run")
+    log.metrics("sft", 1, {"loss": 1.0})
+    begin(tmp_path / "run")
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    log.metrics("sft", 2, {"loss": 2.0})
+    (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    link(tmp_path / "elsewhere", tmp_path / "run" / "metrics.jsonl")
+    before = (tmp_path / "elsewhere").read_text()
+    Checkpoints(tmp_path / "run", Log(), resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+    log.metrics("sft", 2, {"loss": 2.0})
+    assert (tmp_path / "elsewhere").read_text() == before and not (tmp_path / "run" / "metrics.jsonl").is_symlink()
+
+
+def test_the_runs_memory_is_not_written_through_a_link(tmp_path):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "progress.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "progress.json").symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_text()
+    Checkpoints(tmp_path / "run", Log(), resume=True).finish("sft")
+    assert (tmp_path / "elsewhere").read_text() == before
+    assert json.loads((tmp_path / "run" / "progress.json").read_text())["done"] == ["sft"]
+
+
+def test_a_rank_that_comes_later_finds_what_the_main_one_has_begun(tmp_path, monkeypatch):
+    """Each rank of a new run has drawn a name for it; the main one's is the run's."""
+    begun = tmp_path / ".sft-00000001.part"
+    begun.mkdir()
+    (begun / "run").write_text("a" * 16)
+    for name, value in {"is_main": False, "rank": 1, "world_size": 2, "barrier": None}.items():
+        monkeypatch.setattr(ranks, name, lambda value=value: value)
+    save_state(tmp_path / "sft-00000001", STATE, "b" * 16)
+    assert (begun / "run").read_text() == "a" * 16 and (begun / "state-00001.safetensors").is_file()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "warnings.jsonl", "progress.json"])
+def test_what_is_no_file_of_a_run_is_refused_by_name(tmp_path, limited, name, make):
+    begin(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with limited(10), pytest.raises(CheckpointError, match=f"{name}.*(is not a file|is a folder|is a pipe)"):
+        Checkpoints(tmp_path, Log(), resume=True)
+
+
+def test_a_pipe_instead_of_a_checkpoints_owner_is_damage(tmp_path, limited):
+    save_steps(tmp_path, 1)
+    owner = tmp_path / "checkpoints" / "sft-00000001" / "run"
+    owner.unlink()
+    os.mkfifo(owner)
+    log = Log()
+    with limited(10):
+        resumed = Checkpoints(tmp_path, log, resume=True)
+    assert resumed.points[-1]["checkpoint"] is None and any("run is not a file" in text for text in log.said)
+
+
+def test_a_digest_that_somebody_has_blown_up_is_damage_and_takes_no_memory(tmp_path):
+    save_state(tmp_path / "state", STATE)
+    with open(tmp_path / "state" / "state.json.sha256", "r+b") as file:
+        file.truncate(2**40)
+    assert find_damage(tmp_path / "state") == "state.json is not as it was written"
 
 
 # The files

@@ -35,7 +35,6 @@ def a_report(path):
 WRITERS = {
     "report": (a_report, "<!doctype html>"),
     "evaluation": (lambda path: write_json({"kl": 1.0}, path), "{\n"),
-    "file of a run": (lambda path: write_text(Path(path), "all of it"), "all of it"),
 }
 
 
@@ -168,6 +167,55 @@ def test_a_link_that_somebody_put_beside_is_not_followed(writer):
     assert Path("victim").read_text() == "precious" and not Path("out").is_symlink()
 
 
+OWN = ["report.html", "figures", "config.yaml"]
+
+
+def write_own_files(run):
+    """What the report and the run write into a run's folder."""
+    lines = [json.dumps({"stage": "sft", "step": i + 1, "seconds": 1.0, "loss": 1.0}) + "\n" for i in range(3)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report([run])
+    write_text(run / "config.yaml", "all of it")
+
+
+@pytest.mark.parametrize("name", [*OWN, "a figure"])
+@pytest.mark.parametrize("there", [True, False], ids=["whole", "dangling"])
+def test_in_a_runs_folder_a_link_is_replaced_and_what_it_points_at_stays(name, there):
+    run, other = Path("run").absolute(), Path("other").absolute()
+    run.mkdir()
+    write_own_files(run)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    name = name if name in names else next(n for n in sorted(names) if n.startswith("figures/"))
+    if (run / name).is_dir():
+        (run / name).rename("old figures")
+        (run / name).symlink_to(other)
+        if there:
+            other.mkdir()
+            for path in Path("old figures").iterdir():
+                (other / path.name).write_text("precious")
+    else:
+        (run / name).unlink()
+        (run / name).symlink_to(other)
+        if there:
+            other.write_text("precious")
+    write_own_files(run)
+    left = [*other.iterdir()] if other.is_dir() else [other]
+    assert all(path.read_text() == "precious" for path in left) if there else not other.exists()
+    assert not (run / name).is_symlink() and not left_over(run)
+    assert names == {path.relative_to(run).as_posix() for path in run.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["report.html", "config.yaml"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_in_a_runs_folder_what_is_no_file_is_refused_and_nothing_waits(name, make, limited):
+    run = Path("run").absolute()
+    run.mkdir()
+    make(run / name)
+    with limited(20), pytest.raises(UserError, match=f"{name}.* and no file of the run"):
+        write_own_files(run)
+    assert not (run / name).is_file() and not left_over(run)
+
+
 def test_a_file_that_is_a_mount_is_written_in_its_place(writer, monkeypatch):
     write, begins = writer
 
@@ -253,12 +301,11 @@ def test_what_is_replaced_keeps_the_permissions_that_somebody_gave_it(writer):
     assert Path("out").read_text().lower().startswith(begins) and stat.S_IMODE(os.stat("out").st_mode) == 0o640
 
 
-def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions_and_its_link():
-    save_model(build_model(0), build_tokenizer(), "far")
-    Path("far").chmod(0o750)
-    Path("near").symlink_to("far")
-    save_model(build_model(0), build_tokenizer(), "near")
-    assert Path("near").is_symlink() and modes(Path("far")) == ({"0o750"}, {"0o640"}) and not left_over(".")
+def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions():
+    save_model(build_model(0), build_tokenizer(), "model")
+    Path("model").chmod(0o750)
+    save_model(build_model(0), build_tokenizer(), "model")
+    assert modes(Path("model")) == ({"0o750"}, {"0o640"}) and not left_over(".")
 
 
 # Who else may write, and what: the parts of a folder that is written aside, logs, which grow, what the system reads, and

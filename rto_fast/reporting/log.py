@@ -10,6 +10,7 @@ from typing import Any
 from rto_fast import terminal
 from rto_fast.errors import CheckpointError
 from rto_fast.notices import Notice
+from rto_fast.reporting.run_files import read_records
 
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
@@ -95,8 +96,7 @@ class RunLog:
         place = f"{stage}, step {step}: " if step else ""
         self.say(terminal.one_line(f"warning: {place}{what}{f'; {remedy}' if remedy else ''}"))
         path = self.folder / "warnings.jsonl"
-        recorded = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        if json.dumps(record) not in recorded:  # a resumed run checks its models again
+        if record not in read_records(path, []):  # a resumed run checks its models again
             self._append("warnings.jsonl", record)
 
     def warning_over(self, stage, step, name):

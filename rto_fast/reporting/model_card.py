@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rto_fast.errors import DataError, ModelError, how_to_go_on
 from rto_fast.reporting.markup import brief, show, visible
 from rto_fast.reporting.public import hub_name, public, working_folder
 from rto_fast.reporting.run_files import number, read_run
-from rto_fast.writing import write_file
+from rto_fast.writing import own_folder, write_own
 
 FIGURES = {
     "held_out_score": "Score on held-out prompts",
@@ -75,9 +74,9 @@ def write_model_card(run_folder: str | Path) -> Path:
     text, images = model_card(run_folder)
     _, model = final_model(run_folder)
     for name, drawn in images.items():
-        (model / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(drawn, model / name)
-    write_file(model / "README.md", text)
+        own_folder((model / name).parent)
+        write_own(model / name, drawn.read_bytes())
+    write_own(model / "README.md", text)
     return model / "README.md"
 
 
@@ -100,10 +99,13 @@ def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
         datasets=list(dict.fromkeys(filter(None, data_names))) or None,
         tags=["rto-fast", *methods, "rlhf"],
     )
+    figures = {f"images/{name}.png": run.folder / "figures" / f"{name}.png" for name in FIGURES}
+    # What a link points at is no figure of this run, and would leave the machine with the model.
+    root = run.folder.resolve()
     images = {
-        f"images/{name}.png": run.folder / "figures" / f"{name}.png"
-        for name in FIGURES
-        if (run.folder / "figures" / f"{name}.png").is_file()
+        name: path
+        for name, path in figures.items()
+        if path.is_file() and path.resolve() == root / path.relative_to(run.folder)
     }
     sections = {
         "Use": _use(config),

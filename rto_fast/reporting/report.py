@@ -8,7 +8,7 @@ from rto_fast.reporting import draw, figures
 from rto_fast.reporting.page import page
 from rto_fast.reporting.progress import progress
 from rto_fast.reporting.run_files import read_runs
-from rto_fast.writing import check_target, is_file, write_file
+from rto_fast.writing import check_own, check_target, is_file, own_folder, write_file, write_own
 
 
 def write_report(folders, output=None):
@@ -28,10 +28,15 @@ def write_report(folders, output=None):
     pictures = path.parent / ("figures" if path.stem == "report" else f"{path.stem}_figures")
     drawn = []
     try:
-        check_target(path)
-        has_pictures = is_file(path)
-        if has_pictures:
-            pictures.mkdir(parents=True, exist_ok=True)
+        if output:
+            write, has_pictures = write_file, is_file(path)
+            check_target(path)
+            if has_pictures:
+                pictures.mkdir(parents=True, exist_ok=True)
+        else:
+            write, has_pictures = write_own, True
+            check_own(path)
+            own_folder(pictures)
         sections = [(title, list(panels)) for title, panels in figures.sections(runs)]
         with progress("drawing the report", sum(len(panels) for _, panels in sections), "figures") as phase:
             for title, panels in sections:
@@ -40,10 +45,10 @@ def write_report(folders, output=None):
                     svg, png = draw.render(panel)
                     shown.append((panel.title, svg))
                     if has_pictures:
-                        write_file(pictures / f"{_file_name(panel.slug)}.png", png)
+                        write(pictures / f"{_file_name(panel.slug)}.png", png)
                     phase.advance()
                 drawn.append((title, shown))
-        write_file(path, page(runs, drawn))
+        write(path, page(runs, drawn))
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be written ({error.strerror}); see --output") from error
     return path

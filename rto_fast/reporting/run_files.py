@@ -2,12 +2,17 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rto_fast.errors import DataError
 
+# Bytes that are read of a run's file. A log of a million steps has less than half of that; a file that a disk or somebody
+# has blown up is not to take the memory.
+LARGEST, LARGEST_TEXT = 2**30, 2**24
+LONGEST_LINE = 2**26
 EVALUATION = "eval_"  # the stages of evaluations: eval_SFT, eval_RTO
 
 
@@ -74,7 +79,7 @@ def read_run(folder):
     if (folder / "warnings.jsonl").is_file():
         run.warnings = _warnings(read_records(folder / "warnings.jsonl", notes))
     if (folder / "config.yaml").is_file():
-        run.config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        run.config = read_text(folder / "config.yaml", notes)
     return run
 
 
@@ -93,13 +98,33 @@ def read_runs(folders):
     return runs
 
 
+def read_text(path: Path, notes: list[str]) -> str:
+    """The text of a small file; of one that is not small its beginning, which `notes` then tell."""
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        notes.append(f"{path.name}: of {path.stat().st_size:,} bytes the first {LARGEST_TEXT:,} were read")
+    return content[:LARGEST_TEXT].decode("utf-8", errors="replace")
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[str]:
+    """The lines of a log, as far as `LARGEST`, which `notes` then tell; pieces of a line that is longer than any of ours."""
+    left = LARGEST
+    with open(path, "rb") as file:
+        while left > 0 and (line := file.readline(min(left, LONGEST_LINE))):
+            left -= len(line)
+            yield line.decode("utf-8", errors="replace")
+    if path.stat().st_size > LARGEST:
+        notes.append(f"{path.name}: of {path.stat().st_size:,} bytes the first {LARGEST:,} were read")
+
+
 def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted in `notes`, not
     fatal."""
     if not path.is_file():
         return []
     records, bad = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in read_lines(path, notes):
         if not line.strip():
             continue
         try:
@@ -145,7 +170,7 @@ def _results(path, notes):
         notes.append("no results.json: the run was interrupted, or there was nothing to judge its policies by")
         return {}
     try:
-        results = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        results = json.loads(read_text(path, notes))
         return {name: _plain(values) for name, values in results.items() if isinstance(values, dict)}
     except (ValueError, RecursionError, AttributeError):
         notes.append("results.json could not be read")

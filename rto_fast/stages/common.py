@@ -1,7 +1,6 @@
 """What the stages share: saving a model, and log-probs without gradients."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +50,6 @@ def save_model(
 
 
 def _write_model(model, tokenizer, folder, stop_ids):
-    folder = Path(os.path.realpath(folder))  # a link to a folder stays one
     aside = folder.with_name(f".{folder.name}.part")
     try:
         remove(aside)

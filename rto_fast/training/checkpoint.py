@@ -20,7 +20,7 @@ from rto_fast.training.run_lock import RunLock
 from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_of, remove_state, save_state, write_text
 from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
-from rto_fast.writing import sync
+from rto_fast.writing import make_own, sync
 
 
 class Trainer(Protocol):
@@ -71,7 +71,7 @@ class Checkpoints:
         self.run = new_run()
         self.done: list[str] = []
         self.best: float | None = None  # evaluation so far
-        self.points: list[dict[str, Any]] = [self._point(None)]
+        self.points: list[dict[str, Any]] = [] if resume else [self._point(None)]
         if resume:
             self._read()
 
@@ -88,14 +88,15 @@ class Checkpoints:
 
     def _cut(self, path, size):
         """A log's records of what is done again are dropped."""
+        try:
+            make_own(path, size)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
         there = path.stat().st_size if path.exists() else 0
         if there < size:
             self.log.say(f"{path} has lost records: {there:,} bytes, {size:,} when the checkpoint was made")
         elif there > size:
-            if path.is_symlink() and not size:
-                path.unlink()  # to a file that the run has not written to
-            else:
-                os.truncate(path, size)
+            os.truncate(path, size)
 
     def _sweep(self):
         """Removes the checkpoints that are of no more use, and what a kill left of one."""

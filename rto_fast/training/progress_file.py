@@ -30,6 +30,8 @@ def read_progress(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is not what `Checkpoints` wrote.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise ValueError("it is not a file")
         with open(path, "rb") as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rto_fast.errors import CheckpointError
 from rto_fast.training import ranks
-from rto_fast.writing import set_permissions, sync, write_file
+from rto_fast.writing import set_permissions, sync, write_own
 
 OWNER = "run"  # the file that names the run whose state it is
 STATE_FILE = rf"{OWNER}|state(-\d{{5,}})?\.(json|safetensors)(\.sha256)?"
@@ -62,13 +62,13 @@ def _restore(value, tensors):
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_file` for a file of the run.
+    """`write_own`, with an error of the run's.
 
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
     """
     try:
-        write_file(path, text)
+        write_own(path, text)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
 
@@ -109,6 +109,8 @@ def _take_over(old: Path, folder: Path) -> None:
 def owner_of(folder: Path) -> str | None:
     """The name of the run whose state it is; None: it says none."""
     try:
+        if not (folder / OWNER).is_file():  # a pipe would never end
+            return None
         with open(folder / OWNER, "rb") as file:
             return file.read(100).decode("ascii") or None
     except (OSError, UnicodeDecodeError):
@@ -144,14 +146,14 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
     nothing. Every rank calls it, with the same tree.
 
     Args:
-        owner: the name of the run.
+        owner: the name of the run, as the main rank knows it.
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written, or it is another run's; what was there before is
             untouched.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
-    for path in (aside, folder):
+    for path in (aside, folder) if ranks.is_main() else ():  # which may have begun to write when the others come here
         if owner_of(path) not in (None, owner):
             raise CheckpointError(f"{path} was written by another run; make {folder.parent} a folder of this run alone")
     try:
@@ -193,13 +195,15 @@ def find_damage(folder: str | Path) -> str | None:
     folder = Path(folder)
 
     def is_whole(path: Path) -> bool:
-        return _digest(path) == (folder / f"{path.name}.sha256").read_text()
+        with open(folder / f"{path.name}.sha256", "rb") as file:
+            expected = file.read(100)  # of a digest's 64
+        return _digest(path).encode() == expected
 
     try:
         for path in folder.iterdir():
             if not path.is_file() and re.fullmatch(STATE_FILE, path.name):
                 return f"{path.name} is not a file"  # and may be something that never ends
-        if not is_whole(folder / "state.json"):
+        if (folder / "state.json").stat().st_size > LARGEST_JSON or not is_whole(folder / "state.json"):
             return "state.json is not as it was written"
         for path in _parts(folder)[1]:
             if not is_whole(path):

@@ -76,7 +76,7 @@ class StopRequest:
                 pass  # another signal, with a handler of its own
             ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
             if ours and self.waits and os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr is not there, or not open
                     what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
                     line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
                     say(f"{line_end}rto_fast: {what}", err=True)
