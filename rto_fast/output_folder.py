@@ -1,6 +1,7 @@
 """The folder of a run: for one run at a time, and a new one has it to itself."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield None
         return
     folder = Path(config.resume or config.output_dir)
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     with _usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
@@ -38,6 +40,9 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield lock
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
+            for each in made:
+                each.rmdir()
 
 
 @contextlib.contextmanager
