@@ -10,11 +10,13 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import select
 import shutil
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -103,6 +105,14 @@ def live_line(total: int, shown: bool) -> Any:
     return tqdm(total=total, file=sys.stdout, bar_format="{desc}", disable=not shown, dynamic_ncols=True)
 
 
+_last_said = -math.inf
+
+
+def last_said() -> float:
+    """When `say` last printed, by `time.monotonic`."""
+    return _last_said
+
+
 def say(*parts: object, err: bool = False) -> None:
     """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
     cannot be done.
@@ -110,6 +120,8 @@ def say(*parts: object, err: bool = False) -> None:
     Args:
         err: to stderr.
     """
+    global _last_said
+    _last_said = time.monotonic()
     stream = sys.stderr if err else sys.stdout
     bars: Any = sys.modules.get("tqdm")  # a live line moves below what is printed
     # Of a process that `protect` was not called in, or a stream that somebody's code has closed or put in place.
