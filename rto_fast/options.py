@@ -78,7 +78,9 @@ def split_arguments(
 
 def check_known(name: str, where: str, known: Iterable[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+        section, dot, last = name[:100].rpartition(".")
+        short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
+        near = [short] if short in known else difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         given = name[:100] if name and name.isprintable() else shown(name)
         raise ConfigError(f"{where}: unknown key {given}{hint}")

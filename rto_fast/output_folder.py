@@ -1,6 +1,7 @@
 """The folder of a run: for one run at a time, and a new one has it to itself."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield None
         return
     folder = Path(config.resume or config.output_dir)
-    is_new = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     with _usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
@@ -39,9 +40,9 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield lock
     finally:
         lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # it holds what the run wrote
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
+            for each in made:
+                each.rmdir()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import importlib
 import inspect
+import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -146,13 +147,28 @@ def _told(error: BaseException) -> str:
 def import_function(path: str, key: str) -> Callable:
     """The function that `module:function` names; `key` is the configuration key for messages."""
     module_name, _, name = path.partition(":")
+    if not (module_name and name):
+        dotted, _, last = path.rpartition(".")
+        hint = f"; did you mean {dotted}:{last}?" if dotted and last.isidentifier() and last != "py" else ""
+        raise ConfigError(
+            f"{key}: expected module:function, such as mine:score for the function score of mine.py, got {path!r}{hint}"
+        )
+    if "" not in sys.path and not sys.flags.safe_path:
+        sys.path.append("")  # the present folder, which `python -m` has there, and the command `rto-fast` has not
     try:
         with users_settings(), deepspeed_import.revealed():
-            function = getattr(importlib.import_module(module_name), name)
+            module = importlib.import_module(module_name)
+            found = hasattr(module, name)
+            function = getattr(module, name) if found else None
     except Interrupted:
         raise
     except BaseException as error:  # the module is somebody else's code, and a script may end itself
-        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {_told(error)}") from error
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        told = f"{type(error).__name__}: {error} in this folder or on PYTHONPATH" if absent else _told(error)
+        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {told}") from error
+    if not found:
+        file = getattr(module, "__file__", None) or module_name
+        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {file} has no {name}")
     if not callable(function):
         raise ConfigError(f"{key}: {path!r} is not a function")
     return function

@@ -13,6 +13,7 @@ MODELS = (
     "model.path", "model.tokenizer", "sft.model", "reward_model.model", "dpo.model", "dpo.ref_model", "rto.ref_model",
     "rto.critic",
 )  # fmt: skip
+FIRST_LOOK = {"data.limit": 64, "rollout.max_new_tokens": 64, "eval.prompts": 8}
 DATA = ("data.preferences", "data.sft", "data.prompts", "data.eval_prompts")
 
 
@@ -55,8 +56,9 @@ def implied_config(options: dict[str, Any]) -> tuple[str, str]:
     if not given:
         return DEFAULT, ""
     are = "are" if len(given) > 1 else "is"
+    smaller = "" if FIRST_LOOK.keys() & options.keys() else " ".join(f"--{key} {n}" for key, n in FIRST_LOOK.items())
+    first_look = f"\na first look, on a CPU too: add {smaller}" if smaller else ""
     return OWN, (
         f"configuration: own (`--config own`; settings for models of up to a billion parameters), since {', '.join(given)} "
-        f"{are} given; nothing of the embedded default is used\n"
-        "a first look, on a CPU too: add --data.limit 64 --rollout.max_new_tokens 64 --eval.prompts 8"
+        f"{are} given; nothing of the embedded default is used{first_look}"
     )

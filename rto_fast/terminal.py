@@ -10,11 +10,13 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import select
 import shutil
 import sys
 import threading
+import time
 import traceback
 import types
 import unicodedata
@@ -95,6 +97,14 @@ def _is_terminal(err: bool = False) -> bool:
         return False
 
 
+_last_said = -math.inf
+
+
+def last_said() -> float:
+    """When `say` last printed, by `time.monotonic`."""
+    return _last_said
+
+
 def say(*parts: object, err: bool = False) -> None:
     """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
     cannot be done.
@@ -102,6 +112,8 @@ def say(*parts: object, err: bool = False) -> None:
     Args:
         err: to stderr.
     """
+    global _last_said
+    _last_said = time.monotonic()
     text = "".join(map(_printable, parts)) + "\n"
     if not _live.lock.acquire(timeout=1.0):  # another thread waits for somebody who does not read
         return _write(text, err)

@@ -57,6 +57,7 @@ def test_the_paper_configuration_is_the_papers():
     [
         (["--rto.kl_coeff", "0.02"], "unknown key --rto.kl_coeff; did you mean --rto.kl_coef"),
         (["--kl_coef=3"], "did you mean --rto.kl_coef"),
+        (["--rto.learning_rate", "0.1"], r"did you mean --rto.lr\?"),
         (["--rto.kl_coef", "abc"], "^--rto.kl_coef: expected a number from 0 to 1,000,000, got 'abc'"),
         (["--rto.advantage", "gea"], "rto.advantage.*gea"),
         (["--rto.gamma", "2"], "^--rto.gamma: expected a number from 0 to 1, got 2.0"),

@@ -218,8 +218,11 @@ MISTAKES = {
     "remedy for it": ([*RTO, "--dpo.model", "nobody/nothing", "--rto.dpo_reward_scale", "1"],
                       "; check the name and the network, or give a local directory\n"),
     "no such module": ([*RTO, "--reward_model.function", "absent:f"], "reward_model.function: cannot import 'absent:f' "
-                       "(expected module:function): ModuleNotFoundError: No module named 'absent'"),
-    "no such function": ([*RTO, "--eval.function", "json:f"], "eval.function: cannot import 'json:f' (expected module:f"),
+                       "(expected module:function): ModuleNotFoundError: No module named 'absent' in this folder or on "
+                       "PYTHONPATH\n"),
+    "no such function": ([*RTO, "--eval.function", "json:f"], "json/__init__.py has no f\n"),
+    "no function": ([*RTO, "--reward_model.function", "mine.score"], "reward_model.function: expected module:function, such "
+                    "as mine:score for the function score of mine.py, got 'mine.score'; did you mean mine:score?\n"),
     "broken module": ([*RTO, "--reward_model.function", "faulty_syntax:f"], "'faulty_syntax:f' (expected module:function): "
                       "SyntaxError: "),
     "module that exits": ([*RTO, "--reward_model.function", "faulty_import:f"], "SystemExit: 0 ({cwd}/faulty_import.py:2)"),
@@ -353,6 +356,14 @@ def test_no_end_of_a_reward_function_is_the_runs(function, timeout):
             "closed": "GeneratorExit", "greedy": "MemoryError"}[function]  # fmt: skip
     with pytest.raises(RewardError, match=f"faulty_rewards:{function}: {kind}.* .*faulty_rewards.py"):
         reward([Completion(Prompt([1], "a", {}, "", None), [1], "b", True)])
+
+
+def test_a_reward_is_found_in_the_present_folder_by_any_command(tmp_path, monkeypatch):
+    """The script `rto-fast` has its own folder on the path of modules, and not the present one."""
+    (tmp_path / "rewards_from_here.py").write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path and path != str(tmp_path)])
+    assert RewardFunction("rewards_from_here:score", "reward_model.function")
 
 
 def test_a_module_of_rewards_that_ends_is_refused(tmp_path, monkeypatch):

@@ -70,8 +70,7 @@ def test_an_own_model_and_own_preferences_get_nothing_embedded(here, tmp_path, m
         "configuration: own (`--config own`; settings for models of up to a billion parameters), "
     )
     assert lines[0].endswith("since model.path, data.preferences are given; nothing of the embedded default is used")
-    assert lines[1:6] == [
-        "a first look, on a CPU too: add --data.limit 64 --rollout.max_new_tokens 64 --eval.prompts 8",
+    assert lines[1:5] == [
         "SFT: on the chosen responses of pairs.jsonl, since data.sft is not given",
         "RTO: on the prompts of pairs.jsonl, since data.prompts is not given",
         "evaluation: on prompts held out of pairs.jsonl, since data.eval_prompts is not given",
@@ -122,6 +121,13 @@ def test_what_is_asked_for_is_used(here, options, kept):
     config = load_config(options)
     found = embedded_values({name: vars(getattr(config, name)) for name in ("model", "data", "eval")})
     assert set(found) == kept
+
+
+def test_a_first_look_is_proposed_to_whoever_has_not_chosen_its_size(here):
+    said, given = [], ["--model.path", "model", "--data.preferences", "pairs.jsonl"]
+    load_config(given, said.append)
+    load_config([*given, "--data.limit", "64", "--rollout.max_new_tokens", "64", "--eval.prompts", "8"], said.append)
+    assert ["a first look" in text for text in said] == [True, False] and "configuration: own" in said[1]
 
 
 @pytest.mark.parametrize("key", ["data.preferences", "data.prompts", "data.eval_prompts", "data.sft", "dpo.model",

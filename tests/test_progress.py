@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pty
 import re
@@ -26,6 +27,7 @@ from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo
 from rto_fast.stages.common import save_model
 from rto_fast.terminal import say
+from rto_fast.training.accumulate import Accumulator
 
 
 @pytest.fixture
@@ -94,7 +96,8 @@ def test_a_line_in_wide_characters_fits_the_terminal(quick, monkeypatch):
     assert drawn and all(2 * (line.count("数") + line.count("据")) < 60 for line in drawn)
 
 
-def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):
+def test_the_innermost_phase_that_lasts_is_shown(quick, monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "LONGEST_SILENCE", 0.1)
     with quick("outer"):
         with quick("inner", 3):
             time.sleep(0.25)
@@ -109,6 +112,43 @@ def test_the_innermost_phase_that_lasts_is_shown(quick, capsys):
         line.startswith("outer: 7 parts, ") for line in lines
     )
     assert any(re.match(r"outer: [\d.]+ s$", line) for line in lines) and not any("brief" in line for line in lines)
+
+
+def test_the_lines_of_a_file_grow_rarer_over_all_phases(quick, capsys):
+    """A stage of many long steps, each of them a phase, does not fill a file."""
+    start = time.monotonic()
+    with quick("rto", 40, "steps") as stage:
+        for _ in range(8):
+            with quick("sampling"):
+                time.sleep(0.2)
+            stage.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= math.log2((time.monotonic() - start) / 0.1) + 1, lines  # after .1, .2, .4, .8 … s
+
+
+def test_a_file_that_is_told_otherwise_gets_no_line(quick, monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.5)
+    with quick("sft", 60, "steps"):
+        for _ in range(60):
+            time.sleep(0.02)
+            say("sft 1/60")
+    assert not capsys.readouterr().err
+
+
+def test_a_long_step_says_how_much_of_it_is_done(capsys):
+    said = []
+    with progress_module.progress("sft", 2, "steps") as phase:
+        phase.advance()
+        passes = lambda indices, factor: said.append(phase.line()) or {}  # noqa: E731
+        Accumulator(10, print).run(passes, [6, 6, 6, 6], [])
+        phase.start -= 60
+        said.append(phase.line())
+        phase.advance()
+        said.append(phase.line())
+    assert [line[: line.index(" steps")] for line in said] == [
+        "sft: 1 of 2", "sft: 1.2 of 2", "sft: 1.5 of 2", "sft: 1.8 of 2", "sft: 2.0 of 2", "sft: 2 of 2",
+    ]  # fmt: skip
+    assert said[2].endswith(" left")
 
 
 def test_a_phase_with_a_line_of_its_own_is_shown_where_that_stands_still(quick, monkeypatch):

@@ -5,9 +5,9 @@
             ...
             phase.advance()
 
-A terminal shows one line that is written over; a file gets a line after 5, 10, 20, 40 … seconds. Of phases within each
-other the innermost that lasts long is shown. Nothing is shown before a command asks for it (`shown`), and by one process of
-several.
+A terminal shows one line that is written over; a file gets a line after 5, 10, 20, 40 … seconds without another word of the
+command, counted from the start of the outermost phase. Of phases within each other the innermost that lasts long is shown.
+Nothing is shown before a command asks for it (`shown`), and by one process of several.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rto_fast.terminal import is_live, one_line, redraw, say
+from rto_fast.terminal import is_live, last_said, one_line, redraw, say
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -32,31 +32,31 @@ class Progress:
         what: its name; that of the phase around it if this is empty. total: of items, None where nobody knows. unit: their
             name. done: items that were done before. has_line: another live line shows this phase while it advances.
     Attributes:
-        note: said behind the figures.
+        note: said behind the figures. part: how much of the next item is done, 0 to 1.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, done: int = 0, has_line: bool = False):
         self.what, self.total, self.unit = what, total, unit
         self.count = self.done = done
-        self.has_line, self.note = has_line, ""
+        self.has_line, self.note, self.part = has_line, "", 0.0
         self.start = self.advanced = time.monotonic()
-        self.next_line = PATIENCE
 
     def advance(self, count: int = 1) -> None:
         self.count += count
+        self.part = 0.0
         self.advanced = time.monotonic()
 
     def line(self) -> str:
         elapsed = time.monotonic() - self.start
         parts = []
+        reached = self.count + self.part
         if self.total is not None or self.count:
-            parts.append(
-                f"{self.count:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}"
-            )
+            count = f"{reached:,.1f}" if self.part else f"{self.count:,}"
+            parts.append(count + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}")
         parts.append(duration(elapsed))
-        fresh = self.count - self.done
+        fresh = reached - self.done
         if self.total is not None and fresh > 0:
-            parts[-1] += f", about {duration(elapsed / fresh * max(0, self.total - self.count))} left"
+            parts[-1] += f", about {duration(elapsed / fresh * max(0, self.total - reached))} left"
         return one_line(f"{self.what}: {', '.join(parts)}{f' ({self.note})' if self.note else ''}")
 
 
@@ -100,8 +100,10 @@ class _Display:
         if _is_terminal():
             self._write(redraw, phase.line())
             self.has_drawn = True
-        elif now - phase.start >= phase.next_line:
-            phase.next_line = now - phase.start + min(max(now - phase.start, PATIENCE), LONGEST_SILENCE)
+            return
+        start = self.phases[0].start
+        word = max(last_said(), start)
+        if now - word >= min(max(word - start, PATIENCE), LONGEST_SILENCE):
             self._write(partial(say, err=True), phase.line())
 
     def _clear(self) -> None:
@@ -146,6 +148,13 @@ def advance(count: int = 1) -> None:
     phases = _DISPLAY.phases
     if phases:
         phases[-1].advance(count)
+
+
+def advance_part(part: float) -> None:
+    """Says of the innermost phase how much of its next item is done, for one that takes long; see `advance`."""
+    phases = _DISPLAY.phases
+    if phases:
+        phases[-1].part = part
 
 
 def _is_terminal() -> bool:

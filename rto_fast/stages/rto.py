@@ -20,6 +20,7 @@ from rto_fast.health import Health
 from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import vocabulary_of, whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
+from rto_fast.reporting.progress import progress
 from rto_fast.rewards import completions_of, judged
 from rto_fast.rollout import build_engine
 from rto_fast.rollout.shared import generate_shared
@@ -265,9 +266,10 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
     totals: Counter = Counter()
     steps = 0
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(rto.ppo_epochs):
-        for chosen in torch.randperm(len(lengths), generator=generator).split(rto.batch_size):
-            chosen = chosen.tolist()
+    epochs = (torch.randperm(len(lengths), generator=generator) for _ in range(rto.ppo_epochs))
+    minibatches = [chosen.tolist() for epoch in epochs for chosen in epoch.split(rto.batch_size)]
+    with progress("rto: update", len(minibatches), "optimizer steps") as phase:
+        for chosen in minibatches:
             # What the means are over is known before the first micro-batch: their gradients add up exactly.
             num_items = float(len(chosen) if per_sequence else sum(len(experience.response_ids[i]) for i in chosen))
 
@@ -311,6 +313,7 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
                 prefix = "" if name == "policy" else f"{name}_"
                 totals.update({prefix + key: value for key, value in optimizer.step().items()})
             steps += 1
+            phase.advance()
     return {name: value / steps for name, value in totals.items()}
 
 

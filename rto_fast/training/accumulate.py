@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from rto_fast.reporting.progress import advance_part
 from rto_fast.training import ranks
 
 
@@ -30,9 +31,11 @@ class Accumulator:
         while True:
             totals: Counter = Counter()
             failure = None
+            micro_batches = ranks.shared_micro_batches(lengths, self.tokens)
             try:
-                for indices, is_work in ranks.shared_micro_batches(lengths, self.tokens):
+                for done, (indices, is_work) in enumerate(micro_batches, 1):
                     metrics = passes(indices, float(is_work))
+                    advance_part(done / len(micro_batches))
                     totals.update(metrics if is_work else {name: 0.0 * value for name, value in metrics.items()})
             except RuntimeError as error:
                 if not is_out_of_memory(error):
