@@ -26,7 +26,6 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield None
         return
     folder = Path(config.resume or config.output_dir)
-    is_new = not folder.exists()
     with _usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
@@ -39,13 +38,10 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield lock
     finally:
         lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # it holds what the run wrote
-                folder.rmdir()
 
 
 @contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def _usable(folder):
     try:
         yield
     except OSError as error:

@@ -83,14 +83,14 @@ def wants_styles() -> bool:
     return is_live() and not os.environ.get("NO_COLOR")
 
 
-def is_live(err: bool = False) -> bool:
-    """Whether a stream is a terminal on which a line can be redrawn."""
-    return _is_terminal(err) and os.environ.get("TERM") != "dumb"
+def is_live() -> bool:
+    """Whether stdout is a terminal on which a line can be redrawn."""
+    return _is_terminal() and os.environ.get("TERM") != "dumb"
 
 
-def _is_terminal(err: bool = False) -> bool:
+def _is_terminal() -> bool:
     try:
-        return (sys.stderr if err else sys.stdout).isatty()
+        return sys.stdout.isatty()
     except (AttributeError, ValueError):  # None, or closed by somebody's code
         return False
 

@@ -12,12 +12,13 @@ several.
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rto_fast.terminal import is_live, one_line, redraw, say
+from rto_fast.terminal import one_line, redraw, say
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -149,7 +150,10 @@ def advance(count: int = 1) -> None:
 
 
 def _is_terminal() -> bool:
-    return is_live(err=True)
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):
+        return False
 
 
 def duration(seconds: float) -> str:

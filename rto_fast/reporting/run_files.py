@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rto_fast.errors import DataError
 
@@ -93,7 +92,7 @@ def read_runs(folders):
     return runs
 
 
-def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_records(path, notes):
     """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted in `notes`, not
     fatal."""
     if not path.is_file():

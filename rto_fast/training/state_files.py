@@ -192,7 +192,7 @@ def find_damage(folder: str | Path) -> str | None:
     """What is wrong with the files of a state, if they are not as they were written."""
     folder = Path(folder)
 
-    def is_whole(path: Path) -> bool:
+    def is_whole(path):
         return _digest(path) == (folder / f"{path.name}.sha256").read_text()
 
     try:
