@@ -10,11 +10,13 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import select
 import shutil
 import sys
 import threading
+import time
 import traceback
 import types
 import unicodedata
@@ -95,6 +97,22 @@ def _is_terminal() -> bool:
         return False
 
 
+_last_said = -math.inf
+
+
+def last_said() -> float:
+    """When `say` last printed, by `time.monotonic`."""
+    return _last_said
+
+
+def speaks() -> bool:
+    """Whether this process is to be heard: of several that a launcher started, the first. A RANK that is left in the
+    environment of a single process, or is none, silences nobody."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_number = rank.isdecimal() and size.isdecimal() and len(rank + size) < 20
+    return not (is_number and 0 < int(rank) < int(size))
+
+
 def say(*parts: object, err: bool = False) -> None:
     """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
     cannot be done.
@@ -102,6 +120,8 @@ def say(*parts: object, err: bool = False) -> None:
     Args:
         err: to stderr.
     """
+    global _last_said
+    _last_said = time.monotonic()
     text = "".join(map(_printable, parts)) + "\n"
     if not _live.lock.acquire(timeout=1.0):  # another thread waits for somebody who does not read
         return _write(text, err)
@@ -254,7 +274,7 @@ def _show_warning(
         if text in _told:
             return
         _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if speaks():
         say(text, place, err=True)
 
 
