@@ -25,7 +25,7 @@ def exit_code(stop: Interrupted) -> int:
     return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # a scheduler that asks for an end gets one
 
 
-def _tell(text: str) -> None:
+def _tell(text):
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         terminal.say(f"rto_fast: {text}", err=True)
 

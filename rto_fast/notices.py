@@ -10,16 +10,16 @@ class Notice(UserWarning):
     """Something to know that ends nothing.
 
     Args:
-        stage: the stage, or the part of the package, that it is about. name: of the rule, for a program. what: is so.
-        remedy: what can be done about it, if anything.
+        stage: the stage, or the part of the package, that it is about. name: of the rule, for a program. what: is so, and
+            what can be done about it.
     """
 
-    def __init__(self, stage: str, name: str, what: str, remedy: str = ""):
-        super().__init__(f"{what}; {remedy}" if remedy else what)
-        self.stage, self.name, self.what, self.remedy = stage, name, what, remedy
+    def __init__(self, stage: str, name: str, what: str):
+        super().__init__(what)
+        self.stage, self.name, self.what = stage, name, what
 
 
-def notify(stage: str, name: str, what: str, remedy: str = "") -> None:
+def notify(stage: str, name: str, what: str) -> None:
     """Warns with a `Notice`, in the name of the code that called this package."""
     frames, frame = [], sys._getframe(1)
     while frame:
@@ -28,4 +28,4 @@ def notify(stage: str, name: str, what: str, remedy: str = "") -> None:
     caller = max((i for i, package in enumerate(frames) if package == "rto_fast"), default=0) + 1
     while caller < len(frames) and frames[caller] in WRAPPERS:
         caller += 1
-    warnings.warn(Notice(stage, name, what, remedy), stacklevel=caller + 2)
+    warnings.warn(Notice(stage, name, what), stacklevel=caller + 2)

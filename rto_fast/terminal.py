@@ -85,14 +85,14 @@ def wants_styles() -> bool:
     return is_live() and not os.environ.get("NO_COLOR")
 
 
-def is_live(err: bool = False) -> bool:
-    """Whether a stream is a terminal on which a line can be redrawn."""
-    return _is_terminal(err) and os.environ.get("TERM") != "dumb"
+def is_live() -> bool:
+    """Whether stdout is a terminal on which a line can be redrawn."""
+    return _is_terminal() and os.environ.get("TERM") != "dumb"
 
 
-def _is_terminal(err: bool = False) -> bool:
+def _is_terminal() -> bool:
     try:
-        return (sys.stderr if err else sys.stdout).isatty()
+        return sys.stdout.isatty()
     except (AttributeError, ValueError):  # None, or closed by somebody's code
         return False
 
@@ -103,6 +103,14 @@ _last_said = -math.inf
 def last_said() -> float:
     """When `say` last printed, by `time.monotonic`."""
     return _last_said
+
+
+def speaks() -> bool:
+    """Whether this process is to be heard: of several that a launcher started, the first. A RANK that is left in the
+    environment of a single process, or is none, silences nobody."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_number = rank.isdecimal() and size.isdecimal() and len(rank + size) < 20
+    return not (is_number and 0 < int(rank) < int(size))
 
 
 def say(*parts: object, err: bool = False) -> None:
@@ -266,7 +274,7 @@ def _show_warning(
         if text in _told:
             return
         _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if speaks():
         say(text, place, err=True)
 
 

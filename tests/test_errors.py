@@ -24,6 +24,8 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.errors import ConfigError, ModelError, RewardError
 from rto_fast.models.loading import causal_logps
+from rto_fast.reporting.page import page
+from rto_fast.reporting.run_files import read_runs
 from rto_fast.rewards import Completion, RewardFunction
 from rto_fast.run import Run
 from rto_fast.stages.common import save_model
@@ -143,7 +145,8 @@ LENGTHS = ["--reward_model.function", "faulty_rewards:lengths"]
 
 @pytest.fixture
 def start(monkeypatch):
-    """The command line, in this process: importing torch takes longer than any of these runs."""
+    """The command line, in this process: importing torch takes longer than any of these runs. So does their report."""
+    monkeypatch.setattr(Run, "report", lambda self: None)
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
@@ -295,7 +298,7 @@ def test_chat_data_without_a_chat_template_is_told_once_and_recorded(start, tmp_
     assert [record for record in records if record["what"] == what] == [
         {"stage": "data", "step": 0, "name": "no_chat_template", "what": what, "remedy": ""}
     ]
-    assert "no chat template" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "no chat template" in page(read_runs([tmp_path / "out"]), [])
 
 
 def test_an_engine_that_falls_back_is_told_once_and_recorded(start, monkeypatch, tmp_path, capfd):
@@ -309,7 +312,7 @@ def test_an_engine_that_falls_back_is_told_once_and_recorded(start, monkeypatch,
     assert f"\nwarning: {what}\n".replace("\x1b", "\\x1b") in out and (out + err).count("falls back") == 1
     records = [json.loads(line) for line in (tmp_path / "out" / "warnings.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records if record["what"] == what] == ["engine_falls_back"]
-    assert "falls back to hf" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "falls back to hf" in page(read_runs([tmp_path / "out"]), [])
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -461,7 +464,6 @@ def test_a_second_run_of_a_folder_while_the_first_lives(start, refused, tmp_path
         return step(self)
 
     monkeypatch.setattr(SupervisedTrainer, "step", step_and_second_run)
-    monkeypatch.setattr(Run, "report", lambda self: None)
     start(*SFT, "--output_dir", tmp_path / "out")
     assert lines[1].startswith(
         f"rto_fast: {tmp_path / 'out'} is in use: process {os.getpid()} on {os.uname().nodename} "

@@ -23,7 +23,7 @@ from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequ
 from rto_fast.errors import ConfigError, DataError
 from rto_fast.fields import CountOr0, Location, check_fields
 from rto_fast.notices import Notice
-from rto_fast.options import parse as options_of
+from rto_fast.options import parse as parse_options
 from rto_fast.terminal import Styled, one_line, say, wants_styles
 
 UNLIMITED = Limits(2**40, 2**40)
@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> tuple[InspectConfig, DataConfig]:
         "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and "
         "examples as the model will see them."
     )
-    options = options_of(
+    options = parse_options(
         InspectConfig, arguments, prog="python -m rto_fast.data", description=description, positional="source"
     )
     return options, options.data

@@ -59,7 +59,7 @@ class RunLog:
 
         def receive(message: Warning | str, *place: Any, **options: Any) -> None:
             if isinstance(message, Notice):
-                self.warning(message.stage, 0, message.name, message.what, message.remedy)
+                self.warning(message.stage, 0, message.name, message.what, remedy="")
             else:
                 show(message, *place, **options)
 
