@@ -93,7 +93,7 @@ def make_own(path: Path, size: int) -> None:
     check_own(path)
     if not path.is_symlink() and (not path.exists() or path.stat().st_nlink == 1):
         return
-    if not path.is_file():  # a link to nothing, or to something that may never end
+    if not size or not path.is_file():  # a link to nothing, or to something that may never end
         return path.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -107,6 +107,9 @@ def _lost_connection(error):
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+GOES_ON = "; the run stopped, --resume goes on from its last checkpoint"  # an error says so itself
+
+
 class Watch:
     """A thread that ends this process when another rank failed or is gone.
 
@@ -133,7 +136,7 @@ class Watch:
                 for other in self.others:
                     self._look_at(other)
             except (RuntimeError, dist.DistError):
-                self._end("rank 0 is gone", 1, speaker=1)
+                self._end(f"rank 0 is gone{GOES_ON}", 1, speaker=1)
 
     def _look_at(self, other):
         key, now = f"beat{other}", time.monotonic()
@@ -141,7 +144,7 @@ class Watch:
         if beat == LEFT or beat != self.seen[other][0]:
             self.seen[other] = beat, now
         elif now - self.seen[other][1] > self.patience:
-            failure = f"rank {other} is gone: no sign of life for {self.patience:.0f} s", 1
+            failure = f"rank {other} is gone: no sign of life for {self.patience:.0f} s{GOES_ON}", 1
             self.store.set("failure", json.dumps(failure))
             self._end(*failure)
 
@@ -150,8 +153,7 @@ class Watch:
         if self.stopped.is_set():
             return
         if self.rank == speaker:
-            end = "; the run stopped, --resume goes on from its last checkpoint" if code else ""
-            say(f"rto_fast: {why}{end}", err=True)
+            say(f"rto_fast: {why}", err=True)
         elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
             time.sleep(5 * INTERVAL)
         release_all()
