@@ -47,7 +47,7 @@ class ModelConfig:
     """The language model that is aligned."""
 
     path: Location | None = None
-    """Directory or hub id of any HF causal language model, where SFT starts; not needed when sft.model is given.
+    """Directory or hub id of a causal language model, where SFT starts; not used when sft.model is given.
     `embedded` is a tiny one, trained from scratch."""
     tokenizer: Location | None = None
     """Directory or hub id of the tokenizer; default: the model's."""
@@ -555,6 +555,7 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
     if folder:
         given["output_dir"] = given["resume"] = Value(folder, "--resume", folder)
     config = build(Config, given)
+    _check_model_is_used(config, given)
     if config.resume and not folder:
         place = given["resume"].place
         raise ConfigError(
@@ -564,6 +565,18 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
         terminal.say(dump_config(config).rstrip("\n"))
         raise SystemExit(0)
     return config
+
+
+def _check_model_is_used(config: Config, given: Given) -> None:
+    """Raises ConfigError where the command line names a model that the file's sft.model would leave unused."""
+    if not (config.model.path and config.sft.model):
+        return
+    path, start = given["model.path"], given["sft.model"]
+    if path.place.startswith("--") and not start.place.startswith("--"):
+        raise ConfigError(
+            f"--model.path: {start.place} gives sft.model ({shown(config.sft.model)}), where the run starts instead; give "
+            "--sft.model for another such model, or add --sft.model null to train SFT first"
+        )
 
 
 def dump_config(config: Config) -> str:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,16 @@ def test_help_documents_every_key_with_its_default(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--rto.dpo_reward_scale" in text and "β1: scale of the dense reward" in text and "default: 0.05" in text
+
+
+@pytest.mark.parametrize("given", [["--model.path", "mine"], ["--model", "{path: mine}"]], ids=["option", "section"])
+def test_a_model_that_a_file_would_leave_unused_is_refused(given):
+    with pytest.raises(ConfigError) as refused:
+        load_config(["--config", "smollm2_135m", *given])
+    assert re.fullmatch(
+        r"--model.path: \S*smollm2_135m.yaml:\d+ gives sft.model \('HuggingFaceTB/SmolLM2-135M-Instruct'\), where the run "
+        "starts instead; give --sft.model for another such model, or add --sft.model null to train SFT first",
+        str(refused.value),
+    )
+    assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "null"]).model.path == "mine"
+    assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "tuned"]).sft.model == "tuned"

@@ -329,7 +329,7 @@ def test_paths_that_cannot_be_shown_or_opened(path, load):
 
 def test_shipped_configurations_give_every_section_once():
     for file in Path(__file__).parent.parent.glob("configs/*.yaml"):
-        load_config(["--config", str(file), "--model.path", "m"])
+        load_config(["--config", str(file), "--sft.model", "m"])
 
 
 # What a launcher says in the environment
