@@ -323,13 +323,13 @@ def _streams() -> tuple[Any, ...]:
     return sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook, warnings.showwarning
 
 
-def _import_path() -> dict[str, int]:
-    """{folder: place}, of which users' code changes some."""
-    return {folder: place for place, folder in enumerate(sys.path)}
+def _import_path() -> dict[tuple[str, int], int]:
+    """{(folder, how often it came before): place}, of which users' code changes some."""
+    return {(folder, sys.path[:place].count(folder)): place for place, folder in enumerate(sys.path)}
 
 
-def _set_import_path(places: dict[str, int]) -> None:
-    sys.path[:] = sorted(places, key=lambda folder: places[folder])
+def _set_import_path(places: dict[tuple[str, int], int]) -> None:
+    sys.path[:] = [folder for folder, _ in sorted(places, key=lambda key: places[key])]
 
 
 def _set_trace(functions: tuple[Any, Any]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from rto_fast.data.budget import Budget
 from rto_fast.errors import DataError
@@ -187,22 +187,26 @@ def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
     while position < chunk.end:
         raw.seek(position)
         header, length = _read_header(raw, path)
-        kind, unpacked, packed = (header.get(field) for field in (1, 2, 3))
+        kind, unpacked, packed = header.get(1), header.get(2), header.get(3)
         is_v2 = kind == _DATA_PAGE_V2
         data = header.get(8 if is_v2 else 5, {})
-        numbers = unpacked, packed, data.get(1, 0) if isinstance(data, dict) else None
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        number = data.get(1, 0) if isinstance(data, dict) else None
+        if not (_is_size(unpacked) and _is_size(packed) and _is_size(number)):
             raise DataError(f"{path}: not a readable parquet file: a damaged page at byte {position:,}")
         if kind == _DICTIONARY_PAGE:
             dictionary += unpacked
             raw.seek(position + length)
             value = max(value, _longest_text(raw.read(packed), unpacked, chunk))
         else:
-            count += data.get(1, 0)
+            count += number
             delta = delta or data.get(4 if is_v2 else 2) == _DELTA_BYTE_ARRAY
             largest, total = max(largest, unpacked), total + unpacked
         position += length + packed
     return _Pages(dictionary + largest, max(value, total * delta), count, delta)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
 
 
 def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:
