@@ -14,6 +14,19 @@ def how_to_go_on(folder: str | Path) -> str:
     return f"go on with: {command_line('rto_fast.train --resume', folder)}"
 
 
+LONGEST_SAID = 500  # characters of a foreign error's text that a message holds
+
+
+def said(error: BaseException) -> str:
+    """What a foreign error says, on one line, cut where it is long; "" where it says nothing, or fails to."""
+    try:
+        text = str(error)
+    except BaseException:  # `__str__` is somebody else's code too
+        return ""
+    line = " ".join(text[: 2 * LONGEST_SAID].split())
+    return line if len(text) <= LONGEST_SAID else f"{line[:LONGEST_SAID]}… ({len(text):,} characters)"
+
+
 class UserError(ValueError):
     """Base of every error whose message is meant for the user."""
 

@@ -5,7 +5,8 @@ find what it has set. So there are two sides. Whatever a function or the import 
 when it ends, and set again around the next call: its random numbers go on where they were, and so do the run's.
 
 Gradients are off in every call. Signal handlers and timers are put back and never set again, since signals are to reach the
-run at all times. Not covered: replaced functions, loaded modules, logging, resource limits.
+run at all times. Not covered: replaced functions, loaded modules, logging, resource limits, open files other than the three
+standard ones, and what a thread does that goes on after the call.
 """
 
 import contextlib
@@ -14,17 +15,21 @@ import locale
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy
 import torch
+from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
+from torch.utils import _python_dispatch
 
 
 class Setting(NamedTuple):
@@ -93,6 +98,46 @@ def _leave_function_modes(kept: list[Any]) -> None:
         mode = _pop_mode()
         if hasattr(mode, "old_device"):
             torch.utils._device.CURRENT_DEVICE = mode.old_device
+
+
+def _leave_dispatch_modes(kept: list[Any]) -> None:
+    while len(_python_dispatch._get_current_dispatch_mode_stack()) > len(kept):
+        _python_dispatch._pop_mode()
+
+
+def _saved_tensors_hooks() -> list[Any]:
+    """Hooks around what the backward pass keeps, outermost first."""
+    hooks = []
+    while pair := torch._C._autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    _push_saved_tensors_hooks(hooks[::-1])
+    return hooks[::-1]
+
+
+def _push_saved_tensors_hooks(hooks: list[Any]) -> None:
+    for pair in hooks:
+        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+
+
+def _set_saved_tensors_hooks(hooks: list[Any]) -> None:
+    for _ in _saved_tensors_hooks():
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    _push_saved_tensors_hooks(hooks)
+
+
+_MODULE_HOOKS = [getattr(nn_module, name) for name in vars(nn_module) if re.fullmatch("_global_.*_hooks.*", name)]
+
+
+def _module_hooks() -> list[dict[int, Any]]:
+    """Hooks of every module there is."""
+    return [dict(hooks) for hooks in _MODULE_HOOKS]
+
+
+def _set_module_hooks(wanted: list[dict[int, Any]]) -> None:
+    for hooks, kept in zip(_MODULE_HOOKS, wanted, strict=True):
+        hooks.clear()
+        hooks.update(kept)
 
 
 _AUTOCAST = "cpu", "cuda"
@@ -164,6 +209,9 @@ TORCH = [
     Setting("torch.inference_mode", torch.is_inference_mode_enabled, _set_inference_mode, True, False),
     Setting("torch.set_grad_enabled", torch.is_grad_enabled, torch._C._set_grad_enabled, True, False),
     Setting("torch.device", _function_modes, _leave_function_modes, True, False),
+    Setting("torch dispatch modes", _python_dispatch._get_current_dispatch_mode_stack, _leave_dispatch_modes, True, False),
+    Setting("torch.autograd.graph.saved_tensors_hooks", _saved_tensors_hooks, _set_saved_tensors_hooks, True, False),
+    Setting("torch.nn.modules.module.register_module_forward_hook", _module_hooks, _set_module_hooks, False, False),
     Setting("torch.set_default_device", _default_device, torch.set_default_device, True),
     Setting("torch.set_default_dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch.autocast", _autocast, _set_autocast, True, False),
@@ -215,6 +263,7 @@ def _set_environment(variables: dict[str, str]) -> None:
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in variables.items() if os.environ.get(name) != value})
+    time.tzset()  # users' code may have told C of a TZ that is gone
 
 
 def _umask() -> int:
@@ -274,6 +323,20 @@ def _streams() -> tuple[Any, ...]:
     return sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook, warnings.showwarning
 
 
+def _import_path() -> dict[tuple[str, int], int]:
+    """{(folder, how often it came before): place}, of which users' code changes some."""
+    return {(folder, sys.path[:place].count(folder)): place for place, folder in enumerate(sys.path)}
+
+
+def _set_import_path(places: dict[tuple[str, int], int]) -> None:
+    sys.path[:] = [folder for folder, _ in sorted(places, key=lambda key: places[key])]
+
+
+def _set_trace(functions: tuple[Any, Any]) -> None:
+    sys.settrace(functions[0])
+    sys.setprofile(functions[1])
+
+
 def _set_streams(streams: tuple[Any, ...]) -> None:
     sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook = streams[:-1]
     warnings.showwarning = streams[-1]
@@ -295,6 +358,10 @@ PYTHON = [
     Setting("signal.pthread_sigmask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
             lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask), True, False),
     Setting("gc", lambda: (gc.isenabled(), gc.get_threshold()), _set_collector),
+    Setting("sys.path", _import_path, _set_import_path),
+    Setting("sys.argv", lambda: list(sys.argv), lambda arguments: setattr(sys, "argv", arguments)),
+    Setting("sys.settrace", lambda: (sys.gettrace(), sys.getprofile()), _set_trace, True, False),
+    Setting("sys.set_int_max_str_digits", sys.get_int_max_str_digits, sys.set_int_max_str_digits),
     Setting("sys.setrecursionlimit", sys.getrecursionlimit, sys.setrecursionlimit),
     Setting("socket.setdefaulttimeout", socket.getdefaulttimeout, socket.setdefaulttimeout),
     Setting("multiprocessing.set_start_method", lambda: multiprocessing.get_start_method(allow_none=True),
@@ -329,6 +396,28 @@ def _their(name: str, ours: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _standard_files() -> Iterator[None]:
+    """Puts the files of standard input, output and error back: a file that is opened later would take the number of one that
+    was closed, and what is printed would go into it."""
+    with contextlib.ExitStack() as stack:
+        for number in range(3):
+            with contextlib.suppress(OSError):  # closed already, as by `>&-`
+                spare = os.dup(number)
+                stack.callback(_put_back, spare, number)
+        yield
+
+
+def _put_back(spare: int, number: int) -> None:
+    with contextlib.suppress(OSError):  # users' code has closed the spare one, too
+        is_same = False
+        with contextlib.suppress(OSError):
+            is_same = os.path.sameopenfile(spare, number)
+        if not is_same:
+            os.dup2(spare, number)
+        os.close(spare)
+
+
+@contextlib.contextmanager
 def users_settings(of_caller: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Users' code runs in the context: without gradients, and with what it has set before; at its end this process is as it
     was.
@@ -348,13 +437,16 @@ def users_settings(of_caller: dict[str, Any] | None = None) -> Iterator[dict[str
         ours = found  # so that what is of the process too, such as the threads of BLAS, is the caller's again
     _write(found)
     try:
-        yield found
+        with contextlib.nullcontext() if of_caller else _standard_files():
+            yield found
     finally:
-        left = {s.name: s.read() for s in settings}
-        for setting in settings:
-            name = setting.name
-            if setting.is_kept and left[name] != found[name]:
-                _theirs[name] = found[name], left[name]
-                if left[name] == ours[name]:
+        # First what would change the reading of the others, such as modes of torch.
+        _write({s.name: ours[s.name] for s in settings if not s.is_kept})
+        kept = [s for s in settings if s.is_kept]
+        left = {s.name: s.read() for s in kept}
+        for name, value in left.items():
+            if value != found[name]:
+                _theirs[name] = found[name], value
+                if value == ours[name]:
                     del _theirs[name]
         _write(ours)

@@ -18,7 +18,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
-from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError
+from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError, said
 from rto_fast.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
@@ -140,8 +140,8 @@ def _told(error: BaseException) -> str:
     """Somebody else's error: its kind, what it says, and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
-    said = f": {error}" if str(error) else ""
-    return f"{type(error).__name__}{said}{where}"
+    text = said(error)
+    return f"{type(error).__name__}{text and f': {text}'}{where}"
 
 
 def import_function(path: str, key: str) -> Callable:
@@ -213,15 +213,32 @@ def parameters_of(function: Callable, path: str, key: str) -> Parameters:
     return Parameters(places, {p.name for p in named}, required, any(p.kind == p.VAR_KEYWORD for p in others))
 
 
-def _numbers(scores: Any) -> torch.Tensor:
-    """What a user's function returned, as float32 on the CPU."""
-    if isinstance(scores, (Iterator, AsyncIterator)):
-        raise TypeError(f"returned a {type(scores).__name__}, expected a list of one number a response")
-    if isinstance(scores, torch.Tensor):
-        return scores.detach().to("cpu", torch.float32, copy=True)
-    if isinstance(scores, (list, tuple)):
-        scores = [score.detach() if isinstance(score, torch.Tensor) else score for score in scores]
-    return torch.tensor(scores, dtype=torch.float32, device="cpu")
+def _numbers(scores: Any, source: str) -> torch.Tensor:
+    """What a user's function returned, as float32 on the CPU.
+
+    Args:
+        source: for messages.
+    Raises:
+        RewardError: it is something else, complex numbers and masked ones included.
+    """
+    kind = type(scores).__name__
+    try:
+        if isinstance(scores, (Iterator, AsyncIterator)):
+            raise TypeError("it can be read only once")
+        if isinstance(scores, torch.Tensor):
+            if scores.is_complex() or scores.layout != torch.strided or scores.is_quantized or scores.is_nested:
+                raise TypeError(f"its type is {scores.dtype}, its layout {scores.layout}")
+            return scores.detach().to("cpu", torch.float32, copy=True)
+        # Other libraries' arrays and series become lists: objects, missing values and an index of their own among them.
+        if hasattr(scores, "tolist"):
+            scores = scores.tolist()
+        if isinstance(scores, (list, tuple)):
+            scores = [score.detach() if isinstance(score, torch.Tensor) else score for score in scores]
+        return torch.tensor(scores, dtype=torch.float32, device="cpu")
+    except Exception as error:  # each kind of object fails somewhere else in torch, and none of them names it
+        raise RewardError(
+            f"{source}: returned a {kind}, expected a list of one number a response: {said(error)}"
+        ) from error
 
 
 def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
@@ -230,7 +247,7 @@ def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
     if isinstance(judge, (RewardModel, RewardFunction, NormalizedScores)):
         return judge(completions)
     with users_settings():
-        scores = _numbers(judge(_copies(completions)))
+        scores = _numbers(judge(_copies(completions)), "judge")
     return scores.clone()
 
 
@@ -322,7 +339,7 @@ class RewardFunction:
 
     def _scores(self, prompts, responses, columns):
         result = self.function(prompts, responses, **columns)
-        return _numbers(self.loop.run(_awaited(result)) if inspect.isawaitable(result) else result)
+        return _numbers(self.loop.run(_awaited(result)) if inspect.isawaitable(result) else result, self.path)
 
     def _in_time(self, settings, prompts, responses, columns):
         if self.timeout is None and not _in_event_loop():

@@ -85,14 +85,10 @@ def wants_styles() -> bool:
     return is_live() and not os.environ.get("NO_COLOR")
 
 
-def is_live() -> bool:
-    """Whether stdout is a terminal on which a line can be redrawn."""
-    return _is_terminal() and os.environ.get("TERM") != "dumb"
-
-
-def _is_terminal() -> bool:
+def is_live(err: bool = False) -> bool:
+    """Whether stdout (err: stderr) is a terminal on which a line can be redrawn."""
     try:
-        return sys.stdout.isatty()
+        return (sys.stderr if err else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, ValueError):  # None, or closed by somebody's code
         return False
 

@@ -201,6 +201,60 @@ VALUES = [
 ]  # fmt: skip
 
 
+READ_DAMAGED = """
+import sys
+from pathlib import Path
+from rto_fast.data.files import rows_of_file
+from rto_fast.errors import DataError
+
+path, content = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes()
+footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+damaged = path.with_suffix(".damaged.parquet")
+for position in range(footer, len(content) - 8):
+    for flip in (1, 16, 255):
+        damaged.write_bytes(content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
+        try:
+            list(rows_of_file(damaged, 1.0))
+        except DataError as error:
+            assert "\\n" not in str(error).strip(), error
+try:
+    list(rows_of_file(Path(sys.argv[2]), 1.0))
+except DataError as error:
+    print(error)
+"""
+
+
+def encrypted(path: Path) -> None:
+    """A file whose footer can be read and whose column cannot."""
+    import pyarrow.parquet.encryption as encryption
+
+    class Keys(encryption.KmsClient):
+        def __init__(self, config: object):
+            super().__init__()
+
+        def wrap_key(self, key: bytes, name: str) -> bytes:
+            return key.hex().encode()
+
+        def unwrap_key(self, key: bytes, name: str) -> bytes:
+            return bytes.fromhex(key.decode())
+
+    settings = encryption.EncryptionConfiguration(footer_key="f", column_keys={"c": ["prompt"]}, plaintext_footer=True)
+    properties = encryption.CryptoFactory(Keys).file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    table = pairs(prompt=["secret"], chosen=["b"], rejected=["c"])
+    with pa.parquet.ParquetWriter(path, table.schema, encryption_properties=properties) as file:
+        file.write_table(table)
+
+
+def test_no_footer_of_parquet_ends_the_process(tmp_path):
+    """pyarrow's view of a column aborts where a footer is damaged in some places, or encrypted. In a process of its own."""
+    pa.parquet.write_table(pa.table({"a": ["abc", None], "b": [[1, 2], []]}), tmp_path / "a.parquet")
+    encrypted(tmp_path / "b.parquet")
+    command = [sys.executable, "-c", READ_DAMAGED, str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == f"{tmp_path / 'b.parquet'}: its columns are encrypted; write the file again without"
+
+
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 2**16])
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("ascii_only", [True, False])

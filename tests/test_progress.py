@@ -152,7 +152,7 @@ def test_a_long_step_says_how_much_of_it_is_done(capsys):
 
 
 def test_a_phase_with_a_line_of_its_own_is_shown_where_that_stands_still(quick, monkeypatch):
-    monkeypatch.setattr(progress_module, "_is_terminal", lambda: True)
+    monkeypatch.setattr(progress_module, "is_live", lambda err: True)
     monkeypatch.setattr(sys, "stderr", written := io.StringIO())
     with quick("dpo", 9, "steps", has_line=True) as phase:
         for _ in range(10):

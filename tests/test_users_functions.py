@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import warnings
 
 import numpy
@@ -28,6 +29,11 @@ NUMBERS = itertools.count()  # each test imports a module of its own
 HEAD = """
 import asyncio, functools, gc, inspect, locale, multiprocessing, os, random, signal, socket, sys, threading, time, warnings
 import numpy, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class zeros(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {})) * (0 if function is torch.ops.aten.add.Tensor else 1)
 """
 
 
@@ -169,6 +175,21 @@ CHANGES = {
     "sockets": ("socket.setdefaulttimeout(1.5)", socket.getdefaulttimeout),
     "processes": ("multiprocessing.set_start_method('forkserver', force=True)",
                   lambda: multiprocessing.get_start_method(allow_none=True)),
+    "hooks of all modules": ("torch.nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 0)",
+                             lambda: torch.nn.Identity()(torch.ones(1)).item()),
+    "parametrised modules": ("torch.nn.modules.module.register_module_module_registration_hook(print)",
+                             lambda: len(torch.nn.modules.module._global_module_registration_hooks)),
+    "hooks of saved tensors": ("torch.autograd.graph.saved_tensors_hooks(lambda x: x * 0, lambda x: x).__enter__()",
+                               lambda: derivative()),
+    "a dispatch mode": ("zeros().__enter__()", lambda: (torch.ones(1) + 1).item()),
+    "arguments": ("sys.argv.append('x')", lambda: list(sys.argv)),
+    "the path of imports": ("sys.path.insert(0, '/nowhere')", lambda: list(sys.path)),
+    "tracing": ("sys.settrace(lambda *args: None)", sys.gettrace),
+    "profiling": ("sys.setprofile(lambda *args: None)", sys.getprofile),
+    "digits": ("sys.set_int_max_str_digits(0)", sys.get_int_max_str_digits),
+    "time zone": ("os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()", lambda: time.tzname),
+    "stdout closed": ("os.close(1)", lambda: os.fstat(1).st_ino),
+    "stderr elsewhere": ("os.dup2(os.open('/', os.O_RDONLY), 2)", lambda: os.fstat(2).st_ino),
     "signals": ("signal.signal(signal.SIGINT, signal.SIG_IGN)", lambda: signal.getsignal(signal.SIGINT)),
     "another signal": ("signal.signal(signal.SIGUSR1, print)", lambda: signal.getsignal(signal.SIGUSR1)),
     "masked signals": ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])",
@@ -189,6 +210,13 @@ def wakeup():
     descriptor = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(descriptor)
     return descriptor
+
+
+def derivative():
+    """Of x² at 1."""
+    x = torch.ones(1, requires_grad=True)
+    (x * x).backward()
+    return x.grad.item()
 
 
 def changing(how, when):
@@ -300,7 +328,9 @@ def test_a_thread_has_its_callers_settings(function):
 HARMFUL = [
     how
     for name, (how, _) in CHANGES.items()
-    if name not in ("inference mode", "device", "device context", "warnings", "stdout")
+    # These break what the function itself computes.
+    if name
+    not in ("inference mode", "device", "device context", "warnings", "stdout", "a dispatch mode", "stdout closed")
 ]
 
 
@@ -442,11 +472,67 @@ def test_a_column_that_only_a_keyword_asks_for_is_missed_when_the_run_starts(fun
             function(source + "\n").check_columns([completions()[0].prompt])
 
 
+NO_NUMBERS = {
+    "complex": "torch.ones(2) * 1j",
+    "complex array": "numpy.ones(2) * 1j",
+    "complex numbers": "[torch.tensor(1j)] * 2",
+    "masked": "numpy.ma.array([1.0, 2.0], mask=[False, True])",
+    "sparse": "torch.ones(2).to_sparse()",
+    "jagged": "torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])",
+    "quantised": "torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)",
+    "without data": "torch.ones(2, device='meta')",
+    "text": "['1', '2']",
+    "a dict": "dict.fromkeys(b, 1.0)",
+    "nothing": "None",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_is_refused_by_its_kind(function, name):
+    with pytest.raises(RewardError, match=r"returned an? \w+, expected a list of one number a response: .*") as error:
+        function(f"def f(a, b): return {NO_NUMBERS[name]}\n")(completions())
+    assert "rewards.py" not in str(error.value) and "\n" not in str(error.value)
+
+
+NUMBERS_OF_OTHERS = {
+    "scalars of numpy": "[numpy.float64(1.0), numpy.array(2.0)]",
+    "objects": "numpy.array([1, 2.0], dtype=object)",
+    "bfloat16": "torch.tensor([1, 2], dtype=torch.bfloat16)",
+    "float8": "torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)",
+    "fractions": "[__import__('fractions').Fraction(1), __import__('decimal').Decimal(2)]",
+    "an indexed series": "type('Series', (), {'tolist': lambda self: [1.0, 2.0]})()",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
+@pytest.mark.parametrize("name", NUMBERS_OF_OTHERS)
+def test_numbers_of_other_libraries_are_read(function, name):
+    reward = function(f"torch.set_default_dtype(torch.float16)\ndef f(a, b): return {NUMBERS_OF_OTHERS[name]}\n")
+    assert reward(completions()).tolist() == [1.0, 2.0]
+
+
+ERRORS = {
+    "raises": "raise KeyError('colour')",
+    "ends the program": "raise SystemExit(0)",
+    "returns a number": "return 5",
+    "is endless": "return 'x' * 10**7",
+    "has many lines": "return 'one\\ntwo'",
+}
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_whose_text_is_no_text_are_told(function, name, timeout):
+    source = f"class E(BaseException):\n    def __str__(self):\n        {ERRORS[name]}\ndef f(a, b): raise E\n"
+    with pytest.raises(RewardError, match=r"users_module_\d+:f: E.*\(.*:\d+\)$") as error:
+        function(source, timeout=timeout)(completions())
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("value", ["(1.0 for _ in b)", "map(len, b)", "iter([1.0, 1.0])"])
 def test_iterators_are_named(function, value):
-    with pytest.raises(
-        RewardError, match=r"users_module_\d+:f: TypeError: returned a .*expected a list of one number a response"
-    ):
+    with pytest.raises(RewardError, match=r"users_module_\d+:f: returned a .*expected a list of one number a response"):
         function(f"def f(a, b): return {value}\n")(completions())
 
 

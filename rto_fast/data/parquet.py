@@ -8,9 +8,10 @@ but nothing stops it from lying; the reader allocates what the pages say.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from rto_fast.data.budget import Budget
 from rto_fast.errors import DataError
@@ -22,8 +23,19 @@ LONGEST_HEADER = 2**24  # bytes of one page's header, the limit of Arrow's reade
 # Measured with pyarrow 26: the decompressed page, the reader's copy, Arrow's array and the pieces that join them.
 PAGE_COPIES = 6
 NESTED_VALUE = 24  # bytes of one value in a list: its two levels, its place, its validity
+_BYTE_ARRAY = 6  # the physical type of texts
+_CODECS = ("uncompressed", "snappy", "gzip", "lzo", "brotli", "lz4", "zstd", "lz4_raw")
 _DICTIONARY_PAGE, _DATA_PAGE_V2 = 2, 3
 _DELTA_BYTE_ARRAY = 7  # keeps of each value what differs from the value before
+
+
+class _Chunk(NamedTuple):
+    """One column's part of a row group: its physical type and codec by their numbers, and the bytes of its pages."""
+
+    kind: int
+    codec: int
+    start: int
+    end: int
 
 
 class _Pages(NamedTuple):
@@ -61,21 +73,45 @@ def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     with open(path, "rb") as raw, contextlib.closing(ParquetFile(path)) as file:
-        for index in range(file.metadata.num_row_groups):
-            reading = _plan(raw, file, index, budget)
+        for index, chunks in enumerate(_row_groups(raw, path)):
+            reading = _plan(raw, file, chunks, budget)
             numbered = ParquetFile(path, read_dictionary=reading.numbered) if reading.numbered else file
             with budget.set_aside(reading.needed):
                 for batch in numbered.iter_batches(batch_size=reading.rows, row_groups=[index]):
                     yield from _as_rows(batch, budget)
 
 
-def _plan(raw: BinaryIO, file: Any, index: int, budget: Budget) -> _Reading:
+def _row_groups(raw: BinaryIO, path: Path) -> list[list[_Chunk]]:
+    """The chunks of each row group, from the footer; of one that pyarrow has read, so its fields are there.
+
+    (pyarrow's own view of a chunk ends the process where a field is damaged, or encrypted.)
+    """
+    raw.seek(-8, os.SEEK_END)
+    length = int.from_bytes(raw.read(4), "little")
+    raw.seek(-8 - length, os.SEEK_END)
+    try:
+        footer = _Compact(raw.read(length)).struct()
+        groups = [[_chunk(column, path) for column in group[1]] for group in footer.get(4, [])]
+    except (LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable parquet file: its footer is damaged") from error
+    return groups
+
+
+def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
+    if 8 in column or 9 in column:
+        raise DataError(f"{path}: its columns are encrypted; write the file again without")
+    meta = column[3]
+    start = meta[9] if not meta.get(11) else min(meta[9], meta[11])
+    return _Chunk(meta[1], meta[4], start, start + meta[7])
+
+
+def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Reading:
     """How to read a row group so that nothing in it can take more than the budget has."""
-    schema, group = file.metadata.schema, file.metadata.row_group(index)
+    schema = file.metadata.schema
     needed = longest = 0
     numbered = []
-    for column in range(group.num_columns):
-        pages, field = _read_pages(raw, group.column(column), budget.path), schema.column(column)
+    for column, chunk in enumerate(chunks):
+        pages, field = _read_pages(raw, chunk, budget.path), schema.column(column)
         is_text, is_nested = field.physical_type == "BYTE_ARRAY", field.max_repetition_level > 0
         longest += max(pages.value, field.length)
         # Room is made for missing values of a fixed length too; in a list, one row may hold all values.
@@ -143,49 +179,47 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
-def _read_pages(raw: BinaryIO, chunk: Any, path: Path) -> _Pages:
+def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
     """Reads the headers of a column chunk's pages, which is all that tells what decoding them takes."""
-    position = chunk.data_page_offset
-    if chunk.dictionary_page_offset:
-        position = min(position, chunk.dictionary_page_offset)
-    end = position + chunk.total_compressed_size
+    position = chunk.start
     dictionary = largest = total = count = value = 0
     delta = False
-    while position < end:
+    while position < chunk.end:
         raw.seek(position)
         header, length = _read_header(raw, path)
-        unpacked, packed = header.get(2, 0), header.get(3, 0)
-        if packed < 0 or unpacked < 0:
-            raise DataError(f"{path}: not a readable parquet file: a page of negative size at byte {position:,}")
-        if header.get(1) == _DICTIONARY_PAGE:
+        kind, unpacked, packed = header.get(1), header.get(2), header.get(3)
+        is_v2 = kind == _DATA_PAGE_V2
+        data = header.get(8 if is_v2 else 5, {})
+        number = data.get(1, 0) if isinstance(data, dict) else None
+        if not (_is_size(unpacked) and _is_size(packed) and _is_size(number)):
+            raise DataError(f"{path}: not a readable parquet file: a damaged page at byte {position:,}")
+        if kind == _DICTIONARY_PAGE:
             dictionary += unpacked
             raw.seek(position + length)
             value = max(value, _longest_text(raw.read(packed), unpacked, chunk))
         else:
-            is_v2 = header.get(1) == _DATA_PAGE_V2
-            data = header.get(8 if is_v2 else 5, {})
-            count += max(0, data.get(1, 0))
+            count += number
             delta = delta or data.get(4 if is_v2 else 2) == _DELTA_BYTE_ARRAY
             largest, total = max(largest, unpacked), total + unpacked
         position += length + packed
     return _Pages(dictionary + largest, max(value, total * delta), count, delta)
 
 
-def _longest_text(content: bytes, unpacked: int, chunk: Any) -> int:
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
+
+
+def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:
     """Bytes of the longest text in a dictionary's page; those of the whole page where that is large, or holds no texts."""
     import pyarrow
 
-    if chunk.physical_type != "BYTE_ARRAY" or unpacked > LARGE_DICTIONARY:
+    if chunk.kind != _BYTE_ARRAY or unpacked > LARGE_DICTIONARY:
         return unpacked
     try:
-        if chunk.compression != "UNCOMPRESSED":
-            content = pyarrow.decompress(content, unpacked, chunk.compression.lower(), asbytes=True)
-    except (
-        OSError,
-        ValueError,
-        NotImplementedError,
-    ):  # a codec that only the reader knows, or damage that it will name
-        return unpacked
+        if chunk.codec:
+            content = pyarrow.decompress(content, unpacked, _CODECS[chunk.codec], asbytes=True)
+    except (OSError, ValueError, LookupError, NotImplementedError):
+        return unpacked  # a codec that only the reader knows, or damage that it will name
     longest = position = 0
     while position < len(content):
         length = int.from_bytes(content[position : position + 4], "little")
@@ -229,6 +263,8 @@ class _Compact:
             shift += 7
             if byte < 128:
                 return value
+            if shift >= 70:  # no number of 64 bits; one of a million would take hours
+                raise IndexError
 
     def number(self) -> int:
         value = self.varint()
@@ -239,15 +275,26 @@ class _Compact:
         last = 0
         while head := self.byte():
             last = last + (head >> 4) if head >> 4 else self.number()
+            if last in fields:  # which of the two the reader takes depends on their types
+                raise IndexError
             fields[last] = self.value(head & 15)
         return fields
 
+    def items(self) -> list[Any]:
+        head = self.byte()
+        size, kind = head >> 4, head & 15
+        if size == 15:
+            size = self.varint()
+        return [self.byte() if kind in (1, 2) else self.value(kind) for _ in range(size)]
+
     def value(self, kind: int) -> Any:
-        """Numbers and structs; the others are passed over, since no page's size is among them."""
+        """Numbers, structs and lists; the others are passed over, since nothing that is wanted is among them."""
         if kind in (4, 5, 6):
             return self.number()
         if kind == 12:
             return self.struct()
+        if kind in (9, 10):
+            return self.items()
         if kind == 3:
             return self.byte()
         if kind == 7:
@@ -256,5 +303,5 @@ class _Compact:
             length = self.varint()
             self.position += length
         elif kind not in (1, 2):
-            raise IndexError  # lists and maps: no page's header has one
+            raise IndexError  # maps: neither a page's header nor the footer has one
         return None

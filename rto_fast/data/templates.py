@@ -33,7 +33,7 @@ from rto_fast.data.messages import (
     thought_in_text,
     thought_of,
 )
-from rto_fast.errors import DataError
+from rto_fast.errors import DataError, said
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -145,9 +145,9 @@ class ChatTemplate:
             if isinstance(error, DataError):
                 raise error
         own = [error for error in failures if type(error) is jinja2.TemplateError]  # its raise_exception
-        said = str(own[0]) if own else f"{type(failures[0]).__name__}: {failures[0]}"
+        reason = said(own[0]) if own else f"{type(failures[0]).__name__}: {said(failures[0])}"
         roles = ", ".join(message["role"] for message in [*prompt, *given[:1]])
-        raise DataError(f"the chat template refuses roles {roles}: {' '.join(said.split())}") from (own or failures)[0]
+        raise DataError(f"the chat template refuses roles {roles}: {reason}") from (own or failures)[0]
 
     def _leaves_out_calls(
         self, turns: list[dict], answers: list[dict], tools: Any, thinking: Thinking, wholes: list[str]
@@ -215,9 +215,9 @@ class ChatTemplate:
                 return self.render([*system, *messages], None, thinking, generation=generation)
             except Exception as error:
                 failures.append(error)
-        said = " ".join(f"{type(failures[0]).__name__}: {failures[0]}".split())
         raise DataError(
-            f"the chat template of {self.tokenizer.name_or_path} does not render a question and its answer: {said}; mend it "
+            f"the chat template of {self.tokenizer.name_or_path} does not render a question and its answer: "
+            f"{type(failures[0]).__name__}: {said(failures[0])}; mend it "
             "(chat_template.jinja, or chat_template in tokenizer_config.json), or give data.prompt_format: text"
         ) from failures[0]
 

@@ -254,6 +254,12 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
             f"{path}: num_hidden_layers of config.json is {layers}, the checkpoint holds {len(shapes)} weights in all: two "
             "models are mixed"
         )
+    head = getattr(config.get_text_config(), "head_dim", 0)
+    widest = max(max(shape.shape, default=0) for shape in shapes.values())
+    if isinstance(head, int) and head > widest:  # of it transformers makes tensors before it looks at the weights
+        raise ModelError(
+            f"{path}: head_dim of config.json is {head}, no weight is wider than {widest}: two models are mixed"
+        )
     check_tokens(path, config.get_text_config().vocab_size, kind == "causal_lm")
     trusted = {"trust_remote_code": trust_remote_code}
     try:

@@ -14,8 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 from rto_fast.terminal import is_live, last_said, one_line, redraw, say
 
@@ -95,25 +94,21 @@ class _Display:
     def _show(self) -> None:
         now = time.monotonic()
         phase = next((phase for phase in reversed(self.phases) if now - phase.start >= PATIENCE), None)
-        if phase is None or (phase.has_line and _is_terminal() and now - phase.advanced < PATIENCE):
+        if phase is None or (phase.has_line and is_live(err=True) and now - phase.advanced < PATIENCE):
             return
-        if _is_terminal():
-            self._write(redraw, phase.line())
+        if is_live(err=True):
+            redraw(phase.line())
             self.has_drawn = True
             return
         start = self.phases[0].start
         word = max(last_said(), start)
         if now - word >= min(max(word - start, PATIENCE), LONGEST_SILENCE):
-            self._write(partial(say, err=True), phase.line())
+            say(phase.line(), err=True)
 
     def _clear(self) -> None:
         if self.has_drawn:
             self.has_drawn = False
-            self._write(redraw, "")
-
-    def _write(self, write: Callable[[str], None], line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # of a library user's own stream: the work goes on
-            write(line)
+            redraw("")
 
 
 _DISPLAY = _Display()
@@ -155,10 +150,6 @@ def advance_part(part: float) -> None:
     phases = _DISPLAY.phases
     if phases:
         phases[-1].part = part
-
-
-def _is_terminal() -> bool:
-    return is_live(err=True)
 
 
 def duration(seconds: float) -> str:

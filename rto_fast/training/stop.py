@@ -1,11 +1,9 @@
 """A stop that loses nothing: Ctrl-C, a scheduler's SIGTERM, a terminal's SIGHUP. A second Ctrl-C or SIGTERM ends the process
 at once."""
 
-import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -76,10 +74,8 @@ class StopRequest:
                 pass  # another signal, with a handler of its own
             ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
             if ours and self.waits and os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr is not there, or not open
-                    what = "stopping: the present step ends first and is saved; a second signal ends the run at once"
-                    line_end = "\n" if sys.stderr.isatty() else ""  # of the live line
-                    say(f"{line_end}rto_fast: {what}", err=True)
+                say("rto_fast: stopping: the present step ends first and is saved; a second signal ends the run at once",
+                    err=True)  # fmt: skip
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():
