@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import select
 import sys
 import threading
 import time
@@ -72,8 +73,13 @@ def on_a_terminal(monkeypatch):
         patch.setenv("COLUMNS", "60")
         patch.setattr(sys, "stdout", stream)
         patch.setattr(sys, "stderr", stream)
-        yield lambda: os.read(ours, 100_000).decode()
+        yield lambda: b"".join(_waiting(ours)).decode()
     os.close(ours)
+
+
+def _waiting(descriptor):
+    while select.select([descriptor], [], [], 0.1)[0]:
+        yield os.read(descriptor, 100_000)
 
 
 @pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
