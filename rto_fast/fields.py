@@ -79,12 +79,22 @@ class PathText:
         return "a path or name without line breaks and control characters, whose ~ (if it begins so) is a home folder"
 
 
+class NotBlank:
+    """Rule of a text that is there: an option of a script whose variable is not set has none."""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value.strip())
+
+    def __str__(self) -> str:
+        return "text that is not blank"
+
+
 # Counts are held as int32 somewhere on the way: lengths and offsets of sequences, by the kernels.
 LARGEST_COUNT = 2**31 - 1
 Count = Annotated[int, Range(1, LARGEST_COUNT)]
 CountOr0 = Annotated[int, Range(0, LARGEST_COUNT)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # as NumPy has it; seeds of iterations are multiples that fit into 64 bits
-Threads = Annotated[int, Range(1, 1024)]  # OpenMP ends the process where it cannot make them all
+Threads = Annotated[int, Range(1, 1024)]  # far more than are of use; see `use_threads`
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, 1e6, above=True)]
 Coefficient = Annotated[float, Range(0, 1e6)]
@@ -93,6 +103,7 @@ LearningRate = Annotated[float, Range(0, 1, above=True)]
 MomentDecay = Annotated[float, Range(0, 1, below=True)]
 Location = Annotated[str, PathText()]
 FolderAtHome = Annotated[str, PathText(keep_home=True)]
+Word = Annotated[str, NotBlank()]
 
 
 @functools.cache

@@ -119,6 +119,14 @@ def say(*parts: object, err: bool = False) -> None:
             stream.flush()
 
 
+def speaks() -> bool:
+    """Whether this process is to be heard: of several that a launcher started, the first. A RANK that is left in the
+    environment of a single process, or is none, silences nobody."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_number = rank.isdecimal() and size.isdecimal() and len(rank + size) < 20
+    return not (is_number and 0 < int(rank) < int(size))
+
+
 def redraw(text: str) -> None:
     """Draws `text` over the line of stderr that was drawn before; an empty one clears it. Cut to the terminal's width."""
     stream = sys.stderr
@@ -214,7 +222,7 @@ def _show_warning(
         if text in _told:
             return
         _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if speaks():
         say(text, place, err=True)
 
 

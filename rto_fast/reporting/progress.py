@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rto_fast.terminal import one_line, redraw, say
+from rto_fast.terminal import one_line, redraw, say, speaks
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -71,7 +71,7 @@ class _Display:
     def begin(self, phase: Progress) -> None:
         with _LOCK:
             self.phases.append(phase)
-            if self.thread is None and self.is_on and os.environ.get("RANK", "0") == "0":
+            if self.thread is None and self.is_on and speaks():
                 self.ended = threading.Event()
                 self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
                 self.thread.start()
