@@ -13,6 +13,7 @@ from rto_fast.errors import ConfigError
 LARGEST_FILE = 2**18  # bytes; the longest configuration has some 5,000
 DEEPEST = 20  # levels of values in values
 MOST_VALUES = 1_000  # aliases counted as often as they are used: a saved configuration writes them out
+BYTES = 50  # of text that count as a value; saved with escapes, the most that is read is as long as a file may be
 LONGEST_NUMBER = LONGEST_NAME = 100  # characters
 
 
@@ -143,7 +144,7 @@ def read(text: str, name: str) -> Value:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = _place(name, mark.line) if mark else name
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        raise ConfigError(f"{place}: not valid YAML: {str(error.problem or error.context)[:200]}") from None
     if node is None:
         return Value("", name)
     return _Reading(name).value(node, "")
@@ -169,7 +170,7 @@ class _Reading:
     def value(self, node: yaml.Node, key: str, depth: int = 0) -> Value:
         self.count += 1
         if isinstance(node, yaml.ScalarNode):
-            self.count += len(node.value) // LONGEST_NAME
+            self.count += len(node.value.encode()) // BYTES
         if depth > DEEPEST:
             raise self.refuse(node, key, f"more than {DEEPEST} levels: an alias contains itself, or is too deep")
         if self.count > MOST_VALUES:
@@ -187,7 +188,7 @@ class _Reading:
             except ValueError as error:
                 raise self.refuse(node, key, f"not read: {error}") from None
             return Value(node.value, self.place(node), plain)
-        raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here")
+        raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')[:80]} is not read here")
 
     def items(self, node: yaml.MappingNode, key: str, depth: int) -> Iterator[tuple[str, Value]]:
         """A mapping's, those that `<<` merges into it first."""

@@ -238,6 +238,8 @@ BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("seed: *nobody\n", ":1: not valid YAML: found undefined alias 'nobody'"),
         ("seed: !!python/object/apply:os.system [x]\n", ":1: seed: the tag !!python/object/apply:os.system is not"),
         ("seed: 1\nseed2: !!bool maybe\n", ":2: seed2: not read"),
+        ("seed: !" + "x" * 9999, ":1: seed: the tag !xx"),
+        ("seed: *" + "x" * 9999, ":1: not valid YAML: found undefined alias 'xx"),
         ("seed: !!int ''\n", ":1: seed: not read"),
         ("seed: !!timestamp x\n", ":1: seed: the tag !!timestamp is not read here"),
         ("<<: 5\n", ":1: << expects keys and values"),
@@ -254,7 +256,7 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=re.escape(message)) as mistake:
         load_config(["--config", str(file), "--model.path", "m"])
-    assert str(mistake.value).startswith(str(file)) and "\n" not in str(mistake.value)
+    assert str(mistake.value).startswith(str(file)) and len(str(mistake.value)) < 800 and "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize(
