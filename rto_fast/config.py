@@ -40,7 +40,7 @@ from rto_fast.fields import (
 )
 from rto_fast.options import Given, asks_for_help, build, flattened, from_option, print_help, split_arguments
 from rto_fast.shipped_configs import config_file, implied_config, shipped_configs
-from rto_fast.yaml_text import Dumper, Value, read_file
+from rto_fast.yaml_text import Dumper, Value, read, read_file
 
 
 @dataclass
@@ -484,6 +484,7 @@ def check_repo(name: str, key: str) -> None:
         raise FieldError(key, "OWNER/NAME (letters, digits, '-', '_' and '.')", shown(name))
 
 
+LONG = 1000  # characters of a value; ordinary ones cannot fill a configuration
 # Keys that older versions had: {key: (its default then, what takes its place)}. A saved config.yaml holds every key.
 REMOVED = {
     "rto.max_mismatch": (
@@ -561,10 +562,20 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
         raise ConfigError(
             f"{place}: resume: expected on the command line: --resume FOLDER goes on with that folder's run"
         )
+    if any(not isinstance(value.content, str) or len(value.content) > LONG for value in given.values()):
+        _check_saved(config)
     if "print_config" in dict(options):
         terminal.say(dump_config(config).rstrip("\n"))
         raise SystemExit(0)
     return config
+
+
+def _check_saved(config: Config) -> None:
+    """Raises ConfigError where the run's config.yaml, which holds every field, could not be read: --resume does so."""
+    try:
+        read(dump_config(config), "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"the configuration is too long to be saved and read again: {error}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -13,7 +13,7 @@ from rto_fast.errors import ConfigError
 LARGEST_FILE = 2**18  # bytes; the longest configuration has some 5,000
 DEEPEST = 20  # levels of values in values
 MOST_VALUES = 1_000  # aliases counted as often as they are used: a saved configuration writes them out
-BYTES = 50  # of text that count as a value; saved with escapes, the most that is read is as long as a file may be
+BYTES = 50  # of text that count as one value: saved with escapes, the most of it is no longer than a file may be
 LONGEST_NUMBER = LONGEST_NAME = 100  # characters
 
 
@@ -170,7 +170,7 @@ class _Reading:
     def value(self, node: yaml.Node, key: str, depth: int = 0) -> Value:
         self.count += 1
         if isinstance(node, yaml.ScalarNode):
-            self.count += len(node.value.encode()) // BYTES
+            self.count += len(node.value.encode(errors="surrogatepass")) // BYTES
         if depth > DEEPEST:
             raise self.refuse(node, key, f"more than {DEEPEST} levels: an alias contains itself, or is too deep")
         if self.count > MOST_VALUES:

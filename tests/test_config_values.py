@@ -296,15 +296,15 @@ def test_text_that_looks_like_something_else_is_saved_as_text(text, tmp_path):
     assert yaml.safe_load(dump_config(config))["rollout"]["vllm"]["a"] == text  # of other readers, too
 
 
-def test_the_largest_configuration_with_aliases_can_be_resumed(tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        "rollout:\n  vllm:\n    a: &a ["
-        + ", ".join(["\u00e4" * 99] * 10)
-        + "]\n    b: ["
-        + ", ".join(["*a"] * 70)
-        + "]\n"
-    )
-    config = load_config(["--config", str(tmp_path / "c.yaml"), "--model.path", "m"])
+@pytest.mark.parametrize("copies", [16, 20, 200])
+def test_a_configuration_with_aliases_is_refused_or_can_be_resumed(copies, tmp_path):
+    texts = ", ".join(["\u00e4" * 99] * 10)
+    (tmp_path / "c.yaml").write_text(f"rollout:\n  vllm:\n    a: &a [{texts}]\n    b: [{', '.join(['*a'] * copies)}]\n")
+    try:
+        config = load_config(["--config", str(tmp_path / "c.yaml"), "--model.path", "m"])
+    except ConfigError as error:
+        assert copies > 16 and "more than 1,000 values" in str(error)
+        return
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "progress.json").write_text("{}")
     assert load_config(["--resume", str(tmp_path)]).rollout.vllm == config.rollout.vllm
