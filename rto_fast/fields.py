@@ -59,6 +59,9 @@ class PowerOf2(Range):
         return f"that is a power of two, {super().__str__()}"
 
 
+LONGEST_PATH = 1000  # characters: messages quote paths, and systems take some 4,000 bytes
+
+
 @dataclass(frozen=True)
 class PathText:
     """Rule of a text that is a path, or may be one (a model, a data set); when it is read, `~` becomes the home folder.
@@ -73,10 +76,13 @@ class PathText:
         has_home = not value.startswith("~") or os.path.expanduser(value) != value
         # What a terminal would obey, or not show: messages escape it, and a path has to be copied from them.
         is_clean = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in value)
-        return bool(value.strip()) and is_clean and has_home
+        return bool(value.strip()) and len(value) <= LONGEST_PATH and is_clean and has_home
 
     def __str__(self) -> str:
-        return "a path or name without line breaks and control characters, whose ~ (if it begins so) is a home folder"
+        return (
+            f"a path or name of at most {LONGEST_PATH:,} characters, without line breaks and control characters, whose ~ (if it "
+            "begins so) is a home folder"
+        )
 
 
 class NotBlank:

@@ -360,7 +360,7 @@ def test_paths_are_text(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["", "  ", "a\nb", "a\tb", "a\x1b[31m", "a\0b", "~nobody-of-this-name", "a\udcffb", "a\u2028b"]
+    "path", ["", "  ", "x" * 5000, "a\nb", "a\tb", "a\x1b[31m", "a\0b", "~nobody-of-this-name", "a\udcffb", "a\u2028b"]
 )
 @pytest.mark.parametrize("load", [load_config, load_options, load_inspection])
 def test_paths_that_cannot_be_shown_or_opened(path, load):
