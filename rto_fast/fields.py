@@ -80,8 +80,8 @@ class PathText:
 
     def __str__(self) -> str:
         return (
-            f"a path or name of at most {LONGEST_PATH:,} characters, without line breaks and control characters, whose ~ (if it "
-            "begins so) is a home folder"
+            f"a path or name of at most {LONGEST_PATH:,} characters, without line breaks and control characters, "
+            "whose ~ (if it begins so) is a home folder"
         )
 
 

@@ -166,7 +166,7 @@ def test_every_number_declares_its_range(keys):
         ("--lr=1", "unknown key --lr; did you mean --dpo.lr or --reward_model.lr or --rto.lr or --sft.lr?"),
         ("--print_config=x", "--print_config: expected no value"),
         ("--config=" + "x" * 5000, "x: No such file or directory"),
-        ("--resume=" + "x" * 5000, "no run to go on with"),
+        ("--resume=" + "x" * 5000, "--resume: expected a path or name of at most 1,000 characters"),
         ("--resume=a\0b", "--resume: expected a path"),
         ("--config=a\0b", "No such file or directory"),
     ],
