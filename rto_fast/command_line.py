@@ -26,7 +26,7 @@ def exit_code(stop: Interrupted) -> int:
 
 
 def _tell(text):
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if terminal.speaks():
         terminal.say(f"rto_fast: {text}", err=True)
 
 

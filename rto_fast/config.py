@@ -32,6 +32,7 @@ from rto_fast.fields import (
     Share,
     SignedCoefficient,
     Threads,
+    Word,
     check_fields,
     describe,
     fits,
@@ -39,7 +40,7 @@ from rto_fast.fields import (
 )
 from rto_fast.options import Given, asks_for_help, build, flattened, from_option, print_help, split_arguments
 from rto_fast.shipped_configs import config_file, implied_config, shipped_configs
-from rto_fast.yaml_text import Value, read_file
+from rto_fast.yaml_text import Dumper, Value, read, read_file
 
 
 @dataclass
@@ -72,7 +73,7 @@ class DataConfig:
     """Prompts of the RTO stage; default: those of `preferences`."""
     eval_prompts: Location | None = None
     """Prompts on which policies are compared; default: some held out of `preferences`, or of `prompts`."""
-    split: str = "train"
+    split: Word = "train"
     """Split of `preferences`; the other sources' is train unless they name one."""
     invalid: Literal["error", "skip"] = "error"
     """What an unusable row does (a missing value, another layout than most, a malformed line, one that the chat template
@@ -160,7 +161,7 @@ class RewardModelConfig(StageConfig):
 
     model: Location | None = None
     """HF sequence classification model with one label, of any tokenizer; skips the stage."""
-    function: str | None = None
+    function: Word | None = None
     """`module:function`, called with (prompts, responses), lists of text, returning one score each; skips the stage."""
     timeout: Positive | None = None
     """Seconds that `function` (and eval.function) may take for one call; one that hangs then ends the run, its state saved.
@@ -313,7 +314,7 @@ class RolloutConfig:
 class EvalConfig:
     """Comparison of the SFT, DPO and RTO policies on held-out prompts."""
 
-    function: str | None = None
+    function: Word | None = None
     """`module:function` that judges (prompts, responses); default: the reward model's normalised score."""
     prompts: Count = 256
     """Prompts judged."""
@@ -334,7 +335,7 @@ class LoraConfig:
     adapters of one copy of the SFT model."""
     alpha: Positive = 32.0
     """An adapter's output is scaled by alpha / rank."""
-    targets: str = "all-linear"
+    targets: Word = "all-linear"
     """Layers with adapters, by the ends of their names (`q_proj,v_proj`); all-linear: all but the output layer."""
 
 
@@ -362,7 +363,7 @@ class TrackConfig:
 
     service: Literal["wandb", "trackio"] | None = None
     """Weights & Biases, or trackio, which needs no account; to be installed by you."""
-    project: str = "rto-fast"
+    project: Word = "rto-fast"
     """The project there; the run is named after output_dir."""
 
 
@@ -370,7 +371,7 @@ class TrackConfig:
 class HubConfig:
     """The final model on the Hugging Face Hub."""
 
-    repo: str | None = None
+    repo: Word | None = None
     """OWNER/NAME where the model is pushed when the run ends; `python -m rto_fast.push` does it later."""
     private: bool = True
     """A repository that is made for it is private."""
@@ -483,6 +484,7 @@ def check_repo(name: str, key: str) -> None:
         raise FieldError(key, "OWNER/NAME (letters, digits, '-', '_' and '.')", shown(name))
 
 
+LONG = 1000  # characters of a value; ordinary ones cannot fill a configuration
 # Keys that older versions had: {key: (its default then, what takes its place)}. A saved config.yaml holds every key.
 REMOVED = {
     "rto.max_mismatch": (
@@ -561,6 +563,8 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
         raise ConfigError(
             f"{place}: resume: expected on the command line: --resume FOLDER goes on with that folder's run"
         )
+    if any(not isinstance(value.content, str) or len(value.content) > LONG for value in given.values()):
+        _check_saved(config)
     if "print_config" in dict(options):
         terminal.say(dump_config(config).rstrip("\n"))
         raise SystemExit(0)
@@ -579,6 +583,14 @@ def _check_model_is_used(config: Config, given: Given) -> None:
         )
 
 
+def _check_saved(config: Config) -> None:
+    """Raises ConfigError where the run's config.yaml, which holds every field, could not be read: --resume does so."""
+    try:
+        read(dump_config(config), "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"the configuration is too long to be saved and read again: {error}") from None
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML text that `--config` reads back."""
 
@@ -587,4 +599,4 @@ def dump_config(config: Config) -> str:
             return {k: plain(v) for k, v in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.dump(plain(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False)

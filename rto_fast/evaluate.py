@@ -28,7 +28,7 @@ from typing import Literal
 from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig
 from rto_fast.errors import ConfigError, UserError
-from rto_fast.fields import Count, CountOr0, Location, Seed, Threads, check_fields
+from rto_fast.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields
 from rto_fast.options import parse
 from rto_fast.terminal import say
 from rto_fast.writing import check_target, own_descriptor, write_file
@@ -44,7 +44,7 @@ class EvaluateConfig:
     """Prompts: a file, a folder, the name of an HF dataset or `embedded:eval_prompts`; `name[test]` names a split."""
     prompts: Count = 256
     """Prompts used, the first of the data."""
-    reward: str | None = None
+    reward: Word | None = None
     """`module:function`, called with (prompts, responses) and the columns of the data that it names; GSM8K's exact-answer
     reward is rto_fast.rewards:gsm8k."""
     reward_model: Location | None = None

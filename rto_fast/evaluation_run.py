@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
-
 from rto_fast.batch import pack
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
@@ -34,6 +32,7 @@ from rto_fast.supplied import (
     refuse_long,
 )
 from rto_fast.terminal import one_line
+from rto_fast.threads import use_threads
 from rto_fast.training import deepspeed_import
 
 
@@ -50,8 +49,7 @@ class Measurement:
         self.say = lambda text: say(one_line(text))  # names of models are no lines of their own
         device = resolve_device(options.device)
         quiet_libraries(device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         trust = options.trust_remote_code
         if trust:
             deepspeed_import.reveal()  # a model's own code may want it

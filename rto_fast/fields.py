@@ -59,6 +59,9 @@ class PowerOf2(Range):
         return f"that is a power of two, {super().__str__()}"
 
 
+LONGEST_PATH = 1000  # characters: messages quote paths, and systems take some 4,000 bytes
+
+
 @dataclass(frozen=True)
 class PathText:
     """Rule of a text that is a path, or may be one (a model, a data set); when it is read, `~` becomes the home folder.
@@ -73,10 +76,23 @@ class PathText:
         has_home = not value.startswith("~") or os.path.expanduser(value) != value
         # What a terminal would obey, or not show: messages escape it, and a path has to be copied from them.
         is_clean = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in value)
-        return bool(value.strip()) and is_clean and has_home
+        return bool(value.strip()) and len(value) <= LONGEST_PATH and is_clean and has_home
 
     def __str__(self) -> str:
-        return "a path or name without line breaks and control characters, whose ~ (if it begins so) is a home folder"
+        return (
+            f"a path or name of at most {LONGEST_PATH:,} characters, without line breaks and control characters, "
+            "whose ~ (if it begins so) is a home folder"
+        )
+
+
+class NotBlank:
+    """Rule of a text that is there: an option of a script whose variable is not set has none."""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value.strip())
+
+    def __str__(self) -> str:
+        return "text that is not blank"
 
 
 # Counts are held as int32 somewhere on the way: lengths and offsets of sequences, by the kernels.
@@ -84,7 +100,7 @@ LARGEST_COUNT = 2**31 - 1
 Count = Annotated[int, Range(1, LARGEST_COUNT)]
 CountOr0 = Annotated[int, Range(0, LARGEST_COUNT)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # as NumPy has it; seeds of iterations are multiples that fit into 64 bits
-Threads = Annotated[int, Range(1, 1024)]  # OpenMP ends the process where it cannot make them all
+Threads = Annotated[int, Range(1, 1024)]  # far more than are of use; see `use_threads`
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, 1e6, above=True)]
 Coefficient = Annotated[float, Range(0, 1e6)]
@@ -93,6 +109,7 @@ LearningRate = Annotated[float, Range(0, 1, above=True)]
 MomentDecay = Annotated[float, Range(0, 1, below=True)]
 Location = Annotated[str, PathText()]
 FolderAtHome = Annotated[str, PathText(keep_home=True)]
+Word = Annotated[str, NotBlank()]
 
 
 @functools.cache

@@ -55,13 +55,16 @@ def split_arguments(
     Raises:
         ConfigError: an unknown option (the nearest one is suggested), or one without a value.
     """
-    known = sorted(f"--{key}" for key in {*fields_of(cls), *others, *switches, "help"} - {positional})
+    switches = {*switches, "help"}
+    known = sorted(f"--{key}" for key in {*fields_of(cls), *others, *switches} - {positional})
     rest = iter(arguments)
     for option in rest:
         name, has_value, text = option.partition("=")
         if not option.startswith("--"):
             if positional is None:
-                raise ConfigError(f"command line: unexpected {shown(option)}; options are --key value")
+                raise ConfigError(
+                    f"command line: unexpected {shown(option)}; options are --key value, and --help shows them"
+                )
             yield positional, option
             positional = None
             continue
@@ -78,10 +81,12 @@ def split_arguments(
 
 def check_known(name: str, where: str, known: Iterable[str]) -> None:
     if name not in known:
+        leaf = name.lstrip("-").replace("-", "_")
         section, dot, last = name[:100].rpartition(".")
         short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
-        near = [short] if short in known else difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = [short] if short in known else [key for key in known if leaf and key.endswith(f".{leaf}")]
+        near = near or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         given = name[:100] if name and name.isprintable() else shown(name)
         raise ConfigError(f"{where}: unknown key {given}{hint}")
 

@@ -38,6 +38,7 @@ from rto_fast.stages import dpo, reward_model, rto, sft
 from rto_fast.stages.common import save_model
 from rto_fast.stages.loader import Loader
 from rto_fast.supplied import check_contexts, check_endings, check_models, supplied_models, tell_dropout
+from rto_fast.threads import use_threads
 from rto_fast.training import deepspeed_import, ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
@@ -88,8 +89,7 @@ class Run:
         device = resolve_device(config.device)
         quiet_libraries(device)
         torch.manual_seed(config.seed)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         self.placement = {
             "device": device,
             "dtype": resolve_dtype(config.model.dtype, device),

@@ -1,7 +1,6 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.terminal import say
+from rto_fast.terminal import say, speaks
 from rto_fast.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -20,7 +19,8 @@ def main(arguments: list[str] | None = None) -> dict:
     """Runs the configured stages; returns {policy name: Evaluation}."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
-        arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed's launcher adds it
+        # deepspeed's launcher adds it, which says the same in the environment
+        arguments = [a for a in arguments if not a.startswith("--local_rank=")]
         config = load_config(arguments, _say)
         stop.folder = config.resume
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def _say(text: str) -> None:
     """What is said before the run has its log; of several processes, one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         say(text)
 
 

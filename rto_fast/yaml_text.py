@@ -12,7 +12,8 @@ from rto_fast.errors import ConfigError
 
 LARGEST_FILE = 2**18  # bytes; the longest configuration has some 5,000
 DEEPEST = 20  # levels of values in values
-MOST_VALUES = 10_000  # aliases counted as often as they are used
+MOST_VALUES = 1_000  # aliases counted as often as they are used: a saved configuration writes them out
+BYTES = 50  # of text that count as one value: saved with escapes, the most of it is no longer than a file may be
 LONGEST_NUMBER = LONGEST_NAME = 100  # characters
 
 
@@ -41,7 +42,7 @@ class Value:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-4 is a number and 2026-01-01 is text."""
+    """YAML 1.1, but 1e-4 is a number, and 2026-01-01, 010 (of YAML 1.1: 8) and 1:30 (90) are text."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_CHANGED = {f"tag:yaml.org,2002:{name}" for name in ("float", "timestamp", "value")}
+_CHANGED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -67,21 +68,38 @@ _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))\Z"
     r"|\.(?:nan|NaN|NAN)\Z"
 )
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)\Z")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 
 
 _RESOLVER = _Loader("")
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that reads back as it was: text that looks like a number, to this module or to YAML 1.1, has quotes."""
+
+
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
 def resolve(text: str) -> Any:
     """What YAML takes `text` for where it stands without quotes: 1, 1e-4, true, None or text."""
-    tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))
+    tag = _tag_of(text)
     return _plain(yaml.ScalarNode(tag, text)) if tag in _KINDS else text  # else: <<
 
 
+def _tag_of(text: str) -> str:
+    return _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))
+
+
 def _plain(node: yaml.ScalarNode) -> Any:
-    if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+    kind = node.tag.rpartition(":")[2]
+    looks = _tag_of(node.value).rpartition(":")[2]
+    if kind != "str" and looks != kind and (kind, looks) != ("float", "int"):  # its tag is written before it
+        raise ValueError(f"{node.value[:40]!r} is no !!{kind}")
+    if kind in ("int", "float") and len(node.value) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(node.value):,} characters, more than {LONGEST_NUMBER}")
     return _Loader.yaml_constructors[node.tag](_RESOLVER, node)
 
@@ -126,7 +144,7 @@ def read(text: str, name: str) -> Value:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = _place(name, mark.line) if mark else name
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        raise ConfigError(f"{place}: not valid YAML: {str(error.problem or error.context)[:200]}") from None
     if node is None:
         return Value("", name)
     return _Reading(name).value(node, "")
@@ -150,7 +168,9 @@ class _Reading:
         return ConfigError(f"{self.place(node)}: {shown + ': ' if key else ''}{what}")
 
     def value(self, node: yaml.Node, key: str, depth: int = 0) -> Value:
-        self.count += 1 + isinstance(node, yaml.ScalarNode) * len(node.value) // LONGEST_NAME
+        self.count += 1
+        if isinstance(node, yaml.ScalarNode):
+            self.count += len(node.value.encode(errors="surrogatepass")) // BYTES
         if depth > DEEPEST:
             raise self.refuse(node, key, f"more than {DEEPEST} levels: an alias contains itself, or is too deep")
         if self.count > MOST_VALUES:
@@ -165,16 +185,20 @@ class _Reading:
         if isinstance(node, yaml.ScalarNode) and node.tag in _KINDS:
             try:
                 plain = _plain(node)
-            except (ValueError, LookupError) as error:  # LookupError: `!!bool maybe`
+            except ValueError as error:
                 raise self.refuse(node, key, f"not read: {error}") from None
             return Value(node.value, self.place(node), plain)
-        raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here")
+        raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')[:80]} is not read here")
 
     def items(self, node: yaml.MappingNode, key: str, depth: int) -> Iterator[tuple[str, Value]]:
         """A mapping's, those that `<<` merges into it first."""
         lines: dict[str, int] = {}
+        merges = False
         for name, child in node.value:
             if name.tag == "tag:yaml.org,2002:merge":
+                if merges:
+                    raise self.refuse(name, key, "<< is given twice; give it one list, [*a, *b]")
+                merges = True
                 # Of several, the first that has a key decides.
                 for merged in reversed(child.value) if isinstance(child, yaml.SequenceNode) else [child]:
                     content = self.value(merged, key, depth + 1).content

@@ -6,15 +6,18 @@ import functools
 import itertools
 import math
 import re
+import threading
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rto_fast.command_line import run_command
 from rto_fast.config import Config, ConfigError, ModelConfig, dump_config, load_config
 from rto_fast.data.__main__ import parse as load_inspection
 from rto_fast.evaluate import EvaluateConfig, load_options
+from rto_fast.threads import use_threads
 from rto_fast.training import launch
 
 NASTY = [
@@ -153,9 +156,17 @@ def test_every_number_declares_its_range(keys):
         ("--rto.adam_betas=" + "[" * 2000, "--rto.adam_betas: not valid YAML: more than 20 levels"),
         ("--rollout.vllm={a: &a [*a]}", "--rollout.vllm: a[0]"),
         ("--seed", "--seed: expected a value after it"),
+        ("--sft.max_steps=010", "--sft.max_steps: expected a whole number from 1 to 2,147,483,647, or null, got '010'"),
+        ("--data.limit=1:30", "--data.limit: expected a whole number from 1 to 2,147,483,647, or null, got '1:30'"),
+        ("--hub.repo=", "--hub.repo: expected text that is not blank, or null, got ''"),
+        ("--reward_model.function= ", "--reward_model.function: expected text that is not blank, or null, got ' '"),
+        ("--help=1", "--help: expected no value"),
+        ("-h=1", "options are --key value, and --help shows them"),
+        ("--clip-eps=1", "unknown key --clip-eps; did you mean --rto.clip_eps?"),
+        ("--lr=1", "unknown key --lr; did you mean --dpo.lr or --reward_model.lr or --rto.lr or --sft.lr?"),
         ("--print_config=x", "--print_config: expected no value"),
         ("--config=" + "x" * 5000, "x: No such file or directory"),
-        ("--resume=" + "x" * 5000, "no run to go on with"),
+        ("--resume=" + "x" * 5000, "--resume: expected a path or name of at most 1,000 characters"),
         ("--resume=a\0b", "--resume: expected a path"),
         ("--config=a\0b", "No such file or directory"),
     ],
@@ -202,10 +213,15 @@ BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("rollout:\n  vllm: &a {b: *a}\n", ":2: rollout.vllm.b.b"),
         ("rollout:\n  vllm: &a {<<: *a}\n", ":2: rollout.vllm: more than 20 levels: an alias contains itself"),
         ("&a [*a]\n", ":1: [0][0]"),
-        (BOMB, "more than 10,000 values, each counted as often as aliases repeat it"),
+        (BOMB, "more than 1,000 values, each counted as often as aliases repeat it"),
         ("seed: " + "9" * 6000, ":1: seed: not read: a number of 6,000 characters"),
         ("rto:\n  lr: " + "9" * 6000 + ".0", ":2: rto.lr: not read: a number of 6,002 characters"),
-        ("rollout:\n  vllm:\n    x: " + "1:" * 3000 + "1", ":3: rollout.vllm.x: not read: a number of 6,001 characters"),
+        ("sft: {max_steps: 010}\n", ":1: sft.max_steps: expected a whole number from 1 to "),
+        ("sft: {max_steps: 1:30}\n", "or null, got '1:30'"),
+        ("rollout: {vllm: &a {x: 1}}\ndata:\n  columns:\n    <<: *a\n    <<: *a\n", ":5: data.columns: << is given twice"),
+        ("seed: !!int \"\u0663\"\n", ":1: seed: not read: '\u0663' is no !!int"),
+        ("seed: !!null 5\n", ":1: seed: not read: '5' is no !!null"),
+        ("eval: {function: ''}\n", ":1: eval.function: expected text that is not blank, or null, got ''"),
         ("1: 2\n", ":1: expected a name before the colon, got '1'"),
         ("rto: {yes: 2}\n", ":1: rto: expected a name before the colon, got 'yes'"),
         ("? [a]\n: 1\n", ":1: expected a name before the colon, got a list or mapping"),
@@ -222,6 +238,8 @@ BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("seed: *nobody\n", ":1: not valid YAML: found undefined alias 'nobody'"),
         ("seed: !!python/object/apply:os.system [x]\n", ":1: seed: the tag !!python/object/apply:os.system is not"),
         ("seed: 1\nseed2: !!bool maybe\n", ":2: seed2: not read"),
+        ("seed: !" + "x" * 9999, ":1: seed: the tag !xx"),
+        ("seed: *" + "x" * 9999, ":1: not valid YAML: found undefined alias 'xx"),
         ("seed: !!int ''\n", ":1: seed: not read"),
         ("seed: !!timestamp x\n", ":1: seed: the tag !!timestamp is not read here"),
         ("<<: 5\n", ":1: << expects keys and values"),
@@ -238,7 +256,7 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=re.escape(message)) as mistake:
         load_config(["--config", str(file), "--model.path", "m"])
-    assert str(mistake.value).startswith(str(file)) and "\n" not in str(mistake.value)
+    assert str(mistake.value).startswith(str(file)) and len(str(mistake.value)) < 800 and "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +282,32 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
 def test_yaml_that_is_one(tmp_path, text, key, value):
     (tmp_path / "c.yaml").write_text(text)
     assert value_of(load_config(["--config", str(tmp_path / "c.yaml"), "--model.path", "m"]), key) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "+1e3", ".5e3", "1_0", "010", "1:30", "yes", "~", "2026-01-01", "0o17", "=", "<<"]
+)
+def test_text_that_looks_like_something_else_is_saved_as_text(text, tmp_path):
+    config = load_config(
+        ["--rollout.vllm", f"{{a: '{text}', 'k{text}': [1], '{text}': '{text}'}}", "--data.split", text]
+    )
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(["--config", str(tmp_path / "c.yaml")]) == config
+    assert yaml.safe_load(dump_config(config))["rollout"]["vllm"]["a"] == text  # of other readers, too
+
+
+@pytest.mark.parametrize("copies", [16, 20, 200])
+def test_a_configuration_with_aliases_is_refused_or_can_be_resumed(copies, tmp_path):
+    texts = ", ".join(["\u00e4" * 99] * 10)
+    (tmp_path / "c.yaml").write_text(f"rollout:\n  vllm:\n    a: &a [{texts}]\n    b: [{', '.join(['*a'] * copies)}]\n")
+    try:
+        config = load_config(["--config", str(tmp_path / "c.yaml"), "--model.path", "m"])
+    except ConfigError as error:
+        assert copies > 16 and "more than 1,000 values" in str(error)
+        return
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "progress.json").write_text("{}")
+    assert load_config(["--resume", str(tmp_path)]).rollout.vllm == config.rollout.vllm
 
 
 def test_a_second_configuration_is_laid_over_the_first(tmp_path):
@@ -316,7 +360,7 @@ def test_paths_are_text(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["", "  ", "a\nb", "a\tb", "a\x1b[31m", "a\0b", "~nobody-of-this-name", "a\udcffb", "a\u2028b"]
+    "path", ["", "  ", "x" * 5000, "a\nb", "a\tb", "a\x1b[31m", "a\0b", "~nobody-of-this-name", "a\udcffb", "a\u2028b"]
 )
 @pytest.mark.parametrize("load", [load_config, load_options, load_inspection])
 def test_paths_that_cannot_be_shown_or_opened(path, load):
@@ -333,6 +377,48 @@ def test_shipped_configurations_give_every_section_once():
 
 
 # What a launcher says in the environment
+
+
+@pytest.mark.parametrize(
+    "rank, size, heard",
+    [("1", None, True), ("1", "", True), ("1", "1", True), ("", "2", True), ("x", "2", True), ("5", "2", True),
+     ("-1", "2", True), ("0", "2", True), ("1", "2", False), ("9" * 5000, "9" * 5001, True)],
+)  # fmt: skip
+def test_a_mistake_is_said_but_by_the_other_ranks_of_several(rank, size, heard, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--data.limit=-1"])
+    for name, text in (("RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.delenv(name, raising=False)
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit):
+        run_command(load_config)
+    assert ("--data.limit: expected" in capsys.readouterr().err) == heard
+
+
+@pytest.mark.parametrize(
+    "rank, message", [("5", "expected a number below WORLD_SIZE"), ("x", "expected a whole number")]
+)
+def test_a_rank_that_no_launcher_gives(rank, message, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"^RANK: {message}"), launch.joined():
+        pass
+
+
+def test_more_threads_than_the_system_gives(monkeypatch):
+    start = threading.Thread.start
+
+    def limited(thread):
+        if threading.active_count() > 40:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(
+        ConfigError, match=r"^threads: expected at most \d\d, which is what this system gives .*, got 1024"
+    ):
+        use_threads(1024)
+    assert threading.active_count() < 40
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])

@@ -11,12 +11,11 @@ Nothing is shown before a command asks for it (`shown`), and by one process of s
 """
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
 
-from rto_fast.terminal import is_live, last_said, one_line, redraw, say
+from rto_fast.terminal import is_live, last_said, one_line, redraw, say, speaks
 
 PATIENCE = 5.0  # seconds without a word
 INTERVAL = 0.5  # seconds between two looks
@@ -69,7 +68,7 @@ class _Display:
     def begin(self, phase: Progress) -> None:
         with _LOCK:
             self.phases.append(phase)
-            if self.thread is None and self.is_on and os.environ.get("RANK", "0") == "0":
+            if self.thread is None and self.is_on and speaks():
                 self.ended = threading.Event()
                 self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
                 self.thread.start()

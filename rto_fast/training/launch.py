@@ -70,6 +70,11 @@ def joined(use_deepspeed=False):
             if dist.is_initialized():
                 dist.destroy_process_group()
         return
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    if rank >= size:  # torch waits for ten minutes, in code that no signal interrupts
+        raise ConfigError(
+            f"RANK: expected a number below WORLD_SIZE ({size}), got {rank}; start with torchrun, deepspeed or srun"
+        )
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
     except (ValueError, RuntimeError, dist.DistError) as error:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from rto_fast.errors import Interrupted, how_to_go_on
-from rto_fast.terminal import say
+from rto_fast.terminal import say, speaks
 
 INSISTENT = signal.SIGINT, signal.SIGTERM
 SIGNALS = *INSISTENT, signal.SIGHUP  # of a terminal that is closed
@@ -73,7 +73,7 @@ class StopRequest:
             while (number := numbers.read(1)) and number[0] not in self.before:
                 pass  # another signal, with a handler of its own
             ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
-            if ours and self.waits and os.environ.get("RANK", "0") == "0":
+            if ours and self.waits and speaks():
                 say("rto_fast: stopping: the present step ends first and is saved; a second signal ends the run at once",
                     err=True)  # fmt: skip
             if number and not self.left.wait(ECHO):

@@ -93,7 +93,9 @@ def test_a_rank_that_is_killed_ends_the_other(outcomes, dead, alive):
 def test_a_rank_that_fails_ends_the_other_with_its_error(outcomes):
     found = outcomes["rank 1 failed"]
     (line,) = lines(found["said"])
-    assert line.startswith("rto_fast: rank 1: IndexError: no such token; what sft trained after its last checkpoint is not")
+    assert line.startswith(
+        "rto_fast: rank 1: IndexError: no such token; what sft trained after its last checkpoint is not"
+    )
     assert "; go on with: python -m rto_fast.train --resume" in line and line.count("--resume") == 1
     assert found["codes"] == [1, 1] and found["seconds"] < 30
 

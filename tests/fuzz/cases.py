@@ -11,8 +11,9 @@ from rto_fast import plan
 from rto_fast.config import dump_config, load_config
 from rto_fast.errors import UserError
 
+from . import rewards
 from .command import Broken, check_command, one_line, streams
-from .harm import KEYS, VALUES, damage, document, output_name
+from .harm import ENVIRONMENTS, KEYS, VALUES, damage, document, near_values, output_name
 
 STAGES = ("sft", "reward_model", "dpo")
 TINY = [
@@ -29,19 +30,21 @@ class Case:
     Attributes:
         dice: its random numbers.
         folder: empty, its own, and the working directory of its command.
-        stage: what was made once, to be copied (`run`, a finished run; `pairs.jsonl`).
+        stage: what was made once, to be copied (`run`, a finished run; `data`, pairs in every format).
         told: what it did, for whoever reads of its failure.
     """
 
     def __init__(self, seed: str, folder: Path, stage: Path) -> None:
         self.dice, self.folder, self.stage, self.told = random.Random(seed), folder, stage, ""
 
-    def value(self) -> str:
-        return self.dice.choice(VALUES)
+    def value(self, key: str = "") -> str:
+        """A nasty one, or one that the field has or nearly has."""
+        near = near_values(key)
+        return self.dice.choice(near if near and self.dice.random() < 0.5 else VALUES)
 
     def assignments(self, keys: list[str], most: int) -> dict[str, str]:
         chosen = self.dice.sample(keys, self.dice.randint(1, most))
-        return {key: self.value() for key in chosen}
+        return {key: self.value(key) for key in chosen}
 
 
 def kind(function: Callable[[Case], None]) -> Callable[[Case], None]:
@@ -52,22 +55,23 @@ def kind(function: Callable[[Case], None]) -> Callable[[Case], None]:
 def run_command(case: Case, module: str, arguments: list[str]) -> None:
     """Runs `python -m MODULE ARGUMENTS` in the case's folder, and checks the rules."""
     name, connect = streams(case.dice, case.folder.parent / "output.txt")
-    case.told += f" in {case.folder}: python -m {module} {arguments!r}, output: {name}"
-    check_command(case.folder, module, arguments, name, connect)
+    variables = case.dice.choice([{}, {}, {}, *ENVIRONMENTS])
+    case.told += f" in {case.folder}: python -m {module} {arguments!r}, output: {name}, environment: {variables}"
+    check_command(case.folder, module, arguments, variables, name, connect)
 
 
 @kind
 def configuration(case: Case) -> None:
     """Random values in random fields: a configuration that can be planned and saved, or one line."""
-    values = case.assignments(KEYS, 3)
-    if case.dice.random() < 0.5:
-        text = document(case.dice, values)
-        (case.folder / "run.yaml").write_text(text, encoding="utf-8")
-        arguments = ["--config", "run.yaml"]
-        case.told = repr(text)
-    else:
-        arguments = [f"--{key}={value}" for key, value in values.items()]
-        case.told = repr(arguments)
+    arguments = []
+    for name in case.dice.choice([(), ("run.yaml",), ("run.yaml", "more.yaml")]):
+        text = document(case.dice, case.assignments(KEYS, 3))
+        (case.folder / name).write_text(text, encoding="utf-8", newline="")
+        arguments += ["--config", name]
+        case.told += f"{name}: {text!r}, "
+    if not arguments or case.dice.random() < 0.5:
+        arguments += [f"--{key}={value}" for key, value in case.assignments(KEYS, 3).items()]
+    case.told += repr(arguments)
     try:
         config = load_config(arguments)
     except UserError as error:
@@ -100,6 +104,9 @@ def _harmed_run(case: Case) -> Path:
 def training(case: Case) -> None:
     """A tiny run with nasty values, into a nasty folder."""
     values = case.assignments(KEYS, 2)
+    if case.dice.random() < 0.4:
+        values["reward_model.function"] = f"tests.fuzz.rewards:{case.dice.choice(rewards.NAMES)}"
+        values["reward_model.timeout"] = "2"
     folder = output_name(case.dice, case.folder) if case.dice.random() < 0.3 else "out"
     arguments = [*TINY, f"--output_dir={folder}", *(f"--{key}={value}" for key, value in values.items())]
     run_command(case, "rto_fast.train", arguments)
@@ -107,11 +114,12 @@ def training(case: Case) -> None:
 
 @kind
 def harmed_data(case: Case) -> None:
-    """A tiny run, or a look, at a harmed file."""
-    suffix = case.dice.choice([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".txt", ""])
-    path = case.folder / f"\x1b[1mpairs{suffix}"
-    shutil.copy(case.stage / "pairs.jsonl", path)
-    case.told = damage(case.dice, path)
+    """A tiny run, or a look, at a harmed file, now and then under another format's name."""
+    files = sorted((case.stage / "data").iterdir())
+    source = case.dice.choice(files)
+    path = case.folder / f"\x1b[1m{(source if case.dice.random() < 0.8 else case.dice.choice(files)).name}"
+    shutil.copy(source, path)
+    case.told = f"{source.name}, {damage(case.dice, path)}"
     if case.dice.random() < 0.7:
         run_command(
             case, "rto_fast.data", [str(path), "--data.cache_dir=null", f"--examples={case.dice.choice([0, 2])}"]

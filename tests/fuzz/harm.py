@@ -2,13 +2,20 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
+import math
 import random
-from collections.abc import Iterator
+import typing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
 from rto_fast.config import Config
+from rto_fast.fields import Range, fields_of
 
 # As YAML writes them; a command line has the same texts, apart from what an argument cannot hold.
 VALUES = (
@@ -19,16 +26,53 @@ VALUES = (
 ).split(" ") + ["9" * 5000, "x" * 300, "[" * 2000, "\x1b[31mred", "a\nb", "a\x00b", "\x9b2J", "&a [*a]", "*a", "{" * 50]
 
 
-def leaves(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration that is no section."""
-    for field in dataclasses.fields(cls):
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            yield from leaves(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
+KEYS = [key for key, hint in fields_of(Config).items() if not dataclasses.is_dataclass(hint)]
+# What a shell, a container or a launcher that is gone leaves behind.
+ENVIRONMENTS: list[dict[str, str]] = [
+    {"RANK": "1"}, {"RANK": ""}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "7"},
+    {"LOCAL_RANK": "-1"}, {"HOME": "/nonexistent"}, {"HOME": ""}, {"COLUMNS": "0"}, {"COLUMNS": "x"}, {"TERM": "\x1b"},
+    {"TMPDIR": "/nonexistent"}, {"HF_HOME": "/dev/null"}, {"TRITON_INTERPRET": "1"},
+]  # fmt: skip
 
 
-KEYS = list(leaves(Config))
+def near_values(key: str) -> list[str]:
+    """A field's choices, or its range's ends with what is just outside."""
+    values: list[str] = []
+
+    def look(hint: Any) -> None:
+        if typing.get_origin(hint) is typing.Literal:
+            values.extend(map(str, typing.get_args(hint)))
+        elif hint is bool:
+            values.extend(["true", "false"])
+        for rule in getattr(hint, "__metadata__", ()):
+            if isinstance(rule, Range):
+                ends = [rule.low, rule.high]
+                values.extend(map(repr, [*ends, ends[0] - 1, ends[1] + 1, *(math.nextafter(end, 0.5) for end in ends)]))
+        for part in typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else ():
+            look(part)
+
+    look(fields_of(Config).get(key))
+    return values
+
+
+def write_data(rows: list[dict], stage: Path) -> None:
+    """Pairs in every format, in `stage`/data."""
+    folder = stage / "data"
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pairs.jsonl").write_text(lines)
+    (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "pairs.json").write_text(json.dumps(rows))
+    (folder / "texts.txt").write_text("".join(f"{row['prompt']}\n" for row in rows))
+    (folder / "none").write_text(lines)
+    chats = [{name: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+              for name in ("chosen", "rejected")} for row in rows]  # fmt: skip
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for name, table in (("pairs", rows), ("chats", chats)):
+        pq.write_table(pa.Table.from_pylist(table), folder / f"{name}.parquet")
+    csv.write_csv(
+        pa.Table.from_pylist([{name: str(value) for name, value in row.items()} for row in rows]), folder / "pairs.csv"
+    )
 
 
 def document(dice: random.Random, values: dict[str, str]) -> str:
@@ -43,28 +87,20 @@ def document(dice: random.Random, values: dict[str, str]) -> str:
     text = "\n".join(["model:", "  path: embedded", "data:", "  preferences: embedded:preferences", *lines]) + "\n"
     if dice.random() < 0.3:
         extra = [
-            "rto:",
-            "rto:\n  kl_coef: 0.1",
-            "? [a]\n: b",
-            "---",
-            "\t",
-            "1: 2",
-            "seed: &a 3\nthreads: *a",
-            "...",
-            "null: 1",
-        ]
+            "rto:", "rto:\n  kl_coef: 0.1", "? [a]\n: b", "---", "\t", "1: 2", "seed: &a 3\nthreads: *a", "...", "null: 1",
+            "<<: {seed: 1}\n<<: {seed: 2}", "seed: !" + "x" * 3000, "seed: *" + "x" * 3000, "\ufeffseed: 1", "seed: 010",
+            "rollout: {vllm: {a: '1e3', '1e3': [1:30, ~, '~', \"\\e[2J\"]}}", "%YAML 9.9", "rto.lr: 0.1", "seed: !!int ''",
+        ]  # fmt: skip
         text += dice.choice(extra) + "\n"
     if dice.random() < 0.1:
         text = text[: dice.randrange(len(text))]
-    return text
+    return text.replace("\n", dice.choice(["\n"] * 7 + ["\r\n", "\r", "\x85"]))
 
 
 def damage(dice: random.Random, path: Path) -> str:
     """Harms a file as disks, editors and strangers do; returns how."""
     content = path.read_bytes() if path.is_file() else b""
-    how = dice.choice(
-        ("bytes", "cut", "empty", "noise", "json", "folder", "gone", "null", "dangling", "repeat", "escape")
-    )
+    how = dice.choice("bytes cut empty noise json folder gone null dangling repeat escape unharmed".split())
     if how == "bytes" and content:
         array = bytearray(content)
         for _ in range(dice.randint(1, 8)):
@@ -80,7 +116,7 @@ def damage(dice: random.Random, path: Path) -> str:
         path.write_bytes(content * 2)
     elif how == "escape":
         path.write_bytes(content.replace(b"e", b"\\u001b[2J", dice.randint(1, 5)))
-    else:
+    elif how != "unharmed":
         path.unlink(missing_ok=True)
         if how == "folder":
             path.mkdir()
