@@ -54,6 +54,8 @@ package, result = sys.argv[1:3]
 sys.argv[1:] = sys.argv[4:]
 sys.stdout = Spy(sys.stdout.buffer, encoding="utf-8", write_through=True)
 sys.stderr = Spy(sys.stderr.buffer, encoding="utf-8", write_through=True)
+import rto_fast.reporting.progress
+rto_fast.reporting.progress.PATIENCE = float("inf")  # on a busy machine any command would show its progress
 try:
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 finally:
@@ -112,7 +114,7 @@ def test_a_reward_function_finds_what_the_command_hides(tmp_path, monkeypatch):
     with deepspeed_import.hidden():
         function = RewardFunction("looks_for_deepspeed:f", "k")
         assert importlib.util.find_spec("deepspeed") is None
-        assert function._in_time([""], [""], {}) == [0.0]  # as a library would see it
+        assert function.function([""], [""]) == [0.0]  # as a library would see it
         assert function._call([""], [type("Completion", (), {"text": ""})], {}).tolist() == [1.0]
         assert importlib.util.find_spec("deepspeed") is None
     assert importlib.util.find_spec("deepspeed")
