@@ -49,6 +49,8 @@ def run_command(
     try:
         with warnings.catch_warnings(), deepspeed_import.hidden(), shown():
             terminal.protect(only_prints)
+            if not sys.flags.safe_path and os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # of users' functions; `python -m` has it there, the script `rto-fast` not
             main([argument for argument in sys.argv[1:] if argument != "--debug"])
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
         if "--debug" in sys.argv:

@@ -4,7 +4,6 @@ import asyncio
 import copy
 import importlib
 import inspect
-import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -153,8 +152,6 @@ def import_function(path: str, key: str) -> Callable:
         raise ConfigError(
             f"{key}: expected module:function, such as mine:score for the function score of mine.py, got {path!r}{hint}"
         )
-    if "" not in sys.path and not sys.flags.safe_path:
-        sys.path.append("")  # the present folder, which `python -m` has there, and the command `rto-fast` has not
     try:
         with users_settings(), deepspeed_import.revealed():
             module = importlib.import_module(module_name)

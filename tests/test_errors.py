@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from rto_fast import train
+from rto_fast.command_line import run_command
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
@@ -366,7 +367,10 @@ def test_a_reward_is_found_in_the_present_folder_by_any_command(tmp_path, monkey
     (tmp_path / "rewards_from_here.py").write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path and path != str(tmp_path)])
-    assert RewardFunction("rewards_from_here:score", "reward_model.function")
+    monkeypatch.setattr(sys, "argv", ["rto-fast"])
+    found = []
+    run_command(lambda arguments: found.append(RewardFunction("rewards_from_here:score", "reward_model.function")))
+    assert found
 
 
 def test_a_module_of_rewards_that_ends_is_refused(tmp_path, monkeypatch):
