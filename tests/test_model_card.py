@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @functools.cache
 def configuration(*options):
-    return dump_config(load_config([*OPTIONS, *options]))
+    return dump_config(load_config(["--config", "default", *OPTIONS, *options]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -302,7 +302,7 @@ def test_relative_paths_are_no_names_of_the_hub(finished, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b](http://x)", "a/b\n- evil", "a/<b>", "a/b: c", "a/b'\"", "..", "a/..", "-a/b", "a/b.git"]
+    "name", ["a/b](http://x)", "a/<b>", "a/b: c", "a/b'\"", "..", "a/..", "-a/b", "a/b.git"]
 )
 def test_what_cannot_be_a_name_of_the_hub_is_not_linked(finished, name):
     text = write_model_card(finished(f"--sft.model={name}")).read_text()

@@ -216,6 +216,7 @@ def test_nothing_is_shown_unasked_and_no_thread_is_left(monkeypatch, capsys):
     with progress_module.progress("a library's call"):
         time.sleep(0.05)
         assert threading.active_count() == before
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")  # of several processes, one speaks
     with progress_module.shown(), progress_module.progress("working"):
         time.sleep(0.05)

@@ -29,7 +29,7 @@ SCORES = [0.7, -1.3, 12.0]
 
 def config(*overrides):
     arguments = ["--rto.prompts_per_rollout", "3", "--rto.iterations", "4", "--rto.batch_size", "3", "--rto.lr", "1e-3"]
-    return load_config(arguments + list(overrides))
+    return load_config(["--config", "default", *arguments, *overrides])
 
 
 def build_models(**changes):
