@@ -434,8 +434,11 @@ def _validate(config):
     for stage in ("sft", "reward_model", "dpo", "rto"):
         settings = getattr(config, stage)
         fastest = max(settings.lr, getattr(settings, "critic_lr", 0.0))
-        require(fastest * settings.weight_decay < 1, f"{stage}.weight_decay",
-                f"less than 1 / {fastest:g}: a step takes the learning rate times this off every weight")  # fmt: skip
+        require(
+            fastest * settings.weight_decay < 1,
+            f"{stage}.weight_decay",
+            f"less than 1 / {fastest:g}: a step takes the learning rate times this off every weight",
+        )
     rto, rollout, dpo, deepspeed = config.rto, config.rollout, config.dpo, config.deepspeed
     require(not config.lora.rank or deepspeed.zero_stage != 3, "deepspeed.zero_stage",
             "0, 1 or 2 with lora.rank: the base is frozen, and whole on every GPU")  # fmt: skip
@@ -460,8 +463,11 @@ def _validate(config):
             "null without dpo.model: the DPO stage trains against the SFT model")  # fmt: skip
     require(not (rto.advantage == "reinforce_pp" and rto.truncation == "bootstrap"), "rto.truncation",
             "'penalty' or 'score' when rto.advantage is reinforce_pp (there is no critic to bootstrap)")  # fmt: skip
-    require(rollout.min_new_tokens <= rollout.max_new_tokens, "rollout.min_new_tokens",
-            f"at most rollout.max_new_tokens ({rollout.max_new_tokens})")  # fmt: skip
+    require(
+        rollout.min_new_tokens <= rollout.max_new_tokens,
+        "rollout.min_new_tokens",
+        f"at most rollout.max_new_tokens ({rollout.max_new_tokens})",
+    )
     if config.hub.repo:
         check_repo(config.hub.repo, "hub.repo")
 
@@ -529,13 +535,15 @@ def load_config(arguments: list[str], say: Callable[[str], object] = lambda text
     """
     if asks_for_help(arguments):
         print_help(
-            Config, "python -m rto_fast.train", "SFT → reward model → DPO → RTO, from preference data to an aligned Hugging "
+            Config,
+            "python -m rto_fast.train",
+            "SFT → reward model → DPO → RTO, from preference data to an aligned Hugging "
             "Face checkpoint. Without --config: the embedded default, or `own` if a model or data is given.",
             {
                 "config": f"YAML file, or one of {', '.join(shipped_configs())}; later options override it.",
                 "print_config": "Print the configuration and exit.",
             },
-        )  # fmt: skip
+        )
         raise SystemExit(0)
     for key, (_, instead) in REMOVED.items():
         if any(argument.partition("=")[0] == f"--{key}" for argument in arguments):

@@ -195,9 +195,13 @@ def describe(hint: Any) -> str:
     if origin is dict:
         return f"{{name: {describe(parts[1])}, …}}"
     names = {
-        int: "a whole number", float: "a number", str: "text in UTF-8 without NUL", bool: "true or false",
-        type(None): "null", Any: "text, finite numbers of 64 bits, lists and mappings",
-    }  # fmt: skip
+        int: "a whole number",
+        float: "a number",
+        str: "text in UTF-8 without NUL",
+        bool: "true or false",
+        type(None): "null",
+        Any: "text, finite numbers of 64 bits, lists and mappings",
+    }
     return names.get(hint) or f"a {hint.__name__}"
 
 

@@ -289,9 +289,14 @@ def rto_advantages(
     check_tensor("response_mask", response_mask, old_logps.shape, (torch.bool,), old_logps.device)
     check_optional(old_logps, old_logps.shape, (torch.bool,), delimiter_mask=delimiter_mask)
     check_numbers(
-        dpo_reward_scale=dpo_reward_scale, dpo_reward_clip=dpo_reward_clip, kl_coef=kl_coef, score_scale=score_scale,
-        score_clip=score_clip, gamma=gamma, gae_lambda=gae_lambda,
-    )  # fmt: skip
+        dpo_reward_scale=dpo_reward_scale,
+        dpo_reward_clip=dpo_reward_clip,
+        kl_coef=kl_coef,
+        score_scale=score_scale,
+        score_clip=score_clip,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
     if granularity not in ("token", "sentence", "sequence"):
         raise ValueError(f"granularity: expected 'token', 'sentence' or 'sequence', got {granularity!r}")
     if granularity == "sentence" and delimiter_mask is None:

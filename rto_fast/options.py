@@ -116,8 +116,13 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     def walk(tree: Value, prefix: str) -> None:
         if not isinstance(tree.content, dict):
             found = "nothing" if tree.is_null else shown(tree.as_python())
-            raise ConfigError(named(prefix[:-1], tree.place, f"expected keys and values, got {found}; "
-                              "leave a section out to keep its defaults"))  # fmt: skip
+            raise ConfigError(
+                named(
+                    prefix[:-1],
+                    tree.place,
+                    f"expected keys and values, got {found}; leave a section out to keep its defaults",
+                )
+            )
         for name, value in tree.content.items():
             key = prefix + name
             if key not in removed:

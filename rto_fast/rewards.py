@@ -198,14 +198,18 @@ def parameters_of(function: Callable, path: str, key: str) -> Parameters:
     try:
         places = {*signature.bind_partial([], []).arguments}
     except TypeError as error:
-        raise ConfigError(f"{shown} cannot be called with a list of prompts and a list of responses ({error}); it must take "
-                          "these two in this order, and columns of the data by their names") from None  # fmt: skip
+        raise ConfigError(
+            f"{shown} cannot be called with a list of prompts and a list of responses ({error}); it must take "
+            "these two in this order, and columns of the data by their names"
+        ) from None
     others = [p for name, p in signature.parameters.items() if name not in places]
     named = [p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in others:
         if parameter.kind == parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            raise ConfigError(f"{shown} takes `{parameter.name}` by its place only, and columns of the data are given by "
-                              "name; leave the `/` out of its parameters")  # fmt: skip
+            raise ConfigError(
+                f"{shown} takes `{parameter.name}` by its place only, and columns of the data are given by "
+                "name; leave the `/` out of its parameters"
+            )
     required = [p.name for p in named if p.default is p.empty]
     return Parameters(places, {p.name for p in named}, required, any(p.kind == p.VAR_KEYWORD for p in others))
 

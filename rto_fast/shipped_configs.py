@@ -10,9 +10,15 @@ from rto_fast.errors import ConfigError
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT, OWN = "default", "own"
 MODELS = (
-    "model.path", "model.tokenizer", "sft.model", "reward_model.model", "dpo.model", "dpo.ref_model", "rto.ref_model",
+    "model.path",
+    "model.tokenizer",
+    "sft.model",
+    "reward_model.model",
+    "dpo.model",
+    "dpo.ref_model",
+    "rto.ref_model",
     "rto.critic",
-)  # fmt: skip
+)
 FIRST_LOOK = {"data.limit": 64, "rollout.max_new_tokens": 64, "eval.prompts": 8}
 DATA = ("data.preferences", "data.sft", "data.prompts", "data.eval_prompts")
 

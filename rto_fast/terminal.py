@@ -30,18 +30,45 @@ from rto_fast.notices import Notice
 # Characters that reorder or hide the text around them, or break a line where a terminal or an editor knows more line
 # breaks than Python's; joiners, which scripts and emoji need, stay.
 ACTING = {
-    0x061C, 0x180E, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF,
-    *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080),
+    0x061C,
+    0x180E,
+    0x200B,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2060, 0x2070),
+    0xFEFF,
+    *range(0xFFF9, 0xFFFC),
+    *range(0xE0000, 0xE0080),
     *range(0xD800, 0xE000),  # lone surrogates, which UTF-8 cannot hold
-    *range(0x20), *range(0x7F, 0xA0),
-}  # fmt: skip
-SPELLED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-           for code in ACTING}  # fmt: skip
+    *range(0x20),
+    *range(0x7F, 0xA0),
+}
+SPELLED = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}" for code in ACTING
+}
 LAYOUT = {code: spelling for code, spelling in SPELLED.items() if chr(code) not in "\n\t"}
 BREAKS = SPELLED | {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
 # What this package's own text looks like where the encoding has no such characters.
-PLAIN = {"±": "+/-", "−": "-", "–": "-", "—": "-", "…": "...", "←": "<-", "→": "->", "×": "x", "·": "*", "█": "#",
-         "│": "|", "─": "-", "⟦": "[[", "⟧": "]]", "’": "'", "‖": "||", "π": "pi"}  # fmt: skip
+PLAIN = {
+    "±": "+/-",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "←": "<-",
+    "→": "->",
+    "×": "x",
+    "·": "*",
+    "█": "#",
+    "│": "|",
+    "─": "-",
+    "⟦": "[[",
+    "⟧": "]]",
+    "’": "'",
+    "‖": "||",
+    "π": "pi",
+}
 
 
 def visible(text: object) -> str:

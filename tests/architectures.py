@@ -47,7 +47,7 @@ SIZES = {
     "moe_layer_end_index": LAYERS - 1,
     "num_kv_shared_layers": 0,
     "max_window_layers": 2,
-}  # fmt: skip
+}
 ALTERNATING = {"layer_types": ["conv", "full_attention"] * 2}
 # What does not follow from the defaults, or goes together.
 SETTINGS: dict[str, dict] = {

@@ -21,10 +21,40 @@ from rto_fast.threads import use_threads
 from rto_fast.training import launch
 
 NASTY = [
-    math.nan, math.inf, -math.inf, -1, 0, 1, 0.5, 1.5, 10**30, -(10**30), 1e308, -1e308, 1e-320, 2**31, 2**63, True,
-    "", "abc", " ", ".nan", "1e400", "a\0b", "a\nb", "\ud800", "~nobody-of-this-name/x", None, [], {}, [math.nan, 0.5], [2],
-    {"a": math.inf}, {"a": {"b": [10**30]}}, {"a": "\0"},
-]  # fmt: skip
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    0,
+    1,
+    0.5,
+    1.5,
+    10**30,
+    -(10**30),
+    1e308,
+    -1e308,
+    1e-320,
+    2**31,
+    2**63,
+    True,
+    "",
+    "abc",
+    " ",
+    ".nan",
+    "1e400",
+    "a\0b",
+    "a\nb",
+    "\ud800",
+    "~nobody-of-this-name/x",
+    None,
+    [],
+    {},
+    [math.nan, 0.5],
+    [2],
+    {"a": math.inf},
+    {"a": {"b": [10**30]}},
+    {"a": "\0"},
+]
 INFINITE = {f"{stage}.max_grad_norm" for stage in ("sft", "reward_model", "dpo", "rto")}
 
 
@@ -138,16 +168,28 @@ def test_every_number_declares_its_range(keys):
     [
         ("--sft.weight_decay=.nan", "--sft.weight_decay: expected a number from 0 to 1,000,000, got nan"),
         ("--sft.weight_decay=-1000", "--sft.weight_decay: expected a number from 0 to 1,000,000, got -1000.0"),
-        ("--rto.dpo_reward_scale=.inf", "--rto.dpo_reward_scale: expected a number from -1,000,000 to 1,000,000, got inf"),
+        (
+            "--rto.dpo_reward_scale=.inf",
+            "--rto.dpo_reward_scale: expected a number from -1,000,000 to 1,000,000, got inf",
+        ),
         ("--rto.score_scale=.nan", "--rto.score_scale: expected a number from -1,000,000 to 1,000,000, got nan"),
-        ("--rto.adam_betas=[2,2]", "--rto.adam_betas: expected [a number at least 0 and below 1, a number at least 0 and "
-         "below 1], got (2.0, 2.0)"),
+        (
+            "--rto.adam_betas=[2,2]",
+            "--rto.adam_betas: expected [a number at least 0 and below 1, a number at least 0 and "
+            "below 1], got (2.0, 2.0)",
+        ),
         ("--seed=100000000000000000000", "--seed: expected a whole number from 0 to 4,294,967,295, got 1000"),
         ("--threads=100000", "--threads: expected a whole number from 1 to 1,024, or null, got 100000"),
-        ("--reward_model.timeout=.inf", "--reward_model.timeout: expected a number above 0 and at most 1,000,000, or null"),
+        (
+            "--reward_model.timeout=.inf",
+            "--reward_model.timeout: expected a number above 0 and at most 1,000,000, or null",
+        ),
         ("--rollout.page_size=24", "--rollout.page_size: expected a whole number that is a power of two, from 16 to "),
         ("--deepspeed.zero_stage=true", "--deepspeed.zero_stage: expected 0, 1, 2 or 3, or null, got true"),
-        ("--rto.lr=" + "9" * 6000, "--rto.lr: expected a number above 0 and at most 1, got a number of 6,000 characters"),
+        (
+            "--rto.lr=" + "9" * 6000,
+            "--rto.lr: expected a number above 0 and at most 1, got a number of 6,000 characters",
+        ),
         ("--seed=0x" + "f" * 6000, "--seed: expected a whole number from 0 to 4,294,967,295, got a number of 6,0"),
         ("--rto={lr: 2}", "--rto: rto.lr: expected a number above 0 and at most 1, got 2.0"),
         ("--rto={lr: 0.1, lr: 0.2}", "--rto: lr: given twice"),
@@ -171,7 +213,7 @@ def test_every_number_declares_its_range(keys):
         ("--config=a\0b", "No such file or directory"),
     ],
     ids=itertools.count(),
-)  # fmt: skip
+)
 def test_an_option_that_cannot_be(argument, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config([argument])
@@ -218,8 +260,11 @@ BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("rto:\n  lr: " + "9" * 6000 + ".0", ":2: rto.lr: not read: a number of 6,002 characters"),
         ("sft: {max_steps: 010}\n", ":1: sft.max_steps: expected a whole number from 1 to "),
         ("sft: {max_steps: 1:30}\n", "or null, got '1:30'"),
-        ("rollout: {vllm: &a {x: 1}}\ndata:\n  columns:\n    <<: *a\n    <<: *a\n", ":5: data.columns: << is given twice"),
-        ("seed: !!int \"\u0663\"\n", ":1: seed: not read: '\u0663' is no !!int"),
+        (
+            "rollout: {vllm: &a {x: 1}}\ndata:\n  columns:\n    <<: *a\n    <<: *a\n",
+            ":5: data.columns: << is given twice",
+        ),
+        ('seed: !!int "\u0663"\n', ":1: seed: not read: '\u0663' is no !!int"),
         ("seed: !!null 5\n", ":1: seed: not read: '5' is no !!null"),
         ("eval: {function: ''}\n", ":1: eval.function: expected text that is not blank, or null, got ''"),
         ("1: 2\n", ":1: expected a name before the colon, got '1'"),
@@ -250,7 +295,7 @@ BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("model: {path: m}\nrollout:\n  max_new_tokens: 8\n  min_new_tokens: 9\n", ":4: rollout.min_new_tokens: "),
     ],
     ids=itertools.count(),
-)  # fmt: skip
+)
 def test_yaml_that_is_no_configuration(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -274,11 +319,11 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
         ("rto.lr: 0.5\n", "rto.lr", 0.5),
         ("rto: {adam_betas: [0.5, 0]}\n", "rto.adam_betas", (0.5, 0.0)),
         ("rto: {dual_clip: }\n", "rto.dual_clip", None),
-        ("rto: {delimiters: \"\\n\"}\n", "rto.delimiters", "\n"),
+        ('rto: {delimiters: "\\n"}\n', "rto.delimiters", "\n"),
         ("rollout: {vllm: {a: {b: [1, x, null]}}}\n", "rollout.vllm", {"a": {"b": [1, "x", None]}}),
         ("\ufeffseed: 1\r\nthreads: 2\r\n", "threads", 2),
     ],
-)  # fmt: skip
+)
 def test_yaml_that_is_one(tmp_path, text, key, value):
     (tmp_path / "c.yaml").write_text(text)
     assert value_of(load_config(["--config", str(tmp_path / "c.yaml"), "--model.path", "m"]), key) == value
@@ -381,9 +426,19 @@ def test_shipped_configurations_give_every_section_once():
 
 @pytest.mark.parametrize(
     "rank, size, heard",
-    [("1", None, True), ("1", "", True), ("1", "1", True), ("", "2", True), ("x", "2", True), ("5", "2", True),
-     ("-1", "2", True), ("0", "2", True), ("1", "2", False), ("9" * 5000, "9" * 5001, True)],
-)  # fmt: skip
+    [
+        ("1", None, True),
+        ("1", "", True),
+        ("1", "1", True),
+        ("", "2", True),
+        ("x", "2", True),
+        ("5", "2", True),
+        ("-1", "2", True),
+        ("0", "2", True),
+        ("1", "2", False),
+        ("9" * 5000, "9" * 5001, True),
+    ],
+)
 def test_a_mistake_is_said_but_by_the_other_ranks_of_several(rank, size, heard, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train", "--data.limit=-1"])
     for name, text in (("RANK", rank), ("WORLD_SIZE", size)):

@@ -86,7 +86,7 @@ PARQUET_BOMBS: dict[str, tuple[Callable[[], pa.Table], dict]] = {
     "a long text that fits": (lambda: pairs(x=dictionary(PIECE, 2**10)), {}),
     "many columns": (lambda: pairs(**{f"x{i}": dictionary(PIECE, 256) for i in range(64)}), {}),
     "many rows": (lambda: pairs(x=pa.repeat(pa.scalar(1, pa.int8()), 2**17)), {}),
-}  # fmt: skip
+}
 
 
 def text_bombs() -> dict[str, list[bytes]]:
@@ -137,9 +137,7 @@ def saved_bomb(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"{name}.parquet" for name in PARQUET_BOMBS), *text_bombs(), "saved"], ids=str
-)  # fmt: skip
+@pytest.mark.parametrize("name", [*(f"{name}.parquet" for name in PARQUET_BOMBS), *text_bombs(), "saved"], ids=str)
 def test_reading_takes_no_more_memory_than_allowed(read, name):
     took, said = read[name]
     assert took < GIB + CONSTANT
@@ -153,18 +151,27 @@ def test_honest_parquet_is_read_as_it_was_written(tmp_path, monkeypatch):
     text[33] = "x" * 9000
     rows = [
         {
-            "prompt": f"p{i % 7}", "response": "r", "x": text[i], "ids": list(range(i % 5)) if i % 11 else None,
-            "chat": [{"role": "user", "content": word} for word in text[: i % 4]], "deep": [[text[i]], [], ["y"]],
-            "some": {"a": text[i] or "z", "b": {"c": i}}, "time": datetime.datetime(2020, 1, 1, 0, i % 60),
+            "prompt": f"p{i % 7}",
+            "response": "r",
+            "x": text[i],
+            "ids": list(range(i % 5)) if i % 11 else None,
+            "chat": [{"role": "user", "content": word} for word in text[: i % 4]],
+            "deep": [[text[i]], [], ["y"]],
+            "some": {"a": text[i] or "z", "b": {"c": i}},
+            "time": datetime.datetime(2020, 1, 1, 0, i % 60),
         }
         for i in range(90)
-    ]  # fmt: skip
+    ]
     table, path = pa.Table.from_pylist(rows), tmp_path / "a.parquet"
     ways: list[dict] = [
-        {}, {"use_dictionary": False}, {"data_page_version": "2.0", "data_page_size": 100}, {"row_group_size": 33},
+        {},
+        {"use_dictionary": False},
+        {"data_page_version": "2.0", "data_page_size": 100},
+        {"row_group_size": 33},
         {"use_dictionary": False, "column_encoding": {"prompt": "DELTA_BYTE_ARRAY", "x": "DELTA_LENGTH_BYTE_ARRAY"}},
-        {"store_schema": False}, *({"compression": codec} for codec in ("none", "gzip", "brotli", "zstd", "lz4")),
-    ]  # fmt: skip
+        {"store_schema": False},
+        *({"compression": codec} for codec in ("none", "gzip", "brotli", "zstd", "lz4")),
+    ]
     expected = list(map(without_filled_keys, table.to_pylist()))
     for options in ways:
         pyarrow.parquet.write_table(table, path, **options)
@@ -197,8 +204,11 @@ def test_damaged_parquet_is_one_line(tmp_path, place):
 
 
 VALUES = [
-    {"a": 1, "b": [{}, [], [[]], None, True, -1.5e300]}, {"x": "\U0001f600 \u2028 \\ \" \n é" * 5}, {}, {"a": {"b": "]},"}},
-]  # fmt: skip
+    {"a": 1, "b": [{}, [], [[]], None, True, -1.5e300]},
+    {"x": '\U0001f600 \u2028 \\ " \n é' * 5},
+    {},
+    {"a": {"b": "]},"}},
+]
 
 
 READ_DAMAGED = """

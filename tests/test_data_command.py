@@ -173,8 +173,11 @@ def test_duplicates_are_dropped_counted_and_can_be_kept(tmp_path):
 
 def pairs_of_prompts(sizes):
     """Rows of preferences: prompt i with sizes[i] pairs, shuffled."""
-    rows = [{"prompt": f"prompt {i}", "chosen": f"good {j}", "rejected": f"bad {j}"}
-            for i, size in enumerate(sizes) for j in range(size)]  # fmt: skip
+    rows = [
+        {"prompt": f"prompt {i}", "chosen": f"good {j}", "rejected": f"bad {j}"}
+        for i, size in enumerate(sizes)
+        for j in range(size)
+    ]
     return random.Random(1).sample(rows, len(rows))
 
 

@@ -356,8 +356,13 @@ def test_reward_functions(refused, tmp_path, function, message):
 @pytest.mark.parametrize("function", ["ends", "cancelled", "interrupted", "closed", "greedy"])
 def test_no_end_of_a_reward_function_is_the_runs(function, timeout):
     reward = RewardFunction(f"faulty_rewards:{function}", "reward_model.function", timeout=timeout)
-    kind = {"ends": "SystemExit", "cancelled": "CancelledError", "interrupted": "KeyboardInterrupt",
-            "closed": "GeneratorExit", "greedy": "MemoryError"}[function]  # fmt: skip
+    kind = {
+        "ends": "SystemExit",
+        "cancelled": "CancelledError",
+        "interrupted": "KeyboardInterrupt",
+        "closed": "GeneratorExit",
+        "greedy": "MemoryError",
+    }[function]
     with pytest.raises(RewardError, match=f"faulty_rewards:{function}: {kind}.* .*faulty_rewards.py"):
         reward([Completion(Prompt([1], "a", {}, "", None), [1], "b", True)])
 
@@ -382,10 +387,11 @@ def test_a_module_of_rewards_that_ends_is_refused(tmp_path, monkeypatch):
 
 
 ENDS = {
-    SystemExit(0): "the run was ended by SystemExit: 0", GeneratorExit(): "the run was ended by GeneratorExit",
+    SystemExit(0): "the run was ended by SystemExit: 0",
+    GeneratorExit(): "the run was ended by GeneratorExit",
     asyncio.CancelledError("late"): "the run was ended by CancelledError: late",
     MemoryError(): "sft: out of memory: of the CPU. Lower sft.micro_batch_tokens",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: type(end).__name__)

@@ -160,16 +160,29 @@ def test_attention_that_cannot_be_packed_is_refused_in_one_line(name, tmp_path, 
 
 MAMBA = dict(mamba_d_state=4, mamba_dt_rank=4, state_size=4, time_step_rank=4)
 RECURRENT = {
-    "lfm2": (dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False), "conv.conv.weight",
-             "Lfm2ShortConv"),
+    "lfm2": (
+        dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+        "conv.conv.weight",
+        "Lfm2ShortConv",
+    ),
     "mamba": (MAMBA, "conv1d.weight", "MambaMixer"),
     "mamba2": (dict(num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8), "conv1d.weight", "Mamba2Mixer"),
-    "jamba": (MAMBA | dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1), "dt_proj.weight", "JambaMambaMixer"),
-    "minimax": (dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"]), "out_proj.weight",
-                "MiniMaxLightningAttention"),
-    "recurrent_gemma": (dict(block_types=["recurrent", "attention"], lru_width=32), "linear_out.weight",
-                        "RecurrentGemmaRecurrentBlock"),
-}  # fmt: skip
+    "jamba": (
+        MAMBA | dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1),
+        "dt_proj.weight",
+        "JambaMambaMixer",
+    ),
+    "minimax": (
+        dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"]),
+        "out_proj.weight",
+        "MiniMaxLightningAttention",
+    ),
+    "recurrent_gemma": (
+        dict(block_types=["recurrent", "attention"], lru_width=32),
+        "linear_out.weight",
+        "RecurrentGemmaRecurrentBlock",
+    ),
+}
 
 
 def write_weak(folder, name):
@@ -211,10 +224,14 @@ def leaks_backwards(module, inputs, output):
     return output + 1e-9 * output.roll(-1, 1)
 
 
-@pytest.mark.parametrize("fault, where", [
-    (leaks_in_training, "model.layers.1.mlp"), (leaks_backwards, "model.layers.0.self_attn.o_proj"),
-    (leaks_token_ids, "model.embed_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, where",
+    [
+        (leaks_in_training, "model.layers.1.mlp"),
+        (leaks_backwards, "model.layers.0.self_attn.o_proj"),
+        (leaks_token_ids, "model.embed_tokens"),
+    ],
+)
 def test_a_planted_leak_is_found_and_its_layer_named(fault, where):
     model = tiny("llama")
     model.set_attn_implementation(PACKED)
@@ -259,10 +276,13 @@ def test_what_stays_random_is_refused_with_the_layer(tmp_path):
             load(str(tmp_path), **PLACEMENT, **head)
 
 
-@pytest.mark.parametrize("noise, reason", [
-    (lambda x: x + 0.1 * torch.randn_like(x), "draws random numbers in training mode"),
-    (lambda x: 1.1 * x, "computes something else in training mode than in evaluation mode"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "noise, reason",
+    [
+        (lambda x: x + 0.1 * torch.randn_like(x), "draws random numbers in training mode"),
+        (lambda x: 1.1 * x, "computes something else in training mode than in evaluation mode"),
+    ],
+)
 def test_a_training_mode_that_computes_something_else_is_refused_with_the_layer(noise, reason):
     model = tiny("llama")
     model.set_attn_implementation(PACKED)

@@ -114,8 +114,21 @@ NUMBERS = {
     "min_p": ([-0.1, 1.1], [0, 0.1, 1]),
 }
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400, 10**6000, "1", [], 1j, torch.ones(1)]
-NO_OPTIONS = {"bias", "weights", "mask", "bootstrap_values", "dpo_ref_logps", "delimiter_mask", "stop_ids", "stop_allowed",
-              "return_entropy", "inplace_backward", "granularity", "shaping", "whiten"}  # fmt: skip
+NO_OPTIONS = {
+    "bias",
+    "weights",
+    "mask",
+    "bootstrap_values",
+    "dpo_ref_logps",
+    "delimiter_mask",
+    "stop_ids",
+    "stop_allowed",
+    "return_entropy",
+    "inplace_backward",
+    "granularity",
+    "shaping",
+    "whiten",
+}
 OPTIONS = [
     (op, name)
     for op in ARGUMENTS

@@ -22,9 +22,25 @@ ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 # A few steps. What is not here, the default and `own` decide.
 SHORT = [
-    "--threads", "1", "--device", "cpu", "--sft.max_steps", "1", "--reward_model.max_steps", "1", "--dpo.max_steps", "1",
-    "--rto.iterations", "1", "--rto.prompts_per_rollout", "8", "--eval.prompts", "4", "--rollout.max_new_tokens", "8",
-]  # fmt: skip
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+    "--sft.max_steps",
+    "1",
+    "--reward_model.max_steps",
+    "1",
+    "--dpo.max_steps",
+    "1",
+    "--rto.iterations",
+    "1",
+    "--rto.prompts_per_rollout",
+    "8",
+    "--eval.prompts",
+    "4",
+    "--rollout.max_new_tokens",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +62,12 @@ def here(folder, monkeypatch):
 
 def embedded_values(config):
     """Keys and values of a configuration, as YAML reads it, that are the embedded world's."""
-    flat = {f"{section}.{key}": value for section, values in config.items() if isinstance(values, dict)
-            for key, value in values.items()}  # fmt: skip
+    flat = {
+        f"{section}.{key}": value
+        for section, values in config.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
     return {k: v for k, v in flat.items() if isinstance(v, str) and ("embedded" in v or "rto_fast.data.world" in v)}
 
 
@@ -103,19 +123,37 @@ def test_whatever_is_ones_own_leaves_the_embedded_default(here, options):
     "options, kept",
     [
         ([], {"model.path", "data.preferences", "data.sft", "data.eval_prompts", "eval.function"}),
-        (["--data.sft", "null", "--model.path", "embedded"],
-         {"model.path", "data.preferences", "data.eval_prompts", "eval.function"}),
-        (["--reward_model.function", "mine:reward", "--eval.function", "null"],  # a function is neither model nor data
-         {"model.path", "data.preferences", "data.sft", "data.eval_prompts"}),
+        (
+            ["--data.sft", "null", "--model.path", "embedded"],
+            {"model.path", "data.preferences", "data.eval_prompts", "eval.function"},
+        ),
+        (
+            [
+                "--reward_model.function",
+                "mine:reward",
+                "--eval.function",
+                "null",
+            ],  # a function is neither model nor data
+            {"model.path", "data.preferences", "data.sft", "data.eval_prompts"},
+        ),
         (["--model.path", "model", "--data.preferences", "embedded:preferences"], {"data.preferences"}),
         (["--model.path", "embedded", "--data.preferences", "pairs.jsonl"], {"model.path"}),
-        (["--config", "default", "--model.path", "model"],
-         {"data.preferences", "data.sft", "data.eval_prompts", "eval.function"}),
+        (
+            ["--config", "default", "--model.path", "model"],
+            {"data.preferences", "data.sft", "data.eval_prompts", "eval.function"},
+        ),
         (["--config", "file.yaml", "--model.path", "model"], {"data.sft"}),
     ],
-    ids=["nothing given", "embedded model", "reward function", "embedded preferences", "embedded model, own preferences",
-         "the default by name", "a file that names it"],
-)  # fmt: skip
+    ids=[
+        "nothing given",
+        "embedded model",
+        "reward function",
+        "embedded preferences",
+        "embedded model, own preferences",
+        "the default by name",
+        "a file that names it",
+    ],
+)
 def test_what_is_asked_for_is_used(here, options, kept):
     Path("file.yaml").write_text("data: {sft: 'embedded:sft', preferences: pairs.jsonl}\n")
     config = load_config(options)
@@ -130,8 +168,19 @@ def test_a_first_look_is_proposed_to_whoever_has_not_chosen_its_size(here):
     assert ["a first look" in text for text in said] == [True, False] and "configuration: own" in said[1]
 
 
-@pytest.mark.parametrize("key", ["data.preferences", "data.prompts", "data.eval_prompts", "data.sft", "dpo.model",
-                                 "reward_model.model", "rto.critic", "model.tokenizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.preferences",
+        "data.prompts",
+        "data.eval_prompts",
+        "data.sft",
+        "dpo.model",
+        "reward_model.model",
+        "rto.critic",
+        "model.tokenizer",
+    ],
+)
 def test_without_a_model_the_embedded_one_is_not_taken(here, key):
     with pytest.raises(ConfigError, match="^model.path: expected a model to start from"):
         load_config([f"--{key}", "model"])
@@ -140,15 +189,22 @@ def test_without_a_model_the_embedded_one_is_not_taken(here, key):
 @pytest.mark.parametrize(
     "options, needs",
     [
-        ([], "SFT (or data.sft, or sft.model), the reward model (or reward_model.model, or reward_model.function), "
-             "DPO (or dpo.model), RTO's prompts (or data.prompts)"),
-        (["--sft.model", "model", "--reward_model.function", "mine:reward", "--data.prompts", "prompts.jsonl"],
-         "DPO (or dpo.model)"),
-        (["--data.prompts", "prompts.jsonl", "--dpo.model", "model", "--rto.score_scale", "0"],
-         "SFT (or data.sft, or sft.model)"),
+        (
+            [],
+            "SFT (or data.sft, or sft.model), the reward model (or reward_model.model, or reward_model.function), "
+            "DPO (or dpo.model), RTO's prompts (or data.prompts)",
+        ),
+        (
+            ["--sft.model", "model", "--reward_model.function", "mine:reward", "--data.prompts", "prompts.jsonl"],
+            "DPO (or dpo.model)",
+        ),
+        (
+            ["--data.prompts", "prompts.jsonl", "--dpo.model", "model", "--rto.score_scale", "0"],
+            "SFT (or data.sft, or sft.model)",
+        ),
     ],
     ids=["a model alone", "prompts", "prompts and a DPO model"],
-)  # fmt: skip
+)
 def test_a_model_without_data_says_what_is_needed(here, tmp_path, options, needs):
     with pytest.raises(DataError) as refused:
         main(["--model.path", "model", *options, "--output_dir", str(tmp_path / "out")])
@@ -264,6 +320,12 @@ def test_a_wheel_knows_the_names(tmp_path):
     )
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)},
-                          check=True, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.split() == [str(site / "rto_fast" / "__init__.py"), "runs/smollm2_135m", "runs/default"]

@@ -152,8 +152,13 @@ def test_a_long_step_says_how_much_of_it_is_done(capsys):
         phase.advance()
         said.append(phase.line())
     assert [line[: line.index(" steps")] for line in said] == [
-        "sft: 1 of 2", "sft: 1.2 of 2", "sft: 1.5 of 2", "sft: 1.8 of 2", "sft: 2.0 of 2", "sft: 2 of 2",
-    ]  # fmt: skip
+        "sft: 1 of 2",
+        "sft: 1.2 of 2",
+        "sft: 1.5 of 2",
+        "sft: 1.8 of 2",
+        "sft: 2.0 of 2",
+        "sft: 2 of 2",
+    ]
     assert said[2].endswith(" left")
 
 
@@ -242,8 +247,14 @@ def test_a_measurement_tells_how_far_its_runs_are(quick, tmp_path, monkeypatch, 
 def test_work_of_models_is_a_phase(tmp_path, monkeypatch):
     """Loading, sampling, judging, log-probs, writing: each with its count where it has one."""
     phases = []
-    monkeypatch.setattr(progress_module._DISPLAY, "end", lambda phase, end=progress_module._DISPLAY.end: (
-        phases.append((phase.what, phase.count, phase.total)), end(phase)))  # fmt: skip
+    monkeypatch.setattr(
+        progress_module._DISPLAY,
+        "end",
+        lambda phase, end=progress_module._DISPLAY.end: (
+            phases.append((phase.what, phase.count, phase.total)),
+            end(phase),
+        ),
+    )
     folder, tokenizer = tmp_path / "model", build_tokenizer()
     build_model(0).save_pretrained(folder)
     model = load_causal_lm(str(folder), device="cpu", dtype=torch.float32, trainable=False)
@@ -254,6 +265,9 @@ def test_work_of_models_is_a_phase(tmp_path, monkeypatch):
     dpo.pair_logps(model, [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8)
     save_model(model, tokenizer, tmp_path / "saved")
     assert [(what.partition(f" {tmp_path}")[0], count, total) for what, count, total in phases] == [
-        ("loading and checking", 0, None), ("sampling", 3, 3), ("judging 3 responses", 0, None), ("working", 5, 5),
+        ("loading and checking", 0, None),
+        ("sampling", 3, 3),
+        ("judging 3 responses", 0, None),
+        ("working", 5, 5),
         ("writing", 0, None),
-    ]  # fmt: skip
+    ]

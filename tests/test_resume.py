@@ -401,9 +401,15 @@ def test_damage_to_a_state_is_found(tmp_path, name, damage):
 POINT = {"checkpoint": None, "logs": {}, "seconds": 1.0, "best": None}
 NASTY = [None, True, -1, 10**30, 1e400, float("nan"), "text", "../../other", [], [[]], {}, {"a": 1}]
 PROGRESS = {
-    "empty": b"", "no UTF-8": b"\xff", "half": b'{"done": [', "deep": b"[" * 100_000, "digits": b"9" * 6000,
-    "large": b'{"done": []}' + b" " * 2**25, "a list": b"[]", "nothing": b"{}",
-}  # fmt: skip
+    "empty": b"",
+    "no UTF-8": b"\xff",
+    "half": b'{"done": [',
+    "deep": b"[" * 100_000,
+    "digits": b"9" * 6000,
+    "large": b'{"done": []}' + b" " * 2**25,
+    "a list": b"[]",
+    "nothing": b"{}",
+}
 PROGRESS |= {
     f"{key}: {value!r}": json.dumps({"run": "0" * 16, "done": [], "points": [POINT]} | {key: value}).encode()
     for key in ("run", "done", "points")
@@ -430,10 +436,22 @@ def test_a_damaged_memory_of_the_run_is_one_line(tmp_path, damage):
 
 STATES = {
     "files": [{"files": value, "state": {"dict": []}} for value in (10**18, 0, *NASTY)],
-    "state": [{"files": 1, "state": v} for v in ({"tensor": "9"}, {"tensor": []}, {"dict": 1}, {"dict": [1]}, {"odd": []},
-                                                 {"dict": [[[], 1]]}, {"a": 1, "b": 2}, {}, {"list": "abc"})],
+    "state": [
+        {"files": 1, "state": v}
+        for v in (
+            {"tensor": "9"},
+            {"tensor": []},
+            {"dict": 1},
+            {"dict": [1]},
+            {"odd": []},
+            {"dict": [[[], 1]]},
+            {"a": 1, "b": 2},
+            {},
+            {"list": "abc"},
+        )
+    ],
     "all": [[], 1, "text", {}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", STATES)

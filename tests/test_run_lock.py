@@ -147,9 +147,10 @@ def mine(**changes):
 
 
 ELSEWHERE = {
-    "another container": {"namespace": "pid:[2]"}, "before the last boot": {"boot": "another"},
+    "another container": {"namespace": "pid:[2]"},
+    "before the last boot": {"boot": "another"},
     "a copy of this machine": {"host": "clone"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
@@ -171,10 +172,15 @@ def test_a_dead_process_of_this_host_is_known_at_once(tmp_path, changes):
 
 
 DAMAGES = {
-    "empty": b"", "no JSON": b"\xff{", "a list": b"[1]", "deep": b"[" * 3000, "huge": b"1" * 100_000,
+    "empty": b"",
+    "no JSON": b"\xff{",
+    "a list": b"[1]",
+    "deep": b"[" * 3000,
+    "huge": b"1" * 100_000,
     "fields of other types": json.dumps(OTHER_HOST | {"pid": "7", "host": None}).encode(),
-    "all processes": json.dumps(mine(pid=-1)).encode(), "no number": json.dumps(mine(pid=float("nan"))).encode(),
-}  # fmt: skip
+    "all processes": json.dumps(mine(pid=-1)).encode(),
+    "no number": json.dumps(mine(pid=float("nan"))).encode(),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -177,17 +177,26 @@ def test_a_stream_that_cannot_be_written_ends_no_command(end, tmp_path):
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
 def test_closed_streams_are_no_files_of_the_run(closed, tmp_path):
-    process = start(tmp_path, PRINTS, preexec_fn=lambda: [os.close(number) for number in closed],
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = start(
+        tmp_path,
+        PRINTS,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     assert process.wait(60) == 0 and (tmp_path / "done").read_text() == ""
 
 
 @pytest.mark.parametrize(
     "environment",
-    [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
-     ASCII_LOCALE],
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+        ASCII_LOCALE,
+    ],
     ids=["ascii", "latin-1", "unbuffered", "POSIX"],
-)  # fmt: skip
+)
 def test_what_an_encoding_lacks_is_spelled(environment, tmp_path):
     body = PRINTS + "    from rto_fast.terminal import say\n    say('0.5 ± 0.1', EVIL)\n"
     process = start(tmp_path, body, stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=environment)
@@ -250,15 +259,37 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
     rows = [row | {"chosen": "три ± ✓"} for row in preference_rows(30, seed=3)]
     (tmp_path / "pairs.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
     arguments = [
-        "--config", "default", "--output_dir", "run", "--data.preferences", "pairs.jsonl", "--data.sft", "null",
-        "--data.eval_prompts", "null", "--sft.max_steps", "1", "--dpo.max_steps", "1", "--rto.enabled", "false",
-        "--eval.function", "rto_fast.data.world:gold_reward", "--rollout.max_new_tokens", "4", "--eval.prompts", "2",
-    ]  # fmt: skip
+        "--config",
+        "default",
+        "--output_dir",
+        "run",
+        "--data.preferences",
+        "pairs.jsonl",
+        "--data.sft",
+        "null",
+        "--data.eval_prompts",
+        "null",
+        "--sft.max_steps",
+        "1",
+        "--dpo.max_steps",
+        "1",
+        "--rto.enabled",
+        "false",
+        "--eval.function",
+        "rto_fast.data.world:gold_reward",
+        "--rollout.max_new_tokens",
+        "4",
+        "--eval.prompts",
+        "2",
+    ]
     program = "from rto_fast import run, train; run.Run.report = lambda self: None; train.command()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], cwd=tmp_path, stdout=subprocess.PIPE,
-        preexec_fn=lambda: os.close(2), env=ENVIRONMENT | ASCII_LOCALE,
-    )  # fmt: skip
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: os.close(2),
+        env=ENVIRONMENT | ASCII_LOCALE,
+    )
     assert process.stdout.readline()
     process.stdout.close()
     assert process.wait(200) == 0

@@ -80,7 +80,10 @@ CONFIGS = [
     ({"num_key_value_heads": -2}, "config.json: num_key_value_heads is -2"),
     ({"head_dim": 0}, "config.json: head_dim is 0"),
     ({"head_dim": 10**9}, "head_dim of config.json is 1000000000, no weight is wider than 192"),
-    ({"num_attention_heads": 3}, "a model's config.json .*hidden size .64. is not a multiple of the number of attention "),
+    (
+        {"num_attention_heads": 3},
+        "a model's config.json .*hidden size .64. is not a multiple of the number of attention ",
+    ),
     ({"hidden_size": "x"}, "a model's config.json from this directory: Field 'hidden_size' expected int, got str"),
     ({"rms_norm_eps": None}, "a model's config.json from this directory: Field 'rms_norm_eps' expected float"),
     ({"rms_norm_eps": NAN}, "its log-probs are NaN"),
@@ -88,7 +91,10 @@ CONFIGS = [
     ({"model_type": "foo"}, "model type `foo`"),
     ({"num_hidden_layers": 1}, "weights that would not be used: model.layers.1"),
     ({"num_hidden_layers": 3}, "lacks weights: model.layers.2"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers of config.json is 1000000000, the checkpoint holds 21 weights in all"),
+    (
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers of config.json is 1000000000, the checkpoint holds 21 weights in all",
+    ),
     ({"eos_token_id": 9999}, "config.json: eos_token_id is 9999, the model has 49 tokens"),
     ({"eos_token_id": [1, 49]}, r"config.json: eos_token_id is \[1, 49\], the model has 49 tokens"),
     ({"eos_token_id": -1}, "config.json: eos_token_id is -1, the model has 49 tokens"),
@@ -102,8 +108,11 @@ CONFIGS = [
     (rope(rope_theta=0), "rope_theta is 0, expected a number above 0"),
     (rope(rope_theta="x"), "rope_theta is 'x', expected a number above 0"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"it is quantised \(.*\): .*optimum"),
-    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, r"it is quantised .*bitsandbytes"),
-]  # fmt: skip
+    (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        r"it is quantised .*bitsandbytes",
+    ),
+]
 
 
 @pytest.mark.parametrize("changed, message", CONFIGS, ids=str)
@@ -179,16 +188,25 @@ DIRECTORIES = {
     "truncated header": (truncated(4), "model.safetensors: damaged weights"),
     "truncated data": (truncated(-100), "model.safetensors: damaged weights"),
     "config that is no JSON": (lambda d: (d / "config.json").write_text("<html>"), "config.json: not JSON"),
-    "config that is no object": (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object, got"),
+    "config that is no object": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "config.json: expected a JSON object, got",
+    ),
     "config that is binary": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\0"), "config.json: not JSON"),
     "config that is deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not JSON"),
-    "index that leaves the directory": (index("../x.safetensors"), "'../x.safetensors' is no file name in this directory"),
+    "index that leaves the directory": (
+        index("../x.safetensors"),
+        "'../x.safetensors' is no file name in this directory",
+    ),
     "index without names": (index(5), "index.json: 5 is no file name in this directory"),
     "index of files that are not there": (index("x.safetensors"), "x.safetensors: damaged weights"),
-    "tokenizer without a length": (lambda d: settings(d, "tokenizer_config.json", model_max_length="x"), "does not encode "),
+    "tokenizer without a length": (
+        lambda d: settings(d, "tokenizer_config.json", model_max_length="x"),
+        "does not encode ",
+    ),
     "file": (a_file, "a file, not a directory"),
     "file inside": (lambda d: None, "a file, not a directory"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)

@@ -134,16 +134,26 @@ CHANGES = {
     "dtype": ("torch.set_default_dtype(torch.float64)", torch.get_default_dtype),
     "device": ("torch.set_default_device('meta')", lambda: torch.empty(0).device),
     "device context": ("torch.device('meta').__enter__()", lambda: torch.empty(0).device),
-    "autocast": ("torch.autocast('cpu', torch.bfloat16).__enter__()", lambda: (
-        torch.is_autocast_enabled("cpu"), torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())),
+    "autocast": (
+        "torch.autocast('cpu', torch.bfloat16).__enter__()",
+        lambda: (
+            torch.is_autocast_enabled("cpu"),
+            torch.autocast_increment_nesting(),
+            torch.autocast_decrement_nesting(),
+        ),
+    ),
     "autocast dtype": ("torch.set_autocast_dtype('cpu', torch.float16)", lambda: torch.get_autocast_dtype("cpu")),
     "threads": ("torch.set_num_threads(torch.get_num_threads() + 1)", torch.get_num_threads),
     "denormal numbers": ("torch.set_flush_denormal(True)", lambda: (torch.ones(1).double() * 1e-310).item()),
     "determinism": ("torch.use_deterministic_algorithms(True)", torch.are_deterministic_algorithms_enabled),
-    "determinism, warnings": ("torch.use_deterministic_algorithms(True, warn_only=True)",
-                              torch.is_deterministic_algorithms_warn_only_enabled),
-    "memory": ("torch.utils.deterministic.fill_uninitialized_memory = False",
-               lambda: torch.utils.deterministic.fill_uninitialized_memory),
+    "determinism, warnings": (
+        "torch.use_deterministic_algorithms(True, warn_only=True)",
+        torch.is_deterministic_algorithms_warn_only_enabled,
+    ),
+    "memory": (
+        "torch.utils.deterministic.fill_uninitialized_memory = False",
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    ),
     "anomalies": ("torch.set_anomaly_enabled(True)", torch.is_anomaly_enabled),
     "precision": ("torch.set_float32_matmul_precision('medium')", torch.get_float32_matmul_precision),
     "precision by its new name": ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", lambda: MATMUL.fp32_precision),
@@ -173,14 +183,22 @@ CHANGES = {
     "collector's thresholds": ("gc.set_threshold(1)", gc.get_threshold),
     "recursion": ("sys.setrecursionlimit(sys.getrecursionlimit() + 1)", sys.getrecursionlimit),
     "sockets": ("socket.setdefaulttimeout(1.5)", socket.getdefaulttimeout),
-    "processes": ("multiprocessing.set_start_method('forkserver', force=True)",
-                  lambda: multiprocessing.get_start_method(allow_none=True)),
-    "hooks of all modules": ("torch.nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 0)",
-                             lambda: torch.nn.Identity()(torch.ones(1)).item()),
-    "parametrised modules": ("torch.nn.modules.module.register_module_module_registration_hook(print)",
-                             lambda: len(torch.nn.modules.module._global_module_registration_hooks)),
-    "hooks of saved tensors": ("torch.autograd.graph.saved_tensors_hooks(lambda x: x * 0, lambda x: x).__enter__()",
-                               lambda: derivative()),
+    "processes": (
+        "multiprocessing.set_start_method('forkserver', force=True)",
+        lambda: multiprocessing.get_start_method(allow_none=True),
+    ),
+    "hooks of all modules": (
+        "torch.nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 0)",
+        lambda: torch.nn.Identity()(torch.ones(1)).item(),
+    ),
+    "parametrised modules": (
+        "torch.nn.modules.module.register_module_module_registration_hook(print)",
+        lambda: len(torch.nn.modules.module._global_module_registration_hooks),
+    ),
+    "hooks of saved tensors": (
+        "torch.autograd.graph.saved_tensors_hooks(lambda x: x * 0, lambda x: x).__enter__()",
+        lambda: derivative(),
+    ),
     "a dispatch mode": ("zeros().__enter__()", lambda: (torch.ones(1) + 1).item()),
     "arguments": ("sys.argv.append('x')", lambda: list(sys.argv)),
     "the path of imports": ("sys.path.insert(0, '/nowhere')", lambda: list(sys.path)),
@@ -192,12 +210,13 @@ CHANGES = {
     "stderr elsewhere": ("os.dup2(os.open('/', os.O_RDONLY), 2)", lambda: os.fstat(2).st_ino),
     "signals": ("signal.signal(signal.SIGINT, signal.SIG_IGN)", lambda: signal.getsignal(signal.SIGINT)),
     "another signal": ("signal.signal(signal.SIGUSR1, print)", lambda: signal.getsignal(signal.SIGUSR1)),
-    "masked signals": ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])",
-                       lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())),
-    "wakeup": ("ends = os.pipe(); os.set_blocking(ends[1], False); signal.set_wakeup_fd(ends[1])",
-               lambda: wakeup()),
+    "masked signals": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])",
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    ),
+    "wakeup": ("ends = os.pipe(); os.set_blocking(ends[1], False); signal.set_wakeup_fd(ends[1])", lambda: wakeup()),
     "timer": ("signal.setitimer(signal.ITIMER_REAL, 3600)", lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0),
-}  # fmt: skip
+}
 
 
 def umask():
@@ -221,8 +240,10 @@ def derivative():
 
 def changing(how, when):
     at_import, at_call = ("change()", "pass") if when == "import" else ("", "change()")
-    return (f"def change():\n    {how}\n{at_import}\n"
-            f"def f(prompts, responses):\n    {at_call}\n    return [1.0] * len(responses)\n")  # fmt: skip
+    return (
+        f"def change():\n    {how}\n{at_import}\n"
+        f"def f(prompts, responses):\n    {at_call}\n    return [1.0] * len(responses)\n"
+    )
 
 
 @pytest.mark.parametrize("when", ["import", "call", "call in a thread"])
@@ -306,16 +327,20 @@ def test_users_code_finds_what_it_has_set(function, tmp_path, timeout):
 
 
 def test_the_variables_that_a_run_sets_reach_users_code(function, monkeypatch):
-    reward = function("os.environ['USERS_KEY'] = '2'\ndef f(prompts, responses):\n"
-                      "    return [float(os.environ['USERS_KEY']), float(os.environ.get('OURS', 0))]\n")  # fmt: skip
+    reward = function(
+        "os.environ['USERS_KEY'] = '2'\ndef f(prompts, responses):\n"
+        "    return [float(os.environ['USERS_KEY']), float(os.environ.get('OURS', 0))]\n"
+    )
     assert reward(completions()).tolist() == [2.0, 0.0]
     monkeypatch.setenv("OURS", "3")
     assert reward(completions()).tolist() == [2.0, 3.0]
 
 
 def test_a_thread_has_its_callers_settings(function):
-    reward = function("def f(prompts, responses):\n    return [torch.get_num_threads(), torch.is_autocast_enabled('cpu')]\n",
-                      timeout=30.0)  # fmt: skip
+    reward = function(
+        "def f(prompts, responses):\n    return [torch.get_num_threads(), torch.is_autocast_enabled('cpu')]\n",
+        timeout=30.0,
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -354,11 +379,21 @@ def test_a_run_is_the_same_whatever_its_reward_does(tmp_path, monkeypatch):
     results = []
     for module in ("harmless", "harmful"):
         options = {
-            "output_dir": module, "reward_model.function": f"{module}:f", "eval.function": f"{module}:f", "threads": 1,
-            "sft.max_steps": 2, "rto.dpo_reward_scale": 0, "rto.advantage": "reinforce_pp",
-            "rto.iterations": 2, "rto.prompts_per_rollout": 8, "rto.batch_size": 4,
-            "data.limit": 64, "eval.prompts": 4, "eval.every": 1, "rollout.max_new_tokens": 8,
-        }  # fmt: skip
+            "output_dir": module,
+            "reward_model.function": f"{module}:f",
+            "eval.function": f"{module}:f",
+            "threads": 1,
+            "sft.max_steps": 2,
+            "rto.dpo_reward_scale": 0,
+            "rto.advantage": "reinforce_pp",
+            "rto.iterations": 2,
+            "rto.prompts_per_rollout": 8,
+            "rto.batch_size": 4,
+            "data.limit": 64,
+            "eval.prompts": 4,
+            "eval.every": 1,
+            "rollout.max_new_tokens": 8,
+        }
         main([word for name, value in options.items() for word in (f"--{name}", str(value))])
         metrics = [json.loads(line) for line in (tmp_path / module / "metrics.jsonl").read_text().splitlines()]
         timed = re.compile("second|time")
@@ -407,26 +442,26 @@ ACCEPTED = {
     "everything": "def f(*args, **columns): return [float(x) for x in columns['answer']]",
     "a partial": "def g(c, a, b, answer): return [float(c)] * len(b)\nf = functools.partial(g, 1)",
     "a partial with a name": "def g(a, b, *, weight, answer): return [weight * x for x in answer]\n"
-                             "f = functools.partial(g, weight=1.0)",
+    "f = functools.partial(g, weight=1.0)",
     "an object": "class G:\n    def __call__(self, a, b): return [1.0] * len(b)\nf = G()",
     "a method": "class G:\n    def g(self, a, b): return [1.0] * len(b)\nf = G().g",
     "a class": "class f(list):\n    def __init__(self, a, b): super().__init__([1.0] * len(b))",
     "a lambda": "f = lambda a, b: [1.0] * len(b)",
     "decorated": "def g(h):\n    @functools.wraps(h)\n    def i(*args, **kw): return h(*args, **kw)\n    return i\n"
-                 "@g\ndef f(a, b, answer): return [float(x) for x in answer]",
+    "@g\ndef f(a, b, answer): return [float(x) for x in answer]",
     "a column with the name of a parameter": "def f(answer, b, **columns):\n    assert 'answer' not in columns\n"
-                                             "    return [1.0] * len(b)",
+    "    return [1.0] * len(b)",
     "a signature that cannot be read": "class G:\n    __signature__ = 'none'\n    def __call__(self, a, b): "
-                                       "return [1.0] * len(b)\nf = G()",
+    "return [1.0] * len(b)\nf = G()",
     "async": "async def f(a, b):\n    await asyncio.sleep(0)\n    return [1.0] * len(b)",
     "an async object": "class G:\n    async def __call__(self, a, b): return [1.0] * len(b)\nf = G()",
     "returns a coroutine": "async def g(b): return [1.0] * len(b)\ndef f(a, b): return g(b)",
     "an async partial": "async def g(c, a, b): return [c] * len(b)\nf = functools.partial(g, 1.0)",
     "an awaitable": "class G:\n    def __init__(self, n): self.n = n\n    def __await__(self):\n        yield from "
-                    "asyncio.sleep(0).__await__()\n        return [1.0] * self.n\ndef f(a, b): return G(len(b))",
+    "asyncio.sleep(0).__await__()\n        return [1.0] * self.n\ndef f(a, b): return G(len(b))",
     "many coroutines": "async def g(r):\n    await asyncio.sleep(0.001)\n    return 1.0\n"
-                       "async def f(a, b): return await asyncio.gather(*map(g, b))",
-}  # fmt: skip
+    "async def f(a, b): return await asyncio.gather(*map(g, b))",
+}
 
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
@@ -451,7 +486,7 @@ REFUSED = {
     "an async generator": ("async def f(a, b):\n    yield 1.0", "is a generator"),
     "a generator object": ("class G:\n    def __call__(self, a, b):\n        yield 1.0\nf = G()", "is a generator"),
     "a partial generator": ("def g(c, a, b):\n    yield 1.0\nf = functools.partial(g, 1)", "is a generator"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -538,8 +573,10 @@ def test_iterators_are_named(function, value):
 
 def test_an_async_function_keeps_its_loop_from_call_to_call(function):
     """Clients keep connections that belong to it."""
-    reward = function("LOOPS = []\nasync def f(a, b):\n    LOOPS.append(asyncio.get_running_loop())\n"
-                      "    return [float(len({*map(id, LOOPS)})), float(len(LOOPS))]\n")  # fmt: skip
+    reward = function(
+        "LOOPS = []\nasync def f(a, b):\n    LOOPS.append(asyncio.get_running_loop())\n"
+        "    return [float(len({*map(id, LOOPS)})), float(len(LOOPS))]\n"
+    )
     assert reward(completions()).tolist() == [1.0, 1.0] and reward(completions()).tolist() == [1.0, 2.0]
 
 

@@ -50,9 +50,15 @@ class RunData:
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
         with progress(f"reading {source}", config.limit, "rows"):
             examples = load_examples(
-                name, split=split, columns=columns or None, limit=config.limit, invalid=config.invalid,
-                streaming=config.streaming, max_unpacked_gib=config.max_unpacked_gib, demonstrations=demonstrations,
-            )  # fmt: skip
+                name,
+                split=split,
+                columns=columns or None,
+                limit=config.limit,
+                invalid=config.invalid,
+                streaming=config.streaming,
+                max_unpacked_gib=config.max_unpacked_gib,
+                demonstrations=demonstrations,
+            )
         self.read[source] = len(examples)
         unique = without_duplicates(examples)
         if len(unique) < len(examples):

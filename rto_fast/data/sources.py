@@ -275,8 +275,10 @@ def _saved_rows(folder: Path, split: str, max_unpacked_gib: float) -> _DatasetRo
         raise
     except Exception as error:  # a JSON file of another kind, or a schema that `datasets` does not know, ends in any
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder}: not a data set that can be read ({type(error).__name__}: {reason}); save it again "
-                        "with save_to_disk") from error  # fmt: skip
+        raise DataError(
+            f"{folder}: not a data set that can be read ({type(error).__name__}: {reason}); save it again "
+            "with save_to_disk"
+        ) from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise DataError(f"{folder}: no split {split!r}; there are {', '.join(dataset)}")

@@ -110,8 +110,10 @@ def refuse_masked_window(module, window):
     else:
         slides = size < getattr(config, "max_position_embeddings", size)
     if slides:
-        raise ValueError(f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
-                         "paged caches do without")  # fmt: skip
+        raise ValueError(
+            f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
+            "paged caches do without"
+        )
 
 
 def packed_attention(
@@ -121,9 +123,11 @@ def packed_attention(
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if cu_seq_lens_q is None:
         raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")
-    for given, what in ((attention_mask is not None, "a mask of its own (attention_mask)"),
-                        (s_aux is not None, "attention sinks (s_aux)"),
-                        (dropout and module.training, f"attention dropout ({dropout})")):  # fmt: skip
+    for given, what in (
+        (attention_mask is not None, "a mask of its own (attention_mask)"),
+        (s_aux is not None, "attention sinks (s_aux)"),
+        (dropout and module.training, f"attention dropout ({dropout})"),
+    ):
         if given:
             raise ValueError(f"its attention needs {what}, which packed attention does not compute")
     refuse_masked_window(module, sliding_window)

@@ -77,8 +77,10 @@ def _load_weights(
             ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
         )  # fmt: skip
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(f"{path}: its weights are quantised (quantization_config) and are not trained here; give the "
-                         "model as it was before")  # fmt: skip
+        raise ModelError(
+            f"{path}: its weights are quantised (quantization_config) and are not trained here; give the "
+            "model as it was before"
+        )
     if new_head:
         own = {name for name, p in model.named_parameters() if any(p is q for q in score_head(model).parameters())}
         # The language model's output layer is not used. That nothing else is left out was seen by its own loading.
@@ -97,8 +99,9 @@ def _prepare(
         raise ModelError(f"{path}: {type(model).__name__}: {layer} does not use transformers' attention interface, "
                          "so its sequences cannot be packed")  # fmt: skip
     if model.base_model is model:
-        raise ModelError(f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could "
-                         "be read")  # fmt: skip
+        raise ModelError(
+            f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could be read"
+        )
     model.to(device).requires_grad_(trainable).eval()
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -131,9 +134,14 @@ def load_causal_lm(
     """
     with progress(f"loading and checking {path}"):
         model = _load_weights(
-            path, "causal_lm", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing,
-            dtype=dtype, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            path,
+            "causal_lm",
+            device=device,
+            trainable=trainable,
+            gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         check_causal_lm(model, path)
     return model
 
@@ -153,9 +161,15 @@ def load_scorer(
     """
     with progress(f"loading and checking {path}"):
         model = _load_weights(
-            path, "scorer", device=device, trainable=trainable, gradient_checkpointing=gradient_checkpointing,
-            dtype=dtype, trust_remote_code=trust_remote_code, new_head=new_head,
-        )  # fmt: skip
+            path,
+            "scorer",
+            device=device,
+            trainable=trainable,
+            gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            new_head=new_head,
+        )
         check_scorer(model, path)
     if new_head:  # not before the check: all scores would be 0, whatever leaks
         with torch.no_grad():

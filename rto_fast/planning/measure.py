@@ -158,9 +158,12 @@ def compare(
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # its lines come when they are written
         environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"} if give_back else {}
         said = []
-        with progress(what, _stages(load_config(options)), "stages") as phase, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        ) as process:  # fmt: skip
+        with (
+            progress(what, _stages(load_config(options)), "stages") as phase,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+            ) as process,
+        ):
             for line in process.stdout or ():
                 said.append(line)
                 if step := STEP.match(line):

@@ -139,8 +139,13 @@ PYTHON = [
     Setting("signal.signal", _signals, _set_signals, False, False),
     Setting("signal.set_wakeup_fd", _wakeup, lambda x: None if x is None else signal.set_wakeup_fd(x), False, False),
     Setting("signal.setitimer", lambda: [signal.getitimer(t)[0] > 0 for t in _TIMERS], _set_timers, False, False),
-    Setting("signal.pthread_sigmask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-            lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask), True, False),
+    Setting(
+        "signal.pthread_sigmask",
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+        True,
+        False,
+    ),
     Setting("gc", lambda: (gc.isenabled(), gc.get_threshold()), _set_collector),
     Setting("sys.path", _import_path, _set_import_path),
     Setting("sys.argv", lambda: list(sys.argv), lambda arguments: setattr(sys, "argv", arguments)),
@@ -148,6 +153,9 @@ PYTHON = [
     Setting("sys.set_int_max_str_digits", sys.get_int_max_str_digits, sys.set_int_max_str_digits),
     Setting("sys.setrecursionlimit", sys.getrecursionlimit, sys.setrecursionlimit),
     Setting("socket.setdefaulttimeout", socket.getdefaulttimeout, socket.setdefaulttimeout),
-    Setting("multiprocessing.set_start_method", lambda: multiprocessing.get_start_method(allow_none=True),
-            lambda name: multiprocessing.set_start_method(name, force=True)),
-]  # fmt: skip
+    Setting(
+        "multiprocessing.set_start_method",
+        lambda: multiprocessing.get_start_method(allow_none=True),
+        lambda name: multiprocessing.set_start_method(name, force=True),
+    ),
+]

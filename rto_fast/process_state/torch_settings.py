@@ -161,9 +161,11 @@ _SMALLEST = sys.float_info.min
 def _sdp() -> tuple[bool, ...]:
     backends = torch.backends.cuda
     return (
-        backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled(),
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
         backends.cudnn_sdp_enabled(),
-    )  # fmt: skip
+    )
 
 
 def _set_sdp(enabled: tuple[bool, ...]) -> None:
@@ -178,7 +180,9 @@ TORCH = [
     Setting("torch.inference_mode", torch.is_inference_mode_enabled, _set_inference_mode, True, False),
     Setting("torch.set_grad_enabled", torch.is_grad_enabled, torch._C._set_grad_enabled, True, False),
     Setting("torch.device", _function_modes, _leave_function_modes, True, False),
-    Setting("torch dispatch modes", _python_dispatch._get_current_dispatch_mode_stack, _leave_dispatch_modes, True, False),
+    Setting(
+        "torch dispatch modes", _python_dispatch._get_current_dispatch_mode_stack, _leave_dispatch_modes, True, False
+    ),
     Setting("torch.autograd.graph.saved_tensors_hooks", _saved_tensors_hooks, _set_saved_tensors_hooks, True, False),
     Setting("torch.nn.modules.module.register_module_forward_hook", _module_hooks, _set_module_hooks, False, False),
     Setting("torch.set_default_device", _default_device, torch.set_default_device, True),
@@ -187,15 +191,25 @@ TORCH = [
     Setting("torch random numbers", _torch_random, _set_torch_random),
     Setting("torch.set_num_threads", torch.get_num_threads, torch.set_num_threads, True),
     Setting("torch.set_flush_denormal", lambda: _SMALLEST / 2 == 0, torch.set_flush_denormal, True),
-    Setting("torch.use_deterministic_algorithms", _deterministic,
-            lambda state: torch.use_deterministic_algorithms(state[0], warn_only=state[1])),
-    Setting("torch.set_anomaly_enabled", lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-            lambda state: torch.set_anomaly_enabled(*state)),
+    Setting(
+        "torch.use_deterministic_algorithms",
+        _deterministic,
+        lambda state: torch.use_deterministic_algorithms(state[0], warn_only=state[1]),
+    ),
+    Setting(
+        "torch.set_anomaly_enabled",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda state: torch.set_anomaly_enabled(*state),
+    ),
     Setting("torch.set_float32_matmul_precision", _precision, _set_precision),
     Setting("torch.backends.cuda.enable_flash_sdp", _sdp, _set_sdp),
-    Setting("torch.cuda.set_device", lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-            lambda device: None if device is None else torch.cuda.set_device(device), True),
+    Setting(
+        "torch.cuda.set_device",
+        lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+        lambda device: None if device is None else torch.cuda.set_device(device),
+        True,
+    ),
     *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
     _attribute(torch.backends.mkldnn, "enabled"),
     _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
-]  # fmt: skip
+]

@@ -19,8 +19,10 @@ def paged_attention(
     if paged is None or attention_mask is not None or s_aux is not None:
         raise ValueError("its attention is given no cache (`paged=`), or an attention mask or sinks besides")
     if key.shape[-1] != value.shape[-1]:
-        raise ValueError(f"its keys have {key.shape[-1]} elements a head and its values {value.shape[-1]} (latent "
-                         "attention), and a cache holds both alike")  # fmt: skip
+        raise ValueError(
+            f"its keys have {key.shape[-1]} elements a head and its values {value.shape[-1]} (latent "
+            "attention), and a cache holds both alike"
+        )
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

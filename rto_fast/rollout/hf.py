@@ -43,8 +43,9 @@ class HFEngine:
             raise
         except Exception as error:  # from code that we do not know: whatever it is, there will be no rollouts
             layer = failing_layer(self.model, error) or "it"
-            raise ModelError(f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: "
-                             f"{first_line(error)}") from error  # fmt: skip
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: {first_line(error)}"
+            ) from error
 
     @torch.no_grad()
     def generate(

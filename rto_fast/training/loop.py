@@ -50,8 +50,11 @@ def train(
                 save_what_is_whole(error, name, trainer, checkpoints, recorded)
                 if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                     what = (str(error).splitlines() or ["of the CPU."])[0]
-                    raise with_notes(error, f"{name}: out of memory: {what} Lower {name}.micro_batch_tokens or "
-                                     "rollout.batch_size, or set model.gradient_checkpointing") from error  # fmt: skip
+                    raise with_notes(
+                        error,
+                        f"{name}: out of memory: {what} Lower {name}.micro_batch_tokens or "
+                        "rollout.batch_size, or set model.gradient_checkpointing",
+                    ) from error
                 if isinstance(error, TrainingError):
                     raise with_notes(error, f"{name}: {error}") from error
                 raise

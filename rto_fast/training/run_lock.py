@@ -139,8 +139,10 @@ def _refuse(path: Path, found: Found, now: float) -> None:
             what += f"; {others} a copy of that run's folder, delete {path}"
         else:
             life = f"{age:.0f} s ago" if age >= 0 else "in the future, by the file system's clock"
-            what += (f" (its last sign of life: {life}; it counts as gone {PATIENCE:.0f} s after it); {others} no longer "
-                     f"in use, delete {path}")  # fmt: skip
+            what += (
+                f" (its last sign of life: {life}; it counts as gone {PATIENCE:.0f} s after it); {others} no longer "
+                f"in use, delete {path}"
+            )
     raise ConfigError(f"{path.parent} is in use: {what}")
 
 
@@ -235,8 +237,10 @@ class RunLock:
         if self.taken_by:
             holder = self.taken_by.holder
             who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise CheckpointError(f"{self.path}: {who} has taken this run's lock, after no sign of life from here; this "
-                                  "process ends and saves nothing, for the folder is the other's now")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path}: {who} has taken this run's lock, after no sign of life from here; this "
+                "process ends and saves nothing, for the folder is the other's now"
+            )
         if not self.was_deleted:
             return None
         self.was_deleted = False

@@ -74,8 +74,10 @@ class StopRequest:
                 pass  # another signal, with a handler of its own
             ours = number and signal.getsignal(number[0]) == self._receive  # a library may have taken it over
             if ours and self.waits and speaks():
-                say("rto_fast: stopping: the present step ends first and is saved; a second signal ends the run at once",
-                    err=True)  # fmt: skip
+                say(
+                    "rto_fast: stopping: the present step ends first and is saved; a second signal ends the run at once",
+                    err=True,
+                )
             if number and not self.left.wait(ECHO):
                 with self.lock:
                     if not self.left.is_set():

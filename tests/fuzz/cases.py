@@ -17,10 +17,19 @@ from .harm import ENVIRONMENTS, KEYS, VALUES, damage, document, near_values, out
 
 STAGES = ("sft", "reward_model", "dpo")
 TINY = [
-    "--threads=1", "--data.limit=48", "--data.held_out=4", "--data.cache_dir=null", "--eval.prompts=8",
-    "--rollout.max_new_tokens=8", "--sft.batch_size=40", "--dpo.batch_size=4", "--rto.iterations=1",
-    "--rto.prompts_per_rollout=8", "--rto.batch_size=4", *(f"--{stage}.max_steps=1" for stage in STAGES),
-]  # fmt: skip
+    "--threads=1",
+    "--data.limit=48",
+    "--data.held_out=4",
+    "--data.cache_dir=null",
+    "--eval.prompts=8",
+    "--rollout.max_new_tokens=8",
+    "--sft.batch_size=40",
+    "--dpo.batch_size=4",
+    "--rto.iterations=1",
+    "--rto.prompts_per_rollout=8",
+    "--rto.batch_size=4",
+    *(f"--{stage}.max_steps=1" for stage in STAGES),
+]
 KINDS: dict[str, Callable[["Case"], None]] = {}
 
 

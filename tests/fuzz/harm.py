@@ -29,10 +29,21 @@ VALUES = (
 KEYS = [key for key, hint in fields_of(Config).items() if not dataclasses.is_dataclass(hint)]
 # What a shell, a container or a launcher that is gone leaves behind.
 ENVIRONMENTS: list[dict[str, str]] = [
-    {"RANK": "1"}, {"RANK": ""}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "7"},
-    {"LOCAL_RANK": "-1"}, {"HOME": "/nonexistent"}, {"HOME": ""}, {"COLUMNS": "0"}, {"COLUMNS": "x"}, {"TERM": "\x1b"},
-    {"TMPDIR": "/nonexistent"}, {"HF_HOME": "/dev/null"}, {"TRITON_INTERPRET": "1"},
-]  # fmt: skip
+    {"RANK": "1"},
+    {"RANK": ""},
+    {"WORLD_SIZE": ""},
+    {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": "2", "RANK": "7"},
+    {"LOCAL_RANK": "-1"},
+    {"HOME": "/nonexistent"},
+    {"HOME": ""},
+    {"COLUMNS": "0"},
+    {"COLUMNS": "x"},
+    {"TERM": "\x1b"},
+    {"TMPDIR": "/nonexistent"},
+    {"HF_HOME": "/dev/null"},
+    {"TRITON_INTERPRET": "1"},
+]
 
 
 def near_values(key: str) -> list[str]:
@@ -65,8 +76,13 @@ def write_data(rows: list[dict], stage: Path) -> None:
     (folder / "pairs.json").write_text(json.dumps(rows))
     (folder / "texts.txt").write_text("".join(f"{row['prompt']}\n" for row in rows))
     (folder / "none").write_text(lines)
-    chats = [{name: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
-              for name in ("chosen", "rejected")} for row in rows]  # fmt: skip
+    chats = [
+        {
+            name: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+            for name in ("chosen", "rejected")
+        }
+        for row in rows
+    ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     for name, table in (("pairs", rows), ("chats", chats)):
         pq.write_table(pa.Table.from_pylist(table), folder / f"{name}.parquet")
@@ -87,10 +103,25 @@ def document(dice: random.Random, values: dict[str, str]) -> str:
     text = "\n".join(["model:", "  path: embedded", "data:", "  preferences: embedded:preferences", *lines]) + "\n"
     if dice.random() < 0.3:
         extra = [
-            "rto:", "rto:\n  kl_coef: 0.1", "? [a]\n: b", "---", "\t", "1: 2", "seed: &a 3\nthreads: *a", "...", "null: 1",
-            "<<: {seed: 1}\n<<: {seed: 2}", "seed: !" + "x" * 3000, "seed: *" + "x" * 3000, "\ufeffseed: 1", "seed: 010",
-            "rollout: {vllm: {a: '1e3', '1e3': [1:30, ~, '~', \"\\e[2J\"]}}", "%YAML 9.9", "rto.lr: 0.1", "seed: !!int ''",
-        ]  # fmt: skip
+            "rto:",
+            "rto:\n  kl_coef: 0.1",
+            "? [a]\n: b",
+            "---",
+            "\t",
+            "1: 2",
+            "seed: &a 3\nthreads: *a",
+            "...",
+            "null: 1",
+            "<<: {seed: 1}\n<<: {seed: 2}",
+            "seed: !" + "x" * 3000,
+            "seed: *" + "x" * 3000,
+            "\ufeffseed: 1",
+            "seed: 010",
+            "rollout: {vllm: {a: '1e3', '1e3': [1:30, ~, '~', \"\\e[2J\"]}}",
+            "%YAML 9.9",
+            "rto.lr: 0.1",
+            "seed: !!int ''",
+        ]
         text += dice.choice(extra) + "\n"
     if dice.random() < 0.1:
         text = text[: dice.randrange(len(text))]

@@ -74,6 +74,20 @@ class Model(torch.nn.Module):
 
 constant = 1.0
 NAMES = [
-    "fine", "wrong_count", "no_number", "no_list", "with_gradient", "raises", "edits", "leaves_a_mess", "hangs", "later",
-    "of_columns", "of_one", "Model", "constant", "nobody", "",
-]  # fmt: skip
+    "fine",
+    "wrong_count",
+    "no_number",
+    "no_list",
+    "with_gradient",
+    "raises",
+    "edits",
+    "leaves_a_mess",
+    "hangs",
+    "later",
+    "of_columns",
+    "of_one",
+    "Model",
+    "constant",
+    "nobody",
+    "",
+]
