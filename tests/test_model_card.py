@@ -301,9 +301,7 @@ def test_relative_paths_are_no_names_of_the_hub(finished, tmp_path, monkeypatch)
         assert "| x.jsonl |" in text and "preferences: pairs" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["a/b](http://x)", "a/<b>", "a/b: c", "a/b'\"", "..", "a/..", "-a/b", "a/b.git"]
-)
+@pytest.mark.parametrize("name", ["a/b](http://x)", "a/<b>", "a/b: c", "a/b'\"", "..", "a/..", "-a/b", "a/b.git"])
 def test_what_cannot_be_a_name_of_the_hub_is_not_linked(finished, name):
     text = write_model_card(finished(f"--sft.model={name}")).read_text()
     card = huggingface_hub.ModelCard(text)

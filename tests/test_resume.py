@@ -329,6 +329,36 @@ def test_a_pipe_instead_of_a_checkpoints_owner_is_damage(tmp_path, limited):
     assert resumed.points[-1]["checkpoint"] is None and any("run is not a file" in text for text in log.said)
 
 
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone", "empty"])
+def test_a_checkpoint_whose_name_of_the_run_is_damaged_is_still_this_runs(tmp_path, harm):
+    save_steps(tmp_path, 1, 2)
+    owner = tmp_path / "checkpoints" / "sft-00000002" / "run"
+    text = owner.read_bytes()
+    harmed = {"flipped": bytes([text[0] ^ 1]) + text[1:], "cut": text[:9], "empty": b"", "gone": b""}[harm]
+    owner.write_bytes(harmed)
+    if harm == "gone":
+        owner.unlink()
+    log, trainer = Log(), Trainer()
+    resumed = Checkpoints(tmp_path, log, resume=True)
+    assert any(
+        "sft-00000002 is damaged (run is not as it was written); goes on from sft-00000001" in t for t in log.said
+    )
+    resumed.restore("sft", trainer)
+    trainer.step_count += 1
+    resumed.save("sft", trainer)
+    resumed.finish("sft")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_kill_leaves_of_the_runs_own_files_is_removed(tmp_path):
+    save_steps(tmp_path, 1)
+    left = [tmp_path / f".{name}.4711.part" for name in ("progress.json", "results.json", "config.yaml", "mine.txt")]
+    for path in left:
+        path.write_text("{")
+    Checkpoints(tmp_path, Log(), resume=True)
+    assert [path.exists() for path in left] == [False, False, False, True]  # the last one is somebody else's
+
+
 def test_a_digest_that_somebody_has_blown_up_is_damage_and_takes_no_memory(tmp_path):
     save_state(tmp_path / "state", STATE)
     with open(tmp_path / "state" / "state.json.sha256", "r+b") as file:

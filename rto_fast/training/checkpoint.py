@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_
 from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 from rto_fast.writing import make_own, sync
+
+# What a kill leaves of the files that a run alone writes; see `rto_fast.writing`.
+UNFINISHED = re.compile(r"\.(progress\.json|results\.json|config\.yaml)\.\d+\.part")
 
 
 class Trainer(Protocol):
@@ -72,12 +76,14 @@ class Checkpoints:
         self.done: list[str] = []
         self.best: float | None = None  # evaluation so far
         self.points: list[dict[str, Any]] = [] if resume else [self._point(None)]
+        self.named: set[str | None] = set()  # checkpoints of a resumed run, by its own account
         if resume:
             self._read()
 
     def _read(self):
         progress = read_progress(self.path)
         self.run, self.done, self.points = progress["run"], progress["done"], progress["points"]
+        self.named = {point["checkpoint"] for point in self.points}
         self._sweep()  # a kill may have come before it
         self._drop_damaged()
         point = self.points[-1]
@@ -99,7 +105,10 @@ class Checkpoints:
             os.truncate(path, size)
 
     def _sweep(self):
-        """Removes the checkpoints that are of no more use, and what a kill left of one."""
+        """Removes the checkpoints that are of no more use, and what a kill left of one, or of a file that was written."""
+        for path in list(self.folder.glob(".*.part")) if ranks.is_main() else ():
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
         for path in list(folder.glob("*")) if ranks.is_main() else ():
             if path.name not in kept and self._is_own(path):
@@ -115,7 +124,8 @@ class Checkpoints:
         if not CHECKPOINT.fullmatch(name) or not path.is_dir():
             return False
         owner = owner_of(path)
-        return owner == self.run or (owner is None and all(file.name == OWNER for file in path.iterdir()))
+        begun = all(file.name == OWNER and not file.stat().st_size for file in path.iterdir())
+        return owner == self.run or (owner is None and (name in self.named or begun))
 
     def _drop_damaged(self):
         """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -106,13 +107,20 @@ def _take_over(old: Path, folder: Path) -> None:
     remove(old)
 
 
+def _signed(owner: str) -> bytes:
+    """A run's name with a digest, by which a damaged one is told from another run's."""
+    return f"{owner} {hashlib.sha256(owner.encode()).hexdigest()[:16]}".encode()
+
+
 def owner_of(folder: Path) -> str | None:
-    """The name of the run whose state it is; None: it says none."""
+    """The name of the run whose state it is; None: it says none, or not as it was written."""
     try:
         if not (folder / OWNER).is_file():  # a pipe would never end
             return None
         with open(folder / OWNER, "rb") as file:
-            return file.read(100).decode("ascii") or None
+            content = file.read(100)
+        owner = content.partition(b" ")[0].decode("ascii")
+        return owner if owner and content == _signed(owner) else None
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -160,13 +168,13 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
         if ranks.is_main():
             remove(aside)
             aside.mkdir(parents=True)
-            (aside / OWNER).write_text(owner)
+            (aside / OWNER).write_bytes(_signed(owner))
         ranks.barrier()
         tensors: dict[str, torch.Tensor] = {}
         tree = _flatten(state, tensors, iter(range(2**31)))
         _write_part(aside, f"state-{ranks.rank():05d}.safetensors", lambda path: save_file(tensors, path))
         if ranks.is_main():
-            text = json.dumps({"files": ranks.world_size(), "state": tree})
+            text = json.dumps({"run": owner, "files": ranks.world_size(), "state": tree})
             _write_part(aside, "state.json", lambda path: path.write_text(text, encoding="utf-8"))
         ranks.barrier()
         if ranks.is_main():
@@ -180,14 +188,14 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
         ) from error
 
 
-def _parts(folder):
-    """(the JSON of a state, the paths of its tensors)."""
+def _parts(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """(what state.json holds, the paths of the tensors)."""
     with open(folder / "state.json", "rb") as file:
         content = json.loads(file.read(LARGEST_JSON))
     files, found = content["files"], len(list(folder.glob("state-*.safetensors")))
     if type(files) is not int or not 1 <= files <= found:
         raise ValueError(f"state.json names {str(files)[:20]} files of tensors, there are {found}")
-    return content["state"], [folder / f"state-{rank:05d}.safetensors" for rank in range(files)]
+    return content, [folder / f"state-{rank:05d}.safetensors" for rank in range(files)]
 
 
 def find_damage(folder: str | Path) -> str | None:
@@ -205,9 +213,12 @@ def find_damage(folder: str | Path) -> str | None:
                 return f"{path.name} is not a file"  # and may be something that never ends
         if (folder / "state.json").stat().st_size > LARGEST_JSON or not is_whole(folder / "state.json"):
             return "state.json is not as it was written"
-        for path in _parts(folder)[1]:
+        content, paths = _parts(folder)
+        for path in paths:
             if not is_whole(path):
                 return f"{path.name} is not as it was written"
+        if owner_of(folder) != (content.get("run") or None):  # those of older versions have no name
+            return f"{OWNER} is not as it was written"
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -221,10 +232,10 @@ def load_state(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     try:
-        tree, paths = _parts(folder)
+        content, paths = _parts(folder)
         tensors = {}
         for path in paths:
             tensors |= load_file(path)
-        return _restore(tree, tensors)
+        return _restore(content["state"], tensors)
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint that can be read: {error}") from error
