@@ -312,7 +312,7 @@ def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions():
 # Who else may write, and what: the parts of a folder that is written aside, logs, which grow, what the system reads, and
 # folders that are removed again.
 OTHERS = {
-    "rto_fast/training/state_files.py": {"write_text", "replace"},
+    "rto_fast/training/state_files.py": {"write_text", "write_bytes", "replace"},
     "rto_fast/training/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/reporting/trackers.py": {"open"},
