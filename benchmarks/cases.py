@@ -139,12 +139,21 @@ def run(case, clock, ceilings, **options):
             found["percent_of_limit"] = 100 * max(bytes_ms, flops_ms) / found["median_ms"]
             if sustained_ms is not None:
                 found["percent_of_sustained_limit"] = 100 * sustained_ms / found["median_ms"]
-        records.append({
-            "group": case.group, "phase": case.phase, "model": case.shape.name, "tokens": case.shape.tokens,
-            "hidden_size": case.shape.hidden_size, "vocab_size": case.shape.vocab_size, "mask": case.mask,
-            "provider": name, "limit_ms": max(bytes_ms, flops_ms),
-            "limited_by": "copy bandwidth" if bytes_ms > flops_ms else "GEMM rate", **found,
-        })  # fmt: skip
+        records.append(
+            {
+                "group": case.group,
+                "phase": case.phase,
+                "model": case.shape.name,
+                "tokens": case.shape.tokens,
+                "hidden_size": case.shape.hidden_size,
+                "vocab_size": case.shape.vocab_size,
+                "mask": case.mask,
+                "provider": name,
+                "limit_ms": max(bytes_ms, flops_ms),
+                "limited_by": "copy bandwidth" if bytes_ms > flops_ms else "GEMM rate",
+                **found,
+            }
+        )
     return records
 
 
@@ -172,9 +181,14 @@ def linear_cases(shape, device, dtype):
 def linear_ppo_cases(shape, device, dtype, masks=("full", "half")):
     for mask in masks:
         yield Case(
-            "linear_ppo_loss", "forward+backward", shape, peers.linear_ppo_loss(device),
-            lambda mask=mask: ppo_inputs(shape, device, dtype, mask), 2, mask=mask,
-        )  # fmt: skip
+            "linear_ppo_loss",
+            "forward+backward",
+            shape,
+            peers.linear_ppo_loss(device),
+            lambda mask=mask: ppo_inputs(shape, device, dtype, mask),
+            2,
+            mask=mask,
+        )
 
 
 def logits_ppo_cases(shape, device, dtype):
@@ -216,8 +230,13 @@ def advantages_cases(tokens, sequences, device, slow_peers=True):
     if not slow_peers:
         functions["loop over tokens (OpenRLHF style)"] = "takes minutes"
     yield Case(
-        "rto_advantages", "forward", shape, functions, lambda: advantages_inputs(tokens, sequences, device), graph=True,
-    )  # fmt: skip
+        "rto_advantages",
+        "forward",
+        shape,
+        functions,
+        lambda: advantages_inputs(tokens, sequences, device),
+        graph=True,
+    )
 
 
 def gae_cases(tokens, sequences, device, slow_peers=True):

@@ -57,7 +57,7 @@ def limit(op, phase, shape, kept=1.0):
         # float32 logits; two random numbers in, a token and two log-probs out.
         (SAMPLING_OPS[0], "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
         (SAMPLING_OPS[1], "forward"): Step(bytes=4 * logits + 24 * shape.tokens),
-    }[op, phase]  # fmt: skip
+    }[op, phase]
 
 
 def _linear_forward(tokens, shape):
@@ -142,20 +142,37 @@ def table(device):
     """Rows of (op, phase, shape, limit in ms, prediction in ms) for every op at the shapes that are benchmarked."""
     million = MODELS[0].at(1 << 20)
     cases = [
-        *((op, phase, shape) for op, phase in (
-            ("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
-            ("linear_token_logps", "forward+backward"), ("linear_ppo_loss", "forward+backward"),
-        ) for shape in MODELS),
-        *((op, phase, million) for op, phase in (
-            ("rto_advantages", "forward"), ("gae", "forward"), ("ppo_policy_loss", "forward+backward"),
-            ("ppo_value_loss", "forward+backward"),
-        )),
+        *(
+            (op, phase, shape)
+            for op, phase in (
+                ("token_logps", "forward"),
+                ("token_logps", "backward"),
+                ("linear_token_logps", "forward"),
+                ("linear_token_logps", "forward+backward"),
+                ("linear_ppo_loss", "forward+backward"),
+            )
+            for shape in MODELS
+        ),
+        *(
+            (op, phase, million)
+            for op, phase in (
+                ("rto_advantages", "forward"),
+                ("gae", "forward"),
+                ("ppo_policy_loss", "forward+backward"),
+                ("ppo_value_loss", "forward+backward"),
+            )
+        ),
         *(("paged_attention", "forward", decode_shape(decoder)) for decoder in (LLAMA3_8B, QWEN3_06B)),
         *((op, "forward", decode_shape(decoder)) for op in LAYER_OPS for decoder in (LLAMA3_8B, QWEN3_06B)),
         *((op, "forward", shape.at(DECODE_BATCH)) for op in SAMPLING_OPS for shape in MODELS[:2]),
-    ]  # fmt: skip
+    ]
     return [
-        (op, phase, shape, milliseconds([limit(op, phase, shape)], device),
-         milliseconds(prediction(op, phase, shape), device))
+        (
+            op,
+            phase,
+            shape,
+            milliseconds([limit(op, phase, shape)], device),
+            milliseconds(prediction(op, phase, shape), device),
+        )
         for op, phase, shape in cases
-    ]  # fmt: skip
+    ]

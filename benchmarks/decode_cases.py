@@ -65,8 +65,17 @@ def attention_inputs(shape, device, dtype):
     order = torch.Generator().manual_seed(0)
     cache = paged(tokens, bounds.diff(), PAGE, False, order)
     flash = paged(tokens, bounds.diff(), FLASH_PAGE, True, order)
-    return (query, cache.keys, cache.values, cache.tables, cache.addresses, cache.lengths,
-            flash.keys, flash.values, flash.tables)  # fmt: skip
+    return (
+        query,
+        cache.keys,
+        cache.values,
+        cache.tables,
+        cache.addresses,
+        cache.lengths,
+        flash.keys,
+        flash.values,
+        flash.tables,
+    )
 
 
 def gather_sdpa(query, keys, values, tables, addresses, lengths, *flash):
@@ -104,9 +113,18 @@ def paged_attention(device):
             bounds = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
             # Its own choice of splits gives wrong results with pages (torch 2.12, 2.13).
             return function(
-                query, keys, values, bounds, None, 1, tables.shape[1] * keys.shape[1], seqused_k=lengths,
-                block_table=tables, enable_gqa=True, num_splits=1,
-            )  # fmt: skip
+                query,
+                keys,
+                values,
+                bounds,
+                None,
+                1,
+                tables.shape[1] * keys.shape[1],
+                seqused_k=lengths,
+                block_table=tables,
+                enable_gqa=True,
+                num_splits=1,
+            )
 
         return call
 
@@ -177,9 +195,17 @@ def rotate_and_store(decoder, device):
             return torch_way(qkv, rope, keys, values, addresses, slots)
         weight = qkv.new_ones(decoder.head_dim) if with_norms else None
         decode_layer.rotate_and_store(
-            qkv, rope, addresses, slots, num_heads=heads[0], num_kv_heads=heads[1], page_size=PAGE, query_norm=weight,
-            key_norm=weight, eps=1e-6,
-        )  # fmt: skip
+            qkv,
+            rope,
+            addresses,
+            slots,
+            num_heads=heads[0],
+            num_kv_heads=heads[1],
+            page_size=PAGE,
+            query_norm=weight,
+            key_norm=weight,
+            eps=1e-6,
+        )
         return qkv[:, : heads[0] + heads[1]]
 
     def liger(function):
@@ -227,9 +253,13 @@ def sampling_inputs(shape, device):
 
 def attention_cases(shape, device, dtype):
     yield Case(
-        "paged_attention", "forward", shape, paged_attention(device), lambda: attention_inputs(shape, device, dtype),
+        "paged_attention",
+        "forward",
+        shape,
+        paged_attention(device),
+        lambda: attention_inputs(shape, device, dtype),
         graph=True,
-    )  # fmt: skip
+    )
 
 
 def layer_cases(shape, device, dtype):

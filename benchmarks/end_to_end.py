@@ -1,4 +1,4 @@
-"""Rollout and RTO-iteration throughput of a Llama with random weights, through `rto_fast.stages.rto`.
+"""Rollout and RTO-iteration throughput of a Llama with random weights, through `rto_fast.rto.trainer`.
 
 Random weights never learn, but every step costs what it costs: generation, four models' log-probs, values, PPO
 updates of policy and critic. Models are built in memory, so that neither network nor checkpoints are needed.
@@ -16,14 +16,28 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.rollout import Sampling
-from rto_fast.stages.rto import Models, RTOTrainer
-from rto_fast.terminal import say
+from rto_fast.rto.trainer import Models, RTOTrainer
+from rto_fast.system.terminal import say
 
 # Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, the output layer half of them.
-GPU_MODEL = dict(vocab_size=QWEN3_06B.vocab_size, hidden_size=QWEN3_06B.hidden_size, intermediate_size=3072,
-                 num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=8, head_dim=64)  # fmt: skip
-CPU_MODEL = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=2, head_dim=16)  # fmt: skip
+GPU_MODEL = dict(
+    vocab_size=QWEN3_06B.vocab_size,
+    hidden_size=QWEN3_06B.hidden_size,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=64,
+)
+CPU_MODEL = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 def _models(device, sizes):
@@ -53,11 +67,17 @@ def measure(device, *, small, iterations):
     prompts_per_rollout, prompt_tokens, new_tokens = (8, 8, 8) if small else (128, 128, 256)
     sizes = CPU_MODEL if small else GPU_MODEL
     config = Config(
-        output_dir="unused", device=torch.device(device).type, model=ModelConfig(path="random weights"),
-        rto=RTOConfig(prompts_per_rollout=prompts_per_rollout, batch_size=prompts_per_rollout // 2,
-                      iterations=iterations + 1, micro_batch_tokens=16384),
+        output_dir="unused",
+        device=torch.device(device).type,
+        model=ModelConfig(path="random weights"),
+        rto=RTOConfig(
+            prompts_per_rollout=prompts_per_rollout,
+            batch_size=prompts_per_rollout // 2,
+            iterations=iterations + 1,
+            micro_batch_tokens=16384,
+        ),
         rollout=RolloutConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=128),
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, sizes["vocab_size"], (2 * prompts_per_rollout, prompt_tokens), generator=generator)
     prompts = [Prompt(row, "", {}) for row in ids.tolist()]
@@ -70,8 +90,11 @@ def measure(device, *, small, iterations):
     history = [trainer.step() for _ in range(iterations + 1)][1:]
     keys = ("tokens_per_second", "rollout_tokens_per_second", "seconds_rollout", "seconds_score", "seconds_update")
     return {key: statistics.median(float(h[key]) for h in history) for key in keys} | {
-        "parameters": sum(p.numel() for p in models.policy.parameters()), "responses": prompts_per_rollout,
-        "prompt_tokens": prompt_tokens, "response_tokens": new_tokens, "iterations": iterations,
+        "parameters": sum(p.numel() for p in models.policy.parameters()),
+        "responses": prompts_per_rollout,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": new_tokens,
+        "iterations": iterations,
         "losses_finite": all(bool(torch.isfinite(torch.as_tensor(h["policy_loss"]))) for h in history),
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
-    }  # fmt: skip
+    }

@@ -32,16 +32,22 @@ import torch  # noqa: E402
 from benchmarks import cases, decode_cases  # noqa: E402
 from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
 from benchmarks.timing import Clock, ceilings  # noqa: E402
-from rto_fast import terminal  # noqa: E402
-from rto_fast.terminal import say  # noqa: E402
-from rto_fast.writing import write_file  # noqa: E402
+from rto_fast.system import terminal  # noqa: E402
+from rto_fast.system.terminal import say  # noqa: E402
+from rto_fast.system.writing import write_file  # noqa: E402
 
 # Seconds: together under nine minutes, so that a run with a slow start still ends within ten. A call of fewer parts shares
 # the same seconds out among these.
 BUDGETS = {"tests": 120, "kernels": 195, "scaling": 30, "advantages": 20, "rollout": 120, "end_to_end": 50}
 # First what nothing but a GPU can show: time may run out.
-TESTS = ("tests/rollout/test_cuda.py", "tests/kernels", "tests/test_ops.py", "tests/test_models.py",
-         "tests/test_rto_invariants.py", "tests/rollout")  # fmt: skip
+TESTS = (
+    "tests/rollout/test_cuda.py",
+    "tests/kernels",
+    "tests/test_ops.py",
+    "tests/models/test_models.py",
+    "tests/rto/test_rto_invariants.py",
+    "tests/rollout",
+)
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 
@@ -71,9 +77,17 @@ class Report:
         is_cuda = device.type == "cuda"
         self.data = {
             "gpu": torch.cuda.get_device_name() if is_cuda else "CPU smoke run: times mean nothing",
-            "commit": commit(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-            "ceilings": {}, "tests": {}, "kernels": [], "rollout": [], "end_to_end": {}, "notes": [], "seconds": {},
-        }  # fmt: skip
+            "commit": commit(),
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+            "ceilings": {},
+            "tests": {},
+            "kernels": [],
+            "rollout": [],
+            "end_to_end": {},
+            "notes": [],
+            "seconds": {},
+        }
         if path.exists() and (old := json.loads(path.read_text()))["commit"] == self.data["commit"]:
             kept = {name: old[name] for name in ("tests", "rollout", "end_to_end") if name in old and name not in parts}
             kept["seconds"] = {name: spent for name, spent in old.get("seconds", {}).items() if name in BUDGETS}
@@ -96,7 +110,7 @@ class Report:
 
 def run_tests(report, deadline, small):
     """Counts of pytest's outcomes, kept when time runs out before the tests do."""
-    tests = ("tests/test_models.py",) if small else TESTS
+    tests = ("tests/models/test_models.py",) if small else TESTS
     log = report.path.with_suffix(".tests.log")
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests]
     # The machine-code facts need no GPU and take minutes of compilation.
@@ -138,9 +152,12 @@ def kernel_cases(device, small):
     """The most wanted first: time may run out."""
     dtype = torch.float32 if small else torch.bfloat16
     builders = (
-        partial(cases.linear_ppo_cases, masks=("full",)), cases.logits_cases, cases.linear_cases,
-        partial(cases.linear_ppo_cases, masks=("half",)), cases.logits_ppo_cases,
-    )  # fmt: skip
+        partial(cases.linear_ppo_cases, masks=("full",)),
+        cases.logits_cases,
+        cases.linear_cases,
+        partial(cases.linear_ppo_cases, masks=("half",)),
+        cases.logits_ppo_cases,
+    )
     for build in builders:
         for shape in (TINY,) if small else MODELS:
             yield from build(shape, device, dtype)
@@ -245,13 +262,19 @@ def main():
     report.data["ceilings_after"] = ceilings(clock)
     report.save()
     say(f"wrote {report.path}")
-    failed = [note for note in report.data["notes"] if note.startswith("failed")] + [
-        f"{record['group']} {record['model']}: {record['error']}"
-        for record in report.data["kernels"] if record["provider"].startswith("ours") and "error" in record
-    ] + [
-        f"rollout of {record['model']}, {record['workload']}: {record['error']}"
-        for record in report.data["rollout"] if record["provider"] == "ours" and "error" in record
-    ]  # fmt: skip
+    failed = (
+        [note for note in report.data["notes"] if note.startswith("failed")]
+        + [
+            f"{record['group']} {record['model']}: {record['error']}"
+            for record in report.data["kernels"]
+            if record["provider"].startswith("ours") and "error" in record
+        ]
+        + [
+            f"rollout of {record['model']}, {record['workload']}: {record['error']}"
+            for record in report.data["rollout"]
+            if record["provider"] == "ours" and "error" in record
+        ]
+    )
     say("\n".join(failed))
     # A test run that was cut short (exit code None) is told in the results; one that crashed has failed.
     tests_failed = report.data["tests"].get("failures") or report.data["tests"].get("exit_code") not in (0, None)

@@ -134,8 +134,9 @@ def linear_ppo_loss(device):
 
         def call(hidden, weight, labels, old_logps, advantages, mask):
             rows = [t.view(-1, min(512, len(labels)), *t.shape[1:]) for t in (hidden, labels, mask, old_logps)]
-            return loss(rows[0], weight, rows[1], rows[2].long(), advantages[: len(rows[0])],
-                        old_per_token_logps=rows[3])[0]  # fmt: skip
+            return loss(
+                rows[0], weight, rows[1], rows[2].long(), advantages[: len(rows[0])], old_per_token_logps=rows[3]
+            )[0]
 
         return call
 
@@ -166,8 +167,20 @@ def logits_ppo_loss(device):
     def liger(function):
         def loss(logits, labels, old_logps, advantages, mask):
             # "dapo" divides by the number of tokens, as ours does.
-            return function(logits, old_logps, None, labels, advantages, mask.long(), temperature=1.0, beta=0.0,
-                            eps_high=0.2, loss_type="dapo", inplace=True, reduce=True)[0]  # fmt: skip
+            return function(
+                logits,
+                old_logps,
+                None,
+                labels,
+                advantages,
+                mask.long(),
+                temperature=1.0,
+                beta=0.0,
+                eps_high=0.2,
+                loss_type="dapo",
+                inplace=True,
+                reduce=True,
+            )[0]
 
         return loss
 

@@ -21,13 +21,17 @@ from benchmarks.cases import cpu_cases, run
 from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot, save
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
-from rto_fast import terminal
-from rto_fast.terminal import say
-from rto_fast.writing import write_file
+from rto_fast.system import terminal
+from rto_fast.system.terminal import say
+from rto_fast.system.writing import write_file
 
 NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
-HEADLINE = (("token_logps", "forward"), ("token_logps", "backward"), ("linear_token_logps", "forward"),
-            ("linear_ppo_loss", "forward+backward"))  # fmt: skip
+HEADLINE = (
+    ("token_logps", "forward"),
+    ("token_logps", "backward"),
+    ("linear_token_logps", "forward"),
+    ("linear_ppo_loss", "forward+backward"),
+)
 
 
 def replace_section(path, name, text):
@@ -83,7 +87,7 @@ def results_section(results):
             f"### {result['gpu']}\n\nCommit {result['commit']}, {result['date']} UTC; {versions}. Measured in the same run: "
             f"copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, GEMM {ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s "
             "in a burst."
-        )  # fmt: skip
+        )
         if tests:
             parts[-1] += (
                 f" Tests: {tests.get('passed', 0):,} passed, {tests.get('failed', 0) + tests.get('error', 0)} failed, "
@@ -128,8 +132,10 @@ def cpu_section():
             record["percent_of_limit"] = None
             record.pop("percent_of_sustained_limit", None)
         groups.setdefault((case.group, case.phase, case.mask), []).extend(records)
-    parts = [f"{_machine()}; float32 GEMM "
-             f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."]  # fmt: skip
+    parts = [
+        f"{_machine()}; float32 GEMM "
+        f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."
+    ]
     for (group, phase, mask), records in groups.items():
         parts.append(f"**{group}**, {phase}" + (", half masked out" * (mask == "half")) + f"\n\n{_table(records)}")
     return "\n\n".join(parts)
@@ -154,9 +160,10 @@ def headline(results):
             row = []
             for shape in MODELS:
                 records = [
-                    r for r in _groups(result).get((op, phase, "full"), ())
+                    r
+                    for r in _groups(result).get((op, phase, "full"), ())
                     if (r["model"], r["tokens"]) == (shape.name, shape.tokens) and "median_ms" in r
-                ]  # fmt: skip
+                ]
                 ours = [r for r in records if r["provider"] == "ours"]
                 peers = [r["median_ms"] for r in records if not r["provider"].startswith("ours")]
                 best = f" / {min(peers):.3g}" if peers else ""
@@ -201,8 +208,9 @@ def plot_group(path, title, records):
     tokens, over_vocab = most("tokens", "vocab_size")
     for first, x, found, where in ((0, "tokens", over_tokens, model), (2, "vocab_size", over_vocab, f"T={tokens}")):
         for axis, name, y in (
-            (axes[first], "ms", lambda r: r["median_ms"]), (axes[first + 1], "extra GB", gigabytes),
-        ):  # fmt: skip
+            (axes[first], "ms", lambda r: r["median_ms"]),
+            (axes[first + 1], "extra GB", gigabytes),
+        ):
             _lines(axis, found, x, y)
             axis.set_title(f"{name}, {where}", fontsize=9)
     shares = {r["provider"]: r["percent_of_limit"] for r in over_vocab if r["model"] == over_vocab[0]["model"]}

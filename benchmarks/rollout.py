@@ -73,11 +73,20 @@ def build_model(decoder, device):
         return world.build_model(0).eval()
     config_type = {"llama": LlamaConfig, "qwen3": Qwen3Config}[decoder.model_type]
     config = config_type(
-        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size, intermediate_size=decoder.intermediate_size,
-        num_hidden_layers=decoder.layers, num_attention_heads=decoder.heads, num_key_value_heads=decoder.kv_heads,
-        head_dim=decoder.head_dim, max_position_embeddings=decoder.context, tie_word_embeddings=decoder.tied,
-        rope_theta=decoder.rope_theta, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        max_position_embeddings=decoder.context,
+        tie_word_embeddings=decoder.tied,
+        rope_theta=decoder.rope_theta,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     # Made empty and filled in one pass: the initialisation of 8·10^9 weights, module by module, takes a while.
     with torch.device(device), no_init_weights():
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -147,8 +156,13 @@ class Runner:
     def run(self, item, deadline=float("inf")):
         """A record (a dict): what was measured, or why not ("skipped", "error")."""
         workload, start = item.workload, time.perf_counter()
-        record = {"model": item.decoder.name, "workload": workload.name, "provider": item.provider,
-                  "sequences": len(workload.prompts), "response_tokens": workload.response_tokens}  # fmt: skip
+        record = {
+            "model": item.decoder.name,
+            "workload": workload.name,
+            "provider": item.provider,
+            "sequences": len(workload.prompts),
+            "response_tokens": workload.response_tokens,
+        }
         compiles = self.is_cuda and item.provider == "HF generate, static cache"
         if start + (COMPILE_SECONDS if compiles else 0.0) > deadline:
             return record | {"skipped": "out of time"}
@@ -190,9 +204,12 @@ class Runner:
         setup = batch.timings.get("setup", 0.0)
         found |= result(item, seconds - setup, self.rates, self.itemsize)
         found |= {f"{key}_seconds": batch.timings.get(key) for key in ("prefill", "decode")}
-        found |= {"capture_seconds": batch.stats.get("capture_seconds", setup or None),
-                  "occupancy": batch.stats.get("occupancy"), "preemptions": batch.stats.get("preemptions"),
-                  "peak_bytes": torch.cuda.max_memory_allocated() if self.is_cuda else None}  # fmt: skip
+        found |= {
+            "capture_seconds": batch.stats.get("capture_seconds", setup or None),
+            "occupancy": batch.stats.get("occupancy"),
+            "preemptions": batch.stats.get("preemptions"),
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.is_cuda else None,
+        }
         if item.provider == "ours":
             found["steps"] = sum(engine.step.steps.values()) - before
         elif item.provider.startswith("HF generate"):
@@ -221,8 +238,12 @@ def result(item, seconds, rates, itemsize):
         bound, drawn = step_seconds(item.decoder, rates, sequences, tokens, itemsize=itemsize), sequences
     else:
         bound, drawn = rollout_seconds(item.decoder, workload, rates, itemsize=itemsize), workload.response_tokens
-    return {"seconds": seconds, "tokens_per_second": drawn / seconds, "bound_seconds": bound,
-            "percent_of_bound": 100 * bound / seconds}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "tokens_per_second": drawn / seconds,
+        "bound_seconds": bound,
+        "percent_of_bound": 100 * bound / seconds,
+    }
 
 
 def run(device, rates, deadline, small=False):

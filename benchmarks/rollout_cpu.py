@@ -39,9 +39,12 @@ def records(decoder, workload, *, rounds=3, seconds=20.0):
         return lambda: call
 
     timed = measure(
-        {item.provider: provider(runner.engine(item)) for item in items}, Clock("cpu"), rounds=rounds, seconds=seconds,
+        {item.provider: provider(runner.engine(item)) for item in items},
+        Clock("cpu"),
+        rounds=rounds,
+        seconds=seconds,
         warmup=1,
-    )  # fmt: skip
+    )
     found = []
     for item in items:
         record = {"model": decoder.name, "workload": workload.name, "provider": item.provider}

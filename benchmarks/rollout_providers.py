@@ -51,17 +51,27 @@ class ContinuousBatching:
             fields = ContinuousBatchingConfig.__dataclass_fields__
             tokens = sum(map(len, prompts)) + len(prompts) * sampling.max_new_tokens
             page = "page_size" if "page_size" in fields else "block_size"  # transformers 5.23 and 5.17
-            sizes = {page: 16, "num_blocks": tokens // 16 + 2 * len(prompts), "max_batch_tokens": 1024,
-                     "use_async_batching": False, "use_cuda_graph": False}  # fmt: skip
+            sizes = {
+                page: 16,
+                "num_blocks": tokens // 16 + 2 * len(prompts),
+                "max_batch_tokens": 1024,
+                "use_async_batching": False,
+                "use_cuda_graph": False,
+            }
         # Prompts share no prefixes here, and a policy's must not across updates.
         return {
             "generation_config": GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens, do_sample=True, temperature=sampling.temperature, top_k=0,
-                top_p=1.0, pad_token_id=self.pad, eos_token_id=-1,
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=self.pad,
+                eos_token_id=-1,
             ),
             "continuous_batching_config": ContinuousBatchingConfig(allow_block_sharing=False, **sizes),
             "workload_hints": hints,
-        }  # fmt: skip
+        }
 
     def generate(self, prompts, n=1, sampling=None, seed=0, *, limits=None):
         start, found = time.perf_counter(), {}

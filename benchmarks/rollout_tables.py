@@ -39,13 +39,19 @@ def results(records):
     parts, steps = [], [r for r in measured if r["workload"] == STEP]
     rows = [
         [
-            r["model"], r["workload"], r["provider"], f"{r['tokens_per_second']:,.0f} ({r['percent_of_bound']:.0f} %)",
-            f"{r['seconds']:.3g}", _quantity(r["prefill_seconds"]), _quantity(r["capture_seconds"]),
+            r["model"],
+            r["workload"],
+            r["provider"],
+            f"{r['tokens_per_second']:,.0f} ({r['percent_of_bound']:.0f} %)",
+            f"{r['seconds']:.3g}",
+            _quantity(r["prefill_seconds"]),
+            _quantity(r["capture_seconds"]),
             _quantity(r["occupancy"] and 100 * r["occupancy"], "{:.0f} %"),
             _quantity(r["peak_bytes"] and r["peak_bytes"] / 2**30, "{:.1f}"),
         ]
-        for r in measured if r["workload"] != STEP
-    ]  # fmt: skip
+        for r in measured
+        if r["workload"] != STEP
+    ]
     if rows:
         head = ["model", "lengths", "", "tokens/s (% of bound)", "s", "of it prefill", "capture, s", "occupancy", "GiB"]
         parts.append(f"**Rollout** of 256 sequences\n\n{_table(head, rows)}")
@@ -63,8 +69,9 @@ def results(records):
         parts.append(f"**A decode step**, contexts of 512 to 544 tokens: ms (% of bound)\n\n{_table(head, rows)}")
     missing = [r for r in records if "seconds" not in r]
     if missing:
-        lines = dict.fromkeys(f"- {r['model']}, {r['workload']}, {r['provider']}: {r.get('skipped') or r['error']}"
-                              for r in missing)  # fmt: skip
+        lines = dict.fromkeys(
+            f"- {r['model']}, {r['workload']}, {r['provider']}: {r.get('skipped') or r['error']}" for r in missing
+        )
         parts.append("Rollouts not measured:\n\n" + "\n".join(lines))
     return parts
 
@@ -74,8 +81,9 @@ def cpu(records):
     columns = list(dict.fromkeys((r["model"], r["workload"]) for r in records))
     cells = {
         (r["provider"], r["model"], r["workload"]): f"{r['tokens_per_second']:,.0f} tokens/s ({r['seconds']:.3g} s)"
-        for r in records if "seconds" in r
-    }  # fmt: skip
+        for r in records
+        if "seconds" in r
+    }
     rows = [
         [provider, *(cells.get((provider, *column), "—") for column in columns)]
         for provider in dict.fromkeys(r["provider"] for r in records)

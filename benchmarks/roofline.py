@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, LAYER_OPS, SAMPLING_OPS, table
 from benchmarks.shapes import MODELS
-from rto_fast import terminal
-from rto_fast.terminal import say
-from rto_fast.writing import write_file
+from rto_fast.system import terminal
+from rto_fast.system.terminal import say
+from rto_fast.system.writing import write_file
 
 FOLDER = Path(__file__).parent
 VECTOR_OPS = ("rto_advantages", "gae", "ppo_policy_loss", "ppo_value_loss")

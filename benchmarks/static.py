@@ -26,8 +26,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.static_cases import CASES, EXPECTED
-from rto_fast import terminal
-from rto_fast.terminal import say
+from rto_fast.system import terminal
+from rto_fast.system.terminal import say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536
@@ -142,10 +142,18 @@ def read_facts(compiled, case, sm):
     usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     metadata = compiled.metadata
     facts = Facts(
-        metadata.name, case, sm, metadata.num_warps, usage["REG"], usage["STACK"] + usage["LOCAL"], metadata.shared,
-        _widths(dump, "LDG"), _widths(dump, "STG"), len(re.findall(TENSOR_CORE[sm], dump)),
+        metadata.name,
+        case,
+        sm,
+        metadata.num_warps,
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        metadata.shared,
+        _widths(dump, "LDG"),
+        _widths(dump, "STG"),
+        len(re.findall(TENSOR_CORE[sm], dump)),
         _inexact(compiled.asm["ptx"], dump),
-    )  # fmt: skip
+    )
     facts.check()
     return facts
 
@@ -172,10 +180,21 @@ def print_table(collected):
 
     rows = [("kernel", "case", "sm", "warps", "registers", "local", "shared", "occupancy", "mma", "loads", "stores")]
     rows += [
-        (f.kernel, f.case, f.sm, f.warps, f.registers, f.local_bytes, f.shared_bytes, f"{f.occupancy:.0%}",
-         f.tensor_core, widths(f.loads), widths(f.stores))
+        (
+            f.kernel,
+            f.case,
+            f.sm,
+            f.warps,
+            f.registers,
+            f.local_bytes,
+            f.shared_bytes,
+            f"{f.occupancy:.0%}",
+            f.tensor_core,
+            widths(f.loads),
+            widths(f.stores),
+        )
         for f in collected
-    ]  # fmt: skip
+    ]
     columns = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         say("  ".join(str(cell).ljust(width) for cell, width in zip(row, columns)).rstrip())

@@ -38,9 +38,13 @@ def rto_advantages(count, sequences, dtype=torch.float32, **options):
         mask = torch.ones(count, dtype=torch.bool)
         delimiters = mask if options.get("granularity") == "sentence" else None
         module.rto_advantages(
-            *(tokens(count, dtype) for _ in range(4)), tokens(sequences), cu_seqlens(count, sequences), mask,
-            delimiter_mask=delimiters, **options,
-        )  # fmt: skip
+            *(tokens(count, dtype) for _ in range(4)),
+            tokens(sequences),
+            cu_seqlens(count, sequences),
+            mask,
+            delimiter_mask=delimiters,
+            **options,
+        )
 
     return "advantages", call
 
@@ -133,14 +137,31 @@ def decode_step(slots, stops, min_new_tokens, grow):
         numbers, active = torch.zeros(slots, dtype=torch.long), torch.ones(slots, dtype=torch.bool)
         tables, results = torch.zeros(slots, 16, dtype=torch.int), torch.zeros(slots + 1, 9)
         module.begin_step(
-            numbers, active, tables, numbers, numbers, torch.zeros(slots + 1, 9, 2), page_size=64,
+            numbers,
+            active,
+            tables,
+            numbers,
+            numbers,
+            torch.zeros(slots + 1, 9, 2),
+            page_size=64,
             min_new_tokens=min_new_tokens,
-        )  # fmt: skip
+        )
         module.finish_step(
             (numbers, results[0], results[1]),
-            torch.zeros(stops, dtype=torch.long), numbers, numbers, active, numbers, numbers, numbers,
-            results.long(), results, results, numbers, active, grow=grow,
-        )  # fmt: skip
+            torch.zeros(stops, dtype=torch.long),
+            numbers,
+            numbers,
+            active,
+            numbers,
+            numbers,
+            numbers,
+            results.long(),
+            results,
+            results,
+            numbers,
+            active,
+            grow=grow,
+        )
 
     return "decode_step", call
 

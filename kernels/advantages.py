@@ -92,9 +92,18 @@ def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS: tl.conste
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gae_kernel(
-    rewards_ptr, values_ptr, cu_seqlens_ptr, mask_ptr, bootstrap_values_ptr, advantages_ptr, returns_ptr, num_tokens,
-    gamma, gamma_lambda, ROWS: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,
+    values_ptr,
+    cu_seqlens_ptr,
+    mask_ptr,
+    bootstrap_values_ptr,
+    advantages_ptr,
+    returns_ptr,
+    num_tokens,
+    gamma,
+    gamma_lambda,
+    ROWS: tl.constexpr,
+):
     pid_n = tl.program_id(0)
     start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
     groups = tl.cdiv(end, GROUP)
@@ -113,9 +122,17 @@ def gae_kernel(
 
 @triton.jit
 def _move_to_delimiters(
-    dpo_logps_ptr, dpo_ref_logps_ptr, response_mask_ptr, delimiter_mask_ptr, token_rewards_ptr, start, end,
-    dpo_reward_scale, dpo_reward_clip, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    dpo_logps_ptr,
+    dpo_ref_logps_ptr,
+    response_mask_ptr,
+    delimiter_mask_ptr,
+    token_rewards_ptr,
+    start,
+    end,
+    dpo_reward_scale,
+    dpo_reward_clip,
+    BLOCK_T: tl.constexpr,
+):
     """Walks a sequence forward: (sum of its DPO rewards, the part after its last delimiter). With delimiters, leaves
     each sentence's sum on its delimiter in `token_rewards`."""
     totals = tl.zeros((BLOCK_T,), tl.float32)
@@ -156,11 +173,34 @@ def _add(x_1, y_1, z_1, x_2, y_2, z_2):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def rto_advantages_kernel(
-    old_logps_ptr, ref_logps_ptr, dpo_logps_ptr, dpo_ref_logps_ptr, values_ptr, scores_ptr, cu_seqlens_ptr,
-    response_mask_ptr, delimiter_mask_ptr, bootstrap_values_ptr, token_rewards_ptr, kl_ptr, advantages_ptr, returns_ptr,
-    partials_ptr, num_tokens, num_sequences, dpo_reward_scale, dpo_reward_clip, kl_coef, score_scale, score_clip, gamma,
-    gamma_lambda, GRANULARITY: tl.constexpr, SHAPING: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    old_logps_ptr,
+    ref_logps_ptr,
+    dpo_logps_ptr,
+    dpo_ref_logps_ptr,
+    values_ptr,
+    scores_ptr,
+    cu_seqlens_ptr,
+    response_mask_ptr,
+    delimiter_mask_ptr,
+    bootstrap_values_ptr,
+    token_rewards_ptr,
+    kl_ptr,
+    advantages_ptr,
+    returns_ptr,
+    partials_ptr,
+    num_tokens,
+    num_sequences,
+    dpo_reward_scale,
+    dpo_reward_clip,
+    kl_coef,
+    score_scale,
+    score_clip,
+    gamma,
+    gamma_lambda,
+    GRANULARITY: tl.constexpr,
+    SHAPING: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     pid_n = tl.program_id(0)
     start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
 
@@ -170,9 +210,17 @@ def rto_advantages_kernel(
     moved = 0.0
     if SHAPING or GRANULARITY != "token":
         total, rest = _move_to_delimiters(
-            dpo_logps_ptr, dpo_ref_logps_ptr, response_mask_ptr, delimiter_mask_ptr, token_rewards_ptr, start, end,
-            dpo_reward_scale, dpo_reward_clip, 2 * ROWS,  # two tokens a thread: with four, registers spill
-        )  # fmt: skip
+            dpo_logps_ptr,
+            dpo_ref_logps_ptr,
+            response_mask_ptr,
+            delimiter_mask_ptr,
+            token_rewards_ptr,
+            start,
+            end,
+            dpo_reward_scale,
+            dpo_reward_clip,
+            2 * ROWS,  # two tokens a thread: with four, registers spill
+        )
         if SHAPING:
             score -= total
         if GRANULARITY == "sequence":
@@ -269,9 +317,16 @@ def _merge_partials(partials_ptr, num_sequences, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def rto_whiten_kernel(
-    advantages_ptr, response_mask_ptr, partials_ptr, stats_ptr, num_tokens, num_sequences, WHITEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    advantages_ptr,
+    response_mask_ptr,
+    partials_ptr,
+    stats_ptr,
+    num_tokens,
+    num_sequences,
+    WHITEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Every program merges all partials, in the same order; that is cheaper than a launch of its own. The first one
     writes the statistics."""
     pid_t = tl.program_id(0)
@@ -318,18 +373,28 @@ def _tile(num_tokens: int, num_sequences: int) -> dict[str, int]:
 
 @torch.library.custom_op("rto_fast::gae", mutates_args=())
 def _gae(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap_values: Tensor | None,
-    gamma: float, gae_lambda: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
     num_tokens, num_sequences = len(rewards), len(cu_seqlens) - 1
     advantages = torch.empty(num_tokens, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if num_tokens:
         with torch.cuda.device_of(rewards):
             gae_kernel[(num_sequences,)](
-                *contiguous(rewards, values, cu_seqlens, mask, bootstrap_values), advantages, returns,
-                num_tokens, gamma, gamma * gae_lambda, **_tile(num_tokens, num_sequences),
-            )  # fmt: skip
+                *contiguous(rewards, values, cu_seqlens, mask, bootstrap_values),
+                advantages,
+                returns,
+                num_tokens,
+                gamma,
+                gamma * gae_lambda,
+                **_tile(num_tokens, num_sequences),
+            )
     return advantages, returns
 
 
@@ -340,11 +405,27 @@ def _(rewards, *_):
 
 @torch.library.custom_op("rto_fast::rto_advantages", mutates_args=())
 def _rto_advantages(
-    old_logps: Tensor, ref_logps: Tensor, dpo_logps: Tensor, dpo_ref_logps: Tensor, values: Tensor, scores: Tensor,
-    cu_seqlens: Tensor, response_mask: Tensor, delimiter_mask: Tensor | None, bootstrap_values: Tensor | None,
-    dpo_reward_scale: float, dpo_reward_clip: float, kl_coef: float, score_scale: float, score_clip: float,
-    gamma: float, gae_lambda: float, granularity: str, shaping: bool, whiten: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    dpo_ref_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
+    delimiter_mask: Tensor | None,
+    bootstrap_values: Tensor | None,
+    dpo_reward_scale: float,
+    dpo_reward_clip: float,
+    kl_coef: float,
+    score_scale: float,
+    score_clip: float,
+    gamma: float,
+    gae_lambda: float,
+    granularity: str,
+    shaping: bool,
+    whiten: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(token_rewards, kl, advantages, returns, the statistics named by STATS)."""
     num_tokens, num_sequences = len(old_logps), len(cu_seqlens) - 1
     outputs = [torch.empty(num_tokens, dtype=torch.float32, device=old_logps.device) for _ in range(4)]
@@ -355,17 +436,38 @@ def _rto_advantages(
     with torch.cuda.device_of(old_logps):
         if num_sequences:
             rto_advantages_kernel[(num_sequences,)](
-                *contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens), response_mask,
-                *contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values), *outputs,
-                partials, num_tokens, num_sequences, dpo_reward_scale, dpo_reward_clip or None, kl_coef, score_scale,
-                score_clip or None, gamma, gamma * gae_lambda, GRANULARITY=granularity, SHAPING=shaping,
-                **tile, maxnreg=LARGE_TILE_REGISTERS if tile["num_warps"] == 8 else None,
-            )  # fmt: skip
+                *contiguous(old_logps, ref_logps, dpo_logps, dpo_ref_logps, values, scores, cu_seqlens),
+                response_mask,
+                *contiguous(delimiter_mask if granularity == "sentence" else None, bootstrap_values),
+                *outputs,
+                partials,
+                num_tokens,
+                num_sequences,
+                dpo_reward_scale,
+                dpo_reward_clip or None,
+                kl_coef,
+                score_scale,
+                score_clip or None,
+                gamma,
+                gamma * gae_lambda,
+                GRANULARITY=granularity,
+                SHAPING=shaping,
+                **tile,
+                maxnreg=LARGE_TILE_REGISTERS if tile["num_warps"] == 8 else None,
+            )
         programs = triton.cdiv(num_tokens, BLOCK_WHITEN) if whiten else 1
         rto_whiten_kernel[(max(programs, 1),)](
-            advantages, response_mask, partials, stats, num_tokens, num_sequences, WHITEN=whiten, BLOCK_T=BLOCK_WHITEN,
-            BLOCK_N=BLOCK_N, num_warps=8,
-        )  # fmt: skip
+            advantages,
+            response_mask,
+            partials,
+            stats,
+            num_tokens,
+            num_sequences,
+            WHITEN=whiten,
+            BLOCK_T=BLOCK_WHITEN,
+            BLOCK_N=BLOCK_N,
+            num_warps=8,
+        )
     return token_rewards, kl, advantages, returns, stats
 
 
@@ -381,14 +483,49 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
 
 
 def rto_advantages(
-    old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, *, dpo_ref_logps=None,
-    dpo_reward_scale=0.05, dpo_reward_clip=0.05, kl_coef=0.01, score_scale=1.0, score_clip=10.0, gamma=1.0,
-    gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
-):  # fmt: skip
+    old_logps,
+    ref_logps,
+    dpo_logps,
+    values,
+    scores,
+    cu_seqlens,
+    response_mask,
+    *,
+    dpo_ref_logps=None,
+    dpo_reward_scale=0.05,
+    dpo_reward_clip=0.05,
+    kl_coef=0.01,
+    score_scale=1.0,
+    score_clip=10.0,
+    gamma=1.0,
+    gae_lambda=0.95,
+    granularity="token",
+    delimiter_mask=None,
+    shaping=False,
+    bootstrap_values=None,
+    whiten=True,
+):
     """See `rto_fast.ops.rto_advantages`. Not differentiable, like `gae`."""
     token_rewards, kl, advantages, returns, stats = _rto_advantages(
-        old_logps, ref_logps, dpo_logps, ref_logps if dpo_ref_logps is None else dpo_ref_logps, values, scores,
-        cu_seqlens, response_mask, delimiter_mask, bootstrap_values, dpo_reward_scale, dpo_reward_clip, kl_coef,
-        score_scale, score_clip, gamma, gae_lambda, granularity, shaping, whiten,
-    )  # fmt: skip
+        old_logps,
+        ref_logps,
+        dpo_logps,
+        ref_logps if dpo_ref_logps is None else dpo_ref_logps,
+        values,
+        scores,
+        cu_seqlens,
+        response_mask,
+        delimiter_mask,
+        bootstrap_values,
+        dpo_reward_scale,
+        dpo_reward_clip,
+        kl_coef,
+        score_scale,
+        score_clip,
+        gamma,
+        gae_lambda,
+        granularity,
+        shaping,
+        whiten,
+    )
     return RTOAdvantages(token_rewards, kl, advantages, returns, dict(zip(STATS, stats.unbind())))

@@ -104,9 +104,22 @@ def logits_gradient(
 
 @triton.jit
 def _write_gradient_tile(
-    x_ptr, dx_ptr, bias_ptr, offs_v, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
-    WITH_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dx_ptr,
+    bias_ptr,
+    offs_v,
+    end,
+    label,
+    m,
+    log2_s,
+    entropy,
+    dlogp,
+    dentropy,
+    scale,
+    cap,
+    WITH_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     z, derivative = load_logits(x_ptr, bias_ptr, offs_v, end, cap, MASKED)
     dz = logits_gradient(z, derivative, offs_v, label, m, log2_s, entropy, dlogp, dentropy, scale, WITH_ENTROPY)
     if x_ptr.dtype != dx_ptr.dtype:
@@ -119,9 +132,22 @@ def _write_gradient_tile(
 
 @triton.jit
 def write_gradient(
-    x_ptr, dx_ptr, bias_ptr, begin, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
-    WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dx_ptr,
+    bias_ptr,
+    begin,
+    end,
+    label,
+    m,
+    log2_s,
+    entropy,
+    dlogp,
+    dentropy,
+    scale,
+    cap,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Gradient of columns [begin, end) of a row, last tile first: what was read last is still in L2. All NaN if m is."""
     offs_v = tl.arange(0, BLOCK_V)
     tail = begin + (end - begin) // BLOCK_V * BLOCK_V
@@ -133,14 +159,40 @@ def write_gradient(
     else:
         if tail < end:
             _write_gradient_tile(
-                x_ptr, dx_ptr, bias_ptr, tail + offs_v, end, label, m, log2_s, entropy, dlogp, dentropy, scale, cap,
-                WITH_ENTROPY, True,
-            )  # fmt: skip
+                x_ptr,
+                dx_ptr,
+                bias_ptr,
+                tail + offs_v,
+                end,
+                label,
+                m,
+                log2_s,
+                entropy,
+                dlogp,
+                dentropy,
+                scale,
+                cap,
+                WITH_ENTROPY,
+                True,
+            )
         for done in range(0, tail - begin, BLOCK_V):
             _write_gradient_tile(
-                x_ptr, dx_ptr, bias_ptr, tail - BLOCK_V - done + offs_v, end, label, m, log2_s, entropy, dlogp,
-                dentropy, scale, cap, WITH_ENTROPY, False,
-            )  # fmt: skip
+                x_ptr,
+                dx_ptr,
+                bias_ptr,
+                tail - BLOCK_V - done + offs_v,
+                end,
+                label,
+                m,
+                log2_s,
+                entropy,
+                dlogp,
+                dentropy,
+                scale,
+                cap,
+                WITH_ENTROPY,
+                False,
+            )
 
 
 @triton.jit

@@ -40,10 +40,21 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, reci
 
 @triton.jit
 def rotate_and_store_kernel(
-    qkv_ptr, rope_ptr, query_norm_ptr, key_norm_ptr, addresses_ptr, slots_ptr, stride_qkv_t, eps,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    rope_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    addresses_ptr,
+    slots_ptr,
+    stride_qkv_t,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """BLOCK_H heads of a token's queries, keys and values, which lie one after the other; BLOCK_D spans half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     pid_t = tl.program_id(0).to(tl.int64)
@@ -131,7 +142,20 @@ def rotate_and_store(
     num_warps = min(max(block_h * block_d * 2 * qkv.element_size() // 1024, 1), 8)
     with torch.cuda.device_of(qkv):
         rotate_and_store_kernel[(num_tokens, triton.cdiv(num_rows, block_h))](
-            qkv, rope, query_norm, key_norm, addresses, slots, qkv.stride(0), eps, NUM_HEADS=num_heads,
-            NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
-            num_warps=num_warps, **EXACT,
-        )  # fmt: skip
+            qkv,
+            rope,
+            query_norm,
+            key_norm,
+            addresses,
+            slots,
+            qkv.stride(0),
+            eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=page_size,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            **EXACT,
+        )

@@ -37,9 +37,22 @@ def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page
 
 
 def finish_step(
-    drawn, stop_ids, rows, generated, active, limits, lengths, input_ids, tokens, logps, sampling_logps, counts, done, *,
+    drawn,
+    stop_ids,
+    rows,
+    generated,
+    active,
+    limits,
+    lengths,
+    input_ids,
+    tokens,
+    logps,
+    sampling_logps,
+    counts,
+    done,
+    *,
     grow,
-):  # fmt: skip
+):
     """See `rto_fast.kernels.decode_step.finish_step`."""
     for results, values in zip((tokens, logps, sampling_logps), drawn):
         results.index_put_((rows, generated), values)

@@ -13,9 +13,23 @@ BLOCK = 64
 
 @triton.jit(do_not_specialize=["stride_tables", "stride_uniforms", "count", "min_new_tokens"])
 def begin_step_kernel(
-    lengths_ptr, active_ptr, tables_ptr, rows_ptr, generated_ptr, uniforms_ptr, slots_ptr, kv_lengths_ptr, drawn_ptr,
-    allowed_ptr, stride_tables, stride_uniforms, count, min_new_tokens, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    lengths_ptr,
+    active_ptr,
+    tables_ptr,
+    rows_ptr,
+    generated_ptr,
+    uniforms_ptr,
+    slots_ptr,
+    kv_lengths_ptr,
+    drawn_ptr,
+    allowed_ptr,
+    stride_tables,
+    stride_uniforms,
+    count,
+    min_new_tokens,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     active = tl.load(active_ptr + offs, mask=mask, other=0) != 0
@@ -35,15 +49,40 @@ def begin_step_kernel(
     do_not_specialize=["num_stops", "stride_rows", "idle_row", "count", "grow"],
     # New sequences begin at any slot.
     do_not_specialize_on_alignment=[
-        "token_ptr", "logp_ptr", "sampling_logp_ptr", "rows_ptr", "generated_ptr", "active_ptr", "limits_ptr",
-        "lengths_ptr", "input_ids_ptr",
+        "token_ptr",
+        "logp_ptr",
+        "sampling_logp_ptr",
+        "rows_ptr",
+        "generated_ptr",
+        "active_ptr",
+        "limits_ptr",
+        "lengths_ptr",
+        "input_ids_ptr",
     ],
-)  # fmt: skip
+)
 def finish_step_kernel(
-    token_ptr, logp_ptr, sampling_logp_ptr, stop_ids_ptr, rows_ptr, generated_ptr, active_ptr, limits_ptr, lengths_ptr,
-    input_ids_ptr, tokens_ptr, logps_ptr, sampling_logps_ptr, counts_ptr, done_ptr, num_stops, stride_rows, idle_row,
-    count, grow, BLOCK: tl.constexpr,
-):  # fmt: skip
+    token_ptr,
+    logp_ptr,
+    sampling_logp_ptr,
+    stop_ids_ptr,
+    rows_ptr,
+    generated_ptr,
+    active_ptr,
+    limits_ptr,
+    lengths_ptr,
+    input_ids_ptr,
+    tokens_ptr,
+    logps_ptr,
+    sampling_logps_ptr,
+    counts_ptr,
+    done_ptr,
+    num_stops,
+    stride_rows,
+    idle_row,
+    count,
+    grow,
+    BLOCK: tl.constexpr,
+):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     row = tl.load(rows_ptr + offs, mask=mask, other=0)
@@ -82,17 +121,44 @@ def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page
     drawn, allowed = uniforms.new_empty(count, 2), torch.empty_like(active)
     with torch.cuda.device_of(lengths):
         begin_step_kernel[(triton.cdiv(count, BLOCK),)](
-            lengths, active, block_tables, rows, generated, uniforms, slots, kv_lengths, drawn, allowed,
-            block_tables.stride(0), uniforms.stride(0), count, min_new_tokens, PAGE_SIZE=page_size, BLOCK=BLOCK,
+            lengths,
+            active,
+            block_tables,
+            rows,
+            generated,
+            uniforms,
+            slots,
+            kv_lengths,
+            drawn,
+            allowed,
+            block_tables.stride(0),
+            uniforms.stride(0),
+            count,
+            min_new_tokens,
+            PAGE_SIZE=page_size,
+            BLOCK=BLOCK,
             num_warps=2,
-        )  # fmt: skip
+        )
     return slots, kv_lengths, drawn, allowed
 
 
 def finish_step(
-    drawn, stop_ids, rows, generated, active, limits, lengths, input_ids, tokens, logps, sampling_logps, counts, done, *,
+    drawn,
+    stop_ids,
+    rows,
+    generated,
+    active,
+    limits,
+    lengths,
+    input_ids,
+    tokens,
+    logps,
+    sampling_logps,
+    counts,
+    done,
+    *,
     grow,
-):  # fmt: skip
+):
     """Records what was drawn, in place; a slot whose sequence is done becomes idle: its row is then the last one.
 
     drawn: (tokens, logps, sampling_logps), float32 log-probs; stop_ids [stops]; limits: tokens each may generate; input_ids:
@@ -102,6 +168,24 @@ def finish_step(
     count = len(rows)
     with torch.cuda.device_of(rows):
         finish_step_kernel[(triton.cdiv(count, BLOCK),)](
-            *drawn, stop_ids, rows, generated, active, limits, lengths, input_ids, tokens, logps, sampling_logps, counts,
-            done, len(stop_ids), tokens.stride(0), len(tokens) - 1, count, int(grow), BLOCK=BLOCK, num_warps=2,
-        )  # fmt: skip
+            *drawn,
+            stop_ids,
+            rows,
+            generated,
+            active,
+            limits,
+            lengths,
+            input_ids,
+            tokens,
+            logps,
+            sampling_logps,
+            counts,
+            done,
+            len(stop_ids),
+            tokens.stride(0),
+            len(tokens) - 1,
+            count,
+            int(grow),
+            BLOCK=BLOCK,
+            num_warps=2,
+        )

@@ -41,9 +41,26 @@ WORKSPACE_BYTES = 2 << 30
 
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_ppo_kernel(
-    x_ptr, dx_ptr, rows_ptr, labels_ptr, old_logps_ptr, advantages_ptr, weights_ptr, terms_ptr, stride_x_t, stride_dx_t,
-    num_rows, num_cols, scale, cap, ratio_low, ratio_high, dual_clip, entropy_coef, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dx_ptr,
+    rows_ptr,
+    labels_ptr,
+    old_logps_ptr,
+    advantages_ptr,
+    weights_ptr,
+    terms_ptr,
+    stride_x_t,
+    stride_dx_t,
+    num_rows,
+    num_cols,
+    scale,
+    cap,
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    entropy_coef,
+    BLOCK_V: tl.constexpr,
+):
     """Row of logits -> its gradient in the same memory (see gradient_view) and its weighted terms of the metrics."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
@@ -58,9 +75,13 @@ def linear_ppo_kernel(
     m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
     logp, entropy, log2_s = finish_row(tl.where(is_label, tl.sum(z_label, 0), float("nan")), m, s, u, scale)
     loss, dlogp, kl, is_clipped = ppo_terms(
-        logp, tl.load(old_logps_ptr + token).to(tl.float32), tl.load(advantages_ptr + token).to(tl.float32), ratio_low,
-        ratio_high, dual_clip,
-    )  # fmt: skip
+        logp,
+        tl.load(old_logps_ptr + token).to(tl.float32),
+        tl.load(advantages_ptr + token).to(tl.float32),
+        ratio_low,
+        ratio_high,
+        dual_clip,
+    )
     tl.store(terms_ptr + pid_t, loss * weight)
     tl.store(terms_ptr + num_rows + pid_t, kl * weight)
     tl.store(terms_ptr + 2 * num_rows + pid_t, is_clipped * weight)
@@ -75,9 +96,22 @@ def linear_ppo_kernel(
         if entropy_coef is not None:
             dentropy = -entropy_coef * weight
         write_gradient(
-            x_ptr, dx_ptr + pid_t * stride_dx_t, None, 0, num_cols, label.to(tl.int32), m, log2_s, entropy,
-            dlogp, dentropy, scale, cap, entropy_coef is not None, BLOCK_V,
-        )  # fmt: skip
+            x_ptr,
+            dx_ptr + pid_t * stride_dx_t,
+            None,
+            0,
+            num_cols,
+            label.to(tl.int32),
+            m,
+            log2_s,
+            entropy,
+            dlogp,
+            dentropy,
+            scale,
+            cap,
+            entropy_coef is not None,
+            BLOCK_V,
+        )
 
 
 def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
@@ -95,10 +129,23 @@ def _gradient_dtype(dtype):
 
 @torch.library.custom_op("rto_fast::linear_ppo_sweep", mutates_args=())
 def linear_ppo_sweep(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor,
-    weights: Tensor | None, num_items: Tensor | None, clip_eps: float, clip_eps_high: float, dual_clip: float | None,
-    entropy_coef: float, temperature: float, softcap: float | None, need_dhidden: bool, need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    clip_eps: float,
+    clip_eps_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    temperature: float,
+    softcap: float | None,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden_states [T, D], weight [V, D], the rest [T] -> (loss, metrics [4], 1 / num_items, and the gradients of
     loss·num_items in hidden_states and weight, empty where not needed)."""
     rows = loss_mask.nonzero().squeeze(-1)
@@ -124,11 +171,27 @@ def linear_ppo_sweep(
             dlogits = gradient_view(buffer, hidden.dtype)[: len(chunk), :vocab_size]
             gemm(chunk, weight.t(), logits)
             linear_ppo_kernel[(len(chunk),)](
-                logits, dlogits if need_gradient else None, rows[here], labels, old_logps, advantages, weights,
-                terms[:, here], logits.stride(0), dlogits.stride(0), num_rows, vocab_size, LOG2E.value / temperature,
-                softcap, 1.0 - clip_eps, 1.0 + clip_eps_high, dual_clip, entropy_coef or None, BLOCK_V=block_v,
+                logits,
+                dlogits if need_gradient else None,
+                rows[here],
+                labels,
+                old_logps,
+                advantages,
+                weights,
+                terms[:, here],
+                logits.stride(0),
+                dlogits.stride(0),
+                num_rows,
+                vocab_size,
+                LOG2E.value / temperature,
+                softcap,
+                1.0 - clip_eps,
+                1.0 + clip_eps_high,
+                dual_clip,
+                entropy_coef or None,
+                BLOCK_V=block_v,
                 num_warps=num_warps,
-            )  # fmt: skip
+            )
             if need_dhidden:
                 gemm(dlogits, weight, dhidden[here])
             if need_dweight:
@@ -146,9 +209,23 @@ def linear_ppo_sweep(
 
 @linear_ppo_sweep.register_fake
 def _(
-    hidden_states, weight, labels, old_logps, advantages, loss_mask, weights, num_items, clip_eps, clip_eps_high,
-    dual_clip, entropy_coef, temperature, softcap, need_dhidden, need_dweight,
-):  # fmt: skip
+    hidden_states,
+    weight,
+    labels,
+    old_logps,
+    advantages,
+    loss_mask,
+    weights,
+    num_items,
+    clip_eps,
+    clip_eps_high,
+    dual_clip,
+    entropy_coef,
+    temperature,
+    softcap,
+    need_dhidden,
+    need_dweight,
+):
     loss, dtype = hidden_states.new_empty((), dtype=torch.float32), _gradient_dtype(hidden_states.dtype)
     dhidden = loss.new_empty(len(hidden_states) if need_dhidden else 0, hidden_states.shape[1])
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=dtype)
@@ -179,17 +256,42 @@ linear_ppo_sweep.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_ppo_loss(
-    hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, *, weights=None, num_items=None,
-    clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
-):  # fmt: skip
+    hidden_states,
+    lm_head_weight,
+    labels,
+    old_logps,
+    advantages,
+    loss_mask,
+    *,
+    weights=None,
+    num_items=None,
+    clip_eps=0.2,
+    clip_eps_high=None,
+    dual_clip=None,
+    entropy_coef=0.0,
+    temperature=1.0,
+    softcap=None,
+):
     """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     needs_grad = torch.is_grad_enabled()
     loss, metrics, *_ = linear_ppo_sweep(
-        hidden, weight, labels.reshape(-1), old_logps.reshape(-1), advantages.reshape(-1), loss_mask.reshape(-1),
-        None if weights is None else weights.reshape(-1), num_items_tensor(num_items, hidden.device), clip_eps,
-        clip_eps if clip_eps_high is None else clip_eps_high, dual_clip, entropy_coef, temperature, softcap,
-        needs_grad and hidden.requires_grad, needs_grad and weight.requires_grad,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels.reshape(-1),
+        old_logps.reshape(-1),
+        advantages.reshape(-1),
+        loss_mask.reshape(-1),
+        None if weights is None else weights.reshape(-1),
+        num_items_tensor(num_items, hidden.device),
+        clip_eps,
+        clip_eps if clip_eps_high is None else clip_eps_high,
+        dual_clip,
+        entropy_coef,
+        temperature,
+        softcap,
+        needs_grad and hidden.requires_grad,
+        needs_grad and weight.requires_grad,
+    )
     names = "policy_loss", "approx_kl", "clip_fraction", "entropy"
     return loss, dict(zip(names, metrics.detach().unbind()))

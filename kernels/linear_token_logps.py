@@ -41,9 +41,24 @@ MAX_CHUNK_COLS = 16384
 
 @triton.jit(do_not_specialize=["num_tokens", "first_col"])
 def logits_gradient_kernel(
-    x_ptr, dx_ptr, bias_ptr, labels_ptr, state_ptr, entropy_ptr, dlogps_ptr, dentropy_ptr, rows_ptr, stride_x_t,
-    stride_dx_t, num_tokens, num_cols, first_col, scale, cap, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dx_ptr,
+    bias_ptr,
+    labels_ptr,
+    state_ptr,
+    entropy_ptr,
+    dlogps_ptr,
+    dentropy_ptr,
+    rows_ptr,
+    stride_x_t,
+    stride_dx_t,
+    num_tokens,
+    num_cols,
+    first_col,
+    scale,
+    cap,
+    BLOCK_V: tl.constexpr,
+):
     """Turns row i of a chunk of logits into its gradient in the same memory; see `gradient_view`."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
@@ -57,9 +72,22 @@ def logits_gradient_kernel(
         entropy = tl.load(entropy_ptr + token)
         dentropy = tl.load(dentropy_ptr + token)
     write_gradient(
-        x_ptr + pid_t * stride_x_t, dx_ptr + pid_t * stride_dx_t, bias_ptr, 0, num_cols, label.to(tl.int32), m, log2_s,
-        entropy, dlogp, dentropy, scale, cap, dentropy_ptr is not None, BLOCK_V,
-    )  # fmt: skip
+        x_ptr + pid_t * stride_x_t,
+        dx_ptr + pid_t * stride_dx_t,
+        bias_ptr,
+        0,
+        num_cols,
+        label.to(tl.int32),
+        m,
+        log2_s,
+        entropy,
+        dlogp,
+        dentropy,
+        scale,
+        cap,
+        dentropy_ptr is not None,
+        BLOCK_V,
+    )
 
 
 def _kept_rows(labels, ignore_index, hidden_states):
@@ -84,9 +112,15 @@ def _chunk_cols(num_rows, vocab_size):
 
 @torch.library.custom_op("rto_fast::linear_token_logps_fwd", mutates_args=())
 def linear_token_logps_fwd(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
-    softcap: float | None, ignore_index: int, with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden_states [T, D], weight [V, D], labels [T] -> logps [T], entropy [T or 0], state [2, T]."""
     logps = hidden_states.new_zeros(len(labels), dtype=torch.float32)
     entropy = logps.new_zeros(len(labels) if with_entropy else 0)
@@ -110,10 +144,25 @@ def linear_token_logps_fwd(
                 logits = buffer[:num_rows, :num_cols]
                 gemm(tile_hidden, tile_weight, logits)
                 partial_state_kernel[(num_rows, 1)](
-                    logits, tile_bias, tile_labels, tile_partials, 0, logits.stride(0), num_rows, len(rows), num_cols,
-                    tile_cols, split, first_col, scale, softcap, ignore_index, WITH_ENTROPY=with_entropy,
-                    BLOCK_V=block_v, num_warps=num_warps,
-                )  # fmt: skip
+                    logits,
+                    tile_bias,
+                    tile_labels,
+                    tile_partials,
+                    0,
+                    logits.stride(0),
+                    num_rows,
+                    len(rows),
+                    num_cols,
+                    tile_cols,
+                    split,
+                    first_col,
+                    scale,
+                    softcap,
+                    ignore_index,
+                    WITH_ENTROPY=with_entropy,
+                    BLOCK_V=block_v,
+                    num_warps=num_warps,
+                )
         combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy)
     return logps, entropy, state
 
@@ -126,10 +175,21 @@ def _(hidden_states, weight, bias, labels, temperature, softcap, ignore_index, w
 
 @torch.library.custom_op("rto_fast::linear_token_logps_bwd", mutates_args=())
 def linear_token_logps_bwd(
-    dlogps: Tensor, dentropy: Tensor | None, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    state: Tensor, entropy: Tensor, temperature: float, softcap: float | None, ignore_index: int, need_dhidden: bool,
-    need_dweight: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_states, weight and bias; empty where not needed."""
     rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
     vocab_size = len(weight)
@@ -150,10 +210,25 @@ def linear_token_logps_bwd(
             logits, dlogits = buffer[:, :num_cols], gradient_view(buffer, hidden.dtype)[:, :num_cols]
             gemm(hidden, weight[here].t(), logits)
             logits_gradient_kernel[(len(rows),)](
-                logits, dlogits, None if bias is None else bias[here], labels, state, entropy, dlogps, dentropy, rows,
-                logits.stride(0), dlogits.stride(0), len(dlogps), num_cols, first_col, LOG2E.value / temperature,
-                softcap, BLOCK_V=block_v, num_warps=num_warps,
-            )  # fmt: skip
+                logits,
+                dlogits,
+                None if bias is None else bias[here],
+                labels,
+                state,
+                entropy,
+                dlogps,
+                dentropy,
+                rows,
+                logits.stride(0),
+                dlogits.stride(0),
+                len(dlogps),
+                num_cols,
+                first_col,
+                LOG2E.value / temperature,
+                softcap,
+                BLOCK_V=block_v,
+                num_warps=num_warps,
+            )
             if need_dhidden:
                 gemm(dlogits, weight[here], dhidden, accumulate=first_col > 0)
             if need_dweight:
@@ -169,9 +244,21 @@ def linear_token_logps_bwd(
 
 @linear_token_logps_bwd.register_fake
 def _(
-    dlogps, dentropy, hidden_states, weight, bias, labels, state, entropy, temperature, softcap, ignore_index,
-    need_dhidden, need_dweight, need_dbias,
-):  # fmt: skip
+    dlogps,
+    dentropy,
+    hidden_states,
+    weight,
+    bias,
+    labels,
+    state,
+    entropy,
+    temperature,
+    softcap,
+    ignore_index,
+    need_dhidden,
+    need_dweight,
+    need_dbias,
+):
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         if need_dhidden
@@ -195,9 +282,19 @@ def _backward(ctx, dlogps, dentropy, _):
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
     needed = ctx.needs_input_grad[:3]
     gradients = linear_token_logps_bwd(
-        dlogps, dentropy if with_entropy else None, hidden_states, weight, bias, labels, state, entropy, temperature,
-        softcap, ignore_index, *needed,
-    )  # fmt: skip
+        dlogps,
+        dentropy if with_entropy else None,
+        hidden_states,
+        weight,
+        bias,
+        labels,
+        state,
+        entropy,
+        temperature,
+        softcap,
+        ignore_index,
+        *needed,
+    )
     return *(g if need else None for g, need in zip(gradients, needed)), None, None, None, None, None
 
 
@@ -205,9 +302,16 @@ linear_token_logps_fwd.register_autograd(_backward, setup_context=_setup_context
 
 
 def linear_token_logps(
-    hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    hidden_states,
+    lm_head_weight,
+    labels,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    ignore_index=-100,
     return_entropy=False,
-):  # fmt: skip
+):
     """See `rto_fast.ops.linear_token_logps`. Waits for the device once, to count the rows that are not ignored."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     logps, entropy, _ = linear_token_logps_fwd(

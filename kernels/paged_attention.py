@@ -34,10 +34,20 @@ def cache_pointers(addresses_ptr, dtype: tl.constexpr):
 
 @triton.jit
 def store_kv_kernel(
-    key_ptr, value_ptr, addresses_ptr, slots_ptr, stride_key_t, stride_key_h, stride_value_t, stride_value_h,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr,
+    key_ptr,
+    value_ptr,
+    addresses_ptr,
+    slots_ptr,
+    stride_key_t,
+    stride_key_h,
+    stride_value_t,
+    stride_value_h,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     pid_t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + pid_t)
     if slot >= 0:
@@ -64,9 +74,15 @@ def load_pages(tables_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def block_offsets(
-    pages, pid_h, num_heads, start, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    pages,
+    pid_h,
+    num_heads,
+    start,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Where the keys (and values) of the block of tokens at `start` lie, int64 [BLOCK_N, BLOCK_D]."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -80,10 +96,25 @@ def block_offsets(
 
 @triton.jit
 def paged_attention_kernel(
-    query_ptr, addresses_ptr, tables_ptr, lengths_ptr, out_ptr, state_ptr, stride_query_b, stride_query_h,
-    stride_tables_b, scale, cap, window, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    addresses_ptr,
+    tables_ptr,
+    lengths_ptr,
+    out_ptr,
+    state_ptr,
+    stride_query_b,
+    stride_query_h,
+    stride_tables_b,
+    scale,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     pid_b = tl.program_id(0).to(tl.int64)
     pid_h = tl.program_id(1)
     pid_s = tl.program_id(2)
@@ -218,16 +249,36 @@ def store_kv(key, value, addresses, slots, *, page_size):
     num_warps = min(max(block_h * block_d * key.element_size() // 2048, 1), 8)  # 4 accesses of 128 bits a thread
     with torch.cuda.device_of(key):
         store_kv_kernel[(num_tokens,)](
-            key, value, addresses, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            NUM_HEADS=num_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
+            key,
+            value,
+            addresses,
+            slots,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=page_size,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
             num_warps=num_warps,
-        )  # fmt: skip
+        )
 
 
 def paged_attention(
-    query, addresses, block_tables, lengths, *, num_kv_heads, page_size, scale, window=None, softcap=None,
+    query,
+    addresses,
+    block_tables,
+    lengths,
+    *,
+    num_kv_heads,
+    page_size,
+    scale,
+    window=None,
+    softcap=None,
     num_splits=None,
-):  # fmt: skip
+):
     """Attention of one query token a sequence to the tokens its pages hold, itself included: [B, num_heads, head_dim].
 
     query [B, num_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64 as for `store_kv`;
@@ -256,13 +307,32 @@ def paged_attention(
         state = torch.empty(batch, num_heads, num_splits, 2, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         paged_attention_kernel[(batch, num_kv_heads, num_splits)](
-            query, addresses, block_tables, lengths, partials, state, query.stride(0), query.stride(1),
-            block_tables.stride(0), scale, cap, window, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+            query,
+            addresses,
+            block_tables,
+            lengths,
+            partials,
+            state,
+            query.stride(0),
+            query.stride(1),
+            block_tables.stride(0),
+            scale,
+            cap,
+            window,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=page_size,
             **tiling,
-        )  # fmt: skip
+        )
         if num_splits > 1:
             combine_splits_kernel[(batch * num_heads,)](
-                partials, state, out, num_splits, HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(num_splits),
-                BLOCK_D=tiling["BLOCK_D"], num_warps=4,
-            )  # fmt: skip
+                partials,
+                state,
+                out,
+                num_splits,
+                HEAD_DIM=head_dim,
+                BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_D=tiling["BLOCK_D"],
+                num_warps=4,
+            )
     return out

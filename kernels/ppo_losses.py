@@ -45,9 +45,21 @@ def _store_partials(partials_ptr, pid_t, num_blocks, loss, metric_0, metric_1, w
 
 @triton.jit
 def _policy_block(
-    logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
-    ratio_low, ratio_high, dual_clip, pid_t, offs_t, mask_t,
-):  # fmt: skip
+    logps_ptr,
+    old_logps_ptr,
+    advantages_ptr,
+    loss_mask_ptr,
+    weights_ptr,
+    dlogps_ptr,
+    partials_ptr,
+    num_blocks,
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    pid_t,
+    offs_t,
+    mask_t,
+):
     valid, weight = _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t)
     logp = _load_valid(logps_ptr, offs_t, mask_t, valid)
     old_logp = _load_valid(old_logps_ptr, offs_t, mask_t, valid)
@@ -59,29 +71,74 @@ def _policy_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def ppo_policy_fwd_kernel(
-    logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_tokens,
-    num_blocks, ratio_low, ratio_high, dual_clip, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    logps_ptr,
+    old_logps_ptr,
+    advantages_ptr,
+    loss_mask_ptr,
+    weights_ptr,
+    dlogps_ptr,
+    partials_ptr,
+    num_tokens,
+    num_blocks,
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    BLOCK_T: tl.constexpr,
+):
     pid_t = tl.program_id(0).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
     if (pid_t + 1) * BLOCK_T <= num_tokens:
         _policy_block(
-            logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
-            ratio_low, ratio_high, dual_clip, pid_t, offs_t, tl.full((BLOCK_T,), True, tl.int1),
-        )  # fmt: skip
+            logps_ptr,
+            old_logps_ptr,
+            advantages_ptr,
+            loss_mask_ptr,
+            weights_ptr,
+            dlogps_ptr,
+            partials_ptr,
+            num_blocks,
+            ratio_low,
+            ratio_high,
+            dual_clip,
+            pid_t,
+            offs_t,
+            tl.full((BLOCK_T,), True, tl.int1),
+        )
     else:
         _policy_block(
-            logps_ptr, old_logps_ptr, advantages_ptr, loss_mask_ptr, weights_ptr, dlogps_ptr, partials_ptr, num_blocks,
-            ratio_low, ratio_high, dual_clip, pid_t, offs_t, offs_t < num_tokens,
-        )  # fmt: skip
+            logps_ptr,
+            old_logps_ptr,
+            advantages_ptr,
+            loss_mask_ptr,
+            weights_ptr,
+            dlogps_ptr,
+            partials_ptr,
+            num_blocks,
+            ratio_low,
+            ratio_high,
+            dual_clip,
+            pid_t,
+            offs_t,
+            offs_t < num_tokens,
+        )
 
 
 @triton.jit
 def _value_block(
-    values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
-    value_clip_eps, pid_t, offs_t, mask_t,
-):  # fmt: skip
+    values_ptr,
+    old_values_ptr,
+    returns_ptr,
+    loss_mask_ptr,
+    weights_ptr,
+    dvalues_ptr,
+    partials_ptr,
+    num_blocks,
+    value_clip_eps,
+    pid_t,
+    offs_t,
+    mask_t,
+):
     valid, weight = _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t)
     value = _load_valid(values_ptr, offs_t, mask_t, valid)
     target = _load_valid(returns_ptr, offs_t, mask_t, valid)
@@ -106,21 +163,50 @@ def _value_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def ppo_value_fwd_kernel(
-    values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_tokens,
-    num_blocks, value_clip_eps, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    old_values_ptr,
+    returns_ptr,
+    loss_mask_ptr,
+    weights_ptr,
+    dvalues_ptr,
+    partials_ptr,
+    num_tokens,
+    num_blocks,
+    value_clip_eps,
+    BLOCK_T: tl.constexpr,
+):
     pid_t = tl.program_id(0).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     if (pid_t + 1) * BLOCK_T <= num_tokens:  # as in ppo_policy_fwd_kernel
         _value_block(
-            values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
-            value_clip_eps, pid_t, offs_t, tl.full((BLOCK_T,), True, tl.int1),
-        )  # fmt: skip
+            values_ptr,
+            old_values_ptr,
+            returns_ptr,
+            loss_mask_ptr,
+            weights_ptr,
+            dvalues_ptr,
+            partials_ptr,
+            num_blocks,
+            value_clip_eps,
+            pid_t,
+            offs_t,
+            tl.full((BLOCK_T,), True, tl.int1),
+        )
     else:
         _value_block(
-            values_ptr, old_values_ptr, returns_ptr, loss_mask_ptr, weights_ptr, dvalues_ptr, partials_ptr, num_blocks,
-            value_clip_eps, pid_t, offs_t, offs_t < num_tokens,
-        )  # fmt: skip
+            values_ptr,
+            old_values_ptr,
+            returns_ptr,
+            loss_mask_ptr,
+            weights_ptr,
+            dvalues_ptr,
+            partials_ptr,
+            num_blocks,
+            value_clip_eps,
+            pid_t,
+            offs_t,
+            offs_t < num_tokens,
+        )
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -148,32 +234,54 @@ def _forward(kernel, tensors, loss_mask, weights, num_items, *constants):
     with torch.cuda.device_of(first):
         if num_blocks:
             kernel[(num_blocks,)](
-                *contiguous(*tensors, loss_mask, weights), derivative, partials, num_tokens, num_blocks, *constants,
-                BLOCK_T=BLOCK_T, num_warps=NUM_WARPS,
-            )  # fmt: skip
+                *contiguous(*tensors, loss_mask, weights),
+                derivative,
+                partials,
+                num_tokens,
+                num_blocks,
+                *constants,
+                BLOCK_T=BLOCK_T,
+                num_warps=NUM_WARPS,
+            )
         ppo_reduce_kernel[(1,)](partials, num_items, loss, stats, num_blocks, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS)
     return loss, stats, derivative
 
 
 @torch.library.custom_op("rto_fast::ppo_policy_loss", mutates_args=())
 def _ppo_policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None,
-    num_items: Tensor | None, ratio_low: float, ratio_high: float, dual_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    ratio_low: float,
+    ratio_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(
-        ppo_policy_fwd_kernel, (logps, old_logps, advantages), loss_mask, weights, num_items,
-        ratio_low, ratio_high, dual_clip,
-    )  # fmt: skip
+        ppo_policy_fwd_kernel,
+        (logps, old_logps, advantages),
+        loss_mask,
+        weights,
+        num_items,
+        ratio_low,
+        ratio_high,
+        dual_clip,
+    )
 
 
 @torch.library.custom_op("rto_fast::ppo_value_loss", mutates_args=())
 def _ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, weights: Tensor | None,
-    num_items: Tensor | None, value_clip_eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _forward(
-        ppo_value_fwd_kernel, (values, old_values, returns), loss_mask, weights, num_items, value_clip_eps
-    )  # fmt: skip
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    value_clip_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(ppo_value_fwd_kernel, (values, old_values, returns), loss_mask, weights, num_items, value_clip_eps)
 
 
 def _fake(first, *_):
@@ -197,22 +305,35 @@ for _op in (_ppo_policy_loss, _ppo_value_loss):
 
 
 def ppo_policy_loss(
-    logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
+    logps,
+    old_logps,
+    advantages,
+    loss_mask,
+    *,
+    weights=None,
+    num_items=None,
+    clip_eps=0.2,
+    clip_eps_high=None,
     dual_clip=None,
-):  # fmt: skip
+):
     """See `rto_fast.ops.ppo_policy_loss`. Differentiable in `logps`."""
     high = clip_eps if clip_eps_high is None else clip_eps_high
     loss, stats, _ = _ppo_policy_loss(
-        logps, old_logps, advantages, loss_mask, weights, num_items_tensor(num_items, logps.device), 1.0 - clip_eps,
-        1.0 + high, dual_clip,
-    )  # fmt: skip
+        logps,
+        old_logps,
+        advantages,
+        loss_mask,
+        weights,
+        num_items_tensor(num_items, logps.device),
+        1.0 - clip_eps,
+        1.0 + high,
+        dual_clip,
+    )
     approx_kl, clip_fraction, _ = stats.detach().unbind()
     return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
-def ppo_value_loss(
-    values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2
-):  # fmt: skip
+def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
     """See `rto_fast.ops.ppo_value_loss`. Differentiable in `values`."""
     loss, stats, _ = _ppo_value_loss(
         values, old_values, returns, loss_mask, weights, num_items_tensor(num_items, values.device), value_clip_eps

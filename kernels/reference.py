@@ -175,9 +175,16 @@ def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with
 
 
 def linear_token_logps(
-    hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    hidden_states,
+    lm_head_weight,
+    labels,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    ignore_index=-100,
     return_entropy=False,
-):  # fmt: skip
+):
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
     flat_labels = _without_ignored(labels, ignore_index, len(lm_head_weight)).reshape(-1)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -214,9 +221,17 @@ def _normaliser(loss_mask, weights, num_items, dtype):
 
 
 def ppo_policy_loss(
-    logps, old_logps, advantages, loss_mask, *, weights=None, num_items=None, clip_eps=0.2, clip_eps_high=None,
+    logps,
+    old_logps,
+    advantages,
+    loss_mask,
+    *,
+    weights=None,
+    num_items=None,
+    clip_eps=0.2,
+    clip_eps_high=None,
     dual_clip=None,
-):  # fmt: skip
+):
     """See `rto_fast.ops.ppo_policy_loss`."""
     dtype = compute_dtype(logps)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
@@ -243,9 +258,7 @@ def ppo_policy_loss(
     return total, metrics
 
 
-def ppo_value_loss(
-    values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2
-):  # fmt: skip
+def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
     """See `rto_fast.ops.ppo_value_loss`."""
     dtype = compute_dtype(values)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
@@ -266,19 +279,44 @@ def ppo_value_loss(
 
 
 def linear_ppo_loss(
-    hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, *, weights=None, num_items=None,
-    clip_eps=0.2, clip_eps_high=None, dual_clip=None, entropy_coef=0.0, temperature=1.0, softcap=None,
-):  # fmt: skip
+    hidden_states,
+    lm_head_weight,
+    labels,
+    old_logps,
+    advantages,
+    loss_mask,
+    *,
+    weights=None,
+    num_items=None,
+    clip_eps=0.2,
+    clip_eps_high=None,
+    dual_clip=None,
+    entropy_coef=0.0,
+    temperature=1.0,
+    softcap=None,
+):
     """See `rto_fast.ops.linear_ppo_loss`. Tokens outside the mask are dropped before the GEMM."""
     labels = checked_labels(labels, loss_mask, len(lm_head_weight), " where loss_mask is True")
     logps, entropy = linear_token_logps(
-        hidden_states, lm_head_weight, labels, temperature=temperature, softcap=softcap, ignore_index=-1,
+        hidden_states,
+        lm_head_weight,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=-1,
         return_entropy=True,
-    )  # fmt: skip
+    )
     loss, metrics = ppo_policy_loss(
-        logps, old_logps, advantages, loss_mask, weights=weights, num_items=num_items, clip_eps=clip_eps,
-        clip_eps_high=clip_eps_high, dual_clip=dual_clip,
-    )  # fmt: skip
+        logps,
+        old_logps,
+        advantages,
+        loss_mask,
+        weights=weights,
+        num_items=num_items,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+        dual_clip=dual_clip,
+    )
     weight, scale = _normaliser(loss_mask, weights, num_items, logps.dtype)
     mean_entropy = (entropy * weight).sum() * scale
     if entropy_coef:
@@ -348,10 +386,28 @@ def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, d
 
 
 def rto_advantages(
-    old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, *, dpo_ref_logps=None,
-    dpo_reward_scale=0.05, dpo_reward_clip=0.05, kl_coef=0.01, score_scale=1.0, score_clip=10.0, gamma=1.0,
-    gae_lambda=0.95, granularity="token", delimiter_mask=None, shaping=False, bootstrap_values=None, whiten=True,
-):  # fmt: skip
+    old_logps,
+    ref_logps,
+    dpo_logps,
+    values,
+    scores,
+    cu_seqlens,
+    response_mask,
+    *,
+    dpo_ref_logps=None,
+    dpo_reward_scale=0.05,
+    dpo_reward_clip=0.05,
+    kl_coef=0.01,
+    score_scale=1.0,
+    score_clip=10.0,
+    gamma=1.0,
+    gae_lambda=0.95,
+    granularity="token",
+    delimiter_mask=None,
+    shaping=False,
+    bootstrap_values=None,
+    whiten=True,
+):
     """See `rto_fast.ops.rto_advantages`."""
     dtype = compute_dtype(old_logps)
     dpo_ref_logps = ref_logps if dpo_ref_logps is None else dpo_ref_logps
@@ -374,9 +430,14 @@ def rto_advantages(
     token_rewards = token_rewards.index_add(0, last[has_response], final[has_response])
 
     advantages, returns = gae(
-        token_rewards, values, cu_seqlens, gamma=gamma, gae_lambda=gae_lambda, mask=response_mask,
+        token_rewards,
+        values,
+        cu_seqlens,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        mask=response_mask,
         bootstrap_values=bootstrap_values,
-    )  # fmt: skip
+    )
     count = response_mask.sum().to(dtype)
     mean = advantages.sum() / count.clamp(min=1)
     variance = torch.where(response_mask, advantages - mean, 0.0).square().sum() / count.clamp(min=1)

@@ -36,9 +36,21 @@ def _forbid(z, offs_v, stop_ids_ptr, num_stops):
 
 @triton.jit
 def _store_block(
-    x_ptr, m_ptr, s_ptr, previous_m_ptr, stop_ids_ptr, num_stops, threshold, tile, num_cols, scale, cap,
-    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    m_ptr,
+    s_ptr,
+    previous_m_ptr,
+    stop_ids_ptr,
+    num_stops,
+    threshold,
+    tile,
+    num_cols,
+    scale,
+    cap,
+    MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """State (m, Σ 2^((z - m)·scale)) of each of the tiles [tile, tile + BLOCK_T), of what is ≥ threshold in them."""
     # A row of this block is what a warp loads at once, 16 bytes a lane, and rows are dealt out to warps in turn. All
     # rows of a tile, BLOCK_T apart, thus fall to one warp: it sums the tile up without shared memory.
@@ -139,9 +151,16 @@ def _bisect(values_ptr, count, low, high, target, m, scale, BY_MASS: tl.constexp
     while high - low > 1:
         width = high - low
         a, b, c = _weigh(
-            values_ptr, count, _from_key(low + width // 4), _from_key(low + width // 2),
-            _from_key(low + 3 * width // 4), m, scale, BY_MASS, BLOCK_V,
-        )  # fmt: skip
+            values_ptr,
+            count,
+            _from_key(low + width // 4),
+            _from_key(low + width // 2),
+            _from_key(low + 3 * width // 4),
+            m,
+            scale,
+            BY_MASS,
+            BLOCK_V,
+        )
         quarter = (a >= target).to(tl.int64) + (b >= target).to(tl.int64) + (c >= target).to(tl.int64)
         high = tl.where(quarter == 3, high, low + (quarter + 1) * width // 4)
         low += quarter * width // 4
@@ -150,10 +169,30 @@ def _bisect(values_ptr, count, low, high, target, m, scale, BY_MASS: tl.constexp
 
 @triton.jit(do_not_specialize=["stride_u_b", "stride_u_i", "num_rows", "num_stops", "top_k"])
 def sample_tokens_kernel(
-    x_ptr, uniforms_ptr, stop_ids_ptr, stop_allowed_ptr, tokens_ptr, logps_ptr, states_ptr, values_ptr, stride_x_b,
-    stride_u_b, stride_u_i, num_rows, num_cols, num_stops, scale, cap, top_k, top_p, min_p_drop, GREEDY: tl.constexpr,
-    TILE: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    uniforms_ptr,
+    stop_ids_ptr,
+    stop_allowed_ptr,
+    tokens_ptr,
+    logps_ptr,
+    states_ptr,
+    values_ptr,
+    stride_x_b,
+    stride_u_b,
+    stride_u_i,
+    num_rows,
+    num_cols,
+    num_stops,
+    scale,
+    cap,
+    top_k,
+    top_p,
+    min_p_drop,
+    GREEDY: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """What is off is None. min_p_drop: how far below the highest logit min_p reaches. states [B, 4, NUM_TILES]."""
     BLOCK_V: tl.constexpr = BLOCK_T * TILE
     HALF_T: tl.constexpr = (BLOCK_T + 1) // 2  # masks and comparisons take registers
@@ -181,9 +220,21 @@ def sample_tokens_kernel(
             if (stop_id >= 0) & (stop_id < num_cols):
                 tile = (stop_id // (HALF_T * TILE)).to(tl.int32) * HALF_T
                 _store_block(
-                    x_ptr, m_ptr, s_ptr, None, stop_ids_ptr, num_stops, None, tile, num_cols, scale, cap, True, TILE,
+                    x_ptr,
+                    m_ptr,
+                    s_ptr,
+                    None,
+                    stop_ids_ptr,
+                    num_stops,
+                    None,
+                    tile,
+                    num_cols,
+                    scale,
+                    cap,
+                    True,
+                    TILE,
                     HALF_T,
-                )  # fmt: skip
+                )
         m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
 
     threshold = None
@@ -212,9 +263,21 @@ def sample_tokens_kernel(
         if threshold is not None:
             for tile in range(0, num_tiles, HALF_T):
                 _store_block(
-                    x_ptr, m_ptr + 2 * NUM_TILES, s_ptr + 2 * NUM_TILES, m_ptr, stop_ids_ptr, num_stops, threshold,
-                    tile, num_cols, scale, cap, True, TILE, HALF_T,
-                )  # fmt: skip
+                    x_ptr,
+                    m_ptr + 2 * NUM_TILES,
+                    s_ptr + 2 * NUM_TILES,
+                    m_ptr,
+                    stop_ids_ptr,
+                    num_stops,
+                    threshold,
+                    tile,
+                    num_cols,
+                    scale,
+                    cap,
+                    True,
+                    TILE,
+                    HALF_T,
+                )
             m_ptr += 2 * NUM_TILES
             s_ptr += 2 * NUM_TILES
             m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
@@ -250,7 +313,7 @@ def sample_tokens_kernel(
 
 def sample_tokens(
     logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):  # fmt: skip
+):
     """See `rto_fast.ops.sample_tokens`."""
     num_rows, num_cols = logits.shape
     num_tiles = triton.cdiv(num_cols, TILE)
@@ -270,10 +333,30 @@ def sample_tokens(
         # Two programs fit an SM with 128 registers a thread, as 256 rows need. Left to itself, ptxas goes for more
         # programs in some variants and spills.
         sample_tokens_kernel[(num_rows,)](
-            logits, uniforms, stop_ids, None if stop_ids is None else stop_allowed, tokens, logps, states, values,
-            logits.stride(0), uniforms.stride(0), uniforms.stride(1), num_rows, num_cols,
-            0 if stop_ids is None else len(stop_ids), LOG2E.value / (temperature or 1.0), softcap, top_k, top_p,
-            -temperature * math.log(min_p) if min_p and not greedy else None, GREEDY=greedy, TILE=TILE,
-            NUM_TILES=states.shape[2], BLOCK_T=block_tiles, num_warps=max(1, block_tiles // 2), maxnreg=128,
-        )  # fmt: skip
+            logits,
+            uniforms,
+            stop_ids,
+            None if stop_ids is None else stop_allowed,
+            tokens,
+            logps,
+            states,
+            values,
+            logits.stride(0),
+            uniforms.stride(0),
+            uniforms.stride(1),
+            num_rows,
+            num_cols,
+            0 if stop_ids is None else len(stop_ids),
+            LOG2E.value / (temperature or 1.0),
+            softcap,
+            top_k,
+            top_p,
+            -temperature * math.log(min_p) if min_p and not greedy else None,
+            GREEDY=greedy,
+            TILE=TILE,
+            NUM_TILES=states.shape[2],
+            BLOCK_T=block_tiles,
+            num_warps=max(1, block_tiles // 2),
+            maxnreg=128,
+        )
     return tokens, logps[0], logps[1]

@@ -58,7 +58,7 @@ def philox_uniforms(seed, sample_ids, positions):
 @torch.no_grad()
 def sample_tokens(
     logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):  # fmt: skip
+):
     """See `rto_fast.ops.sample_tokens`."""
     rows = max(1, CACHE_ELEMENTS * torch.get_num_threads() // logits.shape[1])
     options = temperature, top_k, top_p, min_p, softcap, stop_ids

@@ -36,9 +36,21 @@ FORWARD_BLOCK = 4096
 
 @triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
 def token_logps_fwd_kernel(
-    x_ptr, labels_ptr, logps_ptr, entropy_ptr, state_ptr, stride_x_b, stride_x_t, rows_per_batch, num_rows, num_cols,
-    scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    labels_ptr,
+    logps_ptr,
+    entropy_ptr,
+    state_ptr,
+    stride_x_b,
+    stride_x_t,
+    rows_per_batch,
+    num_rows,
+    num_cols,
+    scale,
+    ignore_index,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     pid_t = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + pid_t)
     logp = 0.0
@@ -61,9 +73,24 @@ def token_logps_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_batch", "stride_p", "first_split"])
 def partial_state_kernel(
-    x_ptr, bias_ptr, labels_ptr, partials_ptr, stride_x_b, stride_x_t, rows_per_batch, stride_p, num_cols, split_cols,
-    first_split, first_col, scale, cap, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    bias_ptr,
+    labels_ptr,
+    partials_ptr,
+    stride_x_b,
+    stride_x_t,
+    rows_per_batch,
+    stride_p,
+    num_cols,
+    split_cols,
+    first_split,
+    first_col,
+    scale,
+    cap,
+    ignore_index,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """State (m, s, u, z[label]) of a row's columns in one split; x begins at column `first_col`."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1)
@@ -85,9 +112,21 @@ def partial_state_kernel(
 
 @triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits", "vocab_size"])
 def combine_states_kernel(
-    partials_ptr, labels_ptr, rows_ptr, logps_ptr, entropy_ptr, state_ptr, num_partial_rows, num_rows, num_splits,
-    vocab_size, scale, ignore_index, WITH_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    partials_ptr,
+    labels_ptr,
+    rows_ptr,
+    logps_ptr,
+    entropy_ptr,
+    state_ptr,
+    num_partial_rows,
+    num_rows,
+    num_splits,
+    vocab_size,
+    scale,
+    ignore_index,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """Adds the splits' states in order and writes the results of partial row i to row `rows[i]` (i without rows)."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_partial_rows
@@ -129,9 +168,25 @@ def combine_states_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
 def token_logps_bwd_kernel(
-    x_ptr, dx_ptr, labels_ptr, state_ptr, entropy_ptr, dlogps_ptr, dentropy_ptr, stride_x_b, stride_x_t, stride_dx_b,
-    stride_dx_t, rows_per_batch, num_rows, num_cols, split_cols, scale, ignore_index, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dx_ptr,
+    labels_ptr,
+    state_ptr,
+    entropy_ptr,
+    dlogps_ptr,
+    dentropy_ptr,
+    stride_x_b,
+    stride_x_t,
+    stride_dx_b,
+    stride_dx_t,
+    rows_per_batch,
+    num_rows,
+    num_cols,
+    split_cols,
+    scale,
+    ignore_index,
+    BLOCK_V: tl.constexpr,
+):
     """dx may be x: every element is written by the thread that read it."""
     pid_t = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + pid_t)
@@ -147,9 +202,22 @@ def token_logps_bwd_kernel(
     dx_ptr += pid_t // rows_per_batch * stride_dx_b + pid_t % rows_per_batch * stride_dx_t
     begin = tl.program_id(1) * split_cols
     write_gradient(
-        x_ptr, dx_ptr, None, begin, tl.minimum(begin + split_cols, num_cols), label.to(tl.int32), m, log2_s, entropy,
-        dlogp, dentropy, scale, None, dentropy_ptr is not None, BLOCK_V,
-    )  # fmt: skip
+        x_ptr,
+        dx_ptr,
+        None,
+        begin,
+        tl.minimum(begin + split_cols, num_cols),
+        label.to(tl.int32),
+        m,
+        log2_s,
+        entropy,
+        dlogp,
+        dentropy,
+        scale,
+        None,
+        dentropy_ptr is not None,
+        BLOCK_V,
+    )
 
 
 def _splits(num_rows, num_cols, block_v):
@@ -163,9 +231,22 @@ def combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, 
     """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
     num_splits, _, num_partial_rows = partials.shape
     combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
-        partials, labels, rows, logps, entropy, state, num_partial_rows, len(logps), num_splits, vocab_size, scale,
-        ignore_index, WITH_ENTROPY=with_entropy, BLOCK_T=128, num_warps=4,
-    )  # fmt: skip
+        partials,
+        labels,
+        rows,
+        logps,
+        entropy,
+        state,
+        num_partial_rows,
+        len(logps),
+        num_splits,
+        vocab_size,
+        scale,
+        ignore_index,
+        WITH_ENTROPY=with_entropy,
+        BLOCK_T=128,
+        num_warps=4,
+    )
 
 
 @torch.library.custom_op("rto_fast::token_logps_fwd", mutates_args=())
@@ -187,16 +268,44 @@ def token_logps_fwd(
         if splits > 1:
             partials = logps.new_empty(splits, 4, num_rows)
             partial_state_kernel[(num_rows, splits)](
-                logits, None, labels, partials, logits.stride(0), logits.stride(1), rows_per_batch, num_rows, num_cols,
-                split_cols, 0, 0, scale, None, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v,
+                logits,
+                None,
+                labels,
+                partials,
+                logits.stride(0),
+                logits.stride(1),
+                rows_per_batch,
+                num_rows,
+                num_cols,
+                split_cols,
+                0,
+                0,
+                scale,
+                None,
+                ignore_index,
+                WITH_ENTROPY=with_entropy,
+                BLOCK_V=block_v,
                 num_warps=num_warps,
-            )  # fmt: skip
+            )
             combine_partials(partials, labels, None, logps, entropy, state, num_cols, scale, ignore_index, with_entropy)
         else:
             token_logps_fwd_kernel[(num_rows,)](
-                logits, labels, logps, entropy, state, logits.stride(0), logits.stride(1), rows_per_batch, num_rows,
-                num_cols, scale, ignore_index, WITH_ENTROPY=with_entropy, BLOCK_V=block_v, num_warps=num_warps,
-            )  # fmt: skip
+                logits,
+                labels,
+                logps,
+                entropy,
+                state,
+                logits.stride(0),
+                logits.stride(1),
+                rows_per_batch,
+                num_rows,
+                num_cols,
+                scale,
+                ignore_index,
+                WITH_ENTROPY=with_entropy,
+                BLOCK_V=block_v,
+                num_warps=num_warps,
+            )
     return logps, entropy, state
 
 
@@ -217,18 +326,39 @@ def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, tempe
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     with torch.cuda.device_of(logits):
         token_logps_bwd_kernel[(num_rows, splits)](
-            logits, dlogits, labels.contiguous(), state, entropy, dlogps.contiguous(),
-            None if dentropy is None else dentropy.contiguous(), logits.stride(0), logits.stride(1), dlogits.stride(0),
-            dlogits.stride(1), rows_per_batch, num_rows, num_cols, split_cols, LOG2E.value / temperature, ignore_index,
-            BLOCK_V=block_v, num_warps=num_warps,
-        )  # fmt: skip
+            logits,
+            dlogits,
+            labels.contiguous(),
+            state,
+            entropy,
+            dlogps.contiguous(),
+            None if dentropy is None else dentropy.contiguous(),
+            logits.stride(0),
+            logits.stride(1),
+            dlogits.stride(0),
+            dlogits.stride(1),
+            rows_per_batch,
+            num_rows,
+            num_cols,
+            split_cols,
+            LOG2E.value / temperature,
+            ignore_index,
+            BLOCK_V=block_v,
+            num_warps=num_warps,
+        )
 
 
 @torch.library.custom_op("rto_fast::token_logps_bwd", mutates_args=())
 def token_logps_bwd(
-    dlogps: Tensor, dentropy: Tensor | None, logits: Tensor, labels: Tensor, state: Tensor, entropy: Tensor,
-    temperature: float, ignore_index: int,
-) -> Tensor:  # fmt: skip
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, temperature, ignore_index)
     return dlogits
@@ -241,9 +371,15 @@ def _(dlogps, dentropy, logits, labels, state, entropy, temperature, ignore_inde
 
 @torch.library.custom_op("rto_fast::token_logps_bwd_", mutates_args=("logits",))
 def token_logps_bwd_(
-    dlogps: Tensor, dentropy: Tensor | None, logits: Tensor, labels: Tensor, state: Tensor, entropy: Tensor,
-    temperature: float, ignore_index: int,
-) -> None:  # fmt: skip
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
     _launch_bwd(dlogps, dentropy, logits, logits, labels, state, entropy, temperature, ignore_index)
 
 

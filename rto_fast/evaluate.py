@@ -13,7 +13,7 @@
 | preferences, and a reward    | share of the pairs that the reward ranks right, ties half                       |
 | preferences, and dpo_model   | the same of the implicit reward Σ log(π_dpo/π_ref) over a response              |
 
-What each is exactly is in `rto_fast.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation_run`.
+What each is exactly is in `rto_fast.evaluation.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation.measure`.
 """
 
 import functools
@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig
+from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields
+from rto_fast.config.options import parse
 from rto_fast.errors import ConfigError, UserError
-from rto_fast.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields
-from rto_fast.options import parse
-from rto_fast.terminal import say
-from rto_fast.writing import check_target, own_descriptor, write_file
+from rto_fast.system.command_line import run_command
+from rto_fast.system.terminal import say
+from rto_fast.system.writing import check_target, own_descriptor, write_file
 
 
 @dataclass
@@ -104,8 +104,11 @@ class EvaluateConfig:
         require(self.data or self.preferences, "data", "prompts to respond to (or --preferences, to rank)")
         require(not self.reference or self.data or self.dpo_model, "reference", "--data: prompts to compare on")
         require(not self.dpo_model or self.preferences, "dpo_model", "--preferences beside it: pairs to rank")
-        require(not self.dpo_model or self.dpo_reference or self.reference, "dpo_model",
-                "--reference or --dpo_reference beside it: the model that its DPO started from")  # fmt: skip
+        require(
+            not self.dpo_model or self.dpo_reference or self.reference,
+            "dpo_model",
+            "--reference or --dpo_reference beside it: the model that its DPO started from",
+        )
         require(not self.dpo_reference or self.dpo_model, "dpo_reference", "--dpo_model beside it")
         if self.preferences and not (self.reward or self.reward_model or self.dpo_model):
             raise ConfigError("--preferences: expected --reward, --reward_model or --dpo_model, which rank the pairs")
@@ -114,14 +117,22 @@ class EvaluateConfig:
     def as_config(self) -> Config:
         """The part of a run's `Config` that the data and the rollout are made from; validates it."""
         data = DataConfig(
-            preferences=self.preferences, eval_prompts=self.data, columns=self.columns, limit=self.limit,
-            prompt_format=self.prompt_format, thinking=self.thinking, max_prompt_tokens=self.max_prompt_tokens,
-            max_response_tokens=self.max_response_tokens, held_out=self.held_out,
-        )  # fmt: skip
+            preferences=self.preferences,
+            eval_prompts=self.data,
+            columns=self.columns,
+            limit=self.limit,
+            prompt_format=self.prompt_format,
+            thinking=self.thinking,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            held_out=self.held_out,
+        )
         return Config(
-            model=ModelConfig(path=self.model), data=data, rollout=self.rollout,
+            model=ModelConfig(path=self.model),
+            data=data,
+            rollout=self.rollout,
             rto=RTOConfig(micro_batch_tokens=self.micro_batch_tokens),
-        )  # fmt: skip
+        )
 
 
 def load_options(arguments: list[str]) -> EvaluateConfig:
@@ -198,7 +209,7 @@ def main(arguments: list[str] | None = None) -> dict:
     options = load_options(sys.argv[1:] if arguments is None else list(arguments))
     if options.output and options.output != "-":
         check_output(options.output)
-    from rto_fast.evaluation_run import measure  # after the options: --help and mistakes in them need no torch
+    from rto_fast.evaluation.measure import measure  # after the options: --help and mistakes in them need no torch
 
     output = "/dev/stdout" if options.output == "-" else options.output
     is_stdout = output is not None and own_descriptor(output) == 1

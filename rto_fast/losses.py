@@ -33,6 +33,4 @@ def dpo(
         return (margin - 1.0 / (2.0 * beta)).square()
     if loss != "sigmoid":
         raise ValueError(f"loss: expected 'sigmoid' or 'ipo', got {loss!r}")
-    return (
-        -F.logsigmoid(beta * margin) * (1.0 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
-    )  # fmt: skip
+    return -F.logsigmoid(beta * margin) * (1.0 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing

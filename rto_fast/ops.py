@@ -47,9 +47,16 @@ from rto_fast.kernels.arguments import (
 from rto_fast.kernels.reference import RTOAdvantages
 
 __all__ = [
-    "token_logps", "linear_token_logps", "linear_ppo_loss", "ppo_policy_loss", "ppo_value_loss", "gae",
-    "rto_advantages", "RTOAdvantages", "sample_tokens",
-]  # fmt: skip
+    "token_logps",
+    "linear_token_logps",
+    "linear_ppo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "gae",
+    "rto_advantages",
+    "RTOAdvantages",
+    "sample_tokens",
+]
 
 
 def _implementation(module, tensor, reference=reference):
@@ -69,17 +76,25 @@ def _implementation(module, tensor, reference=reference):
 
 @overload
 def token_logps(
-    logits: Tensor, labels: Tensor, *, temperature: float = ..., ignore_index: int = ...,
-    return_entropy: Literal[False] = ..., inplace_backward: bool = ...,
-) -> Tensor: ...  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
 @overload
 def token_logps(
-    logits: Tensor, labels: Tensor, *, temperature: float = ..., ignore_index: int = ...,
-    return_entropy: Literal[True], inplace_backward: bool = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-def token_logps(
-    logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False
-):  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
     """Log-probability of each label under softmax(logits / temperature), without a [T, V] log-softmax.
 
     Args:
@@ -99,25 +114,50 @@ def token_logps(
     check_tensor("labels", labels, logits.shape[:-1], (torch.int64,), logits.device)
     check_numbers(temperature=temperature, ignore_index=ignore_index)
     return _implementation("token_logps", logits).token_logps(
-        logits, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
+        logits,
+        labels,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
         inplace_backward=inplace_backward,
-    )  # fmt: skip
+    )
 
 
 @overload
 def linear_token_logps(
-    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
-    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ..., return_entropy: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def linear_token_logps(
-    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
-    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ..., return_entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
-    hidden_states, lm_head_weight, labels, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    hidden_states,
+    lm_head_weight,
+    labels,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    ignore_index=-100,
     return_entropy=False,
-):  # fmt: skip
+):
     """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, which are held in tiles.
 
     On CUDA the forward pass holds a float32 tile of them: an eighth of the logits of all rows that are not ignored, but
@@ -135,17 +175,34 @@ def linear_token_logps(
     check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap)
     check_numbers(ignore_index=ignore_index)
     return _implementation("linear_token_logps", hidden_states).linear_token_logps(
-        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature, softcap=softcap,
-        ignore_index=ignore_index, return_entropy=return_entropy,
-    )  # fmt: skip
+        hidden_states,
+        lm_head_weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+    )
 
 
 def linear_ppo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor,
-    loss_mask: Tensor, *, weights: Tensor | None = None, num_items: float | Tensor | None = None, clip_eps: float = 0.2,
-    clip_eps_high: float | None = None, dual_clip: float | None = None, entropy_coef: float = 0.0,
-    temperature: float = 1.0, softcap: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO loss straight from hidden states: `linear_token_logps` and `ppo_policy_loss` in one sweep.
 
     The loss is Σ weights·(policy loss − entropy_coef·entropy) / num_items over `loss_mask`; see `ppo_policy_loss`.
@@ -163,17 +220,35 @@ def linear_ppo_loss(
     check_numbers(entropy_coef=entropy_coef)
     num_items = checked_num_items(num_items)
     return _implementation("linear_ppo_loss", hidden_states).linear_ppo_loss(
-        hidden_states, lm_head_weight, labels, old_logps, advantages, loss_mask, weights=weights, num_items=num_items,
-        clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip, entropy_coef=entropy_coef,
-        temperature=temperature, softcap=softcap,
-    )  # fmt: skip
+        hidden_states,
+        lm_head_weight,
+        labels,
+        old_logps,
+        advantages,
+        loss_mask,
+        weights=weights,
+        num_items=num_items,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        temperature=temperature,
+        softcap=softcap,
+    )
 
 
 def ppo_policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, *, weights: Tensor | None = None,
-    num_items: float | Tensor | None = None, clip_eps: float = 0.2, clip_eps_high: float | None = None,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
     dual_clip: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO policy loss (arXiv 1707.06347, eq. 7), with clip-higher and dual clip.
 
     Args:
@@ -194,15 +269,28 @@ def ppo_policy_loss(
     check_ppo(logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, old_logps=old_logps, advantages=advantages)
     num_items = checked_num_items(num_items)
     return _implementation("ppo_losses", logps).ppo_policy_loss(
-        logps, old_logps, advantages, loss_mask, weights=weights, num_items=num_items, clip_eps=clip_eps,
-        clip_eps_high=clip_eps_high, dual_clip=dual_clip,
-    )  # fmt: skip
+        logps,
+        old_logps,
+        advantages,
+        loss_mask,
+        weights=weights,
+        num_items=num_items,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+        dual_clip=dual_clip,
+    )
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, *, weights: Tensor | None = None,
-    num_items: float | Tensor | None = None, value_clip_eps: float | None = 0.2,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped value loss ½·max((v − R)², (clip(v, old ± value_clip_eps) − R)²), averaged like `ppo_policy_loss`.
 
     Args:
@@ -223,9 +311,15 @@ def ppo_value_loss(
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95,
-    mask: Tensor | None = None, bootstrap_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over packed sequences.
 
     Args:
@@ -252,13 +346,28 @@ def gae(
 
 @torch.no_grad()
 def rto_advantages(
-    old_logps: Tensor, ref_logps: Tensor, dpo_logps: Tensor, values: Tensor, scores: Tensor, cu_seqlens: Tensor,
-    response_mask: Tensor, *, dpo_ref_logps: Tensor | None = None, dpo_reward_scale: float = 0.05,
-    dpo_reward_clip: float = 0.05, kl_coef: float = 0.01, score_scale: float = 1.0, score_clip: float = 10.0,
-    gamma: float = 1.0, gae_lambda: float = 0.95, granularity: Literal["token", "sentence", "sequence"] = "token",
-    delimiter_mask: Tensor | None = None, shaping: bool = False, bootstrap_values: Tensor | None = None,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
+    *,
+    dpo_ref_logps: Tensor | None = None,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05,
+    kl_coef: float = 0.01,
+    score_scale: float = 1.0,
+    score_clip: float = 10.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    granularity: Literal["token", "sentence", "sequence"] = "token",
+    delimiter_mask: Tensor | None = None,
+    shaping: bool = False,
+    bootstrap_values: Tensor | None = None,
     whiten: bool = True,
-) -> RTOAdvantages:  # fmt: skip
+) -> RTOAdvantages:
     """RTO's token rewards (arXiv 2404.18922, eq. 4.7), their GAE and whitening.
 
     token reward = clip(dpo_reward_scale·(dpo_logps − dpo_ref_logps), ±dpo_reward_clip)
@@ -302,18 +411,41 @@ def rto_advantages(
     if granularity == "sentence" and delimiter_mask is None:
         raise ValueError("delimiter_mask: required when granularity is 'sentence'")
     return _implementation("advantages", old_logps).rto_advantages(
-        old_logps, ref_logps, dpo_logps, values, scores, cu_seqlens, response_mask, dpo_ref_logps=dpo_ref_logps,
-        dpo_reward_scale=dpo_reward_scale, dpo_reward_clip=dpo_reward_clip, kl_coef=kl_coef, score_scale=score_scale,
-        score_clip=score_clip, gamma=gamma, gae_lambda=gae_lambda, granularity=granularity,
-        delimiter_mask=delimiter_mask, shaping=shaping, bootstrap_values=bootstrap_values, whiten=whiten,
-    )  # fmt: skip
+        old_logps,
+        ref_logps,
+        dpo_logps,
+        values,
+        scores,
+        cu_seqlens,
+        response_mask,
+        dpo_ref_logps=dpo_ref_logps,
+        dpo_reward_scale=dpo_reward_scale,
+        dpo_reward_clip=dpo_reward_clip,
+        kl_coef=kl_coef,
+        score_scale=score_scale,
+        score_clip=score_clip,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        granularity=granularity,
+        delimiter_mask=delimiter_mask,
+        shaping=shaping,
+        bootstrap_values=bootstrap_values,
+        whiten=whiten,
+    )
 
 
 def sample_tokens(
-    logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    min_p: float = 0.0, softcap: float | None = None, stop_ids: Tensor | None = None,
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    softcap: float | None = None,
+    stop_ids: Tensor | None = None,
     stop_allowed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a token per row from softmax(logits / temperature), filtered, and gives its log-probabilities.
 
     Two random numbers a row invert the distribution function, one over tiles of the vocabulary, one over the tokens of
@@ -350,6 +482,13 @@ def sample_tokens(
     check_number("temperature", temperature, AT_LEAST_0)
     check_numbers(softcap=softcap, top_k=top_k, top_p=top_p, min_p=min_p)
     return _implementation("sampling", logits, sampling_reference).sample_tokens(
-        logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, softcap=softcap,
-        stop_ids=stop_ids, stop_allowed=stop_allowed,
-    )  # fmt: skip
+        logits,
+        uniforms,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        softcap=softcap,
+        stop_ids=stop_ids,
+        stop_allowed=stop_allowed,
+    )

@@ -8,12 +8,12 @@ import dataclasses
 import json
 import sys
 
-from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.fields import Count, Location
-from rto_fast.options import argument
-from rto_fast.reporting.progress import duration
-from rto_fast.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
+from rto_fast.config.fields import Count, Location
+from rto_fast.config.options import argument
+from rto_fast.system.command_line import run_command
+from rto_fast.system.progress import duration
+from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
@@ -21,19 +21,26 @@ COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace"
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options of this command, those of a run)."""
     parser = ArgumentParser(
-        prog="python -m rto_fast.plan", allow_abbrev=False, description=__doc__.splitlines()[0],
+        prog="python -m rto_fast.plan",
+        allow_abbrev=False,
+        description=__doc__.splitlines()[0],
         epilog="All options of `python -m rto_fast.train` work here too.",
-    )  # fmt: skip
+    )
     parser.add_argument("--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
-    parser.add_argument("--model_shape", type=argument(Location),
-                        help="directory with a config.json, or known hub id, whose shape stands for models "
-                        "that are not here")  # fmt: skip
+    parser.add_argument(
+        "--model_shape",
+        type=argument(Location),
+        help="directory with a config.json, or known hub id, whose shape stands for models that are not here",
+    )
     parser.add_argument(
         "--examples", type=argument(Count), help="examples in the data; default: data.limit, or what is known of it"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--measure", action="store_true", help="run all phases on a small random model here, and compare "
-                        "predicted with measured peaks (minutes)")  # fmt: skip
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run all phases on a small random model here, and compare predicted with measured peaks (minutes)",
+    )
     return parser.parse_known_args(arguments)
 
 
@@ -51,19 +58,33 @@ def as_json(plan) -> dict:
     """The plan as plain values, in bytes and seconds."""
     setting = dataclasses.asdict(plan.setting)
     return {
-        "machine": {"gpus": plan.machine.count, "name": plan.machine.device and plan.machine.device.name,
-                    "usable_bytes": plan.machine.memory},
-        "model": dataclasses.asdict(plan.shape), "setting": setting, "fits": plan.fits, "peak": plan.peak.title,
+        "machine": {
+            "gpus": plan.machine.count,
+            "name": plan.machine.device and plan.machine.device.name,
+            "usable_bytes": plan.machine.memory,
+        },
+        "model": dataclasses.asdict(plan.shape),
+        "setting": setting,
+        "fits": plan.fits,
+        "peak": plan.peak.title,
         "phases": [
             {"stage": p.stage, "phase": p.name, "seconds": p.seconds, "total": p.memory.total}
-            | dataclasses.asdict(p.memory) for p in plan.phases
+            | dataclasses.asdict(p.memory)
+            for p in plan.phases
         ],
         "stages": [
-            {"stage": s.name, "steps": s.steps, "tokens_per_step": s.tokens, "step_seconds": s.step_seconds,
-             "seconds": s.seconds, "checkpoint_bytes": s.state_bytes, "model_bytes": s.model_bytes}
+            {
+                "stage": s.name,
+                "steps": s.steps,
+                "tokens_per_step": s.tokens,
+                "step_seconds": s.step_seconds,
+                "seconds": s.seconds,
+                "checkpoint_bytes": s.state_bytes,
+                "model_bytes": s.model_bytes,
+            }
             for s in plan.stages
         ],
-    }  # fmt: skip
+    }
 
 
 def _size(value):
@@ -86,8 +107,9 @@ def table(plan) -> str:
         "usable",
         f"ZeRO {setting.zero}, frozen models {setting.frozen}, gradient checkpointing "
         + ("on" if setting.checkpointing else "off"),
-        "", f"{'GiB a ' + gpu:<19}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total")),
-    ]  # fmt: skip
+        "",
+        f"{'GiB a ' + gpu:<19}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total")),
+    ]
     host = any(phase.memory.host for phase in plan.phases)
     lines[-1] += f"{'host':>9}" * host
     for phase in plan.phases:

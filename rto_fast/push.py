@@ -5,23 +5,36 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rto_fast.command_line import run_command
 from rto_fast.config import check_repo
+from rto_fast.config.fields import Location
+from rto_fast.config.options import argument
 from rto_fast.errors import HubError
-from rto_fast.fields import Location
-from rto_fast.options import argument
-from rto_fast.reporting.progress import progress
-from rto_fast.terminal import ArgumentParser, one_line, say
+from rto_fast.system.command_line import run_command
+from rto_fast.system.progress import progress
+from rto_fast.system.terminal import ArgumentParser, one_line, say
+from rto_fast.system.writing import write_own
 from rto_fast.training.run_lock import refuse_if_in_use
-from rto_fast.writing import write_own
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 # Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
 ALLOWED = [
-    "README.md", "images/*.png", *WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
-]  # fmt: skip
+    "README.md",
+    "images/*.png",
+    *WEIGHTS,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+]
 LARGEST_CARD = 2**24  # bytes
 
 
@@ -121,8 +134,9 @@ def _upload(folder, files, repo, private):
     except Exception as error:  # those of the client, of HTTP and of the storage have no common base
         # An HTTP library repeats a header that it does not like.
         reason = " ".join(str(error).replace(token, "…").split())[:300]
-        raise HubError(f"{repo}: not uploaded ({type(error).__name__}: {reason}); see the name, the token's rights and "
-                       "the network") from error  # fmt: skip
+        raise HubError(
+            f"{repo}: not uploaded ({type(error).__name__}: {reason}); see the name, the token's rights and the network"
+        ) from error
     if is_public:
         raise HubError(f"{repo}: exists and is public; give --private false to push there")
     return str(url)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from rto_fast.command_line import run_command
-from rto_fast.fields import Location
-from rto_fast.options import argument
-from rto_fast.terminal import ArgumentParser, one_line, say
-from rto_fast.writing import own_descriptor
+from rto_fast.config.fields import Location
+from rto_fast.config.options import argument
+from rto_fast.system.command_line import run_command
+from rto_fast.system.terminal import ArgumentParser, one_line, say
+from rto_fast.system.writing import own_descriptor
 
 
 def main(arguments: list[str] | None = None) -> Path:

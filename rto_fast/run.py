@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from rto_fast.command_line import error_line
 from rto_fast.config import dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, command_line
 from rto_fast.evaluation import evaluate, measured_kl, samples
-from rto_fast.health import Finding
 from rto_fast.models.directory import (
     check_becomes_scorer,
     check_stop_ids,
@@ -25,23 +23,33 @@ from rto_fast.models.directory import (
 )
 from rto_fast.models.loading import load_causal_lm, resolve_dtype
 from rto_fast.models.placement import resident
-from rto_fast.output_folder import prepare_output
-from rto_fast.planning.room import check_room
-from rto_fast.preflight import CHECKED_PAIRS, preference_finding
+from rto_fast.preflight.room import check_room
+from rto_fast.preflight.sources import check_pairs_given, say_sources
+from rto_fast.preflight.supplied_models import (
+    check_contexts,
+    check_endings,
+    check_models,
+    supplied_models,
+    tell_dropout,
+)
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.public import public
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.sources_of_stages import check_pairs_given, say_sources
-from rto_fast.stages import dpo, reward_model, rto, sft
-from rto_fast.stages.common import save_model
-from rto_fast.stages.loader import Loader
-from rto_fast.supplied import check_contexts, check_endings, check_models, supplied_models, tell_dropout
-from rto_fast.threads import use_threads
-from rto_fast.training import deepspeed_import, ranks
+from rto_fast.rto import trainer as rto
+from rto_fast.rto.first_update import CHECKED_PAIRS, preference_finding
+from rto_fast.rto.health import Finding
+from rto_fast.stages import dpo, reward_model, sft
+from rto_fast.system import deepspeed_import
+from rto_fast.system.command_line import error_line
+from rto_fast.system.threads import use_threads
+from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
+from rto_fast.training.loader import Loader
+from rto_fast.training.output_folder import prepare_output
+from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 
 
@@ -82,7 +90,7 @@ class Run:
         self.log.take_notices()
         self.checkpoints = Checkpoints(
             self.folder, self.log, keep=config.keep_checkpoints, resume=bool(config.resume), stop=stop, lock=lock
-        )  # fmt: skip
+        )
         if ranks.is_main():
             self.log.trackers = self._trackers()
         say_sources(self)
@@ -233,8 +241,10 @@ class Run:
             return NormalizedScores(source, path)
         if not statistics or not statistics[1]:
             if not config.data.preferences:
-                raise ConfigError("rto.normalize_scores: the scores' mean and std are measured on data.preferences, "
-                                  "which is not given; give it, or set this to false")  # fmt: skip
+                raise ConfigError(
+                    "rto.normalize_scores: the scores' mean and std are measured on data.preferences, "
+                    "which is not given; give it, or set this to false"
+                )
             pairs = self.data.held_out_pairs or self.data.pairs
             statistics = score_statistics(source(completions_of_pairs(pairs, self.stop_ids, self.tokenizer)))
             self.log.say(f"scores: mean {statistics[0]:.3g}, std {statistics[1]:.3g} over {len(pairs)} pairs")
@@ -243,9 +253,12 @@ class Run:
     def _reward_model(self, model, path):
         tokenizer = load_tokenizer(path, trust_remote_code=self.config.model.trust_remote_code)
         return RewardModel(
-            model, tokenizer, self.tokenizer, prompt_format=self.config.data.prompt_format,
+            model,
+            tokenizer,
+            self.tokenizer,
+            prompt_format=self.config.data.prompt_format,
             max_tokens=self.config.rto.micro_batch_tokens,
-        )  # fmt: skip
+        )
 
     def critic_start(self, sft_path, reward_path, scorer):
         """The directory the critic starts from."""
@@ -342,14 +355,22 @@ class Run:
 
         def evaluate_policy(engine, iteration):
             result = self.evaluate(name, engine, judge, iteration, kl)
-            self.log.say(f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}, "
-                         f"KL {result.kl:.3g} nats, {result.length:.1f} tokens")  # fmt: skip
+            self.log.say(
+                f"{name}, iteration {iteration}: {result.score:.3f} ± {result.standard_error:.3f}, "
+                f"KL {result.kl:.3g} nats, {result.length:.1f} tokens"
+            )
             best = self.checkpoints.best
             if self.config.eval.keep_best and (best is None or result.score > best):
                 save_model(models.policy, self.tokenizer, self.folder / "rto_best", self.stop_ids)
                 self.checkpoints.keep_best(result.score)
 
         return self._trained(
-            "rto", rto, models, self.tokenizer, self.sampling, self.data.prompts, device=self.placement["device"],
+            "rto",
+            rto,
+            models,
+            self.tokenizer,
+            self.sampling,
+            self.data.prompts,
+            device=self.placement["device"],
             evaluate=evaluate_policy if judge else None,
-        )  # fmt: skip
+        )

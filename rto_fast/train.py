@@ -6,9 +6,9 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from rto_fast.command_line import run_command
 from rto_fast.config import load_config
-from rto_fast.terminal import say, speaks
+from rto_fast.system.command_line import run_command
+from rto_fast.system.terminal import say, speaks
 from rto_fast.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def _say(text: str) -> None:
 
 def train(config, stop):
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
-    from rto_fast.output_folder import claimed_output
-    from rto_fast.reporting.progress import progress
     from rto_fast.run import Run
+    from rto_fast.system.progress import progress
+    from rto_fast.training.output_folder import claimed_output
 
     start = time.perf_counter()
     # The run's log takes all warnings until the end.

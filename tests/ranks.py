@@ -18,17 +18,24 @@ def run_ranks(file, folder, seconds=180, arguments=None, **environment):
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": str(RANKS), **environment,
-    }  # fmt: skip
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "WORLD_SIZE": str(RANKS),
+        **environment,
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, file, *(arguments or [str(rank), str(folder / "store")])],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(RANKS)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]
         failed = [output for process, output in zip(processes, outputs) if process.returncode]
@@ -43,8 +50,9 @@ def join_deepspeed(rank, store):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank,
-                               world_size=RANKS)  # fmt: skip
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
 
 
 def run_launched(file, folder, seconds=400):

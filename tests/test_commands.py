@@ -10,24 +10,48 @@ from pathlib import Path
 import pytest
 
 from rto_fast.rewards import RewardFunction
-from rto_fast.training import deepspeed_import
+from rto_fast.system import deepspeed_import
 
 PACKAGE = Path(__file__).parent.parent / "rto_fast"
 WORLD = ["--rollout.max_new_tokens", "8", "--threads", "1"]
 COMMANDS = {
     "train": [
-        *WORLD, "--output_dir", "{run}", "--data.limit", "40", "--eval.prompts", "4", "--rto.iterations", "2",
-        "--rto.prompts_per_rollout", "4", "--eval.every", "1", "--eval.keep_best", "true",
+        *WORLD,
+        "--output_dir",
+        "{run}",
+        "--data.limit",
+        "40",
+        "--eval.prompts",
+        "4",
+        "--rto.iterations",
+        "2",
+        "--rto.prompts_per_rollout",
+        "4",
+        "--eval.every",
+        "1",
+        "--eval.keep_best",
+        "true",
     ],
     "data": ["embedded:preferences", "--data.limit", "40", "--tokenizer", "{run}/base"],
     "evaluate": [
-        *WORLD, "--model", "{run}/rto", "--reference", "{run}/sft", "--data", "embedded:eval_prompts", "--prompts", "4",
-        "--reward", "rto_fast.data.world:gold_reward", "--reward_model", "{run}/reward_model",
+        *WORLD,
+        "--model",
+        "{run}/rto",
+        "--reference",
+        "{run}/sft",
+        "--data",
+        "embedded:eval_prompts",
+        "--prompts",
+        "4",
+        "--reward",
+        "rto_fast.data.world:gold_reward",
+        "--reward_model",
+        "{run}/reward_model",
     ],
     "report": ["{run}"],
     "plan": ["--gpus", "cpu"],
     "push": ["{run}", "--repo", "me/tiny", "--dry_run"],
-}  # fmt: skip
+}
 # Runs a command as `python -m` does, and writes down whose code wrote to stdout and stderr: the innermost that is neither
 # the standard library's.
 SPY = """
@@ -54,8 +78,8 @@ package, result = sys.argv[1:3]
 sys.argv[1:] = sys.argv[4:]
 sys.stdout = Spy(sys.stdout.buffer, encoding="utf-8", write_through=True)
 sys.stderr = Spy(sys.stderr.buffer, encoding="utf-8", write_through=True)
-import rto_fast.reporting.progress
-rto_fast.reporting.progress.PATIENCE = float("inf")  # on a busy machine any command would show its progress
+import rto_fast.system.progress
+rto_fast.system.progress.PATIENCE = float("inf")  # on a busy machine any command would show its progress
 try:
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 finally:
@@ -75,8 +99,11 @@ def run(name, folder, *options):
     code = SPY.replace("MODULE", repr(f"rto_fast.{name}"))
     process = subprocess.run(
         [sys.executable, "-c", code, str(PACKAGE), str(result), "--", *arguments],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     return process, json.loads(result.read_text())
 
 

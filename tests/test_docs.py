@@ -56,9 +56,9 @@ def test_the_slurm_script(tmp_path):
     subprocess.run(["bash", "-n", script], check=True)
     stubs = {
         "scontrol": "echo first-node; echo second-node",
-        "srun": "shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec \"$@\"",
+        "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
         "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"',
-    }  # fmt: skip
+    }
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)

@@ -16,11 +16,27 @@ from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
 SHORT = [
-    "--config", "default",
-    "--sft.max_steps", "10", "--reward_model.max_steps", "3", "--dpo.max_steps", "3", "--rto.iterations", "2",
-    "--rto.prompts_per_rollout", "16", "--rto.batch_size", "8", "--data.limit", "320", "--eval.prompts", "8",
-    "--rollout.max_new_tokens", "16",
-]  # fmt: skip
+    "--config",
+    "default",
+    "--sft.max_steps",
+    "10",
+    "--reward_model.max_steps",
+    "3",
+    "--dpo.max_steps",
+    "3",
+    "--rto.iterations",
+    "2",
+    "--rto.prompts_per_rollout",
+    "16",
+    "--rto.batch_size",
+    "8",
+    "--data.limit",
+    "320",
+    "--eval.prompts",
+    "8",
+    "--rollout.max_new_tokens",
+    "16",
+]
 
 
 def command(*arguments):
@@ -91,8 +107,18 @@ def test_the_resolved_configuration_repeats_the_run_bitwise(run, tmp_path):
 
 def test_supplied_models_skip_their_stages(run, tmp_path):
     folder, _ = run
-    supplied = ["--sft.model", folder / "sft", "--dpo.model", folder / "dpo", "--dpo.ref_model", folder / "sft",
-                "--reward_model.model", folder / "reward_model", "--rto.critic", folder / "rto_critic"]  # fmt: skip
+    supplied = [
+        "--sft.model",
+        folder / "sft",
+        "--dpo.model",
+        folder / "dpo",
+        "--dpo.ref_model",
+        folder / "sft",
+        "--reward_model.model",
+        folder / "reward_model",
+        "--rto.critic",
+        folder / "rto_critic",
+    ]
     done = command(*SHORT, *map(str, supplied), "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     stages = {json.loads(line)["stage"] for line in open(tmp_path / "out" / "metrics.jsonl")}
@@ -123,9 +149,19 @@ def unreported(monkeypatch):
         (["--data.held_out", "0", "--data.eval_prompts", "null"], set()),
         (["--rto.normalize_scores", "false", "--rollout.temperature", "0.8"], ALL),
     ],
-    ids=["ppo", "ppo from dpo", "no reward model", "no rto", "function", "reinforce_pp", "samples", "bfloat16",
-         "no evaluation", "raw scores"],
-)  # fmt: skip
+    ids=[
+        "ppo",
+        "ppo from dpo",
+        "no reward model",
+        "no rto",
+        "function",
+        "reinforce_pp",
+        "samples",
+        "bfloat16",
+        "no evaluation",
+        "raw scores",
+    ],
+)
 def test_variants_run_with_only_the_stages_they_need(run, unreported, tmp_path, overrides, policies):
     folder = run[0]
     arguments = [*SHORT, "--sft.model", str(folder / "sft"), "--output_dir", str(tmp_path / "out"), *overrides]
@@ -186,9 +222,23 @@ def test_a_run_on_prompts_alone(run, unreported, tmp_path):
     """No preference data: a supplied DPO model and a reward function."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(60, seed=5)))
     arguments = [
-        *SHORT, "--sft.model", run[0] / "sft", "--dpo.model", run[0] / "dpo", "--data.preferences", "null",
-        "--data.prompts", tmp_path / "prompts.jsonl", "--data.eval_prompts", "null", "--rto.normalize_scores", "false",
-        "--reward_model.function", "rto_fast.data.world:gold_reward", "--output_dir", tmp_path / "out",
-    ]  # fmt: skip
+        *SHORT,
+        "--sft.model",
+        run[0] / "sft",
+        "--dpo.model",
+        run[0] / "dpo",
+        "--data.preferences",
+        "null",
+        "--data.prompts",
+        tmp_path / "prompts.jsonl",
+        "--data.eval_prompts",
+        "null",
+        "--rto.normalize_scores",
+        "false",
+        "--reward_model.function",
+        "rto_fast.data.world:gold_reward",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     results = main([str(a) for a in arguments])
     assert set(results) == ALL and results["RTO"].responses == 6  # a tenth of the prompts, held out

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rto_fast.command_line import run_command
 from rto_fast.config import Config, DataConfig, ModelConfig
+from rto_fast.config.fields import CountOr0, Location, check_fields
+from rto_fast.config.options import parse as parse_options
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
 from rto_fast.data.layouts import Example
@@ -21,10 +22,9 @@ from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
 from rto_fast.errors import ConfigError, DataError
-from rto_fast.fields import CountOr0, Location, check_fields
-from rto_fast.notices import Notice
-from rto_fast.options import parse as parse_options
-from rto_fast.terminal import Styled, one_line, say, wants_styles
+from rto_fast.system.command_line import run_command
+from rto_fast.system.notices import Notice
+from rto_fast.system.terminal import Styled, one_line, say, wants_styles
 
 UNLIMITED = Limits(2**40, 2**40)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from rto_fast.notices import notify
-from rto_fast.reporting.progress import progress
-from rto_fast.writing import write_file
+from rto_fast.system.notices import notify
+from rto_fast.system.progress import progress
+from rto_fast.system.writing import write_file
 
 FORMAT = 1  # raise it when entries are laid out differently
 FEWEST_TEXTS = 64  # below, tokenising is faster than a file
@@ -57,8 +57,13 @@ class CachingTokenizer:
 
         tokenizer = self._tokenizer
         tokenizer("")  # resets padding and truncation, which are part of the text below and of no call here
-        parts = (FORMAT, tokenizers.__version__, transformers.__version__, type(tokenizer).__name__,
-                 tokenizer.backend_tokenizer.to_str())  # fmt: skip
+        parts = (
+            FORMAT,
+            tokenizers.__version__,
+            transformers.__version__,
+            type(tokenizer).__name__,
+            tokenizer.backend_tokenizer.to_str(),
+        )
         return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _key(self, texts, options):

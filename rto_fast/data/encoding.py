@@ -10,7 +10,7 @@ from rto_fast.data.recognition import Recogniser, Written, marks_turns
 from rto_fast.data.special_tokens import SpecialTokens, shown_again
 from rto_fast.data.templates import FALLBACK_TEMPLATE, ChatTemplate, Response, Thinking
 from rto_fast.errors import DataError
-from rto_fast.notices import notify
+from rto_fast.system.notices import notify
 
 FORMATS = ("auto", "chat", "text")
 _STAND_IN = {"role": "user", "content": "question"}  # for a prompt that is text already

@@ -7,7 +7,7 @@ has them before.
 from itertools import pairwise
 
 from rto_fast.data.messages import message_text, response_text
-from rto_fast.terminal import one_line, styled, visible
+from rto_fast.system.terminal import one_line, styled, visible
 
 HEAD, TAIL = 400, 300  # characters shown of a longer text
 BAR = 16  # characters

@@ -11,8 +11,8 @@ from rto_fast.data.templates import MODES, ChatTemplate
 from rto_fast.data.tokenizing import Limits, NothingLeft, preference_pairs, prompts, responses_of, sft_sequences
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
-from rto_fast.reporting.progress import progress
-from rto_fast.terminal import one_line
+from rto_fast.system.progress import progress
+from rto_fast.system.terminal import one_line
 
 # The columns that a mapping may name for each use; a file of prompts has no chosen responses to map.
 SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen", "tools")

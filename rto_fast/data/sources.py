@@ -33,8 +33,8 @@ from rto_fast.data.budget import Budget
 from rto_fast.data.detection import find_layout
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
 from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
-from rto_fast.notices import notify
-from rto_fast.reporting.progress import advance
+from rto_fast.system.notices import notify
+from rto_fast.system.progress import advance
 
 __all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 

@@ -31,8 +31,8 @@ from rto_fast.data.layouts import DataError, Example
 from rto_fast.data.notes import notes
 from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
-from rto_fast.notices import notify
-from rto_fast.reporting.progress import advance, progress
+from rto_fast.system.notices import notify
+from rto_fast.system.progress import advance, progress
 
 
 class NothingLeft(DataError):

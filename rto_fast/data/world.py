@@ -177,9 +177,14 @@ def build_tokenizer():
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(list(SPECIAL))
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=256,
-    )  # fmt: skip
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
 
 
 def model_config():
@@ -187,10 +192,20 @@ def model_config():
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, rope_theta=1000.0, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.06,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rope_theta=1000.0,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.06,
+    )
 
 
 def build_model(seed):
@@ -203,8 +218,8 @@ def build_model(seed):
 
 
 def main():
-    from rto_fast.terminal import say
-    from rto_fast.writing import write_file
+    from rto_fast.system.terminal import say
+    from rto_fast.system.writing import write_file
 
     EMBEDDED.mkdir(exist_ok=True)
     for name, content in data_files().items():

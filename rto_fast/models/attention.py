@@ -36,9 +36,18 @@ def _torch_varlen():
 
 def _flash_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
     return _flash_attn()(
-        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling, causal=True,
-        window_size=(window - 1 if window else -1, 0), softcap=softcap or 0.0,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(window - 1 if window else -1, 0),
+        softcap=softcap or 0.0,
+    )
 
 
 def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
@@ -50,9 +59,17 @@ def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
-        window_size=(window - 1 if window else -1, 0), **options,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scaling,
+        window_size=(window - 1 if window else -1, 0),
+        **options,
+    )
 
 
 def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
@@ -117,9 +134,21 @@ def refuse_masked_window(module, window):
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    cu_seq_lens_q=None, max_length_q=None, s_aux=None, **_,
-):  # fmt: skip
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    s_aux=None,
+    **_,
+):
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if cu_seq_lens_q is None:
         raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")

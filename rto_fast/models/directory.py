@@ -268,9 +268,13 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
             with torch.device("meta"):
                 model = getattr(transformers, auto_class).from_config(config, **trusted)
             _, info = type(model).from_pretrained(
-                None, config=config, state_dict=shapes, device_map={"": "meta"}, output_loading_info=True,
+                None,
+                config=config,
+                state_dict=shapes,
+                device_map={"": "meta"},
+                output_loading_info=True,
                 ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            )
     except ModelError:
         raise
     except Exception as error:  # as in `from_pretrained`

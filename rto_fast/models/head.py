@@ -59,6 +59,8 @@ def score_head(model: "PreTrainedModel") -> nn.Linear:
     """
     head = getattr(model, "score", None)
     if head is None:
-        raise ModelError(f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
-                         "Hugging Face's ...ForSequenceClassification head")  # fmt: skip
+        raise ModelError(
+            f"{type(model).__name__}: no `score` head; reward models and critics need a decoder with "
+            "Hugging Face's ...ForSequenceClassification head"
+        )
     return head

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rto_fast.agreement import Agreement, compare_logits, compare_values
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import ModelError, UserError
 from rto_fast.kernels import reference
+from rto_fast.models.agreement import Agreement, compare_logits, compare_values
 from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
@@ -22,7 +22,7 @@ from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.models.trace import Pass, failing_layer, first_difference, misses_mask, title
 from rto_fast.ops import linear_token_logps
-from rto_fast.reporting.progress import progress
+from rto_fast.system.progress import progress
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,16 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def _load_weights(
-    path: str, kind: str, *, device: torch.device | str, trainable: bool, gradient_checkpointing: bool,
-    trust_remote_code: bool, new_head: bool = False, **options: Any,
-) -> PreTrainedModel:  # fmt: skip
+    path: str,
+    kind: str,
+    *,
+    device: torch.device | str,
+    trainable: bool,
+    gradient_checkpointing: bool,
+    trust_remote_code: bool,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
     """A model of one of `KINDS`, ready for packed sequences; every weight of it and of its checkpoint is in use."""
     check_weights(path)
     if new_head:
@@ -73,9 +80,16 @@ def _load_weights(
     what, auto_class, settings = KINDS[kind]
     with quiet():  # transformers only warns of weights that do not fit; here they are refused
         model, info = from_pretrained(
-            getattr(transformers, auto_class), what, path, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **options, **settings,
-        )  # fmt: skip
+            getattr(transformers, auto_class),
+            what,
+            path,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+            **settings,
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{path}: its weights are quantised (quantization_config) and are not trained here; give the "
@@ -96,8 +110,10 @@ def _prepare(
         model.set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
         layer = next((title(*m) for m in model.named_modules() if "attention" in type(m[1]).__name__.lower()), "it")
-        raise ModelError(f"{path}: {type(model).__name__}: {layer} does not use transformers' attention interface, "
-                         "so its sequences cannot be packed")  # fmt: skip
+        raise ModelError(
+            f"{path}: {type(model).__name__}: {layer} does not use transformers' attention interface, "
+            "so its sequences cannot be packed"
+        )
     if model.base_model is model:
         raise ModelError(
             f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could be read"
@@ -122,9 +138,14 @@ def _prepare(
 
 
 def load_causal_lm(
-    path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
+    path: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trainable: bool,
+    gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:  # fmt: skip
+) -> PreTrainedModel:
     """A causal language model ready for packed sequences, its logits checked against `causal_logps`.
 
     Args:
@@ -147,9 +168,15 @@ def load_causal_lm(
 
 
 def load_scorer(
-    path: str, *, device: torch.device | str, dtype: torch.dtype, trainable: bool, gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False, new_head: bool = False,
-) -> PreTrainedModel:  # fmt: skip
+    path: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trainable: bool,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    new_head: bool = False,
+) -> PreTrainedModel:
     """A sequence classification model with one label: a reward model (its score of the last token) or a critic (its
     score of every token).
 
@@ -274,7 +301,7 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def check_causal_lm(model: PreTrainedModel, name: str) -> None:
-    """Compares packed sequences with the model's own logits of each alone (see `rto_fast.agreement`).
+    """Compares packed sequences with the model's own logits of each alone (see `rto_fast.models.agreement`).
 
     Catches what would otherwise train silently on wrong numbers: an unknown logit transformation, sequences that leak, a
     training mode that computes something else.

@@ -182,8 +182,10 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     expected = set(peft.get_peft_model_state_dict(base, adapter_name=name))
     if odd := sorted(expected ^ set(state)):
-        raise ModelError(f"{path}: {odd[0]} is in the adapter or in its base ({base.name_or_path}), not in both; "
-                         "give the adapter's own base")  # fmt: skip
+        raise ModelError(
+            f"{path}: {odd[0]} is in the adapter or in its base ({base.name_or_path}), not in both; "
+            "give the adapter's own base"
+        )
     peft.set_peft_model_state_dict(base, state, adapter_name=name)
     return adapter
 

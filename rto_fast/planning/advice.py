@@ -62,8 +62,9 @@ def _choices(config: Config, plan: Plan) -> list[list[dict[str, object]]]:
     kinds[4] += [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if ranks > 1]
     if setting.gpu and not setting.offload_optimizer:
         kinds[5].append({"deepspeed.offload_optimizer": True} | ({} if setting.zero else {"deepspeed.zero_stage": 2}))
-        kinds[5].append({"deepspeed.offload_optimizer": True, "deepspeed.offload_parameters": True,
-                         "deepspeed.zero_stage": 3})  # fmt: skip
+        kinds[5].append(
+            {"deepspeed.offload_optimizer": True, "deepspeed.offload_parameters": True, "deepspeed.zero_stage": 3}
+        )
     return kinds
 
 
@@ -76,11 +77,7 @@ def _planned(config, machine, changes, options):
 
 def single_changes(config: Config, plan: Plan, **options) -> list[Alternative]:
     """Each change alone that lowers the peak, the most effective first. options: of `make_plan`."""
-    found = [
-        _planned(config, plan.machine, change, options)
-        for kind in _choices(config, plan)
-        for change in kind[1:]
-    ]  # fmt: skip
+    found = [_planned(config, plan.machine, change, options) for kind in _choices(config, plan) for change in kind[1:]]
     better = [a for a in found if a and a.plan.peak.memory.total < plan.peak.memory.total]
     return sorted(better, key=lambda a: a.plan.peak.memory.total)
 

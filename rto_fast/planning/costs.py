@@ -95,9 +95,10 @@ def elementwise_bytes(shape: Shape, itemsize: int) -> float:
     heads = 9 * itemsize + (norm + wide if shape.head_norms else 0)
     mlp = 5 * itemsize
     return shape.layers * (
-        hidden * shape.hidden_size + heads * (shape.heads + shape.kv_heads) * shape.head_dim
+        hidden * shape.hidden_size
+        + heads * (shape.heads + shape.kv_heads) * shape.head_dim
         + mlp * shape.intermediate_size
-    )  # fmt: skip
+    )
 
 
 def forward_seconds(shape: Shape, work: Pass, device: Device, itemsize: int = 2) -> float:
@@ -117,7 +118,7 @@ def head_seconds(shape: Shape, work: Pass, device: Device, gemms: int, itemsize:
 
 def training_seconds(
     shape: Shape, work: Pass, device: Device, gemms: int, itemsize: int, checkpointing: bool, adapters: bool = False
-) -> float:  # fmt: skip
+) -> float:
     """Forward and backward passes: the backward's products are twice the forward's (of a frozen base under adapters, once),
     its attention 2.5 times (flash attention computes the scores again); with gradient checkpointing another forward."""
     forward = forward_seconds(shape, work, device, itemsize)
@@ -133,7 +134,7 @@ def _rate(device, itemsize):
 
 def rollout_seconds(
     shape: Shape, work: Pass, prompt: float, slots: int, device: Device, itemsize: int, graphs: bool
-) -> float:  # fmt: skip
+) -> float:
     """Decoding with all slots busy to the end, each sequence at its mean length; prompts before it.
 
     Args:

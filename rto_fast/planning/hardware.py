@@ -41,9 +41,14 @@ class Device:
 
 def _datasheet(name, mebibytes, terabytes, teraflops, link, host_link):
     return Device(
-        name, terabytes * 1e12 * COPY_FRACTION, teraflops * 1e12 * GEMM_FRACTION, False, mebibytes * 2**20,
-        link * 1e9 * LINK_FRACTION, host_link * 1e9 * LINK_FRACTION,
-    )  # fmt: skip
+        name,
+        terabytes * 1e12 * COPY_FRACTION,
+        teraflops * 1e12 * GEMM_FRACTION,
+        False,
+        mebibytes * 2**20,
+        link * 1e9 * LINK_FRACTION,
+        host_link * 1e9 * LINK_FRACTION,
+    )
 
 
 # Datasheets of NVIDIA, SXM versions where there are several, dense bfloat16 with float32 accumulation; bandwidths to other

@@ -17,22 +17,32 @@ import tempfile
 from pathlib import Path
 
 from rto_fast.config import Config, load_config
+from rto_fast.config.shipped import DEFAULT
 from rto_fast.errors import TrainingError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.phases import make_plan
-from rto_fast.planning.room import run_items
-from rto_fast.reporting.progress import progress
-from rto_fast.shipped_configs import DEFAULT
+from rto_fast.preflight.room import run_items
+from rto_fast.system.progress import progress
 
 # A Llama of 61 million parameters: large enough that weights, not the interpreter, make the peak.
 SIZES = {
-    "vocab_size": 16000, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8,
-    "num_attention_heads": 10, "num_key_value_heads": 5,
-}  # fmt: skip
+    "vocab_size": 16000,
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+}
 OPTIONS = {
-    "sft.batch_size": 32, "reward_model.batch_size": 16, "dpo.batch_size": 16, "rto.batch_size": 16,
-    "rto.prompts_per_rollout": 32, "rto.iterations": 2, "rollout.max_new_tokens": 40, "data.limit": 600,
-}  # fmt: skip
+    "sft.batch_size": 32,
+    "reward_model.batch_size": 16,
+    "dpo.batch_size": 16,
+    "rto.batch_size": 16,
+    "rto.prompts_per_rollout": 32,
+    "rto.iterations": 2,
+    "rollout.max_new_tokens": 40,
+    "data.limit": 600,
+}
 
 
 def write_model(folder: Path, **sizes) -> None:
@@ -114,8 +124,8 @@ def _wrapped(owner, name, around):
 
 def measure(config) -> dict[str, dict[str, float]]:
     """Runs the stages of `config`; {phase: {"predicted", "measured"}} in bytes."""
+    from rto_fast.rto import trainer as rto
     from rto_fast.run import Run
-    from rto_fast.stages import rto
     from rto_fast.training.stop import StopRequest
     from rto_fast.training.supervised import SupervisedTrainer
 

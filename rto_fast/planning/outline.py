@@ -110,6 +110,12 @@ def setting_of(config: Config, machine: Machine) -> Setting:
     zero = deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (machine.count > 1)
     is_wide = config.model.dtype == "float32" or (config.model.dtype == "auto" and not gpu)
     return Setting(
-        machine.count, zero, 4 if is_wide else 2, gpu, config.model.gradient_checkpointing,
-        deepspeed.offload_optimizer and zero > 0, deepspeed.offload_parameters and zero == 3, deepspeed.frozen,
-    )  # fmt: skip
+        machine.count,
+        zero,
+        4 if is_wide else 2,
+        gpu,
+        config.model.gradient_checkpointing,
+        deepspeed.offload_optimizer and zero > 0,
+        deepspeed.offload_parameters and zero == 3,
+        deepspeed.frozen,
+    )

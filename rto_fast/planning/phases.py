@@ -15,13 +15,17 @@ from rto_fast.planning.shapes import find_shape
 from rto_fast.training.steps import count_steps
 
 CACHE_SHARE = {True: 0.85, False: 0.5}  # of a GPU's and a CPU's free memory: see rto_fast/rollout/cache.py
-MONITORED = 1 / 16  # of a rollout's responses: see rto_fast/stages/behaviour.py
+MONITORED = 1 / 16  # of a rollout's responses: see rto_fast/rto/behaviour.py
 
 
 def make_plan(
-    config: Config, machine: Machine, items: dict[str, Items] | None = None, *, model_shape: str | None = None,
+    config: Config,
+    machine: Machine,
+    items: dict[str, Items] | None = None,
+    *,
+    model_shape: str | None = None,
     examples: int | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a run of `config`.
 
     Args:
@@ -102,13 +106,13 @@ class _Planner:
             return None
         passes = costs.training_seconds(
             self.shape, sequences, device, gemms, setting.itemsize, setting.checkpointing, bool(self.lora.rank)
-        )  # fmt: skip
+        )
         communication = costs.communication_seconds(
             parameters, self.machine, setting.zero, setting.itemsize, work.micro_batches, setting.checkpointing
-        )  # fmt: skip
+        )
         update = costs.optimizer_seconds(
             parameters, self.machine, setting.zero, setting.itemsize, setting.offload_optimizer
-        )  # fmt: skip
+        )
         fetched = 2 * setting.itemsize * parameters / self.machine.count * work.micro_batches
         return passes + communication + update + setting.offload_parameters * fetched / device.host_link
 
@@ -253,7 +257,7 @@ class _Planner:
         graphs = config.cuda_graphs and setting.zero != 3 and config.engine == "native"
         seconds = costs.rollout_seconds(
             self.shape, work, items.prompt, max(1, int(busy)), self.machine.device, setting.itemsize, graphs
-        )  # fmt: skip
+        )
         whole = setting.itemsize * self.shape.parameters / self.machine.link if setting.zero == 3 else 0.0
         return seconds + whole
 

@@ -13,19 +13,39 @@ from rto_fast.models.directory import first_line
 
 # Public models that a configuration may name without having them on disk, as their config.json says.
 _LLAMA3_8B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
     "max_position_embeddings": 8192,
-}  # fmt: skip
+}
 _QWEN3_06B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
     "max_position_embeddings": 40960,
-}  # fmt: skip
+}
 _SMOLLM2_135M = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 KNOWN = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
     "OpenRLHF/Llama-3-8b-sft-mixture": _LLAMA3_8B,
@@ -102,22 +122,33 @@ def shape_of(config, name: str) -> Shape:
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     matrices = [
         p for p in model.base_model.parameters() if p.dim() >= 2 and p.shape != embeddings.shape and p is not head
-    ]  # fmt: skip
+    ]
     linears = [
         (name, module.in_features + module.out_features)
-        for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)
-    ]  # fmt: skip
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     heads = _size(text, "num_attention_heads")
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
-        name=name, model_type=config.model_type, parameters=sum(p.numel() for p in model.parameters()),
-        layer_weights=sum(p.numel() for p in matrices), largest=max(p.numel() for p in model.parameters()),
-        tensors=sum(1 for _ in model.parameters()), tied=head is embeddings, layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size, intermediate_size=_size(text, "intermediate_size") or 4 * text.hidden_size,
-        heads=heads, kv_heads=_size(text, "num_key_value_heads") or heads,
-        head_dim=_size(text, "head_dim") or text.hidden_size // heads, vocab_size=head.shape[0],
-        gated="gate_proj" in names, head_norms="q_norm" in names, linears=tuple(linears),
-    )  # fmt: skip
+        name=name,
+        model_type=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layer_weights=sum(p.numel() for p in matrices),
+        largest=max(p.numel() for p in model.parameters()),
+        tensors=sum(1 for _ in model.parameters()),
+        tied=head is embeddings,
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=_size(text, "intermediate_size") or 4 * text.hidden_size,
+        heads=heads,
+        kv_heads=_size(text, "num_key_value_heads") or heads,
+        head_dim=_size(text, "head_dim") or text.hidden_size // heads,
+        vocab_size=head.shape[0],
+        gated="gate_proj" in names,
+        head_norms="q_norm" in names,
+        linears=tuple(linears),
+    )
 
 
 def _size(text: Any, key: str) -> int:

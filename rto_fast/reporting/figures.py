@@ -20,15 +20,18 @@ RTO_PANELS = [
     ("entropy", "Entropy, nats a token", {"entropy": "entropy"}),
     ("length", "Response length, tokens", {"length": "length"}),
     ("truncated", "Share of responses cut at the limit", {"truncated": "truncated"}),
-    ("clip", "Share of tokens clipped",
-     {"clip_fraction": "policy loss", "value_clip_fraction": "value loss", "dpo_clip_fraction": "DPO reward"}),
+    (
+        "clip",
+        "Share of tokens clipped",
+        {"clip_fraction": "policy loss", "value_clip_fraction": "value loss", "dpo_clip_fraction": "DPO reward"},
+    ),
     ("correlation", "Correlation of DPO reward and score, by response", {"dpo_score_correlation": "correlation"}),
     ("approx_kl", "KL of an update to its rollout policy, nats a token", {"approx_kl": "approx. KL"}),
     ("policy_loss", "Policy loss", {"policy_loss": "policy loss"}),
     ("value_loss", "Value loss", {"value_loss": "value loss"}),
     ("explained_variance", "Variance of returns explained by the critic", {"explained_variance": "explained variance"}),
     ("grad_norm", "Gradient norm", {"grad_norm": "policy", "critic_grad_norm": "critic"}),
-]  # fmt: skip
+]
 
 HELD_OUT = {
     "score": "Score on held-out prompts",
@@ -152,21 +155,35 @@ def _rewards(runs):
         steps = sorted({step for x, _ in series.values() for step in x})
         if not steps:
             continue
-        signed = {label: (x, [sign * v for v in series[label][1]])
-                  for (_, sign, label), (x, _) in zip(REWARD_PARTS, series.values()) if x}  # fmt: skip
+        signed = {
+            label: (x, [sign * v for v in series[label][1]])
+            for (_, sign, label), (x, _) in zip(REWARD_PARTS, series.values())
+            if x
+        }
         # By response where the run recorded it; else of the means, in which signs cancel.
         recorded = {label: run.series("rto", f"{metric}_share") for metric, _, label in REWARD_PARTS}
         sizes = recorded if any(x for x, _ in recorded.values()) else signed
         total = run.series("rto", "reward")
         lines = signed | ({"sum": total} if total[0] else {})
         panels.append(
-            Panel(f"reward_parts{suffix}", "Reward of a response, by part" + of, lines, xlabel="iteration",
-                  colors=PART_COLORS)
-        )  # fmt: skip
+            Panel(
+                f"reward_parts{suffix}",
+                "Reward of a response, by part" + of,
+                lines,
+                xlabel="iteration",
+                colors=PART_COLORS,
+            )
+        )
         panels.append(
-            Panel(f"reward_shares{suffix}", "Share of each part in the reward's size" + of, _shares(sizes, steps),
-                  kind="stack", xlabel="iteration", colors=PART_COLORS)
-        )  # fmt: skip
+            Panel(
+                f"reward_shares{suffix}",
+                "Share of each part in the reward's size" + of,
+                _shares(sizes, steps),
+                kind="stack",
+                xlabel="iteration",
+                colors=PART_COLORS,
+            )
+        )
     return panels
 
 
@@ -187,9 +204,14 @@ def _throughput(runs):
         series = _phases(run)
         if series:
             panels.append(
-                Panel(f"seconds{suffix}", "Seconds of an iteration, by phase" + of, series, kind="stack",
-                      xlabel="iteration")
-            )  # fmt: skip
+                Panel(
+                    f"seconds{suffix}",
+                    "Seconds of an iteration, by phase" + of,
+                    series,
+                    kind="stack",
+                    xlabel="iteration",
+                )
+            )
     rates = {"tokens_per_second": "whole iteration", "rollout_tokens_per_second": "rollout"}
     panels += _lines(runs, "rto", "rto_tokens_per_second", "RTO: response tokens a second", rates, xlabel="iteration")
     for stage in dict.fromkeys(stage for run in runs for stage in run.supervised):

@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rto_fast import terminal
 from rto_fast.errors import CheckpointError
-from rto_fast.notices import Notice
 from rto_fast.reporting.run_files import read_records
+from rto_fast.system import terminal
+from rto_fast.system.notices import Notice
 
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
@@ -87,7 +87,7 @@ class RunLog:
             tracker.close()
 
     def warning(self, stage, step, name, what, remedy):
-        """Says and records a `Finding` of `rto_fast.health`, or a `Notice`, once; step 0: of no step. remedy: may be
+        """Says and records a `Finding` of `rto_fast.rto.health`, or a `Notice`, once; step 0: of no step. remedy: may be
         empty."""
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
         if self.silent or record in self.warned:
@@ -108,10 +108,12 @@ class RunLog:
             self._append("samples.jsonl", {"stage": stage, "step": step} | sample)
 
     def tokens(self, stage, step, records):
-        """What single tokens earned, see `rto_fast.stages.tokens`."""
+        """What single tokens earned, see `rto_fast.rto.token_records`."""
         for record in records:
-            record = {key: [_number(v) for v in value] if isinstance(value, list) else _number(value)
-                      for key, value in record.items()}  # fmt: skip
+            record = {
+                key: [_number(v) for v in value] if isinstance(value, list) else _number(value)
+                for key, value in record.items()
+            }
             self._append("tokens.jsonl", {"stage": stage, "step": step} | record)
 
 

@@ -4,7 +4,7 @@ import html
 import math
 
 from rto_fast.data.messages import message_text
-from rto_fast.terminal import visible
+from rto_fast.system.terminal import visible
 
 
 def brief(text, length=34):
@@ -49,12 +49,10 @@ def table(header, rows, names=1, best=None):
     head = "".join(f"<th{_name(i < names)}>{escape(cell)}</th>" for i, cell in enumerate(header))
     body = "".join(
         "<tr>"
-        + "".join(
-            f"<td{_name(i < names, (number, i) in best)}>{escape(cell)}</td>" for i, cell in enumerate(row)
-        )
+        + "".join(f"<td{_name(i < names, (number, i) in best)}>{escape(cell)}</td>" for i, cell in enumerate(row))
         + "</tr>"
         for number, row in enumerate(rows)
-    )  # fmt: skip
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

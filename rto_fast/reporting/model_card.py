@@ -13,7 +13,7 @@ from rto_fast.errors import DataError, ModelError, how_to_go_on
 from rto_fast.reporting.markup import brief, show, visible
 from rto_fast.reporting.public import hub_name, public, working_folder
 from rto_fast.reporting.run_files import number, read_run
-from rto_fast.writing import own_folder, write_own
+from rto_fast.system.writing import own_folder, write_own
 
 FIGURES = {
     "held_out_score": "Score on held-out prompts",
@@ -220,11 +220,16 @@ def _results(config, run):
     rows = []
     for policy, values in run.results.items():
         finished = number(values.get("finished"))
-        rows.append([
-            policy, f"{show(values.get('score'))} ± {show(values.get('standard_error'))}", show(values.get("length")),
-            show(values.get("kl")), f"{100 * finished:.1f} %" if finished == finished else "–",
-            show(values.get("responses")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                policy,
+                f"{show(values.get('score'))} ± {show(values.get('standard_error'))}",
+                show(values.get("length")),
+                show(values.get("kl")),
+                f"{100 * finished:.1f} %" if finished == finished else "–",
+                show(values.get("responses")),
+            ]
+        )
     judge = config.eval.function or "the reward model's normalised score"
     header = ["policy", "score ± standard error", "length, tokens", "KL, nats a response", "finished", "responses"]
     return f"Judged on the same held-out prompts by {plain(public(judge))}.\n\n{_table(header, rows)}"

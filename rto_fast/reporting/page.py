@@ -193,8 +193,15 @@ def _stages(runs):
             skipped = run.series(stage, "skipped")[1]
             lead = [run.name] * (len(runs) > 1) + [stage.replace("_", " ")]
             steps = len(run.stages[stage])
-            rows.append([*lead, show(steps), f"{seconds.get(stage, 0.0):,.1f}", *map(show, last),
-                         show(sum(v for v in skipped if v == v)) if skipped else "–"])  # fmt: skip
+            rows.append(
+                [
+                    *lead,
+                    show(steps),
+                    f"{seconds.get(stage, 0.0):,.1f}",
+                    *map(show, last),
+                    show(sum(v for v in skipped if v == v)) if skipped else "–",
+                ]
+            )
     lead = ["run"] * (len(runs) > 1) + ["stage"]
     header = [*lead, "steps", "seconds", *(key.replace("_", " ") for key in wanted)]
     # Columns that no stage has a number for say nothing.

@@ -6,9 +6,9 @@ from pathlib import Path
 from rto_fast.errors import DataError
 from rto_fast.reporting import draw, figures
 from rto_fast.reporting.page import page
-from rto_fast.reporting.progress import progress
 from rto_fast.reporting.run_files import read_runs
-from rto_fast.writing import check_own, check_target, is_file, own_folder, write_file, write_own
+from rto_fast.system.progress import progress
+from rto_fast.system.writing import check_own, check_target, is_file, own_folder, write_file, write_own
 
 
 def write_report(folders, output=None):

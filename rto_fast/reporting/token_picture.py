@@ -9,13 +9,26 @@ OPACITY = [0.13, 0.25, 0.38, 0.52, 0.68]
 
 # (letter of the CSS classes, name, what it is, number of a record's token)
 MODES = [
-    ("d", "DPO reward", "β1·log π_dpo/π_ref, clipped: how much the DPO policy prefers this token, as it was paid",
-     lambda record, i: record["dpo_reward"][i]),
-    ("k", "KL penalty", "−β2·log π/π_ref: what the policy pays for going away from the reference; blue tokens earn",
-     lambda record, i: -record["kl_penalty"][i]),
-    ("a", "Advantage", "what PPO makes more likely (blue) and less likely (orange): all rewards to come, beyond the "
-     "critic's expectation", lambda record, i: record["advantage"][i]),
-]  # fmt: skip
+    (
+        "d",
+        "DPO reward",
+        "β1·log π_dpo/π_ref, clipped: how much the DPO policy prefers this token, as it was paid",
+        lambda record, i: record["dpo_reward"][i],
+    ),
+    (
+        "k",
+        "KL penalty",
+        "−β2·log π/π_ref: what the policy pays for going away from the reference; blue tokens earn",
+        lambda record, i: -record["kl_penalty"][i],
+    ),
+    (
+        "a",
+        "Advantage",
+        "what PPO makes more likely (blue) and less likely (orange): all rewards to come, beyond the "
+        "critic's expectation",
+        lambda record, i: record["advantage"][i],
+    ),
+]
 
 
 def style():

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
-from rto_fast.notices import notify
 from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
+from rto_fast.system.notices import notify
 from rto_fast.training.ranks import any_rank
 
 __all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]

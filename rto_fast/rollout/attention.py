@@ -12,9 +12,20 @@ PAGED = "rto_paged"
 
 
 def paged_attention(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    paged=None, s_aux=None, **_,
-):  # fmt: skip
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    paged=None,
+    s_aux=None,
+    **_,
+):
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if paged is None or attention_mask is not None or s_aux is not None:
         raise ValueError("its attention is given no cache (`paged=`), or an attention mask or sinks besides")
@@ -51,9 +62,17 @@ class Probe:
 def _attend_packed(module, query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return packed_attention(
-        module, query, key, value, None, scaling=scaling, sliding_window=window, softcap=softcap,
-        cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen,
-    )[0][0]  # fmt: skip
+        module,
+        query,
+        key,
+        value,
+        None,
+        scaling=scaling,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=cu_seqlens,
+        max_length_q=max_seqlen,
+    )[0][0]
 
 
 class Prefill:
@@ -77,7 +96,7 @@ class Prefill:
         if not self.continues:
             return _attend_packed(
                 module, query, key, value, self.cu_seqlens, max(self.lengths), scaling, window, softcap
-            )  # fmt: skip
+            )
         keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
         pieces, out = zip(*(x.split(self.lengths) for x in (query, key, value))), []
         for piece, pages in zip(pieces, self.pages):
@@ -118,9 +137,16 @@ class PagedDecode:
         from rto_fast.kernels import paged_attention as kernels
 
         return kernels.paged_attention(
-            query, self.cache.addresses[module.layer_idx], self.block_tables, self.lengths, num_kv_heads=key.shape[1],
-            page_size=self.cache.page_size, scale=scaling, window=window, softcap=softcap,
-        )  # fmt: skip
+            query,
+            self.cache.addresses[module.layer_idx],
+            self.block_tables,
+            self.lengths,
+            num_kv_heads=key.shape[1],
+            page_size=self.cache.page_size,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+        )
 
 
 class DenseDecode:

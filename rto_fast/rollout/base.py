@@ -29,8 +29,10 @@ def _integers(values, name):
 
 
 def nan_logits(where: str) -> RolloutError:
-    return RolloutError(f"the policy's logits are NaN: {where}; its weights or activations are not finite: lower the "
-                        "learning rate that made them so")  # fmt: skip
+    return RolloutError(
+        f"the policy's logits are NaN: {where}; its weights or activations are not finite: lower the "
+        "learning rate that made them so"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Sampling:
     @classmethod
     def of(cls, config: RolloutConfig, stop_ids: Sequence[int]) -> Self:
         return cls(
-            config.max_new_tokens, config.min_new_tokens, config.temperature, config.top_p, config.top_k, config.min_p,
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.min_p,
             tuple(stop_ids),
-        )  # fmt: skip
+        )
 
     def __post_init__(self):
         for name, valid, expected in (
@@ -112,9 +119,15 @@ class Engine(Protocol):
     """What `build_engine` gives; see `NativeEngine.generate`."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
-        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
-    ) -> RolloutBatch: ...  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n: int,
+        sampling: Sampling,
+        seed: int = 0,
+        *,
+        prompt_numbers: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> RolloutBatch: ...
 
 
 def token_ids(prompts: Sequence[Sequence[int] | str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -134,9 +147,14 @@ def finish_reasons(response_ids: Sequence[Sequence[int]], stop_ids: Sequence[int
 
 
 def check_request(
-    prompt_ids: list[list[int]], n: int, sampling: Sampling, vocab_size: int, context: int | None,
-    prompt_numbers: Sequence[int] | None, limits: Sequence[int] | None,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+    prompt_ids: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    vocab_size: int,
+    context: int | None,
+    prompt_numbers: Sequence[int] | None,
+    limits: Sequence[int] | None,
+) -> tuple[list[int], list[int]]:
     """(the most tokens of each response, len(prompt_ids)·n numbers; the prompts' numbers).
 
     Raises:
@@ -151,8 +169,9 @@ def check_request(
     for index, ids in enumerate(prompt_ids):
         if not ids or (context and len(ids) >= context):
             room = f", and with a response at most {context}" if context else ""
-            raise RolloutError(f"prompt {index} has {len(ids)} tokens; the model takes at least 1{room}; see "
-                               "data.max_prompt_tokens")  # fmt: skip
+            raise RolloutError(
+                f"prompt {index} has {len(ids)} tokens; the model takes at least 1{room}; see data.max_prompt_tokens"
+            )
         if not (0 <= min(ids) and max(ids) < vocab_size):
             raise RolloutError(f"prompt {index} has tokens outside of the model's vocabulary of {vocab_size}")
     given = range(len(prompt_ids)) if prompt_numbers is None else _integers(prompt_numbers, "prompt_numbers")

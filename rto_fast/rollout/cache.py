@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rto_fast.errors import RolloutError
-from rto_fast.notices import notify
+from rto_fast.system.notices import notify
 
 GIB = 1 << 30
 

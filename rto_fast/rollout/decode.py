@@ -7,10 +7,10 @@ from collections import Counter
 import torch
 
 from rto_fast.errors import RolloutError
-from rto_fast.notices import notify
 from rto_fast.ops import sample_tokens
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, runs_triton
 from rto_fast.rollout.cache import to_device
+from rto_fast.system.notices import notify
 
 # Batch sizes that get a graph of their own; between them slots stay idle.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, *range(128, 1024, 64), *range(1024, 8193, 256))
@@ -97,10 +97,21 @@ class DecodeState:
         else:
             from rto_fast.kernels.decode_reference import finish_step
         finish_step(
-            drawn, stop_ids, self.rows[slots], self.generated[slots], self.active[slots], self.limits[slots],
-            self.lengths[slots], self.input_ids[slots], self.tokens, self.logps, self.sampling_logps, self.counts,
-            self.done, grow=grow,
-        )  # fmt: skip
+            drawn,
+            stop_ids,
+            self.rows[slots],
+            self.generated[slots],
+            self.active[slots],
+            self.limits[slots],
+            self.lengths[slots],
+            self.input_ids[slots],
+            self.tokens,
+            self.logps,
+            self.sampling_logps,
+            self.counts,
+            self.done,
+            grow=grow,
+        )
 
     def draw_first(self, slots, logits, sampler):
         """Draws and records what a prefill's last logits [slots, V] lead to."""
@@ -115,9 +126,12 @@ class Sampler:
         # A divisor of the logits divides like the temperature, where there is one.
         self.divisor = head.divisor if sampling.temperature == 0 else 1.0
         self.options = dict(
-            temperature=sampling.temperature * head.divisor, top_k=sampling.top_k, top_p=sampling.top_p,
-            min_p=sampling.min_p, softcap=head.softcap,
-        )  # fmt: skip
+            temperature=sampling.temperature * head.divisor,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            softcap=head.softcap,
+        )
         self.min_new_tokens = sampling.min_new_tokens
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
 
@@ -181,9 +195,15 @@ class DecodeStep:
             from rto_fast.kernels.decode_step import begin_step
 
             where, kv_lengths, *draws = begin_step(
-                lengths, active, tables, state.rows[slots], state.generated[slots], state.uniforms,
-                page_size=self.cache.page_size, min_new_tokens=self.sampler.min_new_tokens,
-            )  # fmt: skip
+                lengths,
+                active,
+                tables,
+                state.rows[slots],
+                state.generated[slots],
+                state.uniforms,
+                page_size=self.cache.page_size,
+                min_new_tokens=self.sampler.min_new_tokens,
+            )
             decode = PagedDecode(self.cache, tables, where, kv_lengths)
         else:
             draws = state.draws(slots, self.sampler.min_new_tokens)

@@ -144,9 +144,15 @@ class _Triton:
         if norms:
             options = dict(query_norm=norms[0].weight, key_norm=norms[1].weight, eps=norms[0].variance_epsilon)
         decode_layer.rotate_and_store(
-            qkv, rope, paged.cache.addresses[attention.layer_idx], paged.slot_mapping, num_heads=heads[0],
-            num_kv_heads=heads[1], page_size=paged.cache.page_size, **options,
-        )  # fmt: skip
+            qkv,
+            rope,
+            paged.cache.addresses[attention.layer_idx],
+            paged.slot_mapping,
+            num_heads=heads[0],
+            num_kv_heads=heads[1],
+            page_size=paged.cache.page_size,
+            **options,
+        )
         return qkv.split(heads, 1)
 
 

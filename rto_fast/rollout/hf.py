@@ -12,9 +12,9 @@ from rto_fast.errors import ModelError, UserError
 from rto_fast.models.directory import first_line
 from rto_fast.models.loading import attention_implementation, check_sequences
 from rto_fast.models.trace import failing_layer
-from rto_fast.reporting.progress import advance
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
+from rto_fast.system.progress import advance
 
 
 def _refuse_nan(input_ids, scores):
@@ -49,9 +49,15 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
-        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
-    ) -> RolloutBatch:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n: int,
+        sampling: Sampling,
+        seed: int = 0,
+        *,
+        prompt_numbers: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:
         """Samples `n` responses to each prompt; see `NativeEngine.generate`.
 
         Here a sample also depends on the batch it is decoded in, and a response's limit cuts it after the fact.
@@ -60,7 +66,7 @@ class HFEngine:
         prompt_ids = token_ids(prompts, self.tokenizer)
         limits, numbers = check_request(
             prompt_ids, n, sampling, self.wrapped.vocab_size, self.wrapped.context, prompt_numbers, limits
-        )  # fmt: skip
+        )
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
         responses: list[list[int]] = [[] for _ in prompt_ids]
         # Alike lengths decode together: less padding, and batches that end together.
@@ -102,13 +108,20 @@ class HFEngine:
         drawing = dict(do_sample=False)
         if sampling.temperature > 0:
             drawing = dict(
-                do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 min_p=sampling.min_p or None,
-            )  # fmt: skip
+            )
         return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, min_new_tokens=sampling.min_new_tokens,
-            eos_token_id=list(sampling.stop_ids) or None, pad_token_id=self._pad(sampling), use_cache=True, **drawing,
-        )  # fmt: skip
+            max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
+            eos_token_id=list(sampling.stop_ids) or None,
+            pad_token_id=self._pad(sampling),
+            use_cache=True,
+            **drawing,
+        )
 
     @staticmethod
     def _until_stop(row, stops):

@@ -38,8 +38,10 @@ class RolloutModel:
         if hasattr(model, "get_base_model"):  # PEFT
             settings = getattr(model, "active_peft_config", None)
             if getattr(settings, "is_prompt_learning", False):
-                raise ModelError(f"{type(settings).__name__}: responses would be sampled without the "
-                                 "virtual tokens; merge them into the prompts, or train LoRA")  # fmt: skip
+                raise ModelError(
+                    f"{type(settings).__name__}: responses would be sampled without the "
+                    "virtual tokens; merge them into the prompts, or train LoRA"
+                )
             model = model.get_base_model()
         self.adapter = model if isinstance(model, Adapter) else None
         self.causal_lm = self.adapter.base if self.adapter else model
@@ -166,10 +168,14 @@ class RolloutModel:
             precise(self.causal_lm, dtype or self.kind[1]),
         ):
             return self.causal_lm(
-                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=batch.max_seqlen,
+                max_length_k=batch.max_seqlen,
                 use_cache=False,
-            ).logits[0]  # fmt: skip
+            ).logits[0]
 
     def logits(self, hidden):
         """[T, V] float32, not yet divided or capped (see `Head`)."""
@@ -235,8 +241,10 @@ def _merge(linear, out):
 
 
 def _not_plain(layer):
-    return ModelError(f"{type(layer).__name__} of {type(layer.base_layer).__name__}: only plain LoRA on linear layers, not "
-                      "merged, can be decoded natively")  # fmt: skip
+    return ModelError(
+        f"{type(layer).__name__} of {type(layer.base_layer).__name__}: only plain LoRA on linear layers, not "
+        "merged, can be decoded natively"
+    )
 
 
 @contextlib.contextmanager

@@ -46,9 +46,15 @@ class NativeEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
-        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
-    ) -> RolloutBatch:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n: int,
+        sampling: Sampling,
+        seed: int = 0,
+        *,
+        prompt_numbers: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:
         """Samples `n` responses to each prompt.
 
         Args:
@@ -66,7 +72,7 @@ class NativeEngine:
         prompt_ids = token_ids(prompts, self.tokenizer)
         limits, numbers = check_request(
             prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
-        )  # fmt: skip
+        )
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
         if self.kind != self.model.kind:
@@ -81,16 +87,19 @@ class NativeEngine:
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             except torch.OutOfMemoryError as error:
-                raise RolloutError(f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
-                                   "rollout.kv_cache_gib or rollout.batch_size") from error  # fmt: skip
+                raise RolloutError(
+                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
+                    "rollout.kv_cache_gib or rollout.batch_size"
+                ) from error
             finally:
                 self.cache.release()
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
         batch.stats = {
             # Of the tokens that decode steps had room for.
             "occupancy": (batch.num_tokens - scheduler.begun) / max(scheduler.slot_steps, 1),
-            "preemptions": scheduler.preemptions, "capture_seconds": scheduler.step.capture_seconds - captured,
-        }  # fmt: skip
+            "preemptions": scheduler.preemptions,
+            "capture_seconds": scheduler.step.capture_seconds - captured,
+        }
         return batch
 
     # What one call needs
@@ -120,9 +129,16 @@ class NativeEngine:
         self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
-            self.model, self.cache, self.state, self.step, requests, limits, slots=slots, ahead=8 if is_cuda else 4,
+            self.model,
+            self.cache,
+            self.state,
+            self.step,
+            requests,
+            limits,
+            slots=slots,
+            ahead=8 if is_cuda else 4,
             prefill_tokens=config.prefill_tokens,
-        )  # fmt: skip
+        )
 
     def _uniforms(self, seed, sample_ids, limits):
         device = self.model.device
@@ -136,9 +152,12 @@ class NativeEngine:
         drawn = torch.arange(state.tokens.shape[1], device=lengths.device) < lengths[:, None]
         responses = [ids[:length] for ids, length in zip(state.tokens[:count].tolist(), lengths.tolist())]
         return RolloutBatch(
-            prompt_ids, responses, finish_reasons(responses, sampling.stop_ids), state.logps[:count][drawn],
+            prompt_ids,
+            responses,
+            finish_reasons(responses, sampling.stop_ids),
+            state.logps[:count][drawn],
             state.sampling_logps[:count][drawn],
-        )  # fmt: skip
+        )
 
     def _check(self) -> None:
         self.state = None

@@ -6,10 +6,10 @@ from itertools import accumulate, count
 
 import torch
 
-from rto_fast.reporting.progress import advance
 from rto_fast.rollout.attention import Prefill
 from rto_fast.rollout.base import nan_logits
 from rto_fast.rollout.cache import to_device
+from rto_fast.system.progress import advance
 
 
 @dataclass(eq=False)
@@ -279,10 +279,13 @@ class Scheduler:
             sources, targets = sources + copied, targets + copies
         self.cache.copy(sources, targets)
         slots = self.state.start(
-            len(self.running), [s.row for s in sequences], [s.length for s in sequences],
-            [self.limits[s.row] for s in sequences], [s.length - len(s.ids) for s in sequences],
+            len(self.running),
+            [s.row for s in sequences],
+            [s.length for s in sequences],
+            [self.limits[s.row] for s in sequences],
+            [s.length - len(s.ids) for s in sequences],
             [s.pages for s in sequences],
-        )  # fmt: skip
+        )
         self.running += sequences
         self.begun += len(sequences)
         self.state.draw_first(slots, self.model.logits(torch.stack(hidden)), self.step.sampler)

@@ -2,8 +2,8 @@
 
 import torch
 
-from rto_fast.reporting.progress import progress
 from rto_fast.rollout.base import RolloutBatch, finish_reasons
+from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 
 
@@ -36,12 +36,17 @@ def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
     responses = [response.tolist() for response in ids]
     logps, sampling_logps = (
         None if values is None else torch.cat(gathered(values)) for values in (part.logps, part.sampling_logps)
-    )  # fmt: skip
+    )
     prompts = [ids for ids in prompt_ids for _ in range(n)]
     return RolloutBatch(
-        prompts, responses, finish_reasons(responses, sampling.stop_ids), logps, sampling_logps, part.timings,
+        prompts,
+        responses,
+        finish_reasons(responses, sampling.stop_ids),
+        logps,
+        sampling_logps,
+        part.timings,
         part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
-    )  # fmt: skip
+    )
 
 
 class _Order:

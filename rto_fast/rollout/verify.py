@@ -4,10 +4,10 @@ from typing import cast
 
 import torch
 
-from rto_fast.agreement import compare_logits
 from rto_fast.batch import pack_whole
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
+from rto_fast.models.agreement import compare_logits
 from rto_fast.models.directory import first_line
 from rto_fast.models.loading import check_sequences
 from rto_fast.models.precision import higher_precision
@@ -24,7 +24,7 @@ DECODED = 6  # log-probs compared of each: the prompt's last token, and those de
 def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
     """The cache that the model's layers need, when decoding with it was found to compute the model.
 
-    Prompts are prefilled in two pieces and some tokens decoded, in one batch. See `rto_fast.agreement` for the limit.
+    Prompts are prefilled in two pieces and some tokens decoded, in one batch. See `rto_fast.models.agreement` for the limit.
 
     Raises:
         ModelError: the model cannot be decoded, or further from its own forward pass than rounding explains.

@@ -89,9 +89,15 @@ class VLLMEngine:
         self._sleep()
 
     def generate(
-        self, prompts: Sequence[Sequence[int] | str], n: int, sampling: Sampling, seed: int = 0, *,
-        prompt_numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
-    ) -> RolloutBatch:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n: int,
+        sampling: Sampling,
+        seed: int = 0,
+        *,
+        prompt_numbers: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> RolloutBatch:
         """Samples `n` responses to each prompt, with the weights that the model has now.
 
         Args: as of `NativeEngine.generate`. A sample's random numbers depend on nothing else here either, but how vLLM's
@@ -108,7 +114,7 @@ class VLLMEngine:
         prompt_ids = token_ids(prompts, self.tokenizer)
         limits, numbers = check_request(
             prompt_ids, n, sampling, self.policy.vocab_size, self.policy.context, prompt_numbers, limits
-        )  # fmt: skip
+        )
         seeds = [request_seed(seed, number, sample) for number in numbers for sample in range(n)]
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
         try:
@@ -124,9 +130,13 @@ class VLLMEngine:
         sampling_logps = self._logps(outputs, responses) if sampling.temperature > 0 else None
         whole = not sampling.filters and sampling.min_new_tokens <= 1
         return RolloutBatch(
-            prompt_ids, responses, reasons, sampling_logps if whole else None, sampling_logps,
+            prompt_ids,
+            responses,
+            reasons,
+            sampling_logps if whole else None,
+            sampling_logps,
             {"rollout": time.perf_counter() - start, "sync": synced - start},
-        )  # fmt: skip
+        )
 
     def _decode(self, prompts, sampling, limits, seeds):
         # One request a response: what vLLM makes of n > 1 itself, the prompt's keys and values being shared either way.
@@ -141,14 +151,21 @@ class VLLMEngine:
     def _params(self, sampling, limit, seed):
         greedy = sampling.temperature == 0
         return self.sampling_params(
-            temperature=float(sampling.temperature), top_p=float(sampling.top_p), top_k=sampling.top_k,
-            min_p=float(sampling.min_p), seed=seed, max_tokens=limit,
+            temperature=float(sampling.temperature),
+            top_p=float(sampling.top_p),
+            top_k=sampling.top_k,
+            min_p=float(sampling.min_p),
+            seed=seed,
+            max_tokens=limit,
             min_tokens=min(sampling.min_new_tokens, limit),
             # Only our stop tokens end a response, not what vLLM reads from the tokenizer.
-            stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
+            stop_token_ids=list(sampling.stop_ids),
+            ignore_eos=True,
             # 0: of the sampled token only; flat: lists of numbers, where vLLM else makes a dictionary a token.
-            logprobs=None if greedy else 0, flat_logprobs=True, detokenize=False,
-        )  # fmt: skip
+            logprobs=None if greedy else 0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
 
     @staticmethod
     def _logps(outputs, responses):
@@ -156,8 +173,10 @@ class VLLMEngine:
         values = [out.logprobs.logprobs[first] for out in outputs for first in out.logprobs.start_indices]
         logps = torch.tensor(values, dtype=torch.float32)
         if len(logps) != sum(map(len, responses)) or not logps.isfinite().all():
-            raise RolloutError("vllm: sampled tokens without a finite log-prob: the policy's weights are not finite, or "
-                               "this vLLM does not reload weights of such a model; use rollout.engine: native")  # fmt: skip
+            raise RolloutError(
+                "vllm: sampled tokens without a finite log-prob: the policy's weights are not finite, or "
+                "this vLLM does not reload weights of such a model; use rollout.engine: native"
+            )
         return logps
 
     def _sync(self):

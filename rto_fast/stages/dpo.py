@@ -6,13 +6,13 @@ from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps
 from rto_fast.models.placement import device_of
-from rto_fast.preflight import preference_finding
-from rto_fast.reporting.progress import progress
-from rto_fast.stages.common import save_model
-from rto_fast.stages.loader import Loader
+from rto_fast.rto.first_update import preference_finding
+from rto_fast.system.progress import progress
+from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.order import fingerprint
 from rto_fast.training.ranks import map_items
+from rto_fast.training.saving import save_model
 from rto_fast.training.supervised import SupervisedTrainer
 
 

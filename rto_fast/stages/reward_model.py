@@ -4,10 +4,10 @@ from rto_fast.batch import pack_whole
 from rto_fast.losses import bradley_terry
 from rto_fast.models.loading import token_scores
 from rto_fast.rewards import score_sequences, score_statistics
-from rto_fast.stages.common import save_model
-from rto_fast.stages.loader import Loader
+from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.order import fingerprint
+from rto_fast.training.saving import save_model
 from rto_fast.training.supervised import SupervisedTrainer
 
 

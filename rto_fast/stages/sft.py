@@ -2,10 +2,10 @@
 
 from rto_fast.batch import pack
 from rto_fast.models.loading import causal_logps
-from rto_fast.stages.common import save_model
-from rto_fast.stages.loader import Loader
+from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.order import fingerprint
+from rto_fast.training.saving import save_model
 from rto_fast.training.supervised import SupervisedTrainer
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from rto_fast.reporting.progress import advance_part
+from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
 
 

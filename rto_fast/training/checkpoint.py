@@ -13,7 +13,8 @@ import torch
 
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.progress import progress
+from rto_fast.system.progress import progress
+from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.progress_file import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
@@ -21,9 +22,8 @@ from rto_fast.training.run_lock import RunLock
 from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_of, remove_state, save_state, write_text
 from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
-from rto_fast.writing import make_own, sync
 
-# What a kill leaves of the files that a run alone writes; see `rto_fast.writing`.
+# What a kill leaves of the files that a run alone writes; see `rto_fast.system.writing`.
 UNFINISHED = re.compile(r"\.(progress\.json|results\.json|config\.yaml)\.\d+\.part")
 
 
@@ -67,9 +67,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, log: RunLog, *, keep: int = 2, resume: bool = False, stop: StopRequest | None = None,
+        self,
+        folder: str | Path,
+        log: RunLog,
+        *,
+        keep: int = 2,
+        resume: bool = False,
+        stop: StopRequest | None = None,
         lock: RunLock | None = None,
-    ):  # fmt: skip
+    ):
         self.folder, self.log, self.keep, self.stop = Path(folder), log, keep, stop or StopRequest()
         self.path, self.lock = self.folder / "progress.json", lock
         self.run = new_run()
@@ -243,8 +249,10 @@ class Checkpoints:
             trainer.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
-                                  "options it was begun with") from error  # fmt: skip
+            raise CheckpointError(
+                f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
+                "options it was begun with"
+            ) from error
         self.log.say(f"{stage}: goes on after step {trainer.step_count}")
         self._compare_data(stage, trainer, state["order"])
         return self.points[-1].get("unfinished", False)

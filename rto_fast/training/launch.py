@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from rto_fast.command_line import error_line, exit_code
+from rto_fast.config.fields import CountOr0
+from rto_fast.config.options import argument
 from rto_fast.errors import ConfigError, Interrupted, UserError
-from rto_fast.fields import CountOr0
-from rto_fast.options import argument
-from rto_fast.terminal import say
+from rto_fast.system.command_line import error_line, exit_code
+from rto_fast.system.terminal import say
 from rto_fast.training.run_lock import release_all
 
 INTERVAL = 1.0  # seconds between heartbeats
@@ -78,8 +78,10 @@ def joined(use_deepspeed=False):
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
     except (ValueError, RuntimeError, dist.DistError) as error:
-        raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
-                          f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})") from error  # fmt: skip
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
+            f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})"
+        ) from error
     store.set_timeout(WAIT)
     if local_rank() < torch.cuda.device_count():  # else the run says so, or wants the CPU
         torch.cuda.set_device(local_rank())

@@ -6,15 +6,21 @@ import torch
 
 from rto_fast.errors import RewardError, TrainingError, UserError
 from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.progress import progress
+from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 
 def train(
-    name: str, trainer: Trainer, log: RunLog, checkpoints: Checkpoints, save_every: int, show: Sequence[str],
-    after_step: Callable[[int, dict], object] | None = None, evaluate: Callable[[int], object] | None = None,
-) -> None:  # fmt: skip
+    name: str,
+    trainer: Trainer,
+    log: RunLog,
+    checkpoints: Checkpoints,
+    save_every: int,
+    show: Sequence[str],
+    after_step: Callable[[int, dict], object] | None = None,
+    evaluate: Callable[[int], object] | None = None,
+) -> None:
     """Steps `trainer` to its end, from its last checkpoint if there is one.
 
     Args:

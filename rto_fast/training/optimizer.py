@@ -67,14 +67,16 @@ class Schedule:
         """
         lr = self.peak_lr * learning_rate_factor(
             self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
-        )  # fmt: skip
+        )
         norm = self._update(lr)
         skipped = not math.isfinite(norm)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= min(MAX_SKIPPED, max(1, self.total_steps // 2)):
-            raise TrainingError(f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
-                                "learning rate, or look for NaN in the weights it started from")  # fmt: skip
+            raise TrainingError(
+                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
+                "learning rate, or look for NaN in the weights it started from"
+            )
         self.steps += 1
         return {"lr": lr, "grad_norm": norm, "skipped": int(skipped)}
 

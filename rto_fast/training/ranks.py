@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rto_fast.batch import micro_batches
-from rto_fast.reporting.progress import progress
+from rto_fast.system.progress import progress
 
 
 def world_size() -> int:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rto_fast.errors import CheckpointError
+from rto_fast.system.writing import set_permissions, sync, write_own
 from rto_fast.training import ranks
-from rto_fast.writing import set_permissions, sync, write_own
 
 OWNER = "run"  # the file that names the run whose state it is
 STATE_FILE = rf"{OWNER}|state(-\d{{5,}})?\.(json|safetensors)(\.sha256)?"

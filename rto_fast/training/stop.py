@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from rto_fast.errors import Interrupted, how_to_go_on
-from rto_fast.terminal import say, speaks
+from rto_fast.system.terminal import say, speaks
 
 INSISTENT = signal.SIGINT, signal.SIGTERM
 SIGNALS = *INSISTENT, signal.SIGHUP  # of a terminal that is closed

@@ -24,10 +24,15 @@ class SupervisedTrainer:
     """
 
     def __init__(
-        self, model: nn.Module, stage: StageConfig, lengths: Sequence[int],
-        loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]], config: Config,
-        say: Callable[[str], object], fingerprint: str = "",
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        stage: StageConfig,
+        lengths: Sequence[int],
+        loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
+        config: Config,
+        say: Callable[[str], object],
+        fingerprint: str = "",
+    ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
         self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)

@@ -15,7 +15,8 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.head import score_head, use_op_linear
 from rto_fast.models.loading import forward_hidden
 from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
-from rto_fast.training import deepspeed_import, ranks
+from rto_fast.system import deepspeed_import
+from rto_fast.training import ranks
 from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
 
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size

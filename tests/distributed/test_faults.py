@@ -72,7 +72,10 @@ def main(folder):
 def outcomes(tmp_path_factory):
     """Of every bad day: from one process that imports everything once and forks the ranks."""
     folder = tmp_path_factory.mktemp("faults")
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
+    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True, timeout=300)
     return json.loads((folder / "outcomes.json").read_text())
 
 
@@ -121,10 +124,8 @@ def test_a_scheduler_that_stops_both(outcomes):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    import faults
-
     from rto_fast.training.zero import ZeroOptimizer
+    from tests.stress import faults
 
     faults.warm_up(2)
     main(Path(sys.argv[1]))

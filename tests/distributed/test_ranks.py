@@ -14,38 +14,100 @@ from safetensors.torch import load_file
 from tests.ranks import run_launched
 
 SETTINGS = [
-    "--threads", "1", "--data.limit", "96", "--data.held_out", "8", "--eval.prompts", "8", "--rollout.max_new_tokens", "12",
-    "--sft.max_steps", "4", "--reward_model.max_steps", "3", "--dpo.max_steps", "3", "--dpo.batch_size", "16",
-    "--rto.iterations", "2", "--rto.prompts_per_rollout", "12", "--rto.batch_size", "6", "--rto.micro_batch_tokens", "200",
-    "--sft.micro_batch_tokens", "300", "--sft.weight_decay", "0.1",
-]  # fmt: skip
+    "--threads",
+    "1",
+    "--data.limit",
+    "96",
+    "--data.held_out",
+    "8",
+    "--eval.prompts",
+    "8",
+    "--rollout.max_new_tokens",
+    "12",
+    "--sft.max_steps",
+    "4",
+    "--reward_model.max_steps",
+    "3",
+    "--dpo.max_steps",
+    "3",
+    "--dpo.batch_size",
+    "16",
+    "--rto.iterations",
+    "2",
+    "--rto.prompts_per_rollout",
+    "12",
+    "--rto.batch_size",
+    "6",
+    "--rto.micro_batch_tokens",
+    "200",
+    "--sft.micro_batch_tokens",
+    "300",
+    "--sft.weight_decay",
+    "0.1",
+]
 LORA = ["--lora.rank", "2", "--sft.lr", "1e-2"]
 BFLOAT16 = ["--model.dtype", "bfloat16", "--rto.enabled", "false"]
 # Each stage's last step has one item, which one of the ranks is without.
 REMAINDERS = [
-    "--sft.max_steps", "null", "--sft.epochs", "1", "--sft.batch_size", "19", "--reward_model.max_steps", "null",
-    "--reward_model.epochs", "1", "--reward_model.batch_size", "29", "--dpo.max_steps", "null", "--dpo.batch_size", "29",
-    "--rto.iterations", "null", "--rto.prompts_per_rollout", "29", "--rto.batch_size", "29", "--rto.ppo_epochs", "1",
-]  # fmt: skip
+    "--sft.max_steps",
+    "null",
+    "--sft.epochs",
+    "1",
+    "--sft.batch_size",
+    "19",
+    "--reward_model.max_steps",
+    "null",
+    "--reward_model.epochs",
+    "1",
+    "--reward_model.batch_size",
+    "29",
+    "--dpo.max_steps",
+    "null",
+    "--dpo.batch_size",
+    "29",
+    "--rto.iterations",
+    "null",
+    "--rto.prompts_per_rollout",
+    "29",
+    "--rto.batch_size",
+    "29",
+    "--rto.ppo_epochs",
+    "1",
+]
 # {name: (what it is compared with, options)}
 RUNS = {
     "ZeRO 0": ("whole", ["--deepspeed.zero_stage", "0"]),
     "ZeRO 1, optimizer offloaded, activations checkpointed": (
         "whole",
-        ["--deepspeed.zero_stage", "1", "--deepspeed.offload_optimizer", "true", "--model.gradient_checkpointing", "true"],
+        [
+            "--deepspeed.zero_stage",
+            "1",
+            "--deepspeed.offload_optimizer",
+            "true",
+            "--model.gradient_checkpointing",
+            "true",
+        ],
     ),
     "ZeRO 2": ("whole", []),
     "ZeRO 3, frozen models sharded": ("whole", ["--deepspeed.zero_stage", "3", "--deepspeed.frozen", "sharded"]),
     "ZeRO 3, all offloaded": (
         "whole",
-        ["--deepspeed.zero_stage", "3", "--deepspeed.offload_parameters", "true", "--deepspeed.offload_optimizer", "true",
-         "--deepspeed.frozen", "offloaded"],
+        [
+            "--deepspeed.zero_stage",
+            "3",
+            "--deepspeed.offload_parameters",
+            "true",
+            "--deepspeed.offload_optimizer",
+            "true",
+            "--deepspeed.frozen",
+            "offloaded",
+        ],
     ),
     "LoRA, ZeRO 2": ("LoRA", LORA),
     "bfloat16, ZeRO 2": ("bfloat16", BFLOAT16),
     "last steps of one item, ZeRO 2": ("last steps", REMAINDERS),
     "last steps of one item, ZeRO 3": ("last steps", [*REMAINDERS, "--deepspeed.zero_stage", "3"]),
-}  # fmt: skip
+}
 MODELS = ("sft", "reward_model", "dpo", "rto", "rto_critic")
 
 

@@ -41,8 +41,10 @@ def make_batch(lengths, device, dtype=torch.float32, seed=0):
     batch = {name: x.to(device, dtype) for name, x in batch.items()}
     delimiters = torch.rand(total, generator=generator) > 0.8
     return batch | {
-        "cu_seqlens": cu_seqlens.to(device), "response_mask": mask.to(device), "delimiter_mask": delimiters.to(device),
-    }  # fmt: skip
+        "cu_seqlens": cu_seqlens.to(device),
+        "response_mask": mask.to(device),
+        "delimiter_mask": delimiters.to(device),
+    }
 
 
 def drop(batch, *names):
@@ -267,16 +269,33 @@ def test_gae(device, lengths, masked):
 def test_gae_sums_5000_rewards(device):
     """λ = γ = 1: the first return is the plain sum of rewards, and a tree sum must not drift."""
     rewards = torch.rand(5000, device=device)
-    _, returns = advantages.gae(rewards, torch.randn(5000, device=device), torch.tensor([0, 5000], dtype=torch.int32,
-                                device=device), gae_lambda=1.0)  # fmt: skip
+    _, returns = advantages.gae(
+        rewards,
+        torch.randn(5000, device=device),
+        torch.tensor([0, 5000], dtype=torch.int32, device=device),
+        gae_lambda=1.0,
+    )
     assert returns[0].item() == pytest.approx(rewards.double().sum().item(), rel=8 * EPS)
 
 
 def test_opcheck(device):
     batch = make_batch([40, 1, 0, 300], device)
     batch = {name: x.nan_to_num(0.1) for name, x in batch.items()}
-    tensors = [batch[name] for name in ("old_logps", "ref_logps", "dpo_logps", "dpo_ref_logps", "values", "scores",
-               "cu_seqlens", "response_mask", "delimiter_mask", "bootstrap_values")]  # fmt: skip
+    tensors = [
+        batch[name]
+        for name in (
+            "old_logps",
+            "ref_logps",
+            "dpo_logps",
+            "dpo_ref_logps",
+            "values",
+            "scores",
+            "cu_seqlens",
+            "response_mask",
+            "delimiter_mask",
+            "bootstrap_values",
+        )
+    ]
     numbers = (0.05, 0.05, 0.01, 1.0, 10.0, 1.0, 0.95, "sentence", True, True)
     torch.library.opcheck(torch.ops.rto_fast.rto_advantages.default, (*tensors, *numbers))
     gae = torch.ops.rto_fast.gae.default

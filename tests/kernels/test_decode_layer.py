@@ -136,9 +136,16 @@ class Case:
         addresses = torch.tensor([cache.data_ptr() for cache in self.caches], device=qkv.device)
         names = ("query_norm", "key_norm")
         kernel.rotate_and_store(
-            qkv, self.rope, addresses, self.slots, num_heads=self.heads, num_kv_heads=self.kv_heads,
-            page_size=self.page_size, eps=1e-6, **dict(zip(names, self.norms or ())),
-        )  # fmt: skip
+            qkv,
+            self.rope,
+            addresses,
+            self.slots,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            page_size=self.page_size,
+            eps=1e-6,
+            **dict(zip(names, self.norms or ())),
+        )
         return qkv
 
     def truth(self):

@@ -6,8 +6,19 @@ import torch
 from rto_fast.kernels import decode_reference as reference
 from rto_fast.kernels import decode_step as kernel
 
-RESULTS = ("rows", "generated", "active", "limits", "lengths", "input_ids", "tokens", "logps", "sampling_logps", "counts",
-           "done")  # fmt: skip
+RESULTS = (
+    "rows",
+    "generated",
+    "active",
+    "limits",
+    "lengths",
+    "input_ids",
+    "tokens",
+    "logps",
+    "sampling_logps",
+    "counts",
+    "done",
+)
 
 
 def state(slots, samples, device, seed=0, blocks=5, most=9):
@@ -17,14 +28,20 @@ def state(slots, samples, device, seed=0, blocks=5, most=9):
     rows = torch.where(active, torch.randperm(samples, generator=g)[:slots], samples)
     shape = samples + 1, most + 1
     found = {
-        "lengths": torch.randint(0, blocks * 4 - 1, (slots,), generator=g), "active": active, "rows": rows,
+        "lengths": torch.randint(0, blocks * 4 - 1, (slots,), generator=g),
+        "active": active,
+        "rows": rows,
         "block_tables": torch.randint(0, 1 << 30, (slots, blocks), generator=g, dtype=torch.int32),
         "generated": torch.randint(0, most, (slots,), generator=g),
         "limits": torch.randint(1, most + 1, (slots,), generator=g),
-        "input_ids": torch.zeros(slots, dtype=torch.int64), "uniforms": torch.rand(*shape, 2, generator=g),
-        "tokens": torch.zeros(shape, dtype=torch.int64), "logps": torch.zeros(shape), "sampling_logps": torch.zeros(shape),
-        "counts": torch.zeros(samples + 1, dtype=torch.int64), "done": torch.zeros(samples + 1, dtype=torch.bool),
-    }  # fmt: skip
+        "input_ids": torch.zeros(slots, dtype=torch.int64),
+        "uniforms": torch.rand(*shape, 2, generator=g),
+        "tokens": torch.zeros(shape, dtype=torch.int64),
+        "logps": torch.zeros(shape),
+        "sampling_logps": torch.zeros(shape),
+        "counts": torch.zeros(samples + 1, dtype=torch.int64),
+        "done": torch.zeros(samples + 1, dtype=torch.bool),
+    }
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 

@@ -90,10 +90,13 @@ def test_gradients_of_hidden_states_add_up_in_float32(chunks, dtype, device, mon
     for module in (linear_token_logps, linear_ppo_loss):
         gemm = module.gemm
         monkeypatch.setattr(
-            module, "gemm", lambda a, b, out, *rest, gemm=gemm, **options: (
-                outputs.append((tuple(out.shape), out.dtype)), gemm(a, b, out, *rest, **options)
+            module,
+            "gemm",
+            lambda a, b, out, *rest, gemm=gemm, **options: (
+                outputs.append((tuple(out.shape), out.dtype)),
+                gemm(a, b, out, *rest, **options),
             )[1],
-        )  # fmt: skip
+        )
     monkeypatch.setattr(linear_token_logps, "MAX_CHUNK_COLS", 384 // chunks)
     monkeypatch.setattr(linear_ppo_loss, "_chunk_rows", lambda rows, *_: rows // chunks)
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ def evaluate(function, hidden, weight, bias, labels, **options):
 
 def torch_in_dtype(
     hidden, weight, labels, *, bias, temperature=1.0, softcap=None, ignore_index=-100, return_entropy=True
-):  # fmt: skip
+):
     """What PyTorch users write: everything in the inputs' dtype."""
     logits = F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -31,16 +31,27 @@ class Case:
 
     def attend(self, query=None, **options):
         return kernel.paged_attention(
-            self.query if query is None else query, self.addresses, self.block_tables, self.lengths,
-            num_kv_heads=self.k_cache.shape[1], page_size=self.k_cache.shape[2], scale=self.scale, **options,
-        )  # fmt: skip
+            self.query if query is None else query,
+            self.addresses,
+            self.block_tables,
+            self.lengths,
+            num_kv_heads=self.k_cache.shape[1],
+            page_size=self.k_cache.shape[2],
+            scale=self.scale,
+            **options,
+        )
 
     def truth(self, absolute_values=False, **options):
         v_cache = self.v_cache.double()
         return reference.paged_attention(
-            self.query.double(), self.k_cache.double(), v_cache.abs() if absolute_values else v_cache,
-            self.block_tables, self.lengths, scale=self.scale, **options,
-        )  # fmt: skip
+            self.query.double(),
+            self.k_cache.double(),
+            v_cache.abs() if absolute_values else v_cache,
+            self.block_tables,
+            self.lengths,
+            scale=self.scale,
+            **options,
+        )
 
 
 def addresses_of(k_cache, v_cache):
@@ -225,9 +236,13 @@ def test_bitwise_repeatable_in_any_slot(num_splits, device):
     assert torch.equal(first, second)
     order = torch.tensor([3, 1, 4, 0, 2, 1], device=device)
     moved = Case(
-        case.query[order], case.k_cache, case.v_cache, F.pad(case.block_tables[order], (0, 5), value=-1),
-        case.lengths[order], case.scale,
-    )  # fmt: skip
+        case.query[order],
+        case.k_cache,
+        case.v_cache,
+        F.pad(case.block_tables[order], (0, 5), value=-1),
+        case.lengths[order],
+        case.scale,
+    )
     assert torch.equal(moved.attend(num_splits=num_splits), first[order])
 
 

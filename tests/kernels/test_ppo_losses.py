@@ -75,8 +75,17 @@ def test_low_precision_inputs(device, name, dtype):
     assert_matches(name, make_batch(1500, device, dtype), upstream=0.6)
 
 
-@pytest.mark.parametrize("clips", [{"clip_eps": 0.1}, {"clip_eps_high": 0.28}, {"clip_eps": 0.0}, {"dual_clip": 1.1},
-                                   {"clip_eps": 0.3, "clip_eps_high": 0.05, "dual_clip": 1.5}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "clips",
+    [
+        {"clip_eps": 0.1},
+        {"clip_eps_high": 0.28},
+        {"clip_eps": 0.0},
+        {"dual_clip": 1.1},
+        {"clip_eps": 0.3, "clip_eps_high": 0.05, "dual_clip": 1.5},
+    ],
+    ids=str,
+)
 def test_policy_clips(device, clips):
     _, metrics, _ = assert_matches("ppo_policy_loss", make_batch(500, device, seed=2), **clips)
     assert 0.05 < metrics["clip_fraction"] < 0.95

@@ -71,9 +71,14 @@ def actions(batch):
 def test_gae(batch, gamma, gae_lambda, bootstrapped):
     rewards, values = batch["draws"][:2]
     advantages, returns = reference.gae(
-        rewards, values, batch["cu_seqlens"], gamma=gamma, gae_lambda=gae_lambda, mask=batch["mask"],
+        rewards,
+        values,
+        batch["cu_seqlens"],
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        mask=batch["mask"],
         bootstrap_values=batch["bootstrap"] if bootstrapped else None,
-    )  # fmt: skip
+    )
     expected = torch.zeros(len(rewards), dtype=torch.float64)
     for n, tokens in enumerate(actions(batch)):
         bootstrap = batch["bootstrap"][n].item() if bootstrapped else 0.0
@@ -100,16 +105,30 @@ def test_gae(batch, gamma, gae_lambda, bootstrapped):
 @pytest.mark.parametrize("own_reference", [False, True])
 def test_rto_advantages(batch, granularity, changes, own_reference):
     options = {
-        "dpo_reward_scale": 0.05, "dpo_reward_clip": 0.05, "kl_coef": 0.02, "score_scale": 1.5, "score_clip": 10.0,
-        "shaping": False, "granularity": granularity,
-    } | changes  # fmt: skip
+        "dpo_reward_scale": 0.05,
+        "dpo_reward_clip": 0.05,
+        "kl_coef": 0.02,
+        "score_scale": 1.5,
+        "score_clip": 10.0,
+        "shaping": False,
+        "granularity": granularity,
+    } | changes
     old, ref, dpo, dpo_ref, values = batch["draws"]
     dpo_ref = dpo_ref if own_reference else ref
     actual = reference.rto_advantages(
-        old, ref, dpo, values, batch["scores"], batch["cu_seqlens"], batch["mask"], **options,
-        dpo_ref_logps=dpo_ref if own_reference else None, delimiter_mask=batch["delimiters"], gamma=0.99,
+        old,
+        ref,
+        dpo,
+        values,
+        batch["scores"],
+        batch["cu_seqlens"],
+        batch["mask"],
+        **options,
+        dpo_ref_logps=dpo_ref if own_reference else None,
+        delimiter_mask=batch["delimiters"],
+        gamma=0.99,
         bootstrap_values=batch["bootstrap"],
-    )  # fmt: skip
+    )
 
     token_rewards, advantages = torch.zeros(2, len(old), dtype=torch.float64)
     sums = dict.fromkeys(("dpo_reward_sum", "kl_sum", "score_reward_sum", "dpo_clip_count"), 0.0)
@@ -184,9 +203,16 @@ def test_ppo_policy_loss(clips, weighted, num_items):
     mask, weights = torch.rand(50) > 0.3, torch.rand(50, dtype=torch.float64) + 0.1
     logps.requires_grad_()
     loss, metrics = reference.ppo_policy_loss(
-        logps, old_logps, advantages, mask, weights=weights if weighted else None, num_items=num_items, clip_eps=low,
-        clip_eps_high=high, dual_clip=dual_clip,
-    )  # fmt: skip
+        logps,
+        old_logps,
+        advantages,
+        mask,
+        weights=weights if weighted else None,
+        num_items=num_items,
+        clip_eps=low,
+        clip_eps_high=high,
+        dual_clip=dual_clip,
+    )
     numbers = [x.tolist() for x in (old_logps, advantages, mask, weights if weighted else torch.ones(50))]
     settings = (num_items, low, low if high is None else high, dual_clip)
     expected = policy_loop(logps.tolist(), *numbers, *settings)
@@ -210,9 +236,14 @@ def test_ppo_value_loss(eps, weighted, num_items):
     mask, weights = torch.rand(50) > 0.3, torch.rand(50, dtype=torch.float64) + 0.1
     values.requires_grad_()
     loss, metrics = reference.ppo_value_loss(
-        values, old_values, returns, mask, weights=weights if weighted else None, num_items=num_items,
+        values,
+        old_values,
+        returns,
+        mask,
+        weights=weights if weighted else None,
+        num_items=num_items,
         value_clip_eps=eps,
-    )  # fmt: skip
+    )
     total = clipped_total = weight_total = 0.0
     slopes = []
     for v, old, target, valid, w in zip(values.tolist(), old_values.tolist(), returns.tolist(), mask, weights.tolist()):

@@ -15,9 +15,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 INF = float("inf")
 LAST = 1 - 2.0**-24  # the highest uniform
 FILTERS = (
-    {"top_k": 1}, {"top_k": 20}, {"top_p": 0.9}, {"top_p": 1e-6}, {"min_p": 0.05}, {"min_p": 1.0},
-    {"top_k": 12, "top_p": 0.8}, {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "temperature": 1.7},
-)  # fmt: skip
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_p": 0.9},
+    {"top_p": 1e-6},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 12, "top_p": 0.8},
+    {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "temperature": 1.7},
+)
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -31,9 +37,7 @@ def make(rows, vocab, device, dtype=torch.float32, scale=3.0, seed=0):
     return logits, philox_uniforms(seed, torch.arange(rows), torch.tensor(7)).to(device)
 
 
-def truth(
-    logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):  # fmt: skip
+def truth(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None):
     """Log-probs [B, V] of the policy and of the distribution drawn from, float64, by sorting."""
     z = logits.double()
     if softcap is not None:
@@ -168,9 +172,10 @@ def gpu_scans(device, monkeypatch):
     if device.type == "cpu":
         sums, numpy_cumsum = torch.Tensor.cumsum, np.cumsum
         monkeypatch.setattr(
-            torch.Tensor, "cumsum",
+            torch.Tensor,
+            "cumsum",
             lambda x, dim: torch.from_numpy(parallel_scan(x.numpy())) if x.is_floating_point() else sums(x, dim),
-        )  # fmt: skip
+        )
         monkeypatch.setattr(
             np, "cumsum", lambda x, axis: parallel_scan(x) if x.dtype == np.float32 else numpy_cumsum(x, axis=axis)
         )
@@ -249,9 +254,7 @@ def test_truth_agrees_with_transformers(options):
     process = pytest.importorskip("transformers.generation.logits_process")
     logits, _ = make(20, 900, "cpu", seed=1)
     scores = logits.double() / options.get("temperature", 1.0)
-    warpers = {
-        "top_k": process.TopKLogitsWarper, "top_p": process.TopPLogitsWarper, "min_p": process.MinPLogitsWarper
-    }  # fmt: skip
+    warpers = {"top_k": process.TopKLogitsWarper, "top_p": process.TopPLogitsWarper, "min_p": process.MinPLogitsWarper}
     for name, warper in warpers.items():
         if name in options:
             scores = warper(options[name])(None, scores)
@@ -411,10 +414,13 @@ def test_frequencies(vocab, options):
     [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
-)  # fmt: skip
+)
 def test_philox_known_answers(counter, key, words):
     """Random123's kat_vectors."""
     assert [int(word) for word in philox4x32([torch.tensor(c) for c in counter], key)] == list(words)

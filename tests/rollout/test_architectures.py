@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import ARCHITECTURES, SIZES, prompts, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
@@ -11,6 +10,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import check_causal_lm
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
 from rto_fast.rollout.attention import DenseDecode
+from tests.tiny_models import ARCHITECTURES, SIZES, prompts, tiny
 
 GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
 
@@ -88,7 +88,13 @@ def test_a_window_that_only_the_mask_knows_falls_back(name, sizes):
 
 
 def test_positions_that_depend_on_the_batch_fall_back():
-    scaling = {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0,
-               "factor": 2.0, "original_max_position_embeddings": 32}  # fmt: skip
+    scaling = {
+        "rope_type": "longrope",
+        "long_factor": [2.0] * 4,
+        "short_factor": [1.0] * 4,
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    }
     with pytest.warns(UserWarning, match="falls back to hf.*its RoPE .longrope. changes with the longest sequence"):
         assert isinstance(build_engine(tiny("phi3", rope_parameters=scaling), None, RolloutConfig()), HFEngine)

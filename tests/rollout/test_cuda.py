@@ -5,14 +5,14 @@ import warnings
 
 import pytest
 import torch
-from models import prompts, tiny
 
-from rto_fast.agreement import FACTOR, Noise, mismatch, ppo_notices
 from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
+from rto_fast.models.agreement import FACTOR, Noise, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps, precise_logps
 from rto_fast.rollout import NativeEngine, Sampling, fuse
+from tests.tiny_models import prompts, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SAMPLING = Sampling(40, stop_ids=(1, 7))
@@ -92,8 +92,10 @@ def test_log_probs_are_those_of_the_training_forward(capsys):
     edges = torch.tensor([0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, float("inf")])
     counts = torch.histogram(difference.cpu().float(), edges).hist.int().tolist()
     with capsys.disabled():
-        print(f"\n|Δlogp| of {len(difference)} tokens, bfloat16: mean {difference.mean():.2g}, max {difference.max():.2g}; "
-              + ", ".join(f"{count} from {edge:g}" for edge, count in zip(edges.tolist(), counts)))  # fmt: skip
+        print(
+            f"\n|Δlogp| of {len(difference)} tokens, bfloat16: mean {difference.mean():.2g}, max {difference.max():.2g}; "
+            + ", ".join(f"{count} from {edge:g}" for edge, count in zip(edges.tolist(), counts))
+        )
     # Both are rounded; neither is further from the truth than the other by more than its factor.
     training, sampler = Noise.measure(logps, truth), Noise.measure(found.logps.to(truth.device), truth)
     assert sampler.mean <= FACTOR * training.mean and training.mean <= FACTOR * sampler.mean

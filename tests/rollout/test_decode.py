@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from models import ARCHITECTURES, SIZES, assert_same, prompts, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +20,7 @@ from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
+from tests.tiny_models import ARCHITECTURES, SIZES, assert_same, prompts, tiny
 
 
 class Shapes:
@@ -37,14 +37,18 @@ class Shapes:
             "add_rms_norm": lambda x, residual, *_: torch.empty_like(residual),
             "gated": lambda gate_up: gate_up.chunk(2, -1)[0],
             "begin_step": lambda lengths, active, *_, **__: (
-                torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.int32),
-                torch.empty(len(lengths), 2, device="meta"), torch.empty_like(active),
+                torch.empty_like(lengths),
+                torch.empty_like(lengths, dtype=torch.int32),
+                torch.empty(len(lengths), 2, device="meta"),
+                torch.empty_like(active),
             ),
             "finish_step": lambda *_, **__: None,
             "sample_tokens": lambda z, *_, **__: (
-                z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(z)), z.new_empty(len(z))
+                z.new_empty(len(z), dtype=torch.int64),
+                z.new_empty(len(z)),
+                z.new_empty(len(z)),
             ),
-        }.get(name)  # fmt: skip
+        }.get(name)
         if made is None:
             raise AttributeError(name)
 

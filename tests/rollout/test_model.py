@@ -3,22 +3,19 @@
 import copy
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from models import assert_same, prompts, tiny  # noqa: E402
-from ranks import join_deepspeed, run_ranks  # noqa: E402
-
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.errors import ModelError  # noqa: E402
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine, fuse  # noqa: E402
 from rto_fast.rollout import model as rollout_model  # noqa: E402
 from rto_fast.rollout.model import RolloutModel  # noqa: E402
+from tests.ranks import join_deepspeed, run_ranks  # noqa: E402
+from tests.tiny_models import assert_same, prompts, tiny  # noqa: E402
 
 SAMPLING = Sampling(16, stop_ids=(1, 7, 8))
 FAMILY = ["llama", "qwen2", "qwen3", "mistral"]
@@ -239,10 +236,12 @@ def step_and_generate(rank, stage, dtype):
 
     model = tiny().to(dtype).train()
     config = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }  # fmt: skip
+    }
     wrapped, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), config=config
     )

@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import assert_same, prompts, state_of, tiny
 from torch import nn
 
 from rto_fast.batch import pack
@@ -15,6 +14,7 @@ from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps
 from rto_fast.rollout import NativeEngine, Sampling, cache, native, scheduler
+from tests.tiny_models import assert_same, prompts, state_of, tiny
 
 SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
 
@@ -428,9 +428,16 @@ def test_requests_that_cannot_be_are_refused(options, message):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("max_new_tokens", 0), ("max_new_tokens", 4.0), ("temperature", -1.0), ("temperature", 1e-39),
-     ("temperature", float("nan")), ("top_p", 0.0), ("min_p", 2.0)],
-)  # fmt: skip
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 4.0),
+        ("temperature", -1.0),
+        ("temperature", 1e-39),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("min_p", 2.0),
+    ],
+)
 def test_sampling_that_cannot_be_is_refused(name, value):
     with pytest.raises(RolloutError, match=f"{name}: expected .* number .*, got {value}"):
         Sampling(**{"max_new_tokens": 4} | {name: value})

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny
 from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
@@ -12,6 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.rollout import NativeEngine, fuse, verify
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.verify import verified_cache
+from tests.tiny_models import ARCHITECTURES, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

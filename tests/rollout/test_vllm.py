@@ -13,7 +13,7 @@ from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.rollout.base import Sampling
 from rto_fast.rollout.vllm import VLLMEngine, request_seed
-from rto_fast.stages.common import response_logps
+from rto_fast.training.response_logps import response_logps
 
 STUB = Path(__file__).parent / "vllm_stub"
 TOKENIZER = build_tokenizer()
@@ -272,8 +272,14 @@ def test_what_vllm_gives_up_on_is_an_error(stub, model, monkeypatch):
 
 def test_log_probs_that_are_not_finite_are_an_error(stub, model, monkeypatch):
     rollouts = engine(model)
-    monkeypatch.setattr(stub.FlatLogprobs, "append", lambda self, token, logprob: (
-        self.start_indices.append(len(self.logprobs)), self.logprobs.append(float("nan"))))  # fmt: skip
+    monkeypatch.setattr(
+        stub.FlatLogprobs,
+        "append",
+        lambda self, token, logprob: (
+            self.start_indices.append(len(self.logprobs)),
+            self.logprobs.append(float("nan")),
+        ),
+    )
     with pytest.raises(RolloutError, match="finite"):
         rollouts.generate(PROMPTS, 1, sampling(), seed=0)
 
@@ -289,11 +295,14 @@ def test_without_vllm_the_error_names_the_key_and_the_remedy(model, monkeypatch)
         engine(model)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"tensor_paralel_size": 2}, r"^rollout\.vllm: .*'tensor_paralel_size'"),
-    ({"gpu_memory_utilization": "half"}, r"^rollout\.vllm: .*gpu_memory_utilization"),
-    ({"logprobs_mode": "raw_logprobs"}, r"^rollout\.vllm: .*multiple values for .*'logprobs_mode'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tensor_paralel_size": 2}, r"^rollout\.vllm: .*'tensor_paralel_size'"),
+        ({"gpu_memory_utilization": "half"}, r"^rollout\.vllm: .*gpu_memory_utilization"),
+        ({"logprobs_mode": "raw_logprobs"}, r"^rollout\.vllm: .*multiple values for .*'logprobs_mode'"),
+    ],
+)
 def test_options_that_vllm_does_not_know_or_that_are_not_theirs_are_named(stub, model, options, message):
     with pytest.raises(ConfigError, match=message):
         engine(model, **options)

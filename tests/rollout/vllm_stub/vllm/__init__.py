@@ -14,10 +14,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.exceptions import VLLMValidationError
 
 OPTIONS = {
-    "tensor_parallel_size": int, "pipeline_parallel_size": int, "dtype": str, "gpu_memory_utilization": float,
-    "max_model_len": int, "max_num_seqs": int, "load_format": str, "download_dir": str, "generation_config": str,
-    "logprobs_mode": str, "enforce_eager": bool, "enable_sleep_mode": bool, "device_ids": list, "seed": int,
-}  # fmt: skip
+    "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "dtype": str,
+    "gpu_memory_utilization": float,
+    "max_model_len": int,
+    "max_num_seqs": int,
+    "load_format": str,
+    "download_dir": str,
+    "generation_config": str,
+    "logprobs_mode": str,
+    "enforce_eager": bool,
+    "enable_sleep_mode": bool,
+    "device_ids": list,
+    "seed": int,
+}
 LOADED = []  # every LLM made, for tests to look into
 
 

@@ -1,0 +1,265 @@
+"""A dataclass filled from command-line options and YAML files: every field is an option, `--rto.kl_coef 0.02`.
+
+Values are kept by key, each with the place it comes from, until all are known; later ones override earlier ones. Messages
+begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: expected …`.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
+from rto_fast.config.yaml_text import Value, read, resolve
+from rto_fast.errors import ConfigError, FieldError
+from rto_fast.system.terminal import ArgumentParser
+
+Settings = TypeVar("Settings")
+Given = dict[str, Value]
+
+
+def argument(hint: Any) -> Callable[[str], Any]:
+    """What argparse calls with an option's text: the value of type `hint`, refused as that of a field is."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = converted(hint, of_command_line(text, "value", hint))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if not fits(hint, value):
+            raise argparse.ArgumentTypeError(f"expected {describe(hint)}, got {shown(value)}")
+        return value
+
+    return convert
+
+
+def split_arguments(
+    arguments: list[str],
+    cls: type,
+    *,
+    others: Iterable[str] = (),
+    switches: Iterable[str] = (),
+    positional: str | None = None,
+) -> Iterator[tuple[str, str]]:
+    """(key, text) of each option; `--key value` or `--key=value`.
+
+    Args:
+        others: options of no dataclass, such as config. switches: those without a value. positional: the key of an argument
+            that is no option.
+    Raises:
+        ConfigError: an unknown option (the nearest one is suggested), or one without a value.
+    """
+    switches = {*switches, "help"}
+    known = sorted(f"--{key}" for key in {*fields_of(cls), *others, *switches} - {positional})
+    rest = iter(arguments)
+    for option in rest:
+        name, has_value, text = option.partition("=")
+        if not option.startswith("--"):
+            if positional is None:
+                raise ConfigError(
+                    f"command line: unexpected {shown(option)}; options are --key value, and --help shows them"
+                )
+            yield positional, option
+            positional = None
+            continue
+        check_known(name, "command line", known)
+        if name[2:] in switches:
+            if has_value:
+                raise ConfigError(f"{name}: expected no value, got {shown(text)}")
+        elif not has_value:
+            text = next(rest, "--")
+            if text.startswith("--"):
+                raise ConfigError(f"{name}: expected a value after it (write {name}=VALUE for one that begins with --)")
+        yield name[2:], text
+
+
+def check_known(name: str, where: str, known: Iterable[str]) -> None:
+    if name not in known:
+        leaf = name.lstrip("-").replace("-", "_")
+        section, dot, last = name[:100].rpartition(".")
+        short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
+        near = [short] if short in known else [key for key in known if leaf and key.endswith(f".{leaf}")]
+        near = near or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        given = name[:100] if name and name.isprintable() else shown(name)
+        raise ConfigError(f"{where}: unknown key {given}{hint}")
+
+
+def from_option(cls: type, key: str, text: str, place: str = "") -> Given:
+    """What one option gives: its value, or those of a section, `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
+    value = of_command_line(text, place or f"--{key}", hint := fields_of(cls)[key])
+    return flattened(cls, value, f"{key}.") if dataclasses.is_dataclass(hint) else {key: value}
+
+
+def of_command_line(text: str, place: str, hint: Any) -> Value:
+    """An option's text: YAML where the field is not a single value; `null` is null where the field can be."""
+    if dataclasses.is_dataclass(hint) or typing.get_origin(base_of(hint)) in (tuple, dict):
+        return dataclasses.replace(read(text, place), place=place)
+    is_null = text == "null" and type(None) in options_of(hint)
+    return Value(text, place, None if is_null else text)
+
+
+def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] = ()) -> Given:
+    """The values of a mapping and of its sections by their keys.
+
+    Raises:
+        ConfigError: a key that does not exist or is given twice, a section that is none.
+    """
+    keys, given = fields_of(cls), {}
+
+    def walk(tree: Value, prefix: str) -> None:
+        if not isinstance(tree.content, dict):
+            found = "nothing" if tree.is_null else shown(tree.as_python())
+            raise ConfigError(
+                named(
+                    prefix[:-1],
+                    tree.place,
+                    f"expected keys and values, got {found}; leave a section out to keep its defaults",
+                )
+            )
+        for name, value in tree.content.items():
+            key = prefix + name
+            if key not in removed:
+                check_known(key, value.place, keys)
+            if dataclasses.is_dataclass(keys.get(key)):
+                walk(value, f"{key}.")
+            elif key in given:
+                raise ConfigError(named(key, value.place, "given twice; keep one of them"))
+            else:
+                given[key] = value
+
+    walk(tree, prefix)
+    return given
+
+
+def parse(
+    cls: type[Settings], arguments: list[str], *, prog: str, description: str, positional: str | None = None
+) -> Settings:
+    """The dataclass that command-line `arguments` describe; `--help` prints its options and exits.
+
+    Args:
+        prog, description: for the help. positional: the key of an argument that is no option.
+    Raises:
+        ConfigError: a mistake in them.
+    """
+    if asks_for_help(arguments):
+        print_help(cls, prog, description, {}, positional)
+        raise SystemExit(0)
+    given: Given = {}
+    for key, text in split_arguments(arguments, cls, positional=positional):
+        given |= from_option(cls, key, text, key.upper() if key == positional else "")
+    return build(cls, given)
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    return "--help" in arguments or arguments[:1] == ["-h"]
+
+
+def named(key: str, place: str, message: str) -> str:
+    return f"{place}: {message}" if place.lower() in (key, f"--{key}") else f"{place}: {key}: {message}"
+
+
+def converted(hint: Any, value: Value) -> Any:
+    """`value` as a field of type `hint` holds it; where it cannot, as YAML has it. ValueError: a number that is too long."""
+    if value.is_null:
+        return None
+    base = base_of(hint)
+    origin, parts = typing.get_origin(base), typing.get_args(base)
+    content = value.content
+    if isinstance(content, dict):
+        each = parts[1] if origin is dict else Any
+        return {name: converted(each, item) for name, item in content.items()}
+    if isinstance(content, list):
+        items = [converted(each, item) for each, item in zip(parts, content)] if origin is tuple else None
+        return tuple(items) if items and len(items) == len(content) else value.as_python()
+    is_text = base is str or origin is typing.Literal and isinstance(parts[0], str)
+    if is_text:  # on, 2026 and 1e3 are text here, quoted or not
+        rules = [rule for option in options_of(hint) for rule in getattr(option, "__metadata__", ())]
+        has_home = any(isinstance(rule, PathText) and not rule.keep_home for rule in rules)
+        return os.path.expanduser(content) if has_home else content
+    plain = value.plain
+    if isinstance(plain, str) and base is not Any:
+        plain = resolve(content.strip())
+        plain = content if plain is None else plain
+    return float(plain) if base is float and type(plain) is int else plain
+
+
+def build(cls: type[Settings], given: Given) -> Settings:
+    """The dataclass with the given values, and the defaults of the others.
+
+    Raises:
+        ConfigError: a value that its field cannot hold, or that does not go with another; begins with the value's place.
+    """
+
+    def make(cls: type, prefix: str) -> Any:
+        values = {}
+        for name, hint in hints_of(cls).items():
+            key = prefix + name
+            if dataclasses.is_dataclass(hint):
+                values[name] = make(typing.cast(type, hint), f"{key}.")
+            elif key in given:
+                try:
+                    values[name] = converted(hint, given[key])
+                except ValueError as error:
+                    raise ConfigError(named(key, given[key].place, f"expected {describe(hint)}, got {error}")) from None
+        return cls(**values)
+
+    try:
+        return make(cls, "")
+    except FieldError as error:
+        if error.key not in given:
+            raise
+        raise ConfigError(named(error.key, given[error.key].place, error.reason)) from None
+
+
+def print_help(cls: type, prog: str, description: str, others: dict[str, str], positional: str | None = None) -> None:
+    """Every option with its text (the string below the field), what it expects, and its default.
+
+    Args:
+        others: options of no dataclass, with their texts.
+    """
+    usage = f"%(prog)s{' ' + positional.upper() if positional else ''} [--key value ...]"
+    parser = ArgumentParser(prog=prog, description=description, usage=usage)
+    for name, text in others.items():
+        parser.add_argument(f"--{name}", help=text, metavar="")
+
+    def add(group: Any, cls: type, prefix: str) -> None:
+        texts = _texts(cls)
+        for field in dataclasses.fields(cls):
+            hint = hints_of(cls)[field.name]
+            if dataclasses.is_dataclass(hint):
+                section = parser.add_argument_group(prefix + field.name, inspect.cleandoc(hint.__doc__ or ""))
+                add(section, typing.cast(type, hint), f"{prefix}{field.name}.")
+                continue
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            kind = "" if base_of(hint) is str else f"{describe(hint)}; "
+            text = f"{texts.get(field.name, '')} ({kind}default: {shown(default)})".replace("%", "%%")
+            if (name := prefix + field.name) == positional:
+                parser.add_argument(name.upper(), help=texts[name].replace("%", "%%"))
+            else:
+                group.add_argument(f"--{name}", help=text, metavar="")
+
+    add(parser, cls, "")
+    parser.print_help()
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """The strings below a dataclass's fields."""
+    texts: dict[str, str] = {}
+    for part in reversed(cls.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        body = typing.cast(ast.ClassDef, tree).body
+        for line, below in zip(body, body[1:]):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                texts[typing.cast(ast.Name, line.target).id] = " ".join(str(below.value.value).split())
+    return texts

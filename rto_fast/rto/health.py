@@ -1,0 +1,293 @@
+"""The health of an RTO run: rules over its metrics, each with what to do about it.
+
+A rule reads the iterations so far and finds nothing, or says what is wrong and which key to change. Thresholds are rules of
+thumb, their sources beside them; most want several iterations in a row, since one rollout is a small sample, and the shipped
+runs stay far below all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from rto_fast.config import Config
+from rto_fast.models.agreement import clip_width, k3_limit, ppo_notices
+from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.run_files import number, read_records
+
+QUIET = 10  # iterations without its cause after which a warning is over: one that comes and goes is said once
+
+
+class Finding(NamedTuple):
+    name: str
+    what: str
+    remedy: str
+
+
+History = list[dict[str, Any]]  # an iteration's metrics each, in order; None where a number was not finite
+Rule = Callable[[History, Config], tuple[str, str] | None]  # → (what is wrong, what to do)
+
+
+def _last(history: History, metric: str, count: int) -> list[float]:
+    """The metric's last `count` values; none where one is missing."""
+    values = [record.get(metric) for record in history[-count:]]
+    return values if len(values) == count and None not in values else []  # type: ignore[return-value]
+
+
+def _above(history, metric, threshold, count):
+    """Whether the metric's last `count` values are all above `threshold`."""
+    return min(_last(history, metric, count), default=threshold) > threshold
+
+
+def dense_reward_dominates(history, config):
+    """β1 is a scale of its own, and the score's is that of another model: nothing but looking tells whether they match. In
+    the shipped runs the dense reward is at most a third of the score's size."""
+    rto = config.rto
+    dense, score = _last(history, "dpo_reward_share", 5), _last(history, "score_reward_share", 5)
+    if not (dense and score and rto.score_scale and rto.dpo_reward_scale):
+        return None
+    ratios = [d / max(s, 1e-3) for d, s in zip(dense, score)]
+    if min(ratios) <= 3:
+        return None
+    ratio = median(ratios)
+    clip = f" and rto.dpo_reward_clip from {rto.dpo_reward_clip:g} to {rto.dpo_reward_clip / ratio:.2g}"
+    return (
+        f"the dense reward of a response is {ratio:.1f} times the size of its score: the policy follows the DPO model and "
+        "hardly the score",
+        f"for equal sizes lower rto.dpo_reward_scale from {rto.dpo_reward_scale:g} to {rto.dpo_reward_scale / ratio:.2g}"
+        f"{clip if rto.dpo_reward_clip else ''}",
+    )
+
+
+def dense_reward_is_clipped(history, config):
+    """The clip is for outliers; beyond half of the tokens the reward that is left is little more than a sign."""
+    if not _above(history, "dpo_clip_fraction", 0.5, 5):
+        return None
+    share, rto = history[-1]["dpo_clip_fraction"], config.rto
+    return (
+        f"the dense reward of {share:.0%} of the tokens is cut at ±{rto.dpo_reward_clip:g}",
+        f"raise rto.dpo_reward_clip, or halve rto.dpo_reward_scale ({rto.dpo_reward_scale:g})",
+    )
+
+
+def dense_reward_contradicts_score(history, config):
+    """A correlation over 64 responses is off by an eighth, its mean over ten rollouts by a twenty-fifth."""
+    values = _last(history, "dpo_score_correlation", 10)
+    if fmean(values or [0.0]) >= -0.2:
+        return None
+    return (
+        f"responses that the DPO model prefers get lower scores (correlation {fmean(values):.2f} over 10 iterations): the "
+        "two rewards pull apart",
+        "see that DPO and reward model learned from the same preferences, and dpo.ref_model; else lower "
+        f"rto.dpo_reward_scale ({config.rto.dpo_reward_scale:g})",
+    )
+
+
+def kl_explodes(history, config):
+    """A nat a token means another model: language models have one or two nats of entropy a token, and reward models are
+    over-optimised long before (Gao et al., arXiv 2210.10760)."""
+    kl, length = _last(history, "kl", 3), _last(history, "length", 3)
+    if min((k / max(n, 1.0) for k, n in zip(kl, length)), default=0.0) <= 1.0:
+        return None
+    return (
+        f"the policy is {kl[-1]:.3g} nats a response from its reference, {kl[-1] / length[-1]:.2g} a token",
+        f"raise rto.kl_coef ({config.rto.kl_coef:g}) or set rto.kl_target; lower rto.lr ({config.rto.lr:g})",
+    )
+
+
+def kl_is_negative(history, config):
+    """The mean of log π/π_ref over π's own samples estimates a KL, which is not negative. The threshold is TRL's."""
+    if max(_last(history, "kl", 5), default=0.0) >= -1.0:
+        return None
+    return (
+        f"the KL to the reference is negative ({history[-1]['kl']:.3g} nats): the samples are not the policy's own",
+        "sample from the whole distribution (rollout.top_p: 1, top_k: 0, min_p: 0), or set rto.old_logps: recompute",
+    )
+
+
+def kl_penalty_dominates(history, config):
+    if not _above(history, "kl_penalty_share", 0.5, 5):
+        return None
+    return (
+        f"the KL penalty is {history[-1]['kl_penalty_share']:.0%} of what a response is paid or charged: it outweighs "
+        "score and dense reward",
+        f"lower rto.lr ({config.rto.lr:g}) if the KL still rises, else rto.kl_coef ({config.rto.kl_coef:g})",
+    )
+
+
+def entropy_collapses(history, config):
+    """A policy that has become nearly certain draws the same response again and has nothing left to learn from (arXiv
+    2505.22617). RTO lowers entropy by itself, in the shipped runs to a half."""
+    first = fmean(_last(history[:3], "entropy", 3) or [0.0])
+    if max(_last(history, "entropy", 5), default=first) >= 0.2 * first:
+        return None
+    return (
+        f"entropy fell from {first:.2g} to {history[-1]['entropy']:.2g} nats a token: samples are nearly all alike",
+        f"raise rto.kl_coef ({config.rto.kl_coef:g}) or rto.entropy_coef ({config.rto.entropy_coef:g}), or lower "
+        f"rto.lr ({config.rto.lr:g})",
+    )
+
+
+def responses_are_cut(history, config):
+    if not _above(history, "truncated", 0.25, 5):
+        return None
+    return (
+        f"{history[-1]['truncated']:.0%} of the responses are cut at rollout.max_new_tokens "
+        f"({config.rollout.max_new_tokens})",
+        "raise it if they need the room; if they have grown, raise rto.truncation_penalty "
+        f"({config.rto.truncation_penalty:g})",
+    )
+
+
+def updates_are_too_large(history, config):
+    """PPO lives below .2 clipped; Spinning Up stops an epoch at a KL of .015 a step, a tenth of a nat is far out."""
+    if not (_above(history, "clip_fraction", 0.2, 3) or _above(history, "approx_kl", 0.1, 3)):
+        return None
+    last, rto = history[-1], config.rto
+    return (
+        f"updates are large: {last['clip_fraction']:.0%} of the tokens clipped, {last['approx_kl']:.2g} nats a token from "
+        "the policy that sampled",
+        f"lower rto.lr ({rto.lr:g}) or rto.ppo_epochs ({rto.ppo_epochs}), or raise rto.batch_size ({rto.batch_size})",
+    )
+
+
+def critic_explains_nothing(history, config):
+    """Below 0 the critic is worse than the mean of the returns; a critic from a reward model starts there and learns."""
+    if max(_last(history, "explained_variance", 15), default=0.0) >= -0.05:
+        return None
+    return (
+        "the critic has explained none of the returns' variance for 15 iterations (explained_variance "
+        f"{history[-1]['explained_variance']:.2g}): advantages are noisier than without it",
+        f"raise rto.critic_lr ({config.rto.critic_lr:g}), or take rto.advantage: reinforce_pp, which needs no critic",
+    )
+
+
+def value_loss_explodes(history, config):
+    """Against its own start: its unit is that of the scores."""
+    start = _last(history[:3], "value_loss", 3)
+    if len(history) < 8 or not start or not _above(history, "value_loss", 5 * max(start), 3):
+        return None
+    return (
+        f"the value loss is {history[-1]['value_loss']:.3g}, at the start it was at most {max(start):.3g}",
+        f"lower rto.critic_lr ({config.rto.critic_lr:g})",
+    )
+
+
+def steps_are_skipped(history, config):
+    """Nothing is scaled here as in float16 training: a gradient that is not finite has a cause."""
+    if not any((r.get("skipped") or 0) + (r.get("critic_skipped") or 0) > 0 for r in history[-5:]):
+        return None
+    return (
+        "optimizer steps were skipped, their gradient was not finite",
+        f"lower rto.lr ({config.rto.lr:g}) and rto.critic_lr ({config.rto.critic_lr:g}); look for scores without bound "
+        "(rto.score_clip)",
+    )
+
+
+def sampler_disagrees(history, config):
+    """The limits are those of `rto_fast.models.agreement`."""
+    clip = clip_width(config.rto)
+    recent = [r for r in history[-3:] if r.get("mismatch_k3") is not None and r.get("mismatch_bias") is not None]
+    if len(recent) < 3 or not all(ppo_notices(record, clip) for record in recent):
+        return None
+    if config.rto.old_logps == "sampler":
+        done, remedy = "they are used all the same", "set rto.old_logps: auto"
+    else:
+        done, remedy = "they are recomputed and the loss is weighted", "nothing is wrong, but it costs a forward pass"
+    if config.rollout.engine != "native":
+        remedy += "; rollout.engine: native samples with the training's own weights"
+    return (
+        f"PPO with a clip of {clip:g} notices how far the sampler's log-probs are from the training's (k3 "
+        f"{recent[-1]['mismatch_k3']:.2g} nats a token, {k3_limit(clip):.2g} would do no harm; mean ratio "
+        f"{1 + recent[-1]['mismatch_bias']:.3f}): {done}",
+        remedy,
+    )
+
+
+def ranks_are_uneven(history, config):
+    for metric, key in (("imbalance", "rto.batch_size"), ("rollout_imbalance", "rto.prompts_per_rollout")):
+        values = _last(history, metric, 5)
+        if fmean(values or [1.0]) > 1.5:
+            return f"the busiest rank has {fmean(values):.1f} times the tokens of the mean ({metric})", f"raise {key}"
+    return None
+
+
+def micro_batches_shrank(history, config):
+    tokens = history[-1].get("micro_batch_tokens") or config.rto.micro_batch_tokens
+    if tokens >= config.rto.micro_batch_tokens:
+        return None
+    return (
+        f"memory ran out: micro-batches went from {config.rto.micro_batch_tokens:,} tokens to {tokens:,}",
+        f"set rto.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    dense_reward_dominates,
+    dense_reward_is_clipped,
+    dense_reward_contradicts_score,
+    kl_explodes,
+    kl_is_negative,
+    kl_penalty_dominates,
+    entropy_collapses,
+    responses_are_cut,
+    updates_are_too_large,
+    critic_explains_nothing,
+    value_loss_explodes,
+    steps_are_skipped,
+    sampler_disagrees,
+    ranks_are_uneven,
+    micro_batches_shrank,
+)
+
+
+class Health:
+    """Checks every iteration; a warning is said and recorded when it begins, and recorded when it is over."""
+
+    def __init__(self, config: Config, log: RunLog, stage: str = "rto"):
+        self.config, self.log, self.stage = config, log, stage
+        self.history: History = []
+        self.seen: dict[str, int] = {}  # the last iteration of each warning that is not over
+        if not log.silent:
+            (log.folder / "warnings.jsonl").touch()  # the report tells no warnings from no checks
+            for record in self._recorded():
+                list(self._events(record["step"], record))
+
+    def _recorded(self) -> list[dict]:
+        """The iterations of a resumed run so far, whose warnings have been said."""
+        notes: list[str] = []
+        records = read_records(self.log.folder / "metrics.jsonl", notes)
+        for note in notes:
+            self.log.say(
+                f"{self.log.folder / 'metrics.jsonl'}: {note.partition(': ')[2]}; the run goes on without them"
+            )
+        records = [record for record in records if record.get("stage") == self.stage]
+        # As they were written: None where a metric is no finite number.
+        plain = [{k: v if math.isfinite(number(v)) else None for k, v in record.items()} for record in records]
+        return [record for record in plain if record.get("step") is not None]
+
+    def check(self, step: int, metrics: dict[str, Any]) -> None:
+        """The metrics of iteration `step`, as `RunLog.metrics` returns them."""
+        if self.log.silent:
+            return
+        for finding, last_step in self._events(step, metrics):
+            if finding.what:
+                self.log.warning(self.stage, step, *finding)
+            else:
+                self.log.warning_over(self.stage, last_step, finding.name)
+
+    def _events(self, step: int, metrics: dict[str, Any]) -> Iterator[tuple[Finding, int]]:
+        """(a finding that begins, `step`) or (the empty finding of one that is over, its last step)."""
+        self.history.append(metrics)
+        for rule in RULES:
+            name = rule.__name__
+            try:
+                found = rule(self.history, self.config)
+            except ArithmeticError:  # over metrics of a damaged file, see `_recorded`
+                found = None
+            if found:
+                if name not in self.seen:
+                    yield Finding(name, *found), step
+                self.seen[name] = step
+            elif step - self.seen.get(name, step) >= QUIET:
+                yield Finding(name, "", ""), self.seen.pop(name)

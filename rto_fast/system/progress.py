@@ -1,0 +1,157 @@
+"""What is done and what is left of anything that lasts longer than `PATIENCE` seconds, on stderr.
+
+    with progress("dpo: reference log-probs", total=len(pairs), unit="pairs") as phase:
+        for pair in pairs:
+            ...
+            phase.advance()
+
+A terminal shows one line that is written over; a file gets a line after 5, 10, 20, 40 … seconds without another word of the
+command, counted from the start of the outermost phase. Of phases within each other the innermost that lasts long is shown.
+Nothing is shown before a command asks for it (`shown`), and by one process of several.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from rto_fast.system.terminal import is_live, last_said, one_line, redraw, say, speaks
+
+PATIENCE = 5.0  # seconds without a word
+INTERVAL = 0.5  # seconds between two looks
+LONGEST_SILENCE = 600.0  # seconds between two lines of a file
+_LOCK = threading.Lock()
+
+
+class Progress:
+    """One phase.
+
+    Args:
+        what: its name; that of the phase around it if this is empty. total: of items, None where nobody knows. unit: their
+            name. done: items that were done before. has_line: another live line shows this phase while it advances.
+    Attributes:
+        note: said behind the figures. part: how much of the next item is done, 0 to 1.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0, has_line: bool = False):
+        self.what, self.total, self.unit = what, total, unit
+        self.count = self.done = done
+        self.has_line, self.note, self.part = has_line, "", 0.0
+        self.start = self.advanced = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+        self.part = 0.0
+        self.advanced = time.monotonic()
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self.start
+        parts = []
+        reached = self.count + self.part
+        if self.total is not None or self.count:
+            count = f"{reached:,.1f}" if self.part else f"{self.count:,}"
+            parts.append(count + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}")
+        parts.append(duration(elapsed))
+        fresh = reached - self.done
+        if self.total is not None and fresh > 0:
+            parts[-1] += f", about {duration(elapsed / fresh * max(0, self.total - reached))} left"
+        return one_line(f"{self.what}: {', '.join(parts)}{f' ({self.note})' if self.note else ''}")
+
+
+class _Display:
+    """The phases that are under way, and the thread that shows them."""
+
+    def __init__(self):
+        self.is_on, self.phases, self.thread, self.ended = False, [], None, threading.Event()
+        self.has_drawn = False
+
+    def begin(self, phase: Progress) -> None:
+        with _LOCK:
+            self.phases.append(phase)
+            if self.thread is None and self.is_on and speaks():
+                self.ended = threading.Event()
+                self.thread = threading.Thread(target=self._watch, args=(self.ended,), name="progress", daemon=True)
+                self.thread.start()
+
+    def end(self, phase: Progress) -> None:
+        with _LOCK:
+            self.phases.remove(phase)
+            thread = self.thread if not self.phases else None
+            self._clear()
+            if thread:
+                self.thread = None
+                self.ended.set()
+        if thread:
+            thread.join(1.0)
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(INTERVAL):
+            with _LOCK:
+                if not ended.is_set():
+                    self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        phase = next((phase for phase in reversed(self.phases) if now - phase.start >= PATIENCE), None)
+        if phase is None or (phase.has_line and is_live(err=True) and now - phase.advanced < PATIENCE):
+            return
+        if is_live(err=True):
+            redraw(phase.line())
+            self.has_drawn = True
+            return
+        start = self.phases[0].start
+        word = max(last_said(), start)
+        if now - word >= min(max(word - start, PATIENCE), LONGEST_SILENCE):
+            say(phase.line(), err=True)
+
+    def _clear(self) -> None:
+        if self.has_drawn:
+            self.has_drawn = False
+            redraw("")
+
+
+_DISPLAY = _Display()
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Shows the progress of what happens in a `with` block."""
+    before, _DISPLAY.is_on = _DISPLAY.is_on, True
+    try:
+        yield
+    finally:
+        _DISPLAY.is_on = before
+
+
+@contextlib.contextmanager
+def progress(
+    what: str = "", total: int | None = None, unit: str = "items", *, done: int = 0, has_line: bool = False
+) -> Iterator[Progress]:
+    """Shows a `with` block as a phase, once it lasts long; see `Progress` for the arguments."""
+    around = _DISPLAY.phases[-1].what if _DISPLAY.phases else "working"
+    phase = Progress(what or around, total, unit, done, has_line)
+    _DISPLAY.begin(phase)
+    try:
+        yield phase
+    finally:
+        _DISPLAY.end(phase)
+
+
+def advance(count: int = 1) -> None:
+    """Advances the innermost phase, for what does not know in which it works."""
+    phases = _DISPLAY.phases
+    if phases:
+        phases[-1].advance(count)
+
+
+def advance_part(part: float) -> None:
+    """Says of the innermost phase how much of its next item is done, for one that takes long; see `advance`."""
+    phases = _DISPLAY.phases
+    if phases:
+        phases[-1].part = part
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,76 @@
+"""Writing a model as an ordinary Hugging Face checkpoint."""
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.errors import CheckpointError
+from rto_fast.models.lora import FOLDER as ADAPTER
+from rto_fast.models.lora import Adapter
+from rto_fast.models.placement import is_zero3, whole_weights
+from rto_fast.models.tokens import choose_pad, plain_generation, write_pad_token, write_stop_tokens
+from rto_fast.system.progress import progress
+from rto_fast.training import ranks
+from rto_fast.training.state_files import remove, replace_folder
+
+
+def save_model(
+    model: PreTrainedModel | Adapter,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    stop_ids: Sequence[int] | None = None,
+) -> str:
+    """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed). All ranks call it.
+
+    A policy's names all tokens that end a response, and a scorer's pads with a token that ends none: transformers then
+    generates and scores as this package does.
+
+    Args:
+        stop_ids: ids that end a response, EOS first; default: those that the tokenizer and the model name.
+    Returns:
+        the folder.
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
+    folder = Path(folder)
+    with whole_weights(model) if is_zero3(model) else contextlib.nullcontext():
+        if ranks.is_main():
+            if stop_ids is None:
+                stop_ids = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
+            with progress(f"writing {folder}"):
+                _write_model(model, tokenizer, folder, stop_ids)
+        ranks.barrier()
+    return str(folder)
+
+
+def _write_model(model, tokenizer, folder, stop_ids):
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        remove(aside)
+        if hasattr(model, "score"):
+            model.save_pretrained(aside)
+            tokenizer = _write_padding(model, tokenizer, aside, stop_ids)
+        else:
+            with plain_generation(model) as generation:
+                model.save_pretrained(aside)
+            write_stop_tokens(aside, type(model.config), generation, stop_ids)
+            if (aside / ADAPTER).is_dir():
+                shutil.copy(aside / "generation_config.json", aside / ADAPTER)
+        tokenizer.save_pretrained(aside)
+        replace_folder(aside, folder)
+    except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
+        remove(aside)
+        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
+
+
+def _write_padding(model, tokenizer, aside, stop_ids):
+    """Returns the tokenizer that pads as the scorer in `aside` does."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
+    tokenizer = choose_pad(tokenizer, stop_ids, model.config.get_text_config().vocab_size)
+    write_pad_token(aside, type(model.config), tokenizer.pad_token_id, name)
+    return tokenizer

@@ -1,0 +1,120 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from rto_fast.config import ConfigError, SFTConfig, dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_without_arguments_the_embedded_default_is_used():
+    config = load_config([])
+    assert config.model.path == "embedded" and config.sft.batch_size == 32
+
+
+def test_command_line_beats_file_beats_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model:\n  path: mine\nrto:\n  kl_coef: 0.5\n  lr: 1e-4\n")
+    config = load_config(["--config", str(file), "--rto.kl_coef", "0.02"])
+    assert (config.rto.kl_coef, config.rto.lr, config.rto.gae_lambda) == (0.02, 1e-4, 0.95)
+    assert config.sft.batch_size == SFTConfig().batch_size  # not the embedded default's
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
+    own = ["--model.path", "mine"] if path.stem == "own" else []
+    config = load_config(["--config", str(path), *own])
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+def test_the_baseline_differs_from_the_default_in_the_dense_reward_alone():
+    default, baseline = load_config([]), load_config(["--config", str(CONFIGS[0].with_name("ppo_baseline.yaml"))])
+    assert baseline.rto.dpo_reward_scale == 0 and not baseline.needs_dpo_model
+    for config in (default, baseline):
+        config.output_dir, config.dpo = "", None
+        config.rto.dpo_reward_scale = config.rto.dpo_reward_clip = 0
+    assert default == baseline
+
+
+def test_the_paper_configuration_is_the_papers():
+    config = load_config(["--config", str(CONFIGS[0].with_name("llama3_8b_ultrafeedback.yaml"))])
+    rto = config.rto
+    assert (rto.dpo_reward_scale, rto.dpo_reward_clip, rto.kl_coef, rto.score_scale) == (0.05, 0.05, 0.01, 1.0)
+    assert (rto.lr, rto.critic_lr, rto.prompts_per_rollout, rto.batch_size, rto.ppo_epochs) == (
+        5e-7,
+        9e-6,
+        1024,
+        128,
+        1,
+    )
+    assert (rto.gamma, rto.gae_lambda, rto.clip_eps, rto.value_clip_eps) == (1.0, 0.95, 0.2, 0.2)
+    assert (config.dpo.beta, config.dpo.lr, config.dpo.batch_size, config.reward_model.lr) == (0.1, 5e-7, 256, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rto.kl_coeff", "0.02"], "unknown key --rto.kl_coeff; did you mean --rto.kl_coef"),
+        (["--kl_coef=3"], "did you mean --rto.kl_coef"),
+        (["--rto.learning_rate", "0.1"], r"did you mean --rto.lr\?"),
+        (["--rto.kl_coef", "abc"], "^--rto.kl_coef: expected a number from 0 to 1,000,000, got 'abc'"),
+        (["--rto.advantage", "gea"], "rto.advantage.*gea"),
+        (["--rto.gamma", "2"], "^--rto.gamma: expected a number from 0 to 1, got 2.0"),
+        (
+            ["--rollout.batch_size", "0"],
+            "^--rollout.batch_size: expected a whole number from 1 to 2,147,483,647, got 0",
+        ),
+        (["--rto.max_steps", "3"], "unknown key --rto.max_steps"),
+        (["--model.path", "y", "--dpo.ref_model", "x"], "dpo.ref_model: expected null without dpo.model"),
+        (["--dpo.loss", "ipo", "--dpo.label_smoothing", "0.1"], "dpo.label_smoothing: expected 0"),
+        (["--rto.dual_clip", "0.5"], "rto.dual_clip: expected a number above 1"),
+        (["--rto.truncation", "bootstrap", "--rto.advantage", "reinforce_pp"], "no critic"),
+        (["--rollout.min_new_tokens", "99"], "rollout.min_new_tokens"),
+        (["--model.path", "y", "--reward_model.model", "x", "--reward_model.function", "m:f"], "one of the two"),
+        (["--config", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(arguments)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rto:\n  kl_coeff: 0.1\n", r"c.yaml:2: unknown key rto.kl_coeff; did you mean rto.kl_coef\?"),
+        ("rtoo:\n  kl_coef: 0.1\n", r"c.yaml:1: unknown key rtoo; did you mean rto\?"),
+        ("seed: 1.5\n", "c.yaml:1: seed: expected a whole number .*, got 1.5"),
+        ("rto:\n  lr: 1\n kl: 2\n", "c.yaml:3: not valid YAML"),
+        ("- 1\n", "expected keys and values"),
+        ("seed: 1\n", "model.path: expected a model to start from"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_help_documents_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--rto.dpo_reward_scale" in text and "β1: scale of the dense reward" in text and "default: 0.05" in text
+
+
+@pytest.mark.parametrize("given", [["--model.path", "mine"], ["--model", "{path: mine}"]], ids=["option", "section"])
+def test_a_model_that_a_file_would_leave_unused_is_refused(given):
+    with pytest.raises(ConfigError) as refused:
+        load_config(["--config", "smollm2_135m", *given])
+    assert re.fullmatch(
+        r"--model.path: \S*smollm2_135m.yaml:\d+ gives sft.model \('HuggingFaceTB/SmolLM2-135M-Instruct'\), where the run "
+        "starts instead; give --sft.model for another such model, or add --sft.model null to train SFT first",
+        str(refused.value),
+    )
+    assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "null"]).model.path == "mine"
+    assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "tuned"]).sft.model == "tuned"

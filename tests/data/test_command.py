@@ -1,0 +1,554 @@
+"""`python -m rto_fast.data`, the token cache, duplicates and leaks, streaming, and bad data through real command lines."""
+
+import gzip
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import warnings
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rto_fast.config import ConfigError, DataConfig
+from rto_fast.data import __main__ as data_command
+from rto_fast.data import cache as cache_module
+from rto_fast.data import sources
+from rto_fast.data.cache import CachingTokenizer
+from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
+from rto_fast.data.inspection import Page, histogram
+from rto_fast.data.layouts import Example
+from rto_fast.data.run_data import RunData
+from rto_fast.data.sources import load_examples
+from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.world import build_tokenizer, preference_rows
+from rto_fast.errors import DataError, UserError
+from rto_fast.system.terminal import visible, wants_styles
+
+PAIR = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
+LINE = json.dumps(PAIR) + "\n"
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def world(path, count=200):
+    return jsonl(path, preference_rows(count, seed=9))
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def shown(capsys, *arguments):
+    data_command.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def run_data(tmp_path, tokenizer=None, **options):
+    said = []
+    options = {"cache_dir": str(tmp_path / "cache")} | options
+    tokenizer = tokenizer or build_tokenizer()
+    return RunData(DataConfig(**options), tokenizer, stop_token_ids(tokenizer), said.append), said
+
+
+# What the command shows
+
+
+def test_the_embedded_world_is_shown_as_tokens(capsys):
+    out = shown(capsys, "embedded:preferences", "--data.limit", 100)
+    assert "layout  explicit prompt" in out and re.search(r"chosen +← chosen +\(\d+ words", out)
+    assert "100 read: as data.preferences 90 to train on, 10 held out" in out and "no exact duplicates" in out
+    assert "lengths in tokens" in out and "nothing cut" in out and "█" in out
+    assert out.count("── ") == 3 and "<user> " in out and "⟦" in out and "<eos>⟧" in out
+    assert "\x1b" not in out  # capsys is no terminal
+
+
+def test_without_a_tokenizer_roles_and_words_are_shown(capsys, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "sky?"}], "completion": "blue and so on", "answer": 3}
+    out = shown(capsys, jsonl(tmp_path / "a.jsonl", [row] * 2 + [row | {"completion": "blue"}]), "--examples", 1)
+    assert "prompt/response" in out and "response  ← completion   (4 words" in out and "1 message" in out
+    assert "for reward functions: answer" in out and "3 read: as data.sft 2 to train on" in out
+    assert "exact duplicates dropped: 1" in out and "prompts with more than one example: 1" in out
+    assert "lengths in words" in out and "--tokenizer DIR" in out
+    assert "user: sky?\nresponse: ⟦blue and so on⟧" in out and out.count("── ") == 1
+
+
+def test_what_the_limits_cut_is_shown(capsys, tmp_path):
+    options = ["--tokenizer", "embedded", "--data.max_response_tokens", 20, "--data.max_prompt_tokens", 32]
+    out = shown(capsys, world(tmp_path / "a.jsonl"), *options, "--data.cache_dir", tmp_path / "cache")
+    assert re.search(r"limit +32 \(\d+ over\) +20 \(\d+ over\)", out)
+    assert re.search(r"preferences: a.jsonl: 180 examples, \d+ prompts dropped \(> 32 tokens\), \d+ responses cut", out)
+    assert "(cut: no end token)" in out
+
+
+def test_a_source_may_hold_prompts_or_messages(capsys, tmp_path):
+    assert "as data.prompts 9 to train on, 1 held out" in shown(
+        capsys, jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i} red cup"} for i in range(10)]), "--tokenizer", "embedded"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    out = shown(capsys, jsonl(tmp_path / "m.jsonl", [{"messages": messages}]))
+    assert "layout  messages" in out and "response  ← messages, the last" in out
+
+
+def test_a_split_and_mapped_columns(capsys, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"q": str(i), "a": "b"} for i in range(10)])
+    columns = '{"prompt": "q", "response": "a"}'
+    out = shown(capsys, f"{source}[train[:4]]", "--data.columns", columns)
+    assert "prompt    ← q" in out and "4 read: as data.sft" in out
+    assert "6 read: as data.sft" in shown(capsys, source, "--data.split", "train[40%:]", "--data.columns", columns)
+
+
+def test_colours_only_on_a_terminal_and_never_with_no_color(monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert not wants_styles()
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert wants_styles()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_styles()
+    assert Page(True).paint("a\n\nb", "loss") == "\x1b[32ma\x1b[0m\n\n\x1b[32mb\x1b[0m"
+    assert Page(False).paint("a", "loss") == "⟦a⟧" and Page(False).paint("a", "context") == "a"
+
+
+def test_data_cannot_command_the_terminal(capsys, tmp_path):
+    evil = "\x1b]0;title\x07\x1b[2Jblue\r\u202eabc\x9b1m"
+    row = {"prompt": evil, "chosen": evil, "rejected": "green", "col\x1b[2J": 1}
+    out = shown(capsys, jsonl(tmp_path / "a.jsonl", [row]))
+    assert not set(out) & set("\x1b\x07\r\u202e\x9b") and "\\x1b[2J" in out
+    assert visible("a\tb\nü 漢 \U0001f600") == "a\tb\nü 漢 \U0001f600"
+
+
+def test_histogram():
+    lines = histogram({"a": [1, 9, 9, 9, 40], "b": [20]}, {"a": 10, "b": 30})
+    assert [line.split()[0] for line in lines[1:5]] == ["0–7", "8–15", "16–31", "32–63"]
+    assert lines[2].split()[1:] == ["█" * 16, "3"] and "10 (1 over)" in lines[-1] and "30 (0 over)" in lines[-1]
+    assert histogram({"a": []})[-1].split() == ["longest", "0"]
+
+
+def test_responses_that_are_not_read_are_mentioned(capsys, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "q"}, PAIR, {"prompt": "r", "response": "s"}])
+    assert "note: " + source + ": the responses of 2 rows are not read, the first" in shown(capsys, source)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "tools": tools}])
+    assert "not read" not in shown(capsys, source)  # they are no response
+
+
+# Duplicates and leaks
+
+
+def test_the_same_prompt_but_for_case_and_whitespace():
+    assert prompt_key("What  is\nRTO? ") == prompt_key(({"role": "user", "content": "what is rto?"},))
+    assert prompt_key("a b") != prompt_key("ab")
+    first, again, other = (
+        Example("a", chosen="x", rejected=r, origin=o) for r, o in (("y", "1"), ("y", "2"), ("z", "3"))
+    )
+    assert without_duplicates([first, again, other]) == [first, other]
+    assert without_prompts_of([first, Example("b")], [Example(" A")]) == [Example("b")]
+
+
+def test_duplicates_are_dropped_counted_and_can_be_kept(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", preference_rows(20, seed=9) * 2)
+    data, said = run_data(tmp_path, preferences=source)
+    assert len(data.pair_examples) + len(data.held_out_examples) == 20
+    assert said == [f"{source}: exact duplicates dropped: 20"]
+    data, said = run_data(tmp_path, preferences=source, deduplicate=False)
+    assert (len(data.pair_examples), len(data.held_out_examples)) == (36, 4)
+    assert said == [f"{source}: exact duplicates kept (data.deduplicate): 20"]
+
+
+def pairs_of_prompts(sizes):
+    """Rows of preferences: prompt i with sizes[i] pairs, shuffled."""
+    rows = [
+        {"prompt": f"prompt {i}", "chosen": f"good {j}", "rejected": f"bad {j}"}
+        for i, size in enumerate(sizes)
+        for j in range(size)
+    ]
+    return random.Random(1).sample(rows, len(rows))
+
+
+@pytest.mark.parametrize(
+    "sizes, held_out, wanted",
+    [
+        ([2] * 500, 256, 100),
+        ([10] * 40, 256, 40),
+        ([1] * 300 + [4] * 100 + [30] * 5, 64, 64),
+        ([900] + [2] * 50, 256, 100),  # the prompt with most pairs is trained on
+        ([11] * 10, 256, 11),  # a tenth and no prompt that small: the nearest
+        ([3] * 20, 256, 6),
+        ([7] * 9, 10, 7),
+        ([1] * 95, 256, 9),
+        ([1, 1], 256, 1),
+    ],
+)
+def test_prompts_are_held_out_with_all_their_pairs(tmp_path, sizes, held_out, wanted):
+    """As many pairs as are wanted, or about a tenth; none is thrown away, and each prompt is judged once."""
+    data, said = run_data(tmp_path, preferences=jsonl(tmp_path / "a.jsonl", pairs_of_prompts(sizes)), held_out=held_out)
+    kept, taken = data.pair_examples, data.held_out_examples
+    assert len(kept) + len(taken) == sum(sizes) and len(taken) == wanted and said == []
+    prompts = {example.prompt for example in taken}
+    assert not prompts & {example.prompt for example in kept}
+    assert [example.prompt for example in data.eval_examples] == list(dict.fromkeys(e.prompt for e in taken))
+    assert {example.prompt for example in data.prompt_examples} == {example.prompt for example in kept}
+
+
+def test_where_each_prompt_has_too_many_pairs_nothing_is_held_out_and_that_is_said(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", pairs_of_prompts([50, 50]))
+    data, said = run_data(tmp_path, preferences=source)
+    assert len(data.pair_examples) == 100 and data.eval_examples == data.held_out_examples == []
+    assert said == [
+        "preferences: nothing is held out, every prompt has too many of the 100 examples (about 10 are wanted); policies "
+        "are not compared without data.eval_prompts"
+    ]
+    data, said = run_data(tmp_path, preferences=source, held_out=0)
+    assert len(data.pair_examples) == 100 and said == []
+
+
+def test_the_held_out_pairs_of_a_file_without_repeated_prompts_are_those_of_older_versions(tmp_path):
+    """Else a run that is resumed, or evaluated with `--held_out`, would meet pairs that it was trained on."""
+    source = jsonl(tmp_path / "a.jsonl", pairs_of_prompts([1] * 200))
+    data, _ = run_data(tmp_path, preferences=source)
+    lines = [int(example.origin.rpartition(":")[2]) - 1 for example in data.held_out_examples]
+    assert lines == sorted(random.Random(0).sample(range(200), 20))
+
+
+def test_no_prompt_for_evaluation_is_trained_on(tmp_path):
+    rows = preference_rows(20, seed=9)
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    disguised = [{"prompt": row["prompt"].upper().replace(" ", "  ")} for row in rows[:5]]
+    demonstrations = jsonl(tmp_path / "s.jsonl", [{"prompt": r["prompt"], "response": r["chosen"]} for r in rows])
+    data, said = run_data(
+        tmp_path, preferences=source, sft=demonstrations, eval_prompts=jsonl(tmp_path / "e.jsonl", disguised)
+    )
+    taken = {prompt_key(e.prompt) for e in data.eval_examples + data.held_out_examples}
+    for examples in (data.sft_examples, data.pair_examples, data.prompt_examples):
+        assert examples and not taken & {prompt_key(e.prompt) for e in examples}
+    assert f"demonstrations: {len(taken)} examples left out, their prompts are for evaluation" in said
+    leak = jsonl(tmp_path / "all.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    data, _ = run_data(tmp_path, preferences=source, eval_prompts=leak)
+    with pytest.raises(DataError, match="preferences: no example is left beside those held out for evaluation"):
+        data.pairs  # noqa: B018
+
+
+# The cache
+
+
+class Counting:
+    """A tokenizer that counts what it is asked to encode."""
+
+    def __init__(self):
+        self.tokenizer, self.texts = build_tokenizer(), 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def __call__(self, texts, **options):
+        self.texts += len(texts) if isinstance(texts, list) else 0
+        return self.tokenizer(texts, **options)
+
+
+TEXTS = [f"{1 + i % 8} red cup , two lamps" for i in range(100)]
+
+
+def encode(folder, texts=TEXTS, tokenizer=None, **options):
+    """(ids, texts that had to be tokenised)."""
+    counting = tokenizer or Counting()
+    before = counting.texts
+    ids = CachingTokenizer(counting, folder)(texts, add_special_tokens=False, **options).input_ids
+    return ids, counting.texts - before
+
+
+def test_what_was_tokenised_once_is_read(tmp_path):
+    expected = build_tokenizer()(TEXTS, add_special_tokens=False).input_ids
+    assert encode(tmp_path / "c") == (expected, 100) and encode(tmp_path / "c") == (expected, 0)
+    (entry,) = (tmp_path / "c").iterdir()
+    assert entry.suffix == ".safetensors"
+    assert (
+        encode(tmp_path / "c", TEXTS[:10])[1] == 10 and len(list((tmp_path / "c").iterdir())) == 1
+    )  # few: not worth it
+
+
+def test_texts_options_and_tokenizer_make_the_key(tmp_path, monkeypatch):
+    encode(tmp_path)
+    assert encode(tmp_path, ["9" + TEXTS[0], *TEXTS[1:]])[1] == 100
+    assert encode(tmp_path, [*TEXTS[:-2], "a", "bc"])[1] == 100 == encode(tmp_path, [*TEXTS[:-2], "ab", "c"])[1]
+    assert encode(tmp_path, split_special_tokens=True)[1] == 100
+    other = Counting()
+    other.tokenizer.add_tokens(["cup lamp"])
+    assert encode(tmp_path, tokenizer=other)[1] == 100
+    monkeypatch.setattr(cache_module, "FORMAT", 999)
+    assert encode(tmp_path)[1] == 100
+
+
+def damage(entry, kind):
+    tensors = load_file(entry)
+    if kind == "flipped":
+        content = entry.read_bytes()
+        start = content.index(tensors["ids"].tobytes())
+        entry.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+    elif kind == "cut":
+        entry.write_bytes(entry.read_bytes()[:-7])
+    elif kind == "empty":
+        entry.write_bytes(b"")
+    elif kind == "pickle":
+        entry.write_bytes(b"\x80\x04cposix\nsystem\n(S'exit 3'\ntR.")
+    else:
+        tensors["ids"][3] = 10**6
+        checksum = cache_module._checksum(tensors["ids"], tensors["sizes"])
+        key = entry.stem if kind == "range" else "0" * 64
+        if kind == "key":
+            tensors["ids"][3] = 1
+        save_file(tensors, entry, {"key": key, "checksum": checksum})
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "pickle", "range", "key"])
+def test_a_damaged_entry_is_made_again(tmp_path, kind):
+    expected, _ = encode(tmp_path)
+    (entry,) = tmp_path.iterdir()
+    damage(entry, kind)
+    with pytest.warns(UserWarning, match="a damaged cache entry"):
+        assert encode(tmp_path) == (expected, 100)
+    assert encode(tmp_path) == (expected, 0)  # whole again, without a word
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be written .*not cached"):
+        assert encode(tmp_path / "file")[1] == 100
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert encode(tmp_path / "c")[1] == 100
+    assert not list((tmp_path / "c").iterdir())  # no half of an entry
+
+
+def test_a_run_gets_the_same_data_from_the_cache(tmp_path):
+    source = world(tmp_path / "a.jsonl")
+    built = []
+    for cache_dir in (None, str(tmp_path / "c"), str(tmp_path / "c")):
+        tokenizer = Counting()
+        data, said = run_data(tmp_path, tokenizer, preferences=source, max_response_tokens=20, cache_dir=cache_dir)
+        built.append((data.pairs, data.sft, data.prompts, data.held_out_pairs, said))
+        asked = tokenizer.texts
+    assert built[0] == built[1] == built[2] and asked < 100  # the few held out are below the cache's size
+    data, _ = run_data(tmp_path, preferences="embedded:preferences", cache_dir=str(tmp_path / "no"), limit=200)
+    assert len(data.pairs) == 180 and not (tmp_path / "no").exists()
+
+
+# Reading no more than is needed
+
+
+def test_a_limit_leaves_the_rest_of_a_file_unread(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINE * 3 + "no JSON\n")
+    assert len(load_examples(tmp_path / "a.jsonl", limit=3)) == 3
+    assert len(load_examples(tmp_path / "a.jsonl", split="train[:2]")) == 2
+    with pytest.raises(DataError, match="a.jsonl:4: malformed JSON"):
+        load_examples(tmp_path / "a.jsonl")
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    read = []
+
+    def rows():
+        for i in range(3000):
+            read.append(i)
+            yield PAIR | {"prompt": str(i)}
+
+    def load_dataset(name, config, split, streaming=False):
+        assert streaming and split == "train"
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples = load_examples("org/name", limit=5, streaming=True)
+    assert [e.prompt for e in examples] == list("01234") and examples[4].origin == "org/name[4]"
+    assert read == list(range(1000))  # the rows that tell the layout, once each
+    read.clear()
+    assert load_examples("org/name", limit=1005, streaming=True)[-1].prompt == "1004" and read == list(range(1005))
+    assert [e.prompt for e in load_examples("org/name", split="train[2:4]", streaming=True)] == ["2", "3"]
+    with pytest.raises(DataError, match="a stream does not tell"):
+        load_examples("org/name", split="train[90%:]", streaming=True)
+    with pytest.raises(ConfigError, match="data.limit: expected a number with data.streaming"):
+        data_command.parse(["org/name", "--data.streaming", "true"])
+
+
+def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
+    class Broken:
+        def __iter__(self):
+            yield PAIR
+            raise ConnectionError("gone\nfor good")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
+    with pytest.raises(DataError, match="org/name: .* the hub did not give split 'train': gone; check the name"):
+        load_examples("org/name", limit=5, streaming=True)
+
+
+# Bad input
+
+
+def bomb(path, content=b"x" * 2**20, times=8):
+    path.write_bytes(b"".join([gzip.compress(content)] * times))
+    return path
+
+
+BAD = {
+    "malformed line": (LINE + '{"prompt": "q", \n', "a.jsonl:2: malformed JSON: "),
+    "deep": ("[" * 100000, "a.jsonl:1: JSON that cannot be read"),
+    "digits": ('{"prompt": ' + "9" * 5000 + "}", "a.jsonl:1: JSON that cannot be read"),
+    "empty": ("", "a.jsonl: no examples in split 'train': it is empty; give other data, or another split"),
+    "missing column": (json.dumps({"question": "q"}), "no known layout in columns question; map them with columns"),
+    "missing value": (LINE + json.dumps(PAIR | {"chosen": None}), "a.jsonl:2: chosen is missing or null"),
+    "empty response": (LINE + json.dumps(PAIR | {"chosen": ""}), "a.jsonl:2: empty response: chosen is ''; remove"),
+    "surrogate": (json.dumps(PAIR | {"chosen": "\ud800"}), "a.jsonl:1: chosen holds half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_end_in_one_line(tmp_path, monkeypatch, capsys, name):
+    text, message = BAD[name]
+    (tmp_path / "a.jsonl").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["data", str(tmp_path / "a.jsonl")])
+    with pytest.raises(SystemExit) as stop:
+        data_command.command()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("rto_fast: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_decompression_bomb_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        rows = [PAIR | {"prompt": "x" * 100_000}] * 80
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)  # one string, kept once
+        assert path.stat().st_size < 300_000
+    else:
+        bomb(path)
+        assert path.stat().st_size < 20_000
+    with pytest.raises(DataError, match="unpacks to more than 0.004 GiB; raise data.max_unpacked_gib if that is meant"):
+        load_examples(path, max_unpacked_gib=0.004)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("rto_fast.data.json_rows.LONGEST_ROW", 2**20)
+    with pytest.raises(DataError, match="a.jsonl.gz:1: a line of 1,048,576 characters or more; write one row a line"):
+        load_examples(bomb(tmp_path / "a.jsonl.gz"))
+
+
+def test_prompts_longer_than_the_budget(tmp_path):
+    source = world(tmp_path / "a.jsonl", 20)
+    with pytest.raises(UserError, match="18 prompts dropped .*none is left: raise max_prompt_tokens or set overlong"):
+        data_command.main([source, "--tokenizer", "embedded", "--data.max_prompt_tokens", "2"])
+
+
+def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
+    source = world(tmp_path / "a.jsonl", 20)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    out = shown(capsys, source, "--tokenizer", tmp_path / "plain", "--data.prompt_format", "chat")
+    assert "note: the tokenizer has no chat template: messages become a 'Human: ... Assistant:' transcript" in out
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(UserError, match="no stop token: set eos_token of the tokenizer"):
+        data_command.main([source, "--tokenizer", str(tmp_path / "endless")])
+    with pytest.raises(UserError, match="cannot load a tokenizer from this directory"):
+        data_command.main([source, "--tokenizer", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data.limt", "3"], "unknown key --data.limt; did you mean --data.limit?"),
+        (
+            ["x.jsonl", "--data.limit", "0"],
+            "data.limit: expected a whole number from 1 to 2,147,483,647, or null, got 0",
+        ),
+        (["x.jsonl", "--data.max_unpacked_gib", "0"], "data.max_unpacked_gib: expected a number above 0"),
+        (["x.jsonl", "--data.invalid", "ignore"], "data.invalid"),
+        ([], "source"),
+    ],
+)
+def test_mistakes_in_the_options_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        data_command.parse(arguments)
+
+
+def command(*arguments, module="rto_fast.data", **environment):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+    )
+    assert time.monotonic() - started < 60
+    return done
+
+
+def assert_refused(done, message):
+    assert done.returncode == 2 and done.stderr.startswith("rto_fast: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_the_command_line(tmp_path):
+    source = world(tmp_path / "a.jsonl")
+    done = command(
+        source, "--tokenizer", "embedded", "--data.cache_dir", tmp_path / "cache", LC_ALL="C", PYTHONUTF8="0"
+    )
+    assert done.returncode == 0 and "explicit prompt" in done.stdout and "<eos>" in done.stdout, done.stderr
+    (tmp_path / "b.jsonl").write_text(LINE + "{")
+    assert_refused(command(tmp_path / "b.jsonl"), "b.jsonl:2: malformed JSON")
+
+
+def test_a_hub_name_without_network():
+    assert_refused(
+        command("nobody/nothing", HF_HUB_OFFLINE="1"), "nobody/nothing: no such local file or folder, and the hub"
+    )
+
+
+@pytest.mark.skipif("RTO_FAST_DATA" not in os.environ, reason="RTO_FAST_DATA names no folder with real data")
+@pytest.mark.skipif("RTO_FAST_SMOLLM2" not in os.environ, reason="RTO_FAST_SMOLLM2 names no tokenizer")
+def test_real_data_with_a_real_tokenizer(capsys, tmp_path):
+    source, cache = f"{os.environ['RTO_FAST_DATA']}/hh_helpful.jsonl.gz", tmp_path / "cache"
+    options = [source, "--tokenizer", os.environ["RTO_FAST_SMOLLM2"], "--data.cache_dir", cache]
+    first = shown(capsys, *options)
+    assert "<|im_start|>assistant\n" in first and "<|im_end|>⟧" in first and list(cache.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shown(capsys, *options) == first
+
+
+def test_a_command_that_reads_for_long_says_so(tmp_path, monkeypatch, capsys):
+    source, read = world(tmp_path / "a.jsonl", 30), sources.read_rows
+
+    def slowly(*arguments):
+        for number, row in enumerate(read(*arguments)):
+            time.sleep(6.0 * (number == 20))
+            yield row
+
+    monkeypatch.setattr(sources, "read_rows", slowly)
+    monkeypatch.setattr(sources, "WINDOW", 10)
+    monkeypatch.setattr(sys, "argv", ["data", source, "--data.limit", "40"])
+    data_command.command()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "a.jsonl: " in line]
+    assert re.fullmatch(r"reading .*a\.jsonl: 20 of 40 rows, [56](\.\d)? s, about [56](\.\d)? s left", lines[0])

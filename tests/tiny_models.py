@@ -1,0 +1,78 @@
+"""Tiny models of every architecture the native engine is known to decode."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=2,
+    eos_token_id=1,
+)
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": dict(head_dim=16),
+    "mistral": dict(sliding_window=12),
+    "mixtral": dict(num_local_experts=4),
+    "gemma2": dict(
+        head_dim=16,
+        sliding_window=12,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3_text": dict(head_dim=16, sliding_window=12, layer_types=["sliding_attention", "full_attention"]),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+    "gpt_neox": dict(num_key_value_heads=None),
+    "phi": {},
+    "phi3": {},
+    "olmo": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    # Not in the list of thirteen: logits that are divided, or multiplied.
+    "granite": dict(logits_scaling=3.0),
+    "cohere": dict(logit_scale=0.25),
+}
+
+
+def tiny(name="llama", **extra):
+    """A model with weights so large that its greedy choices are not close."""
+    torch.manual_seed(1)
+    options = {k: v for k, v in (SIZES | ARCHITECTURES[name] | extra).items() if v is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def prompts(lengths=(5, 23, 17, 9, 40), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_same(found, expected):
+    """Two RolloutBatches, up to the rounding of their log-probs."""
+    assert found.response_ids == expected.response_ids and found.finish_reasons == expected.finish_reasons
+    for name in ("logps", "sampling_logps"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=0)
+
+
+def state_of(model):
+    """What a rollout leaves as it was."""
+    return {
+        "modes": [m.training for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "cache": model.config.use_cache,
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "weights": [(p.data_ptr(), p._version) for p in model.parameters()],
+        "grads": [p.requires_grad for p in model.parameters()],
+    }
