@@ -257,7 +257,7 @@ class Run:
             tokenizer,
             self.tokenizer,
             prompt_format=self.config.data.prompt_format,
-            max_tokens=self.config.rto.micro_batch_tokens,
+            max_tokens=self.config.model.micro_batch_tokens,
         )
 
     def critic_start(self, sft_path, reward_path, scorer):
@@ -336,7 +336,7 @@ class Run:
         logps = []
         for model in (models.dpo, models.dpo_reference or models.reference):
             with resident(model):
-                logps.append(dpo.pair_logps(model, pairs, self.config.rto.micro_batch_tokens))
+                logps.append(dpo.pair_logps(model, pairs, self.config.model.micro_batch_tokens))
         if finding := preference_finding(logps[0] - logps[1], supplied=True):
             self.log.warning("dpo", 0, *finding)
 
@@ -350,7 +350,7 @@ class Run:
             self._check_dpo_model(models)
 
         def kl(rollout):  # both models are there, and two forward passes cost little beside the sampling
-            settings = self.config.rollout.temperature, self.config.rto.micro_batch_tokens
+            settings = self.config.rollout.temperature, self.config.model.micro_batch_tokens
             return measured_kl(models.policy, models.reference, rollout, *settings)
 
         def evaluate_policy(engine, iteration):

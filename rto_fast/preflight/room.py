@@ -5,6 +5,7 @@ import shutil
 
 import torch
 
+from rto_fast.config import STAGES
 from rto_fast.errors import ConfigError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.outline import Items, Plan
@@ -86,8 +87,7 @@ def _look(run):
         run.log.warning(
             "preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits"
         )
-    stages = ("sft", "reward_model", "dpo", "rto")
-    save_every = {name: getattr(config, name).save_every for name in stages}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in STAGES}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(run.folder).free
     if needed > room and not config.resume:
         return (

@@ -30,7 +30,7 @@ def behaviour_logps(config, policy, rollout, prompt_ids, response_ids, batch):
     Returns:
         (old_logps [T] float32, importance weights [T] or None, metrics)
     """
-    rto, max_tokens, temperature = config.rto, config.rto.micro_batch_tokens, config.rollout.temperature
+    rto, max_tokens, temperature = config.rto, config.model.micro_batch_tokens, config.rollout.temperature
 
     def recompute(rows):
         return response_logps(

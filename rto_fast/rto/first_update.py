@@ -37,7 +37,7 @@ def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -
     mask = pack(prompt_ids, response_ids, device_of(policy)).response_mask
 
     def logps(precise: bool) -> torch.Tensor:
-        max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
+        max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
         return response_logps(policy, prompt_ids, response_ids, max_tokens, temperature, precise=precise)[mask]
 
     own, truth, again = logps(False), logps(True), logps(True)

@@ -213,12 +213,12 @@ def ranks_are_uneven(history, config):
 
 
 def micro_batches_shrank(history, config):
-    tokens = history[-1].get("micro_batch_tokens") or config.rto.micro_batch_tokens
-    if tokens >= config.rto.micro_batch_tokens:
+    tokens = history[-1].get("micro_batch_tokens") or config.model.micro_batch_tokens
+    if tokens >= config.model.micro_batch_tokens:
         return None
     return (
-        f"memory ran out: micro-batches went from {config.rto.micro_batch_tokens:,} tokens to {tokens:,}",
-        f"set rto.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
+        f"memory ran out: micro-batches went from {config.model.micro_batch_tokens:,} tokens to {tokens:,}",
+        f"set model.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
     )
 
 

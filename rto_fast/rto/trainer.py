@@ -82,7 +82,7 @@ def load_models(config, sft, dpo, critic, scorer, loader):
 
     start, reference = dpo if rto.init_from == "dpo" else sft, rto.ref_model or sft
     pays = config.pays_dense_reward
-    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
+    dpo_reference = config.dpo_reference or sft
     return Models(
         policy=loader.trained("causal_lm", start),
         reference=frozen(reference),
@@ -139,11 +139,10 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     Returns:
         (Experience, metrics of the rollout).
     """
-    rto, max_tokens = config.rto, config.rto.micro_batch_tokens
-    paper_code = rto.compat == "paper_code"
+    rto, max_tokens = config.rto, config.model.micro_batch_tokens
     finished = list(rollout.finished)
     response_ids = rollout.response_ids
-    if paper_code:
+    if rto.ends_truncated_responses:
         eos = tokenizer.eos_token_id
         response_ids = [r if done else r[:-1] + [eos] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)
@@ -178,7 +177,6 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
     elif rto.truncation == "bootstrap":
         paid_scores, bootstrap = torch.where(truncated, 0.0, scores), torch.where(truncated, after, 0.0)
 
-    scale = 1.0 if paper_code and rto.dpo_reward_scale <= 0 else rto.dpo_reward_scale
     result = rto_advantages(
         old_logps,
         ref_logps,
@@ -188,7 +186,7 @@ def collect(config, models, rollout, prompts, tokenizer, kl_coef, delimiters, de
         batch.cu_seqlens,
         batch.response_mask,
         dpo_ref_logps=dpo_ref_logps,
-        dpo_reward_scale=scale,
+        dpo_reward_scale=rto.dense_reward_scale,
         dpo_reward_clip=rto.dpo_reward_clip,
         kl_coef=kl_coef,
         # Without a reward model all scores are 0, but the penalty stands.
@@ -290,7 +288,7 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
     }
     importance = None if experience.importance is None else experience.importance.split(lengths)
     policy_options = {name: getattr(rto, name) for name in ("clip_eps", "clip_eps_high", "dual_clip", "entropy_coef")}
-    per_sequence = rto.loss_normalization == "sequence" or rto.compat == "paper_code"
+    per_sequence = rto.loss_per_sequence
     totals: Counter = Counter()
     steps = 0
     generator = torch.Generator().manual_seed(seed)
@@ -338,7 +336,7 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
                         num_items=num_items,
                         value_clip_eps=rto.value_clip_eps,
                     )
-                    optimizers["critic"].backward(factor * rto.value_coef * value_loss)
+                    optimizers["critic"].backward(factor * value_loss)
                     metrics |= value_metrics
                 return metrics
 
@@ -356,10 +354,13 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
     return {name: value / steps for name, value in totals.items()}
 
 
-def adapt_kl_coef(kl_coef, kl, responses, target, horizon):
+KL_HORIZON = 10_000  # responses over which the adaptive kl_coef reacts
+
+
+def adapt_kl_coef(kl_coef, kl, responses, target):
     """Proportional controller in log space (arXiv 1909.08593, section 2.2)."""
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * responses / horizon)
+    return kl_coef * (1.0 + error * responses / KL_HORIZON)
 
 
 class RTOTrainer:
@@ -375,10 +376,10 @@ class RTOTrainer:
         epochs = None if rto.iterations else rto.epochs  # so many iterations draw on prompts without end
         self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
         self.steps, updates = self._count_steps()
-        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config.deepspeed)}
+        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:
-            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config.deepspeed, rto.critic_lr)
-        self.accumulator = Accumulator(rto.micro_batch_tokens, say)
+            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
@@ -425,7 +426,7 @@ class RTOTrainer:
         end = time.perf_counter()
         if rto.kl_target is not None:
             kl = float(metrics["kl"])
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, len(repeated), rto.kl_target, rto.kl_horizon)
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, len(repeated), rto.kl_target)
         self.step_count += 1
         seconds = rollout.timings | {"score": scored - generated, "update": end - scored}
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
@@ -495,7 +496,7 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
             evaluate(trainer.engine, step)
 
     shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
-    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
+    train("rto", trainer, log, checkpoints, config.checkpoint_interval("rto"), shown, after_step, evaluate_policy)
     if models.critic is not None:
         save_model(models.critic, tokenizer, f"{output}_critic", sampling.stop_ids)
     path = save_model(models.policy, tokenizer, output, sampling.stop_ids)

@@ -40,8 +40,8 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
     # The reference is the model before its first step: no second copy, each pair scored once.
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = pair_logps(model, pairs, stage.micro_batch_tokens)
-        held_out_reference = pair_logps(model, held_out, stage.micro_batch_tokens) if held_out else None
+        reference = pair_logps(model, pairs, config.model.micro_batch_tokens)
+        held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
 
     def loss(indices, step_indices):
         before = reference[indices].to(placement["device"])
@@ -53,11 +53,18 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
+    train(
+        "dpo",
+        trainer,
+        log,
+        checkpoints,
+        config.checkpoint_interval("dpo"),
+        ("loss", "accuracy", "margin", "lr", "tokens_per_second"),
+    )
     model.eval()
     if held_out:
         with progress("dpo: held-out pairs"):
-            change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference
+            change = pair_logps(model, held_out, config.model.micro_batch_tokens) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {"held_out_accuracy": accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")

@@ -32,10 +32,17 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    train("reward_model", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
+    train(
+        "reward_model",
+        trainer,
+        log,
+        checkpoints,
+        config.checkpoint_interval("reward_model"),
+        ("loss", "accuracy", "lr", "tokens_per_second"),
+    )
     model.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)
-    scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)
+    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
     better, worse = scores.chunk(2)
     model.config.score_mean, model.config.score_std = score_statistics(scores)
     accuracy = (better > worse).float().mean().item()

@@ -24,7 +24,7 @@ def main(config, base, tokenizer, sequences, *, output, log, checkpoints, stop_i
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say, fingerprint(sequences))
-    train("sft", trainer, log, checkpoints, stage.save_every, ("loss", "lr", "tokens_per_second"))
+    train("sft", trainer, log, checkpoints, config.checkpoint_interval("sft"), ("loss", "lr", "tokens_per_second"))
     path = save_model(model, tokenizer, output, stop_ids)
     trainer.release()
     return path

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import Config, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.training import ranks
 
@@ -52,9 +52,9 @@ class Schedule:
         lr: peak learning rate, default the stage's.
     """
 
-    def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        self.stage, self.total_steps = stage, total_steps
-        self.peak_lr = stage.lr if lr is None else lr
+    def __init__(self, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None):
+        self.settings, self.total_steps = settings, total_steps
+        self.peak_lr, self.schedule = stage.lr if lr is None else lr, settings.schedule(stage.stage)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def step(self) -> dict[str, float]:
@@ -65,9 +65,7 @@ class Schedule:
         Raises:
             TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
         """
-        lr = self.peak_lr * learning_rate_factor(
-            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
-        )
+        lr = self.peak_lr * learning_rate_factor(self.steps, self.total_steps, *self.schedule)
         norm = self._update(lr)
         skipped = not math.isfinite(norm)
         self.skipped += skipped
@@ -101,16 +99,23 @@ class Optimizer(Schedule):
     Args: model, and those of `Schedule`.
     """
 
-    def __init__(self, model: nn.Module, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        super().__init__(stage, total_steps, lr)
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: TrainingConfig,
+        settings: OptimizerConfig,
+        total_steps: int,
+        lr: float | None = None,
+    ):
+        super().__init__(stage, settings, total_steps, lr)
         named = named_trainable(model)
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(self._collect(master))
-        groups = parameter_groups(self.masters, stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups(self.masters, settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=settings.adam_betas, eps=1e-8, fused=True)
 
     @staticmethod
     def _collect(master):
@@ -135,7 +140,7 @@ class Optimizer(Schedule):
             gradients = [m.grad for m in self.masters if m.grad is not None]
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm).item()
         for group in self.adam.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -173,19 +178,14 @@ class Optimizer(Schedule):
                 self.adam.state[master] = {"step": step.to(master.device, copy=True)} | moments
 
 
-def zero_stage(deepspeed: DeepSpeedConfig) -> int:
-    """The stage that a `DeepSpeedConfig` means here; 0: no DeepSpeed."""
-    return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
-
-
-def build_optimizer(model, stage, total_steps, deepspeed, lr=None):
+def build_optimizer(model, stage: TrainingConfig, total_steps: int, config: Config, lr: float | None = None):
     """`Optimizer`, or `ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank.
 
     Args:
-        deepspeed: `DeepSpeedConfig`.
+        stage: the stage's part of `config`. lr: peak learning rate, default the stage's.
     """
-    if not zero_stage(deepspeed):
-        return Optimizer(model, stage, total_steps, lr)
+    if not config.deepspeed.stage_for(ranks.world_size()):
+        return Optimizer(model, stage, config.optimizer, total_steps, lr)
     from rto_fast.training.zero import ZeroOptimizer  # imports DeepSpeed
 
-    return ZeroOptimizer(model, stage, total_steps, deepspeed, lr)
+    return ZeroOptimizer(model, stage, config.optimizer, total_steps, config.deepspeed, lr)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from rto_fast.config import Config, StageConfig
+from rto_fast.config import Config, SupervisedConfig
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
@@ -26,7 +26,7 @@ class SupervisedTrainer:
     def __init__(
         self,
         model: nn.Module,
-        stage: StageConfig,
+        stage: SupervisedConfig,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
@@ -35,9 +35,9 @@ class SupervisedTrainer:
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
-        self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)
+        self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
-        self.accumulator = Accumulator(stage.micro_batch_tokens, say)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
 
     @property
     def step_count(self) -> int:

@@ -17,7 +17,7 @@ from rto_fast.models.loading import forward_hidden
 from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
+from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups
 
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
 
@@ -30,9 +30,9 @@ def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
     """
     zero = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if settings.offload_optimizer and elements:
+    if settings.offloads_optimizer and elements:
         zero["offload_optimizer"] = host
-    if settings.offload_parameters:
+    if settings.offloads_parameters:
         zero["offload_param"] = host
     is_bf16 = dtype == torch.bfloat16
     return {
@@ -114,19 +114,19 @@ class ZeroOptimizer(Schedule):
     """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
     from then on (`whole_forward`).
 
-    Args: as of `Optimizer`. settings: `DeepSpeedConfig`.
+    Args: as of `Optimizer`. deepspeed: `DeepSpeedConfig`.
     """
 
-    def __init__(self, model, stage, total_steps, settings, lr=None):
-        super().__init__(stage, total_steps, lr)
-        level = zero_stage(settings)
+    def __init__(self, model, stage, settings, total_steps, deepspeed, lr=None):
+        super().__init__(stage, settings, total_steps, lr)
+        level = deepspeed.stage_for(ranks.world_size())
         if level == 3:
             _prepare_heads(model)
         self.model, self.named, self.is_zero3 = model, named_trainable(model), level == 3
-        groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
-        config = engine_config(settings, level, model.dtype, elements, stage.max_grad_norm)
+        config = engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm)
         self.engine = _initialize(model, config, self.adam)
 
     def backward(self, loss):
@@ -134,7 +134,9 @@ class ZeroOptimizer(Schedule):
         self.engine.backward(loss * ranks.world_size())
 
     def zero_grad(self):
-        raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
+        raise TrainingError(
+            "out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot be begun anew)"
+        )
 
     def _update(self, lr):
         for group in self.adam.param_groups:

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rto_fast.config import ConfigError, DataConfig
+from rto_fast.config import DataConfig
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import cache as cache_module
 from rto_fast.data import sources
@@ -28,7 +28,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_tokenizer, preference_rows
-from rto_fast.errors import DataError, UserError
+from rto_fast.errors import ConfigError, DataError, UserError
 from rto_fast.system.terminal import visible, wants_styles
 
 PAIR = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
@@ -106,7 +106,7 @@ def test_a_split_and_mapped_columns(capsys, tmp_path):
     columns = '{"prompt": "q", "response": "a"}'
     out = shown(capsys, f"{source}[train[:4]]", "--data.columns", columns)
     assert "prompt    ← q" in out and "4 read: as data.sft" in out
-    assert "6 read: as data.sft" in shown(capsys, source, "--data.split", "train[40%:]", "--data.columns", columns)
+    assert "6 read: as data.sft" in shown(capsys, f"{source}[train[40%:]]", "--data.columns", columns)
 
 
 def test_colours_only_on_a_terminal_and_never_with_no_color(monkeypatch):

@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from rto_fast.config import ConfigError, dump_config, load_config
+from rto_fast.config import dump_config, load_config
 from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.errors import ConfigError
 from rto_fast.push import command, split_files
 from rto_fast.reporting import model_card
 from rto_fast.reporting.model_card import name_in_card, plain, public, write_model_card
