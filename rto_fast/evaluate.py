@@ -13,7 +13,7 @@
 | preferences, and a reward    | share of the pairs that the reward ranks right, ties half                       |
 | preferences, and dpo_model   | the same of the implicit reward Σ log(π_dpo/π_ref) over a response              |
 
-What each is exactly is in `rto_fast.evaluation.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation.measure`.
+What each is exactly is in `rto_fast.estimates`, `rto_fast.evaluation` and `rto_fast.evaluation.measure`.
 """
 
 import functools

@@ -39,7 +39,7 @@ from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, comp
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.rto import trainer as rto
 from rto_fast.rto.first_update import CHECKED_PAIRS, preference_finding
-from rto_fast.rto.health import Finding
+from rto_fast.reporting.log import Finding
 from rto_fast.stages import dpo, reward_model, sft
 from rto_fast.system import deepspeed_import
 from rto_fast.system.command_line import error_line

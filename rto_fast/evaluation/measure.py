@@ -10,7 +10,7 @@ from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.errors import DataError
 from rto_fast.evaluate import EvaluateConfig
 from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
-from rto_fast.evaluation.estimates import length_controlled_win_rate, mean, rate, wins
+from rto_fast.estimates import length_controlled_win_rate, mean, rate, wins
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
 from rto_fast.models.loading import load_causal_lm, load_scorer, resolve_dtype
 from rto_fast.preflight.supplied_models import (
@@ -26,7 +26,7 @@ from rto_fast.preflight.supplied_models import (
 )
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.rto.health import Finding
+from rto_fast.reporting.log import Finding
 from rto_fast.run import quiet_libraries, resolve_device
 from rto_fast.stages.dpo import pair_logps
 from rto_fast.system import deepspeed_import
