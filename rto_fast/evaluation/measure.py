@@ -24,9 +24,9 @@ from rto_fast.preflight.supplied_models import (
     longest_written,
     refuse_long,
 )
+from rto_fast.reporting.log import Finding
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.rto.health import Finding
 from rto_fast.run import quiet_libraries, resolve_device
 from rto_fast.stages.dpo import pair_logps
 from rto_fast.system import deepspeed_import

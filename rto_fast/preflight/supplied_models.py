@@ -20,9 +20,9 @@ from rto_fast.models.directory import (
     model_config,
 )
 from rto_fast.models.dropout import dropout_rates
+from rto_fast.reporting.log import Finding
 from rto_fast.rewards import same_tokens
 from rto_fast.rto.first_update import CHECKED_PAIRS, stop_finding
-from rto_fast.rto.health import Finding
 
 if TYPE_CHECKING:
     from rto_fast.run import Run

@@ -14,8 +14,8 @@ from rto_fast.errors import ModelError, TrainingError
 from rto_fast.evaluation.estimates import rate, wins
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
 from rto_fast.models.placement import device_of
+from rto_fast.reporting.log import Finding
 from rto_fast.rto.behaviour import monitored_rows
-from rto_fast.rto.health import Finding
 from rto_fast.training.response_logps import response_logps
 
 if TYPE_CHECKING:
