@@ -37,7 +37,7 @@ from rto_fast.reporting.public import public
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs, score_statistics
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.rto import trainer as rto
+from rto_fast.rto import train as rto
 from rto_fast.rto.first_update import CHECKED_PAIRS, preference_finding
 from rto_fast.reporting.log import Finding
 from rto_fast.stages import dpo, reward_model, sft

@@ -4,6 +4,25 @@ import torch
 from torch import Tensor
 
 from rto_fast.batch import segment_sum
+from rto_fast.reporting.metric_names import (
+    ADVANTAGE_STD,
+    DPO_CLIP_FRACTION,
+    DPO_REWARD,
+    DPO_SCORE_CORRELATION,
+    EXPLAINED_VARIANCE,
+    KL,
+    KL_COEF,
+    KL_PENALTY,
+    LENGTH,
+    REWARD,
+    ROLLOUT_IMBALANCE,
+    ROLLOUT_TOKENS_PER_SECOND,
+    SCORE,
+    SCORE_REWARD,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRUNCATED,
+)
 from rto_fast.rollout import RolloutBatch
 from rto_fast.rto.experience import Experience
 from rto_fast.rto.token_rewards import TokenRewards
@@ -19,20 +38,20 @@ def rollout_metrics(experience: Experience, rewards: TokenRewards, kl_coef: floa
         return stats[name] / batch.num_sequences
 
     dense = torch.where(mask, experience.dpo_logps - experience.dpo_ref_logps, 0.0)
-    metrics = {
-        "score": experience.scores.mean(),
-        "reward": segment_sum(rewards.reward, batch.cu_seqlens).mean(),
-        "dpo_reward": per_response("dpo_reward_sum"),
-        "kl": per_response("kl_sum"),
-        "kl_penalty": kl_coef * per_response("kl_sum"),
-        "score_reward": per_response("score_reward_sum"),
-        "kl_coef": kl_coef,
-        "dpo_clip_fraction": stats["dpo_clip_count"] / stats["count"].clamp(min=1),
-        "dpo_score_correlation": correlation(segment_sum(dense, batch.cu_seqlens), experience.scores),
-        "length": stats["count"] / batch.num_sequences,
-        "truncated": experience.truncated.float().mean(),
-        "advantage_std": stats["advantage_var"].sqrt(),
-        "explained_variance": explained_variance(experience.old_values[mask], rewards.returns[mask]),
+    metrics: dict[str, Tensor | float] = {
+        SCORE: experience.scores.mean(),
+        REWARD: segment_sum(rewards.reward, batch.cu_seqlens).mean(),
+        DPO_REWARD: per_response("dpo_reward_sum"),
+        KL: per_response("kl_sum"),
+        KL_PENALTY: kl_coef * per_response("kl_sum"),
+        SCORE_REWARD: per_response("score_reward_sum"),
+        KL_COEF: kl_coef,
+        DPO_CLIP_FRACTION: stats["dpo_clip_count"] / stats["count"].clamp(min=1),
+        DPO_SCORE_CORRELATION: correlation(segment_sum(dense, batch.cu_seqlens), experience.scores),
+        LENGTH: stats["count"] / batch.num_sequences,
+        TRUNCATED: experience.truncated.float().mean(),
+        ADVANTAGE_STD: stats["advantage_var"].sqrt(),
+        EXPLAINED_VARIANCE: explained_variance(experience.old_values[mask], rewards.returns[mask]),
     }
     return metrics | reward_shares(experience, rewards) | experience.mismatch
 
@@ -66,9 +85,9 @@ def speed_metrics(rollout: RolloutBatch, sampled: float, scored: float, updated:
     seconds = rollout.timings | {"score": scored, "update": updated}
     metrics: dict[str, float] = {f"seconds_{phase}": value for phase, value in seconds.items()}
     if ranks.world_size() > 1:
-        metrics["rollout_imbalance"] = rollout.stats["rollout_imbalance"]
+        metrics[ROLLOUT_IMBALANCE] = rollout.stats[ROLLOUT_IMBALANCE]
     return metrics | {
-        "tokens": rollout.num_tokens,
-        "tokens_per_second": rollout.num_tokens / (sampled + scored + updated),
-        "rollout_tokens_per_second": rollout.num_tokens / sampled,
+        TOKENS: rollout.num_tokens,
+        TOKENS_PER_SECOND: rollout.num_tokens / (sampled + scored + updated),
+        ROLLOUT_TOKENS_PER_SECOND: rollout.num_tokens / sampled,
     }

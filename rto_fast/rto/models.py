@@ -30,7 +30,7 @@ class Models:
 
 
 def load_models(
-    config: Config, sft: str, dpo: str | None, critic: str | None, scorer: NormalizedScores | None, loader: Loader
+    config: Config, sft: str, dpo: str | None, critic: str, scorer: NormalizedScores | None, loader: Loader
 ) -> Models:
     """Loads every model of the stage.
 
@@ -43,13 +43,13 @@ def load_models(
     def frozen(path: str) -> nn.Module:
         return loader.frozen("causal_lm", path)
 
-    start, reference = dpo if rto.init_from == "dpo" else sft, rto.ref_model or sft
+    start, reference = dpo if dpo and rto.init_from == "dpo" else sft, rto.ref_model or sft
     pays = config.pays_dense_reward
     dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
     return Models(
         policy=loader.trained("causal_lm", start),
         reference=frozen(reference),
-        dpo=frozen(dpo) if pays else None,
+        dpo=frozen(dpo) if dpo and pays else None,
         dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
         critic=load_critic(critic, scorer, loader, new_head=critic == sft and not rto.critic)
         if rto.advantage == "gae"

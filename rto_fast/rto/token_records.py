@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_fast.reporting.metric_names import ADVANTAGE, SCORE, SCORE_REWARD, VALUE
 from rto_fast.rto.experience import Experience
 from rto_fast.rto.token_rewards import TokenRewards
 
@@ -42,7 +43,7 @@ def token_records(
 ) -> list[dict[str, Any]]:
     """Records the first `RESPONSES` responses for `RunLog.tokens`: lists over the first `TOKENS` tokens of each."""
     lengths, mask = experience.lengths, experience.batch.response_mask.split(experience.lengths)
-    columns = rewards.parts | {"advantage": rewards.advantages, "value": experience.old_values}
+    columns = rewards.parts | {ADVANTAGE: rewards.advantages, VALUE: experience.old_values}
     split = {name: values.split(lengths) for name, values in columns.items()}
     records = []
     for i, ids in enumerate(experience.response_ids[:RESPONSES]):
@@ -51,7 +52,7 @@ def token_records(
             for name, parts in split.items()
         }
         # The score is paid on the last token, which may lie behind the cut.
-        score = round(float(split["score_reward"][i].sum()), 5)
-        shown = {"index": i, "prompt": experience.prompts[i].prompt, "count": len(ids), "score": score}
+        score = round(float(split[SCORE_REWARD][i].sum()), 5)
+        shown = {"index": i, "prompt": experience.prompts[i].prompt, "count": len(ids), SCORE: score}
         records.append(shown | {"tokens": token_texts(tokenizer, ids[:TOKENS])} | numbers)
     return records

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RTOConfig
 from rto_fast.ops import rto_advantages
+from rto_fast.reporting.metric_names import DPO_REWARD, KL_PENALTY, SCORE_REWARD
 from rto_fast.rto.experience import Experience
 
 
@@ -38,7 +39,7 @@ class TokenRewards:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        return {"dpo_reward": self.dpo_reward, "kl_penalty": self.kl_penalty, "score_reward": self.score_reward}
+        return {DPO_REWARD: self.dpo_reward, KL_PENALTY: self.kl_penalty, SCORE_REWARD: self.score_reward}
 
 
 def token_rewards(rto: RTOConfig, experience: Experience, kl_coef: float, delimiters: Tensor | None) -> TokenRewards:

@@ -6,8 +6,7 @@ authors' behaviour, except for the precision.
 """
 
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,10 +16,11 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
 from rto_fast.models.placement import vocabulary_of
 from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.metric_names import KL, MICRO_BATCH_TOKENS
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
 from rto_fast.rollout.shared import generate_shared
-from rto_fast.rto import first_update
 from rto_fast.rto.experience import Experience, score_rollout
+from rto_fast.rto.first_update import check_first_rollout
 from rto_fast.rto.metrics import rollout_metrics, speed_metrics
 from rto_fast.rto.models import Models
 from rto_fast.rto.token_records import recorded_iterations, token_records
@@ -102,9 +102,9 @@ class RTOTrainer:
         check = self._inspect(experience, rewards)
         metrics |= update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
         updated = time.perf_counter()
-        self._adapt_kl_coef(float(metrics["kl"]), len(prompts))
+        self._adapt_kl_coef(float(metrics[KL]), len(prompts))
         self.step_count += 1
-        metrics["micro_batch_tokens"] = self.accumulator.tokens
+        metrics[MICRO_BATCH_TOKENS] = self.accumulator.tokens
         return metrics | speed_metrics(rollout, sampled - start, scored - sampled, updated - scored)
 
     def _sample(self, seed: int) -> tuple[list[Prompt], RolloutBatch]:
@@ -115,7 +115,7 @@ class RTOTrainer:
         rollout = generate_shared(self.engine, prompt_ids, rto.samples_per_prompt, self.sampling, seed)
         return [prompt for prompt in drawn for _ in range(rto.samples_per_prompt)], rollout
 
-    def _inspect(self, experience: Experience, rewards: TokenRewards) -> FirstUpdateCheck | None:
+    def _inspect(self, experience: Experience, rewards: TokenRewards) -> Callable[[Mapping[str, Any]], None] | None:
         """Records what single tokens earned, and checks the first rollout of a run.
 
         Returns:
@@ -125,13 +125,9 @@ class RTOTrainer:
             self.log.tokens("rto", self.step_count + 1, token_records(experience, rewards, self.tokenizer))
         if self.step_count:
             return None
-        noise = first_update.forward_noise(self.config, self.models.policy, experience)
-        for finding in (
-            *first_update.check_sampler(noise, experience.mismatch, self.config.rollout.engine),
-            *first_update.check_reference(self.config, self.models, experience, rewards, noise),
-        ):
-            self.log.warning("rto", 1, *finding)
-        return partial(first_update.check_ratio, self.config, noise, first_update.are_sampled(experience.mismatch))
+        return check_first_rollout(
+            self.config, self.models, experience, rewards.kl, lambda finding: self.log.warning("rto", 1, *finding)
+        )
 
     def _adapt_kl_coef(self, kl: float, responses: int) -> None:
         rto = self.config.rto

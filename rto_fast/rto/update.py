@@ -1,6 +1,5 @@
 """PPO on an experience: epochs of optimizer steps, each the sum of its micro-batches."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,13 @@ from rto_fast.config import Config, RTOConfig
 from rto_fast.models.loading import forward_hidden, output_head
 from rto_fast.models.placement import whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
+from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
 from rto_fast.rto.experience import Experience
 from rto_fast.rto.models import Models, critic_values
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
-from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.accumulate import Accumulator, add_to
 from rto_fast.training.optimizer import Schedule
 
 
@@ -57,7 +57,8 @@ def update(
     """
     columns = split_by_response(config.rto, experience, rewards)
     minibatches = shuffled_minibatches(config.rto, len(experience.response_ids), seed)
-    lengths, totals = experience.lengths, Counter[str]()
+    lengths = experience.lengths
+    totals: dict[str, Any] = {}
     with progress("rto: update", len(minibatches), "optimizer steps") as phase:
         for number, minibatch in enumerate(minibatches):
             num_items = loss_denominator(config.rto, experience, minibatch)
@@ -65,19 +66,19 @@ def update(
             for rows, factor in step:
                 with step:
                     micro_batch = pack_micro_batch(experience, columns, rows, num_items)
-                    metrics = policy_pass(config, models.policy, optimizers["policy"], micro_batch, factor)
+                    sums = policy_pass(config, models.policy, optimizers["policy"], micro_batch, factor)
                     if models.critic is not None:
-                        metrics |= value_pass(config.rto, models.critic, optimizers["critic"], micro_batch, factor)
-                    step.add(metrics)
-            metrics = step.metrics()
+                        sums |= value_pass(config.rto, models.critic, optimizers["critic"], micro_batch, factor)
+                    step.add(sums)
+            metrics: dict[str, Any] = step.metrics()
             if check and number == 0:
                 check(metrics)
-            totals.update(metrics)
             if ranks.world_size() > 1:
-                totals.update({"imbalance": ranks.imbalance([lengths[i] for i in minibatch])})
-            for name, optimizer in optimizers.items():
-                prefix = "" if name == "policy" else f"{name}_"
-                totals.update({prefix + key: value for key, value in optimizer.step().items()})
+                metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
+            metrics |= optimizers["policy"].step()
+            if models.critic is not None:
+                metrics |= {f"critic_{name}": value for name, value in optimizers["critic"].step().items()}
+            add_to(totals, metrics)
             phase.advance()
     return {name: value / len(minibatches) for name, value in totals.items()}
 
@@ -102,9 +103,7 @@ def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence
     return float(sum(len(experience.response_ids[i]) for i in minibatch))
 
 
-def split_by_response(
-    rto: RTOConfig, experience: Experience, rewards: TokenRewards
-) -> dict[str, tuple[Tensor, ...]]:
+def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of a `MicroBatch`, {name: one part for each response}."""
     columns = {
         "old_logps": experience.old_logps,
@@ -147,7 +146,7 @@ def policy_loss(
     """PPO's clipped loss straight from the hidden states; see `rto_fast.ops.linear_ppo_loss`."""
     batch, mask = micro_batch.batch, micro_batch.batch.response_mask
     hidden, head = forward_hidden(model, batch), output_head(model)
-    options = {
+    options: dict[str, Any] = {
         "weights": micro_batch.policy_weights,
         "num_items": micro_batch.num_items,
         "clip_eps": rto.clip_eps,
@@ -170,7 +169,7 @@ def policy_loss(
     loss, metrics = ppo_policy_loss(logps, micro_batch.old_logps, micro_batch.advantages, mask, **options)
     weights = mask if micro_batch.policy_weights is None else micro_batch.policy_weights * mask
     mean_entropy = (entropy * weights).sum() / micro_batch.num_items
-    return loss - rto.entropy_coef * mean_entropy, metrics | {"entropy": mean_entropy.detach()}
+    return loss - rto.entropy_coef * mean_entropy, metrics | {ENTROPY: mean_entropy.detach()}
 
 
 def value_pass(
