@@ -13,7 +13,7 @@ from rto_fast.system.command_line import run_command
 from rto_fast.system.progress import progress
 from rto_fast.system.terminal import ArgumentParser, one_line, say
 from rto_fast.system.writing import write_own
-from rto_fast.training.run_lock import refuse_if_in_use
+from rto_fast.system.run_lock import refuse_if_in_use
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 # Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.

@@ -30,7 +30,7 @@ from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
 from rto_fast.training.output_folder import prepare_output
-from rto_fast.training.run_lock import RunLock
+from rto_fast.system.run_lock import RunLock
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
