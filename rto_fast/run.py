@@ -127,7 +127,7 @@ class Run:
         self._load_data()
         self._check_functions()
         check_contexts(self)
-        check_room(self)
+        check_room(config, self.data, device, self.folder, self.log)
 
     def _trackers(self):
         record, track = self.folder / "metrics.jsonl", self.config.track
