@@ -96,18 +96,14 @@ def choose_judge(
 ) -> tuple[Judge | None, str]:
     """What policies are compared by, and its name in the table; (None, "") where nothing can compare them."""
     if not session.config.has_judge or not session.data.eval_prompts:
-        session.log.say(
-            "evaluation: skipped, there is nothing to judge by (eval.function) or on (data.eval_prompts)"
-        )
+        session.log.say("evaluation: skipped, there is nothing to judge by (eval.function) or on (data.eval_prompts)")
         return None, ""
     if function:
         return function, function.path.partition(":")[2]
     return scorer, "normalised score"
 
 
-def choose_critic(
-    session: TrainingSession, sft: str, reward_model: str | None, scorer: NormalizedScores | None
-) -> str:
+def choose_critic(session: TrainingSession, sft: str, reward_model: str | None, scorer: NormalizedScores | None) -> str:
     """The directory or hub id of the model that the critic starts from."""
     if session.config.rto.critic:
         return session.config.rto.critic

@@ -37,8 +37,8 @@ def import_function(path: str, key: str) -> Callable:
         raise
     except BaseException as error:  # the module is somebody else's code, and a script may end itself
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-        told = f"{type(error).__name__}: {error} in this folder or on PYTHONPATH" if absent else told(error)
-        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {told}") from error
+        reason = f"{type(error).__name__}: {error} in this folder or on PYTHONPATH" if absent else told(error)
+        raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {reason}") from error
     if not found:
         file = getattr(module, "__file__", None) or module_name
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {file} has no {name}")

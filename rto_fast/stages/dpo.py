@@ -58,7 +58,14 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         return share * losses.sum(), {"accuracy": share * (margin > 0).sum(), "margin": share * margin.sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    train("dpo", trainer, log, session.checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
+    train(
+        "dpo",
+        trainer,
+        log,
+        session.checkpoints,
+        stage.save_every,
+        ("loss", "accuracy", "margin", "lr", "tokens_per_second"),
+    )
     model.eval()
     if held_out:
         with progress("dpo: held-out pairs"):

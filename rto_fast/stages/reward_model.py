@@ -34,7 +34,14 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    train("reward_model", trainer, log, session.checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
+    train(
+        "reward_model",
+        trainer,
+        log,
+        session.checkpoints,
+        stage.save_every,
+        ("loss", "accuracy", "lr", "tokens_per_second"),
+    )
     model.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)
     scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)
