@@ -13,8 +13,8 @@ import pytest
 from rto_fast import push, train
 from rto_fast.errors import CheckpointError, ConfigError
 from rto_fast.system import run_lock
-from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.system.run_lock import PATIENCE, RunLock, release_all
+from rto_fast.training.checkpoint import Checkpoints
 
 OTHER_HOST = {
     "host": "elsewhere",
