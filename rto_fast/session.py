@@ -1,4 +1,4 @@
-"""What the stages, an evaluation and the checks before them share: configuration, device, tokenizer, data, and a run's files."""
+"""What the stages of a run, and an evaluation, share: configuration, device, tokenizer, data, log, checkpoints."""
 
 import dataclasses
 import gc
@@ -20,17 +20,17 @@ from rto_fast.errors import ConfigError
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.log import Finding, RunLog
 from rto_fast.reporting.public import public
 from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
+from rto_fast.system.run_lock import RunLock
 from rto_fast.system.threads import use_threads
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.launch import local_rank
 from rto_fast.training.output_folder import prepare_output
-from rto_fast.training.run_lock import RunLock
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
@@ -71,6 +71,9 @@ class TrainingSession(Session):
     folder: Path  # the run's output
     log: RunLog
     checkpoints: Checkpoints
+
+    def warn_of_model(self, finding: Finding) -> None:
+        self.log.warning("models", 0, *finding)
 
     def done(self, stage: str) -> str | None:
         """The model of a stage that was trained before this run was resumed; None if the stage is still to be trained."""
@@ -142,6 +145,7 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     prepare_process(device, config.threads)
     torch.manual_seed(config.seed)
     base = config.sft.model or config.model.path
+    assert base  # a configuration without one is refused when it is read
     if base == "embedded" and not config.sft.model:
         base = save_model(build_model(config.seed), build_tokenizer(), folder / "base")
     dtype = resolve_dtype(config.model.dtype, device)

@@ -1,7 +1,6 @@
 """Gates: a run on wrong models stops before its first update, or says what is odd, naming the key to change."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +12,16 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import Noise
 from rto_fast.models.attention import PACKED
-from rto_fast.preflight.supplied_models import check_endings, supplied_models
-from rto_fast.reporting.log import RunLog
+from rto_fast.models.supplied import supplied_models
+from rto_fast.preflight.models import check_endings
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import first_update
 from rto_fast.rto.models import Models, load_models
 from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.stages import dpo
-from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.loader import Loader
 from tests.rto.recorded_log import RecordedLog
+from tests.sessions import training_session
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [Prompt(ids, "1 red cup", {}) for ids in ([2, 13, 29, 30, 3], [2, 9, 25, 33, 3], [2, 10, 3])]
@@ -207,26 +206,16 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
         packed(model).lm_head.weight.sub_(sign * 0.1 * model.lm_head.weight.grad)
     measured, pair_logps = [], dpo.pair_logps
     monkeypatch.setattr(first_update, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
-    config, data = load_config(["--config", "default"]), SimpleNamespace(held_out_pairs=pairs(100))
-    session = SimpleNamespace(config=config, log=RunLog(tmp_path), data=data)
+    config = load_config(["--config", "default", "--dpo.model", "somewhere"])
+    session = training_session(config, tmp_path, TOKENIZER, held_out_pairs=pairs(100))
     first_update.check_dpo_model(session, Models(None, reference, model, None, None, None))
     assert measured == [64, 64]
     assert [w["name"] for w in recorded(tmp_path)] == ([] if sign > 0 else ["dense_reward_is_inverted"])
 
 
 def test_the_dpo_stage_says_when_it_learned_the_wrong_way(directories, tmp_path, capsys):
-    log = RunLog(tmp_path)
-    session = SimpleNamespace(
-        config=load_config(["--dpo.lr", "1e-3"]),
-        tokenizer=TOKENIZER,
-        data=SimpleNamespace(pairs=pairs(64), held_out_pairs=pairs(64, better=25, worse=17)),
-        log=log,
-        checkpoints=Checkpoints(tmp_path, log),
-        placement={"device": "cpu", "dtype": torch.float32},
-        device="cpu",
-        folder=tmp_path,
-        stop_ids=None,
-    )
+    data = {"pairs": pairs(64), "held_out_pairs": pairs(64, better=25, worse=17)}
+    session = training_session(load_config(["--dpo.lr", "1e-3"]), tmp_path, TOKENIZER, **data)
     dpo.train_dpo(session, directories["sft"])
     (found,) = recorded(tmp_path)
     assert (found["stage"], found["step"], found["name"]) == ("dpo", 2, "dense_reward_is_inverted")
