@@ -1,6 +1,5 @@
 """The models of the RTO stage: how they are loaded, and what the critic predicts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +8,9 @@ from torch import Tensor, nn
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.config import Config
 from rto_fast.models.loading import token_scores
-from rto_fast.rewards import Completion, NormalizedScores
+from rto_fast.rewards import Judge, NormalizedScores
 from rto_fast.training.loader import Loader
 from rto_fast.training.ranks import map_items
-
-Scorer = Callable[[list[Completion]], Tensor]  # completions → [N] scores
 
 
 @dataclass
@@ -25,7 +22,7 @@ class Models:
     dpo: nn.Module | None  # None: no dense reward
     dpo_reference: nn.Module | None  # None: the same as `reference`
     critic: nn.Module | None  # None: advantages without a baseline
-    scorer: Scorer | None  # None: every score is 0
+    scorer: Judge | None  # completions → [N] scores; None: every score is 0
     origins: tuple[str, str] | None = None  # where the policy and the reference were loaded from
 
 
