@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from sessions import training_session
 from transformers import GenerationConfig
 
 from rto_fast.config import load_config
@@ -20,6 +19,7 @@ from rto_fast.rto import first_update as preflight
 from rto_fast.rto import trainer as rto
 from rto_fast.stages import dpo
 from rto_fast.training.loader import Loader
+from tests.sessions import training_session
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [Prompt(ids, "1 red cup", {}) for ids in ([2, 13, 29, 30, 3], [2, 9, 25, 33, 3], [2, 10, 3])]
