@@ -284,8 +284,8 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
         "2",
     ]
     program = (
-        "from rto_fast import train; from rto_fast.reporting import finish; "
-        "finish.report_run = lambda *_: None; train.command()"
+        "from rto_fast import train; from rto_fast.reporting import finish; finish.report_run = lambda *_: None; "
+        "train.command()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
