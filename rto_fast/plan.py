@@ -3,54 +3,68 @@
 Needs no network, no GPU and no weights: of models only their shapes. Options besides these are those of a run.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 from rto_fast.config import load_config
-from rto_fast.config.fields import Count, Location
-from rto_fast.config.options import argument
+from rto_fast.config.fields import Count, Location, Word, check_fields
+from rto_fast.config.help import Command
+from rto_fast.config.options import own_arguments, parse
 from rto_fast.system.command_line import as_command
 from rto_fast.system.progress import duration
-from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
+from rto_fast.system.terminal import Styled, one_line, say, styled, wants_styles
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+PLAN = Command(
+    "rto_fast.plan",
+    "Predicts how much memory each phase of a run takes, and says what to change where it does not fit. It needs no "
+    "network, no GPU and no weights. All options of `python -m rto_fast.train` work here too.",
+    {
+        "--config llama3_8b_ultrafeedback --gpus 8xH200": "the paper's main setting on eight GPUs",
+        "--sft.model DIR --data.preferences pairs.jsonl": "your model and data on this machine",
+        "--gpus cpu --measure": "predicted beside measured memory, for a small random model",
+    },
+    switches=("json", "measure"),
+)
+
+
+@dataclass
+class PlanOptions:
+    """What is planned for, beside the run's configuration."""
+
+    gpus: Word | None = None
+    """The GPUs: 8xH200, 1xRTX4090 or cpu. Default: those of this machine."""
+    model_shape: Location | None = None
+    """Directory with a config.json, or known hub id, whose shape stands for models that are not here."""
+    examples: Count | None = None
+    """Examples in the data. Default: data.limit, or what is known of the data."""
+    json: bool = False
+    """Print the plan as JSON."""
+    measure: bool = False
+    """Run all phases on a small random model here, and compare predicted with measured peaks. This takes minutes."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def parse_options(arguments: list[str]) -> tuple[PlanOptions, list[str]]:
     """(options of this command, those of a run)."""
-    parser = ArgumentParser(
-        prog="python -m rto_fast.plan",
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        epilog="All options of `python -m rto_fast.train` work here too.",
-    )
-    parser.add_argument("--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
-    parser.add_argument(
-        "--model_shape",
-        type=argument(Location),
-        help="directory with a config.json, or known hub id, whose shape stands for models that are not here",
-    )
-    parser.add_argument(
-        "--examples", type=argument(Count), help="examples in the data; default: data.limit, or what is known of it"
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="run all phases on a small random model here, and compare predicted with measured peaks (minutes)",
-    )
-    return parser.parse_known_args(arguments)
+    own, others = own_arguments(PlanOptions, arguments, PLAN)
+    return parse(PlanOptions, own, PLAN), others
 
 
-def make(options: argparse.Namespace, config):
+def make(options: PlanOptions, config):
     """(Plan, what else `make_plan` was told)."""
     from rto_fast.planning.hardware import local_machine, parse_machine
     from rto_fast.planning.phases import make_plan
 
     machine = parse_machine(options.gpus) if options.gpus else local_machine(config.device)
-    given = {"model_shape": options.model_shape, "examples": options.examples}
+    given: dict[str, Any] = {"model_shape": options.model_shape, "examples": options.examples}
     return make_plan(config, machine, **given), given
 
 
@@ -178,7 +192,7 @@ def advice(config, plan, given) -> str:
 
 def main(arguments: list[str] | None = None):
     """Prints the plan; returns it (with --measure: predicted and measured bytes of each phase)."""
-    options, rest = parse(sys.argv[1:] if arguments is None else list(arguments))
+    options, rest = parse_options(sys.argv[1:] if arguments is None else list(arguments))
     if options.measure:
         from rto_fast.planning import measure
 
