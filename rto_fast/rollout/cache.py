@@ -1,16 +1,17 @@
 """The KV cache: pages in one pool a layer, taken for a rollout and released for the update."""
 
 import heapq
-import os
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from rto_fast.errors import RolloutError
+from rto_fast.system.memory import free_memory
 from rto_fast.system.notices import notify
 
 GIB = 1 << 30
+POOL_SHARE = {"cuda": 0.85, "cpu": 0.5}  # of the free memory; the rest of a GPU's is for prefills and logits
 
 
 def to_device(values, dtype, device):
@@ -21,18 +22,41 @@ def to_device(values, dtype, device):
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def memory_budget(device, gib):
-    """Bytes the pool may have: what the configuration says, or a share of what is free."""
+def memory_budget(device: torch.device, gib: float | None) -> int:
+    """Bytes that the pool may have: `gib` of `rollout.kv_cache_gib`, or a share of what is free."""
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch holds but does not use is free, apart from that of captured graphs
-        return int(0.85 * torch.cuda.mem_get_info(device)[0])  # the rest is for prefills and logits
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 2
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return int(POOL_SHARE[device.type] * free)
+
+
+def choose_page_size(configured: int | None, longest: int, is_cuda: bool) -> int:
+    """Tokens in a page.
+
+    Args:
+        configured: `rollout.page_size`.
+        longest: tokens of the longest sequence, its prompt included.
+    """
+    # A CPU reads a sequence in place if it is one page, and memory is paged by the system anyway.
+    return configured or (64 if is_cuda else pages_for(longest, 16) * 16)
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
+def wanted_pages(lengths: Iterable[int], longest: int, samples_per_prompt: int, page_size: int) -> int:
+    """Pages with which no sequence has to wait for another one's.
+
+    Args:
+        lengths: tokens of each sequence that is decoded at once.
+        longest: tokens of the longest sequence.
+    """
+    # Samples that wait keep their prompt's pages.
+    kept = pages_for(longest, page_size) if samples_per_prompt > 1 else 0
+    return sum(pages_for(length, page_size) for length in lengths) + kept
 
 
 class PagedCache:
@@ -52,7 +76,7 @@ class PagedCache:
         return sum(2 * heads * dim for heads, dim in self.layers) * self.page_size * self.dtype.itemsize
 
     def pages_for(self, tokens):
-        return -(-tokens // self.page_size)
+        return pages_for(tokens, self.page_size)
 
     def allocate(self, wanted, least, budget):
         """Takes memory for `wanted` pages, or for as many as `budget` bytes and the device have.

@@ -15,7 +15,7 @@ from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
-from rto_fast.rollout.cache import PagedCache, memory_budget
+from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Request, Scheduler
@@ -109,8 +109,7 @@ class NativeEngine:
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
-        # A CPU reads a sequence in place if it is one page, and memory is paged by the system anyway.
-        page_size = config.page_size or (64 if is_cuda else -(-totals[0] // 16) * 16)
+        page_size = choose_page_size(config.page_size, totals[0], is_cuda)
         if page_size != self.cache.page_size:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None
@@ -125,7 +124,7 @@ class NativeEngine:
             # ZeRO-3 gathers the weights to other addresses every time.
             use_graphs = config.cuda_graphs and not self.model.is_zero3
             self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler, use_graphs), key
-        wanted = sum(map(self.cache.pages_for, totals[:slots])) + (n > 1) * blocks
+        wanted = wanted_pages(totals[:slots], totals[0], n, page_size)
         self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(

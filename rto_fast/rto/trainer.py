@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
+from rto_fast.config import Config
 from rto_fast.errors import RewardError
 from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import vocabulary_of, whole_forward
@@ -69,6 +70,19 @@ class Experience:
         return self.batch.cu_seqlens.diff().tolist()
 
 
+def frozen_paths(config: Config, sft: str, dpo: str | None) -> dict[str, str]:
+    """Where the stage's frozen language models come from: `reference`, and `dpo` and `dpo_reference` where there are such.
+
+    Args:
+        sft, dpo: directories or hub ids of the models that earlier stages trained or the user supplied.
+    """
+    paths = {"reference": config.rto.ref_model or sft}
+    if config.pays_dense_reward and dpo is not None:
+        paths["dpo"] = dpo
+    dpo_reference = config.dpo_reference or sft
+    return paths if dpo_reference == paths["reference"] else paths | {"dpo_reference": dpo_reference}
+
+
 def load_models(config, sft, dpo, critic, scorer, loader):
     """Loads every model of the stage.
 
@@ -80,19 +94,17 @@ def load_models(config, sft, dpo, critic, scorer, loader):
     def frozen(path):
         return loader.frozen("causal_lm", path)
 
-    start, reference = dpo if rto.init_from == "dpo" else sft, rto.ref_model or sft
-    pays = config.pays_dense_reward
-    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
+    start, paths = dpo if rto.init_from == "dpo" else sft, frozen_paths(config, sft, dpo)
     return Models(
         policy=loader.trained("causal_lm", start),
-        reference=frozen(reference),
-        dpo=frozen(dpo) if pays else None,
-        dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
+        reference=frozen(paths["reference"]),
+        dpo=frozen(paths["dpo"]) if "dpo" in paths else None,
+        dpo_reference=frozen(paths["dpo_reference"]) if "dpo_reference" in paths else None,
         critic=load_critic(critic, scorer, loader, critic == sft and not rto.critic)
         if rto.advantage == "gae"
         else None,
         scorer=scorer,
-        origins=(start, reference),
+        origins=(start, paths["reference"]),
     )
 
 
@@ -411,9 +423,17 @@ class RTOTrainer:
         generated = time.perf_counter()
         repeated = [p for p in chosen for _ in range(rto.samples_per_prompt)]
         try:
-            experience, metrics = collect(
-                self.config, self.models, rollout, repeated, self.tokenizer, self.kl_coef, self.delimiters, self.device
-            )
+            with progress("rto: score"):
+                experience, metrics = collect(
+                    self.config,
+                    self.models,
+                    rollout,
+                    repeated,
+                    self.tokenizer,
+                    self.kl_coef,
+                    self.delimiters,
+                    self.device,
+                )
         except RewardError:
             self.order.load_state_dict(drawn)
             raise
