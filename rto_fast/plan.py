@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rto_fast.config import Config, load_config
 from rto_fast.config.fields import Count, Location
 from rto_fast.config.options import argument
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
 if TYPE_CHECKING:  # imported after the options: --help and mistakes in them need no torch
@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> "Plan":
 
 
 def command() -> None:
-    run_command(main, only_prints=True)
+    with as_command(only_prints=True):
+        main()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rto_fast.errors import CheckpointError
 from rto_fast.reporting.run_files import read_records
@@ -25,6 +25,14 @@ def short(value):
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+class Finding(NamedTuple):
+    """What a check has found wrong: the last three arguments of `RunLog.warning`."""
+
+    name: str
+    what: str
+    remedy: str
 
 
 class RunLog:
@@ -87,7 +95,7 @@ class RunLog:
             tracker.close()
 
     def warning(self, stage, step, name, what, remedy):
-        """Says and records a `Finding` of `rto_fast.rto.health`, or a `Notice`, once; step 0: of no step. remedy: may be
+        """Says and records a `Finding`, or a `Notice`, once; step 0: of no step. remedy: may be
         empty."""
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
         if self.silent or record in self.warned:

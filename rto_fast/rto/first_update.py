@@ -11,17 +11,17 @@ from torch import nn
 from rto_fast.batch import pack
 from rto_fast.config import Config
 from rto_fast.errors import ModelError, TrainingError
-from rto_fast.evaluation.estimates import rate, wins
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
-from rto_fast.models.placement import device_of
+from rto_fast.models.placement import device_of, resident
+from rto_fast.reporting.log import Finding
 from rto_fast.rto.behaviour import monitored_rows
-from rto_fast.rto.health import Finding
+from rto_fast.session import TrainingSession
+from rto_fast.stages.dpo import CHECKED_PAIRS, pair_logps, preference_finding
 from rto_fast.training.response_logps import response_logps
 
 if TYPE_CHECKING:
     from rto_fast.rto.trainer import Experience, Models
 
-CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
 NOT_REPEATABLE = "is not repeatable: look for randomness in the model (noise, dropout) or state that it keeps"
 UNRELATED = 2.0  # nats a token, about what a language model knows of a token at all
 
@@ -159,45 +159,15 @@ def check_reference(
     ]
 
 
-def preference_finding(change: torch.Tensor, supplied: bool) -> Finding | None:
-    """Whether a DPO model's implicit reward ranks preference pairs as people did.
-
-    Args:
-        change: [N, 2] log π_dpo/π_ref of chosen and rejected. supplied: as `dpo.model`, else trained here.
-    """
-    accuracy = rate(wins(change[:, 0], change[:, 1]))
-    told = (
-        f"the DPO model ranks {accuracy.value:.0%} of {accuracy.count} held-out pairs right "
-        f"(95 % interval {accuracy.low:.0%} to {accuracy.high:.0%})"
-    )
-    cause = (
-        "dpo.ref_model must be what dpo.model was trained from" if supplied else "dpo.lr or dpo.epochs may be too low"
-    )
-    remedy = (
-        "see that chosen and rejected are the right way round (python -m rto_fast.data shows them); "
-        f"{cause}; rto.dpo_reward_scale: 0 does without it"
-    )
-    if accuracy.high < 0.5:
-        return Finding("dense_reward_is_inverted", f"the dense reward points the wrong way: {told}", remedy)
-    # Of few pairs every model might be a coin; people agree with each other on two thirds to three quarters.
-    if accuracy.count >= CHECKED_PAIRS // 2 and accuracy.low < 0.5 and accuracy.value < 0.55:
-        return Finding("dense_reward_is_noise", f"the dense reward may be noise: {told}", remedy)
-    return None
-
-
-def stop_finding(key, path, stop_ids, end, tokenizer) -> Finding | None:
-    """Whether a supplied model ends its responses with the token that the policy's end with.
-
-    Args:
-        stop_ids: that the model at `path` (a configuration's `key`) knows, as far as its files say. end, tokenizer: of
-            the policy.
-    """
-    if not stop_ids or end in stop_ids:
-        return None
-    own = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in stop_ids)
-    return Finding(
-        f"{key} ends otherwise",
-        f"{key}: {path} ends responses with {own}, the policy's end with {tokenizer.convert_ids_to_tokens(end)!r} ({end}): "
-        "its numbers for the last token, and for what comes after it, mean little",
-        "give both the same chat template and eos_token (tokenizer_config.json, generation_config.json)",
-    )
+def check_dpo_model(session: TrainingSession, models: "Models") -> None:
+    """Warns where a supplied DPO model does not prefer what people preferred; one that is trained here was measured by its
+    stage."""
+    pairs = session.data.held_out_pairs[:CHECKED_PAIRS]
+    if not pairs:
+        return
+    logps = []
+    for model in (models.dpo, models.dpo_reference or models.reference):
+        with resident(model):
+            logps.append(pair_logps(model, pairs, session.config.rto.micro_batch_tokens))
+    if finding := preference_finding(logps[0] - logps[1], supplied=True):
+        session.log.warning("dpo", 0, *finding)

@@ -8,20 +8,14 @@ runs stay far below all of them.
 import math
 from collections.abc import Callable, Iterator
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 from rto_fast.config import Config
 from rto_fast.models.agreement import clip_width, k3_limit, ppo_notices
-from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.log import Finding, RunLog
 from rto_fast.reporting.run_files import number, read_records
 
 QUIET = 10  # iterations without its cause after which a warning is over: one that comes and goes is said once
-
-
-class Finding(NamedTuple):
-    name: str
-    what: str
-    remedy: str
 
 
 History = list[dict[str, Any]]  # an iteration's metrics each, in order; None where a number was not finite

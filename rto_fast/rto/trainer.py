@@ -9,6 +9,7 @@ are float32, and the loss is a mean over tokens; `rto.compat: paper_code` takes 
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,13 @@ from rto_fast.models.loading import forward_hidden, output_head, token_scores
 from rto_fast.models.placement import vocabulary_of, whole_forward
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of, judged
-from rto_fast.rollout import build_engine
+from rto_fast.rollout import Engine, build_engine
 from rto_fast.rollout.shared import generate_shared
 from rto_fast.rto import first_update as preflight
 from rto_fast.rto.behaviour import behaviour_logps
 from rto_fast.rto.health import Health
 from rto_fast.rto.token_records import recorded_iterations, reward_parts, token_records
+from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
@@ -490,14 +492,20 @@ class RTOTrainer:
             optimizer.total_steps = optimizer.steps + updates
 
 
-def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoints, device, evaluate=None):
-    """Trains `models.policy` and saves it to `output` (the critic beside it); returns that directory.
+def train_rto(
+    session: TrainingSession, models: Models, evaluate: Callable[[Models, Engine, int], object] | None = None
+) -> str:
+    """Trains `models.policy` and saves it (the critic beside it); returns the policy's directory.
 
     Args:
-        sampling: `Sampling` of the rollouts. prompts: list of `Prompt`. evaluate: called with the policy's engine and the
-            iteration, every `eval.every`.
+        session: The run.
+        models: From `load_models`.
+        evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
     """
-    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, log.say)
+    config, log, prompts, output = session.config, session.log, session.data.prompts, session.folder / "rto"
+    if config.dpo.model and models.dpo is not None:
+        preflight.check_dpo_model(session, models)
+    trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log.say)
     rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
     if len(prompts) < rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {rollout} more than once")
@@ -512,12 +520,12 @@ def main(config, models, tokenizer, sampling, prompts, *, output, log, checkpoin
 
     def evaluate_policy(step):
         if evaluate and config.eval.every and step % config.eval.every == 0:
-            evaluate(trainer.engine, step)
+            evaluate(models, trainer.engine, step)
 
     shown = ("score", "dpo_reward", "kl", "length", "clip_fraction", "tokens_per_second")
-    train("rto", trainer, log, checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
+    train("rto", trainer, log, session.checkpoints, config.rto.save_every, shown, after_step, evaluate_policy)
     if models.critic is not None:
-        save_model(models.critic, tokenizer, f"{output}_critic", sampling.stop_ids)
-    path = save_model(models.policy, tokenizer, output, sampling.stop_ids)
+        save_model(models.critic, session.tokenizer, f"{output}_critic", session.stop_ids)
+    path = save_model(models.policy, session.tokenizer, output, session.stop_ids)
     trainer.release()
     return path

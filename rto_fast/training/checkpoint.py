@@ -14,11 +14,11 @@ import torch
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
+from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.progress_file import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
-from rto_fast.training.run_lock import RunLock
 from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_of, remove_state, save_state, write_text
 from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest

@@ -1,7 +1,6 @@
 """Gates: a run on wrong models stops before its first update, or says what is odd, naming the key to change."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -13,15 +12,14 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import Noise
 from rto_fast.models.attention import PACKED
-from rto_fast.preflight.supplied_models import check_endings, supplied_models
-from rto_fast.reporting.log import RunLog
+from rto_fast.models.supplied import supplied_models
+from rto_fast.preflight.models import check_endings
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import first_update as preflight
 from rto_fast.rto import trainer as rto
-from rto_fast.run import Run
 from rto_fast.stages import dpo
-from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.loader import Loader
+from tests.sessions import training_session
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [Prompt(ids, "1 red cup", {}) for ids in ([2, 13, 29, 30, 3], [2, 9, 25, 33, 3], [2, 10, 3])]
@@ -180,19 +178,13 @@ def test_a_reference_that_is_the_start_passes_and_another_is_said(directories):
 def test_preference_accuracy_is_judged_by_its_interval():
     def finding(right, wrong, ties=0, supplied=True):
         change = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * wrong + [[0.0, 0.0]] * ties)
-        return preflight.preference_finding(change, supplied)
+        return dpo.preference_finding(change, supplied)
 
     assert finding(45, 19) is finding(39, 25) is finding(3, 5) is None  # real models; too few to say
     assert finding(20, 44).name == "dense_reward_is_inverted" and "wrong way" in finding(20, 44).what
     assert "dpo.ref_model" in finding(20, 44).remedy and "dpo.lr" in finding(20, 44, supplied=False).remedy
     assert finding(33, 31).name == "dense_reward_is_noise"
     assert finding(0, 0, ties=64).name == "dense_reward_is_noise"  # a DPO model that is its reference
-
-
-def stub(config, folder, **attributes):
-    run = Run.__new__(Run)  # all that the checks use
-    vars(run).update(config=load_config(["--config", "default", *config]), log=RunLog(folder), **attributes)
-    return run
 
 
 def recorded(folder):
@@ -211,27 +203,18 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
     with torch.no_grad():  # a step that makes one word likelier than the other
         packed(model).lm_head.weight.sub_(sign * 0.1 * model.lm_head.weight.grad)
     measured, pair_logps = [], dpo.pair_logps
-    monkeypatch.setattr(dpo, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
-    run = stub(["--dpo.model", "somewhere"], tmp_path, data=types.SimpleNamespace(held_out_pairs=pairs(100)))
-    run._check_dpo_model(rto.Models(None, reference, model, None, None, None))
+    monkeypatch.setattr(preflight, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
+    config = load_config(["--config", "default", "--dpo.model", "somewhere"])
+    session = training_session(config, tmp_path, TOKENIZER, held_out_pairs=pairs(100))
+    preflight.check_dpo_model(session, rto.Models(None, reference, model, None, None, None))
     assert measured == [64, 64]
     assert [w["name"] for w in recorded(tmp_path)] == ([] if sign > 0 else ["dense_reward_is_inverted"])
 
 
 def test_the_dpo_stage_says_when_it_learned_the_wrong_way(directories, tmp_path, capsys):
-    log, config = RunLog(tmp_path), load_config(["--dpo.lr", "1e-3"])
-    dpo.main(
-        config,
-        directories["sft"],
-        TOKENIZER,
-        pairs(64),
-        pairs(64, better=25, worse=17),
-        output=tmp_path / "dpo",
-        log=log,
-        checkpoints=Checkpoints(tmp_path, log),
-        device="cpu",
-        dtype=torch.float32,
-    )
+    data = {"pairs": pairs(64), "held_out_pairs": pairs(64, better=25, worse=17)}
+    session = training_session(load_config(["--dpo.lr", "1e-3"]), tmp_path, TOKENIZER, **data)
+    dpo.train_dpo(session, directories["sft"])
     (found,) = recorded(tmp_path)
     assert (found["stage"], found["step"], found["name"]) == ("dpo", 2, "dense_reward_is_inverted")
     assert "warning: dpo, step 2: the dense reward points the wrong way" in capsys.readouterr().out

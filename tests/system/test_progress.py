@@ -18,7 +18,7 @@ import torch
 from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.evaluation import evaluate
+from rto_fast.evaluation.policies import evaluate
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
