@@ -134,16 +134,6 @@ def _linear_forward(tokens, shape):
     return [Step(flops=gemm), Step(bytes=4 * tokens * shape.vocab_size)]
 
 
-def _row_chunks(tokens, shape):
-    rows = linear_ppo_loss.WORKSPACE_BYTES // (4 * shape.vocab_size)
-    return 1 if tokens <= rows + shape.hidden_size else -(-tokens // rows)
-
-
-def _column_chunks(tokens, shape):
-    columns = min(linear_token_logps.MAX_CHUNK_COLS, linear_token_logps.WORKSPACE_BYTES // (4 * tokens))
-    return -(-shape.vocab_size // max(columns, 1))
-
-
 def prediction(op, phase, shape, kept=1.0):
     """The steps of our kernels."""
     if op == "paged_attention":
@@ -166,12 +156,13 @@ def prediction(op, phase, shape, kept=1.0):
     if op == "linear_token_logps":
         # A chunk's float32 logits are written by their GEMM, read by the row kernel, which writes bfloat16 gradients;
         # dhidden accumulates in float32 from the second chunk on.
-        chunks = _column_chunks(tokens, shape)
+        chunks = -(-vocab // linear_token_logps.columns_per_chunk(tokens, vocab))
         traffic = Step(bytes=(4 + 2) * logits + 8 * (chunks - 1) * tokens * hidden)
         return [*_linear_forward(tokens, shape), Step(flops=3 * gemm), traffic]
     if op == "linear_ppo_loss":
         # The row kernel reads a row twice and writes it once; dweight accumulates from the second chunk on.
-        traffic = Step(bytes=(4 + 4 + 2) * logits + 8 * (_row_chunks(tokens, shape) - 1) * vocab * hidden)
+        chunks = -(-tokens // linear_ppo_loss.rows_per_chunk(tokens, vocab, hidden, True))
+        traffic = Step(bytes=(4 + 4 + 2) * logits + 8 * (chunks - 1) * vocab * hidden)
         return [Step(flops=3 * gemm), traffic]
     # Vector ops: a second launch whitens (reads and writes 4 bytes and the mask), or adds up partial sums; the PPO
     # losses' backward reads the derivative and writes the gradient.

@@ -116,7 +116,7 @@ def linear_ppo_kernel(
         )
 
 
-def _chunk_rows(num_rows: int, vocab_size: int, hidden_size: int, need_dweight: bool) -> int:
+def rows_per_chunk(num_rows: int, vocab_size: int, hidden_size: int, need_dweight: bool) -> int:
     """Rows of a chunk: all of them, or equal shares that fit the workspace."""
     largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
     if num_rows <= largest + (hidden_size if need_dweight else 0):
@@ -159,7 +159,7 @@ def linear_ppo_sweep(
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
     # float32: see `gemm` on long sums, as those over V are here.
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
-    chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
+    chunk_rows = rows_per_chunk(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
     new, sum_dtype = torch.empty if num_rows else torch.zeros, dtype if chunk_rows == num_rows else torch.float32
     dweight = new(weight.shape if need_dweight else 0, dtype=sum_dtype, device=weight.device)

@@ -106,7 +106,7 @@ def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
     return tile_rows, min(vocab_size, equal_share(vocab_size, largest))
 
 
-def _chunk_cols(num_rows: int, vocab_size: int) -> int:
+def columns_per_chunk(num_rows: int, vocab_size: int) -> int:
     """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
     return equal_share(vocab_size, largest)
@@ -210,7 +210,7 @@ def linear_token_logps_bwd(
     if not len(rows):
         return torch.zeros_like(hidden_states) if need_dhidden else hidden.new_empty(0), dweight, dbias
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
-    chunk_cols = _chunk_cols(len(rows), vocab_size)
+    chunk_cols = columns_per_chunk(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
     block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4)
     dlogps, dentropy, labels = contiguous(dlogps, dentropy, labels)

@@ -19,6 +19,11 @@ KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 256 MB; those of f
 CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
 
 
+def block_sizes(vocab_size: int) -> tuple[int, int]:
+    """(rows of a block of logits, rows whose logits are kept for the backward pass)."""
+    return max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -210,8 +215,7 @@ def linear_token_logps(
     is_sparse = len(rows) < len(flat_labels)
     if is_sparse:
         hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
-    vocab_size = max(len(lm_head_weight), 1)
-    block_rows, kept_rows = max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+    block_rows, kept_rows = block_sizes(max(len(lm_head_weight), 1))
     logps, entropies = [], []
     for first in range(0, max(len(rows), 1), block_rows):
         block = hidden[first : first + block_rows], flat_labels[first : first + block_rows]

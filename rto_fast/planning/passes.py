@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
 from rto_fast.kernels.common import SPLIT_K_ELEMENTS
-from rto_fast.kernels.reference import BLOCK_ELEMENTS, KEPT_ELEMENTS
+from rto_fast.kernels.reference import block_sizes
 from rto_fast.planning.memory import Memory, Setting, backward_buffers, gradients, step_buffers
 from rto_fast.planning.shapes import Shape
 from rto_fast.rollout.cache import choose_page_size, wanted_pages
@@ -104,7 +104,7 @@ def head_forward(shape: Shape, labelled: float, setting: Setting) -> float:
     """Log-probs without gradients: a block of logits, and the labelled rows of the hidden states."""
     rows = labelled * shape.hidden_size * setting.itemsize
     if not setting.gpu:
-        return rows + 4 * _block_rows(shape, labelled) * shape.vocab_size
+        return rows + 4 * min(labelled, block_sizes(shape.vocab_size)[0]) * shape.vocab_size
     tile_rows, tile_columns = linear_token_logps.forward_tile(max(int(labelled), 1), shape.vocab_size)
     return rows + 4 * tile_rows * tile_columns + 16 * labelled * -(-shape.vocab_size // tile_columns)
 
@@ -124,10 +124,10 @@ def head_backward(shape: Shape, work: Work, setting: Setting) -> float:
         return 4 * elements if b < 4 and elements <= SPLIT_K_ELEMENTS else 0.0
 
     if work.op == "linear_token_logps":
-        columns = min(linear_token_logps._chunk_cols(int(labelled), vocab), vocab)
+        columns = min(linear_token_logps.columns_per_chunk(int(labelled), vocab), vocab)
         of_weight = b * weight + product(columns * hidden) * work.trains_all
         return b * rows + 4 * labelled * columns + (4 + b) * rows + of_weight
-    chunk = linear_ppo_loss._chunk_rows(int(labelled), vocab, hidden, work.trains_all)
+    chunk = linear_ppo_loss.rows_per_chunk(int(labelled), vocab, hidden, work.trains_all)
     # The gradient of the weight is added up in float32 where there are several chunks.
     of_weight = b * weight + product(weight) if chunk >= int(labelled) else (4 + b) * weight
     sweep = 4 * chunk * vocab + 4 * rows + of_weight
@@ -136,22 +136,19 @@ def head_backward(shape: Shape, work: Work, setting: Setting) -> float:
 
 
 def _head_backward_cpu(shape: Shape, work: Work, setting: Setting) -> float:
-    """Logits of KEPT_ELEMENTS are kept.
+    """The logits of some rows are kept, those of the others are computed again.
 
     The blocks come one after another. Each makes the gradients of its logits and of the weight, which are added to those of
     the blocks before; its gradient of the hidden states fills all rows.
     """
     labelled, b, vocab = work.labelled, setting.itemsize, shape.vocab_size
     rows, weight = labelled * shape.hidden_size, shape.head_weights * work.trains_all
-    block = _block_rows(shape, labelled)
-    kept = min(labelled, max(block, KEPT_ELEMENTS // vocab // block * block))
+    block_rows, kept_rows = block_sizes(vocab)
+    block = min(labelled, block_rows)
+    kept = min(labelled, max(block, kept_rows // block * block))
     has_several = labelled > block
     logits = b * vocab * (kept + block) + 4 * vocab * block * (b < 4)
     return logits + b * weight * (1 + has_several) + b * rows * (2 + has_several)
-
-
-def _block_rows(shape: Shape, labelled: float) -> float:
-    return min(labelled, max(1, BLOCK_ELEMENTS // shape.vocab_size))
 
 
 # Training
