@@ -18,6 +18,8 @@ what counts is how many programs an SM holds meanwhile. With two tokens a thread
 registers), which is all of them at once. benchmarks/README.md has the prediction.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -399,7 +401,7 @@ def _gae(
 
 
 @_gae.register_fake
-def _(rewards, *_):
+def _(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape, dtype=torch.float32), rewards.new_empty(rewards.shape, dtype=torch.float32)
 
 
@@ -472,39 +474,48 @@ def _rto_advantages(
 
 
 @_rto_advantages.register_fake
-def _(old_logps, *_):
+def _(old_logps: Tensor, *_: Any) -> tuple[Tensor, ...]:
     new = [old_logps.new_empty(old_logps.shape, dtype=torch.float32) for _ in range(4)]
     return *new, old_logps.new_empty(len(STATS), dtype=torch.float32)
 
 
-def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rto_fast.ops.gae`. Not differentiable: advantages and returns are constants of the losses."""
     return _gae(rewards, values, cu_seqlens, mask, bootstrap_values, gamma, gae_lambda)
 
 
 def rto_advantages(
-    old_logps,
-    ref_logps,
-    dpo_logps,
-    values,
-    scores,
-    cu_seqlens,
-    response_mask,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
     *,
-    dpo_ref_logps=None,
-    dpo_reward_scale=0.05,
-    dpo_reward_clip=0.05,
-    kl_coef=0.01,
-    score_scale=1.0,
-    score_clip=10.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    granularity="token",
-    delimiter_mask=None,
-    shaping=False,
-    bootstrap_values=None,
-    whiten=True,
-):
+    dpo_ref_logps: Tensor | None = None,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05,
+    kl_coef: float = 0.01,
+    score_scale: float = 1.0,
+    score_clip: float = 10.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    granularity: str = "token",
+    delimiter_mask: Tensor | None = None,
+    shaping: bool = False,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+) -> RTOAdvantages:
     """See `rto_fast.ops.rto_advantages`. Not differentiable, like `gae`."""
     token_rewards, kl, advantages, returns, stats = _rto_advantages(
         old_logps,

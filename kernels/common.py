@@ -6,6 +6,8 @@ not cancel as lse - E[z] does. `scale` is log2(e)/temperature, `cap` the softcap
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +19,7 @@ LN2 = tl.constexpr(math.log(2.0))
 MIN_LOG2 = tl.constexpr(-200.0)
 
 
-def row_block(num_cols, itemsize):
+def row_block(num_cols: int, itemsize: int) -> tuple[int, int]:
     """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes: 64 bytes, 4 loads of 128 bits, a thread.
 
     At most 8 warps: with 16, Triton 3.6 spills registers, and an SM holds fewer threads.
@@ -228,28 +230,28 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
-def contiguous(*tensors):
+def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def num_items_tensor(num_items, device):
+def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """A loss's denominator, 0-d float32 on the device; a Python number travels as a kernel argument, not as a copy."""
     if num_items is None or isinstance(num_items, torch.Tensor):
         return None if num_items is None else num_items.to(device, torch.float32)
     return torch.full((), num_items, dtype=torch.float32, device=device)
 
 
-def equal_share(total, largest):
+def equal_share(total: int, largest: int) -> int:
     """Length of the fewest equal parts of `total` that are at most `largest` long, rounded up to a multiple of 128."""
     return triton.cdiv(triton.cdiv(total, triton.cdiv(total, largest)), 128) * 128
 
 
-def logits_buffer(num_rows, num_cols, like):
+def logits_buffer(num_rows: int, num_cols: int, like: torch.Tensor) -> torch.Tensor:
     """Uninitialised float32 logits [rows, columns], columns padded so that every row is aligned for 128-bit access."""
     return torch.empty(num_rows, triton.cdiv(num_cols, 128) * 128, dtype=torch.float32, device=like.device)
 
 
-def gradient_view(buffer, dtype):
+def gradient_view(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Where `write_gradient` puts the gradients of a logits_buffer: in the buffer itself.
 
     16-bit gradients take the upper half of their own row. Going from the last tile to the first, the gradients of
@@ -281,7 +283,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool =
     return out.add_(product) if accumulate else out.copy_(product)
 
 
-def autocast_operands(*tensors):
+def autocast_operands(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     """The operands of a linear layer in the dtype autocast gives them, where it is on."""
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):

@@ -15,6 +15,7 @@ bit by bit where the GEMMs and the order of a norm's sum are:
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels.paged_attention import cache_pointers
 
@@ -106,7 +107,7 @@ def rotate_and_store_kernel(
         tl.store(v_ptr + offs + HALF, high, mask=mask_v)
 
 
-def add_rms_norm(x, residual, weight, eps):
+def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of residual + x, and the sum in `residual`'s place; as `rto_fast.kernels.decode_reference.add_rms_norm`.
 
     x [T, D] or None (nothing to add), residual [T, D], both contiguous and of one dtype; weight [D]. Returns [T, D].
@@ -125,8 +126,18 @@ def add_rms_norm(x, residual, weight, eps):
 
 
 def rotate_and_store(
-    qkv, rope, addresses, slots, *, num_heads, num_kv_heads, page_size, query_norm=None, key_norm=None, eps=0.0
-):
+    qkv: Tensor,
+    rope: Tensor,
+    addresses: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
     """Norms (if any) and rotates queries and keys of T tokens in place, and writes keys and values to the cache.
 
     qkv [T, num_heads + 2·num_kv_heads, head_dim], contiguous: queries, keys, values; rope [T, 2, head_dim], as

@@ -7,6 +7,7 @@ whose tensors these are: [slots] int64 where nothing else is said. Each kernel i
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 64
 
@@ -108,7 +109,17 @@ def finish_step_kernel(
     tl.store(rows_ptr + offs, tl.where(done, idle_row, row), mask=mask)
 
 
-def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):
+def begin_step(
+    lengths: Tensor,
+    active: Tensor,
+    block_tables: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    uniforms: Tensor,
+    *,
+    page_size: int,
+    min_new_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a step of these slots needs to know.
 
     lengths: tokens in the cache; active [slots] bool; block_tables [slots, blocks] int32; rows, generated: where each
@@ -143,22 +154,22 @@ def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page
 
 
 def finish_step(
-    drawn,
-    stop_ids,
-    rows,
-    generated,
-    active,
-    limits,
-    lengths,
-    input_ids,
-    tokens,
-    logps,
-    sampling_logps,
-    counts,
-    done,
+    drawn: tuple[Tensor, Tensor, Tensor],
+    stop_ids: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    active: Tensor,
+    limits: Tensor,
+    lengths: Tensor,
+    input_ids: Tensor,
+    tokens: Tensor,
+    logps: Tensor,
+    sampling_logps: Tensor,
+    counts: Tensor,
+    done: Tensor,
     *,
-    grow,
-):
+    grow: bool,
+) -> None:
     """Records what was drawn, in place; a slot whose sequence is done becomes idle: its row is then the last one.
 
     drawn: (tokens, logps, sampling_logps), float32 log-probs; stop_ids [stops]; limits: tokens each may generate; input_ids:

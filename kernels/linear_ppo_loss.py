@@ -10,6 +10,8 @@ Tokens outside the mask are dropped before the GEMMs, for one host sync (`nonzer
 where prompts are in it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -114,7 +116,7 @@ def linear_ppo_kernel(
         )
 
 
-def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
+def rows_per_chunk(num_rows: int, vocab_size: int, hidden_size: int, need_dweight: bool) -> int:
     """Rows of a chunk: all of them, or equal shares that fit the workspace."""
     largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
     if num_rows <= largest + (hidden_size if need_dweight else 0):
@@ -122,7 +124,7 @@ def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
     return min(largest, equal_share(num_rows, largest))
 
 
-def _gradient_dtype(dtype):
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Unnormalised sums over tokens leave float16's range; bfloat16 has float32's."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -157,7 +159,7 @@ def linear_ppo_sweep(
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
     # float32: see `gemm` on long sums, as those over V are here.
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
-    chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
+    chunk_rows = rows_per_chunk(num_rows, vocab_size, hidden.shape[1], need_dweight)
     # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
     new, sum_dtype = torch.empty if num_rows else torch.zeros, dtype if chunk_rows == num_rows else torch.float32
     dweight = new(weight.shape if need_dweight else 0, dtype=sum_dtype, device=weight.device)
@@ -209,30 +211,30 @@ def linear_ppo_sweep(
 
 @linear_ppo_sweep.register_fake
 def _(
-    hidden_states,
-    weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
-    weights,
-    num_items,
-    clip_eps,
-    clip_eps_high,
-    dual_clip,
-    entropy_coef,
-    temperature,
-    softcap,
-    need_dhidden,
-    need_dweight,
-):
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    clip_eps: float,
+    clip_eps_high: float | None,
+    dual_clip: float | None,
+    entropy_coef: float,
+    temperature: float,
+    softcap: float | None,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
     loss, dtype = hidden_states.new_empty((), dtype=torch.float32), _gradient_dtype(hidden_states.dtype)
     dhidden = loss.new_empty(len(hidden_states) if need_dhidden else 0, hidden_states.shape[1])
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=dtype)
     return loss, loss.new_empty(4), loss.new_empty(()), dhidden, dweight
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, metrics, inverse, dhidden, dweight = output
     ctx.save_for_backward(inverse, dhidden, dweight)
     ctx.mark_non_differentiable(metrics, inverse, dhidden, dweight)
@@ -241,7 +243,7 @@ def _setup_context(ctx, inputs, output):
     ctx.needed = inputs[-2:]
 
 
-def _backward(ctx, dloss, *_):
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     inverse, *gradients = ctx.saved_tensors
     if dloss is None:
         return (None,) * 16
@@ -256,22 +258,22 @@ linear_ppo_sweep.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_ppo_loss(
-    hidden_states,
-    lm_head_weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-    entropy_coef=0.0,
-    temperature=1.0,
-    softcap=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     needs_grad = torch.is_grad_enabled()

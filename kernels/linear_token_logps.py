@@ -8,6 +8,8 @@ Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a shar
 where prompts are in the batch.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -90,7 +92,7 @@ def logits_gradient_kernel(
     )
 
 
-def _kept_rows(labels, ignore_index, hidden_states):
+def _kept_rows(labels: Tensor, ignore_index: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """(indices, hidden states) of the rows that count."""
     rows = (labels != ignore_index).nonzero().squeeze(-1)
     return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
@@ -104,7 +106,7 @@ def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
     return tile_rows, min(vocab_size, equal_share(vocab_size, largest))
 
 
-def _chunk_cols(num_rows, vocab_size):
+def columns_per_chunk(num_rows: int, vocab_size: int) -> int:
     """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
     return equal_share(vocab_size, largest)
@@ -168,7 +170,16 @@ def linear_token_logps_fwd(
 
 
 @linear_token_logps_fwd.register_fake
-def _(hidden_states, weight, bias, labels, temperature, softcap, ignore_index, with_entropy):
+def _(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     logps = hidden_states.new_empty(len(labels), dtype=torch.float32)
     return logps, logps.new_empty(len(labels) if with_entropy else 0), logps.new_empty(2, len(labels))
 
@@ -199,7 +210,7 @@ def linear_token_logps_bwd(
     if not len(rows):
         return torch.zeros_like(hidden_states) if need_dhidden else hidden.new_empty(0), dweight, dbias
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
-    chunk_cols = _chunk_cols(len(rows), vocab_size)
+    chunk_cols = columns_per_chunk(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
     block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4)
     dlogps, dentropy, labels = contiguous(dlogps, dentropy, labels)
@@ -244,31 +255,31 @@ def linear_token_logps_bwd(
 
 @linear_token_logps_bwd.register_fake
 def _(
-    dlogps,
-    dentropy,
-    hidden_states,
-    weight,
-    bias,
-    labels,
-    state,
-    entropy,
-    temperature,
-    softcap,
-    ignore_index,
-    need_dhidden,
-    need_dweight,
-    need_dbias,
-):
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         if need_dhidden
         else hidden_states.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0),
-        torch.empty_like(bias) if need_dbias else weight.new_empty(0),
+        torch.empty_like(bias) if bias is not None and need_dbias else weight.new_empty(0),
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, bias, labels, *ctx.settings = inputs
     _, entropy, state = output
     ctx.save_for_backward(hidden_states, weight, bias, labels, state, entropy)
@@ -276,7 +287,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogps, dentropy, _):
+def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     hidden_states, weight, bias, labels, state, entropy = ctx.saved_tensors
     temperature, softcap, ignore_index, with_entropy = ctx.settings
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
@@ -302,16 +313,16 @@ linear_token_logps_fwd.register_autograd(_backward, setup_context=_setup_context
 
 
 def linear_token_logps(
-    hidden_states,
-    lm_head_weight,
-    labels,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-):
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.linear_token_logps`. Waits for the device once, to count the rows that are not ignored."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     logps, entropy, _ = linear_token_logps_fwd(

@@ -10,9 +10,12 @@ bytes in flight: 5 MB, 40 KB an SM, cover the latency of its memory. So tiles ar
 (LDGSTS, 128 bits) run up to three tiles of keys and of values ahead, 48 KB a program; four programs fit on an SM.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels.common import LOG2E
 
@@ -205,7 +208,7 @@ def combine_splits_kernel(
     tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
-def _tiling(group, head_dim, dtype):
+def _tiling(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Block sizes and launch options; a tile has 8 columns for each of 4 warps at least, as their products have."""
     itemsize = dtype.itemsize
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -224,18 +227,18 @@ def _tiling(group, head_dim, dtype):
     }
 
 
-def _num_splits(num_programs, max_tokens, device):
+def _num_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
     """Splits of a sequence, from shapes alone: the host knows no lengths, and a graph is captured once for all."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     wanted = triton.cdiv(2 * num_sms, num_programs)
     return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
 
 
-def _dense_rows(x):
+def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def store_kv(key, value, addresses, slots, *, page_size):
+def store_kv(key: Tensor, value: Tensor, addresses: Tensor, slots: Tensor, *, page_size: int) -> None:
     """Writes the keys and values of T tokens into a layer's cache.
 
     key, value [T, num_kv_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64, of the cache's keys
@@ -267,18 +270,18 @@ def store_kv(key, value, addresses, slots, *, page_size):
 
 
 def paged_attention(
-    query,
-    addresses,
-    block_tables,
-    lengths,
+    query: Tensor,
+    addresses: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
     *,
-    num_kv_heads,
-    page_size,
-    scale,
-    window=None,
-    softcap=None,
-    num_splits=None,
-):
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
     """Attention of one query token a sequence to the tokens its pages hold, itself included: [B, num_heads, head_dim].
 
     query [B, num_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64 as for `store_kv`;

@@ -5,11 +5,12 @@ for the arguments; here the tensors themselves are taken.
 """
 
 import torch
+from torch import Tensor
 
 from rto_fast.kernels.reference import compute_dtype
 
 
-def store_kv(key, value, k_cache, v_cache, slots):
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """key, value [T, num_kv_heads, head_dim] to slots [T] = page·page_size + offset; negative ones are not stored."""
     keep = slots >= 0
     pages, offsets = slots[keep] // k_cache.shape[2], slots[keep] % k_cache.shape[2]
@@ -17,7 +18,17 @@ def store_kv(key, value, k_cache, v_cache, slots):
     v_cache[pages, :, offsets] = value[keep]
 
 
-def paged_attention(query, k_cache, v_cache, block_tables, lengths, *, scale, window=None, softcap=None):
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """query [B, num_heads, head_dim] -> the same shape and dtype; computed in float64 when given it, else in float32."""
     batch, num_heads, head_dim = query.shape
     num_kv_heads, page_size = k_cache.shape[1:3]
@@ -28,7 +39,7 @@ def paged_attention(query, k_cache, v_cache, block_tables, lengths, *, scale, wi
     # What lies beyond a sequence's length is anything: pages that do not exist, and NaN in those that do.
     pages = block_tables[:, :num_blocks].long().where(is_stored[:, ::page_size], 0)
 
-    def gather(cache):  # [B, num_kv_heads, N, head_dim]
+    def gather(cache: Tensor) -> Tensor:  # [B, num_kv_heads, N, head_dim]
         tokens = cache[pages].transpose(1, 2).reshape(batch, num_kv_heads, len(position), head_dim)
         return tokens.to(dtype).masked_fill(~is_stored[:, None, :, None], 0)
 

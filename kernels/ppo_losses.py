@@ -6,6 +6,8 @@ column of partial sums a block; a second launch of one program adds the columns 
 repeatable) and divides; the backward pass multiplies by a scalar that never leaves the device.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -222,7 +224,14 @@ def ppo_reduce_kernel(partials_ptr, num_items_ptr, loss_ptr, stats_ptr, num_bloc
     tl.store(stats_ptr + 2, scale)
 
 
-def _forward(kernel, tensors, loss_mask, weights, num_items, *constants):
+def _forward(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    *constants: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
     first = tensors[0]
     num_tokens = first.numel()
@@ -284,17 +293,17 @@ def _ppo_value_loss(
     return _forward(ppo_value_fwd_kernel, (values, old_values, returns), loss_mask, weights, num_items, value_clip_eps)
 
 
-def _fake(first, *_):
+def _fake(first: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     new = torch.empty((), dtype=torch.float32, device=first.device)
     return new, new.new_empty(3), new.new_empty(first.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     stats, derivative = ctx.saved_tensors
     return (derivative * (grad_loss * stats[2])).to(ctx.dtype), *(None,) * (ctx.num_inputs - 1)
 
@@ -305,17 +314,17 @@ for _op in (_ppo_policy_loss, _ppo_value_loss):
 
 
 def ppo_policy_loss(
-    logps,
-    old_logps,
-    advantages,
-    loss_mask,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_policy_loss`. Differentiable in `logps`."""
     high = clip_eps if clip_eps_high is None else clip_eps_high
     loss, stats, _ = _ppo_policy_loss(
@@ -333,7 +342,16 @@ def ppo_policy_loss(
     return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
-def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_value_loss`. Differentiable in `values`."""
     loss, stats, _ = _ppo_value_loss(
         values, old_values, returns, loss_mask, weights, num_items_tensor(num_items, values.device), value_clip_eps

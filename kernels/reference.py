@@ -6,7 +6,7 @@ memory stays bounded whatever T is.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,12 @@ KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 256 MB; those of f
 CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
 
 
-def compute_dtype(*tensors):
+def block_sizes(vocab_size: int) -> tuple[int, int]:
+    """(rows of a block of logits, rows whose logits are kept for the backward pass)."""
+    return max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -105,7 +110,9 @@ class _TokenLogps(torch.autograd.Function):
     back."""
 
     @staticmethod
-    def forward(ctx, logits, labels, temperature, with_entropy):
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(logits)
         logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
         entropy = torch.zeros_like(logps) if with_entropy else None
@@ -122,7 +129,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    def backward(ctx, dlogps, dentropy):
+    def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, entropy = ctx.saved_tensors
         dlogits, dtype = torch.empty_like(logits), compute_dtype(logits)
         valid = labels >= 0
@@ -142,22 +149,30 @@ class _TokenLogps(torch.autograd.Function):
         return dlogits, None, None, None
 
 
-def _row_blocks(matrix, elements):
+def _row_blocks(matrix: Tensor, elements: int) -> list[slice]:
     rows = max(1, elements // max(matrix.shape[-1], 1))
     return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
 
 
-def _scaled(logits, temperature, dtype):
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     logits = logits.to(dtype)
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _finite(log_probs):
+def _finite(log_probs: Tensor) -> Tensor:
     """p·log p is 0 where p = 0: a logit of -inf must not turn into NaN (which clamp hands on). Overwrites its input."""
     return log_probs.clamp_(min=-1e4)
 
 
-def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
     labels = _without_ignored(labels, ignore_index, logits.shape[-1])
     logps, entropy = _TokenLogps.apply(
@@ -167,7 +182,15 @@ def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_en
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
 
 
-def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with_entropy):
+def _block_linear_logps(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
@@ -175,16 +198,16 @@ def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with
 
 
 def linear_token_logps(
-    hidden_states,
-    lm_head_weight,
-    labels,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-):
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
     flat_labels = _without_ignored(labels, ignore_index, len(lm_head_weight)).reshape(-1)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -192,8 +215,7 @@ def linear_token_logps(
     is_sparse = len(rows) < len(flat_labels)
     if is_sparse:
         hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
-    vocab_size = max(len(lm_head_weight), 1)
-    block_rows, kept_rows = max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+    block_rows, kept_rows = block_sizes(max(len(lm_head_weight), 1))
     logps, entropies = [], []
     for first in range(0, max(len(rows), 1), block_rows):
         block = hidden[first : first + block_rows], flat_labels[first : first + block_rows]
@@ -204,16 +226,18 @@ def linear_token_logps(
         logps.append(logp)
         entropies.append(entropy)
 
-    def whole(parts):
+    def whole(parts: list[Tensor]) -> Tensor:
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         if is_sparse:
             values = values.new_zeros(labels.numel()).index_put((rows,), values)
         return values.view(labels.shape)
 
-    return (whole(logps), whole(entropies)) if return_entropy else whole(logps)
+    return (whole(logps), whole(cast(list[Tensor], entropies))) if return_entropy else whole(logps)
 
 
-def _normaliser(loss_mask, weights, num_items, dtype):
+def _normaliser(
+    loss_mask: Tensor, weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(per-token weight, 1/denominator); an empty mask gives a loss of 0, not NaN."""
     weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.detach().to(dtype), 0.0)
     total = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=dtype, device=weight.device)
@@ -221,17 +245,17 @@ def _normaliser(loss_mask, weights, num_items, dtype):
 
 
 def ppo_policy_loss(
-    logps,
-    old_logps,
-    advantages,
-    loss_mask,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_policy_loss`."""
     dtype = compute_dtype(logps)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
@@ -258,7 +282,16 @@ def ppo_policy_loss(
     return total, metrics
 
 
-def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_value_loss`."""
     dtype = compute_dtype(values)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
@@ -279,22 +312,22 @@ def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_
 
 
 def linear_ppo_loss(
-    hidden_states,
-    lm_head_weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-    entropy_coef=0.0,
-    temperature=1.0,
-    softcap=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.linear_ppo_loss`. Tokens outside the mask are dropped before the GEMM."""
     labels = checked_labels(labels, loss_mask, len(lm_head_weight), " where loss_mask is True")
     logps, entropy = linear_token_logps(
@@ -324,13 +357,13 @@ def linear_ppo_loss(
     return loss, metrics | {"entropy": mean_entropy.detach()}
 
 
-def _segments(cu_seqlens, total):
+def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
     """Index of the sequence each of `total` packed positions belongs to, [total] int64."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=total)
 
 
-def _padded(cu_seqlens, mask):
+def _padded(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Places of the masked-in tokens in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
     tokens = mask.nonzero().squeeze(-1)
     rows = _segments(cu_seqlens, len(mask))[tokens]
@@ -340,7 +373,16 @@ def _padded(cu_seqlens, mask):
     return rows, columns, tokens, int(counts.max()) if len(counts) else 0
 
 
-def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rto_fast.ops.gae`. Steps backwards through time over all sequences at once."""
     dtype = compute_dtype(rewards, values)
     sequences = len(cu_seqlens) - 1
@@ -367,7 +409,9 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
     return advantages, returns
 
 
-def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, delimiter_mask):
+def _move_to_delimiters(
+    token_rewards: Tensor, cu_seqlens: Tensor, response_mask: Tensor, granularity: str, delimiter_mask: Tensor | None
+) -> Tensor:
     """Sums each unit's token rewards onto the unit's last response token (`token`: as they are)."""
     if granularity == "token":
         return token_rewards
@@ -376,7 +420,7 @@ def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, d
         return token_rewards
     ends = torch.ones_like(rows, dtype=torch.bool)
     ends[:-1] = rows[1:] != rows[:-1]
-    if granularity == "sentence":
+    if granularity == "sentence" and delimiter_mask is not None:
         ends |= delimiter_mask[tokens]
     unit = ends.long().cumsum(0) - ends.long()
     sums = token_rewards.new_zeros(int(unit[-1]) + 1).index_add(0, unit, token_rewards[tokens])
@@ -386,28 +430,28 @@ def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, d
 
 
 def rto_advantages(
-    old_logps,
-    ref_logps,
-    dpo_logps,
-    values,
-    scores,
-    cu_seqlens,
-    response_mask,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
     *,
-    dpo_ref_logps=None,
-    dpo_reward_scale=0.05,
-    dpo_reward_clip=0.05,
-    kl_coef=0.01,
-    score_scale=1.0,
-    score_clip=10.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    granularity="token",
-    delimiter_mask=None,
-    shaping=False,
-    bootstrap_values=None,
-    whiten=True,
-):
+    dpo_ref_logps: Tensor | None = None,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05,
+    kl_coef: float = 0.01,
+    score_scale: float = 1.0,
+    score_clip: float = 10.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    granularity: str = "token",
+    delimiter_mask: Tensor | None = None,
+    shaping: bool = False,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+) -> RTOAdvantages:
     """See `rto_fast.ops.rto_advantages`."""
     dtype = compute_dtype(old_logps)
     dpo_ref_logps = ref_logps if dpo_ref_logps is None else dpo_ref_logps

@@ -18,6 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels import sampling_reference
 from rto_fast.kernels.common import LN2, LOG2E, load_logits
@@ -312,8 +313,17 @@ def sample_tokens_kernel(
 
 
 def sample_tokens(
-    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    softcap: float | None = None,
+    stop_ids: Tensor | None = None,
+    stop_allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `rto_fast.ops.sample_tokens`."""
     num_rows, num_cols = logits.shape
     num_tiles = triton.cdiv(num_cols, TILE)

@@ -6,9 +6,11 @@ microseconds, so calls of torch are counted here: ten where nothing is filtered.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rto_fast.kernels.reference import CACHE_ELEMENTS, compute_dtype
 
@@ -21,7 +23,9 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 
 
-def philox4x32(counter, key, rounds=10):
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC'11, "Parallel random numbers: as easy as 1, 2, 3").
 
     Args:
@@ -42,7 +46,7 @@ def philox4x32(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
-def philox_uniforms(seed, sample_ids, positions):
+def philox_uniforms(seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
     """The two random numbers of each (sample, position): a function of seed, sample id and position, of nothing else.
 
     Args:
@@ -57,20 +61,43 @@ def philox_uniforms(seed, sample_ids, positions):
 
 @torch.no_grad()
 def sample_tokens(
-    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    softcap: float | None = None,
+    stop_ids: Tensor | None = None,
+    stop_allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `rto_fast.ops.sample_tokens`."""
     rows = max(1, CACHE_ELEMENTS * torch.get_num_threads() // logits.shape[1])
-    options = temperature, top_k, top_p, min_p, softcap, stop_ids
+    sample = partial(
+        _sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, softcap=softcap, stop_ids=stop_ids
+    )
     if len(logits) <= rows:
-        return _sample(logits, uniforms, stop_allowed, *options)
+        return sample(logits, uniforms, stop_allowed)
     # What a block of rows leaves behind is still in cache when it is read again.
     allowed = [None] * len(logits) if stop_allowed is None else stop_allowed.split(rows)
-    parts = [_sample(*block, *options) for block in zip(logits.split(rows), uniforms.split(rows), allowed)]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    parts = map(sample, logits.split(rows), uniforms.split(rows), allowed)
+    tokens, logps, sampling_logps = map(torch.cat, zip(*parts))
+    return tokens, logps, sampling_logps
 
 
-def _sample(logits, uniforms, stop_allowed, temperature, top_k, top_p, min_p, softcap, stop_ids):
+def _sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    stop_allowed: Tensor | None,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    softcap: float | None,
+    stop_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     z = logits.to(compute_dtype(logits))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -99,11 +126,11 @@ def _sample(logits, uniforms, stop_allowed, temperature, top_k, top_p, min_p, so
     return tokens.masked_fill(invalid, 0).squeeze(-1), logps, sampling_logps
 
 
-def _log_softmax(z, temperature):
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return (z if temperature == 1 else z / temperature).log_softmax(-1)
 
 
-def _draw(log_probs, uniforms):
+def _draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens [B, 1] of the distributions [B, V]: the inverse CDF of tiles, then that of the tokens in a tile."""
     if log_probs.shape[1] <= TILE:
         return _invert(log_probs.exp(), uniforms[:, 1:])
@@ -116,7 +143,7 @@ def _draw(log_probs, uniforms):
     return tile * TILE + _invert((inside - inside.amax(-1, keepdim=True)).exp_(), uniforms[:, 1:])
 
 
-def _invert(weights, uniforms):
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index [B, 1] whose running sum exceeds uniform·sum, never one of weight 0; 0 where weights are NaN."""
     sums = weights.cumsum(-1)
     index = torch.searchsorted(sums, sums[:, -1:] * uniforms, right=True)
@@ -130,7 +157,7 @@ def _invert(weights, uniforms):
     return (sums > sums.amax(-1, keepdim=True) * uniforms).max(-1, keepdim=True).indices
 
 
-def _threshold(z, temperature, top_k, top_p, min_p):
+def _threshold(z: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """The least logit [B, 1] that top_k, then top_p, then min_p keep."""
     highest = z.amax(-1, keepdim=True)
     threshold = highest + (temperature * math.log(min_p) if min_p else -math.inf)

@@ -12,6 +12,8 @@ Rows whose length is no multiple of 16 bytes (GPT-2's 50257) are loaded element 
 peeled off to align the rest. The linear ops pad their buffers.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -220,14 +222,25 @@ def token_logps_bwd_kernel(
     )
 
 
-def _splits(num_rows, num_cols, block_v):
+def _splits(num_rows: int, num_cols: int, block_v: int) -> tuple[int, int]:
     """(number of splits of a row, columns of each), whole tiles each."""
     wanted = max(1, MIN_PROGRAMS // num_rows)
     split_cols = triton.cdiv(triton.cdiv(num_cols, wanted), block_v) * block_v
     return triton.cdiv(num_cols, split_cols), split_cols
 
 
-def combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy):
+def combine_partials(
+    partials: Tensor,
+    labels: Tensor,
+    rows: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    vocab_size: int,
+    scale: float,
+    ignore_index: int,
+    with_entropy: bool,
+) -> None:
     """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
     num_splits, _, num_partial_rows = partials.shape
     combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
@@ -310,13 +323,25 @@ def token_logps_fwd(
 
 
 @token_logps_fwd.register_fake
-def _(logits, labels, temperature, ignore_index, with_entropy, inplace_backward):
+def _(
+    logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0] * logits.shape[1]
     logps = logits.new_empty(num_rows, dtype=torch.float32)
     return logps, logps.new_empty(num_rows if with_entropy else 0), logps.new_empty(2, num_rows)
 
 
-def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, temperature, ignore_index):
+def _launch_bwd(
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    dlogits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
     batches, rows_per_batch, num_cols = logits.shape
     num_rows = batches * rows_per_batch
     if not num_rows:
@@ -365,7 +390,16 @@ def token_logps_bwd(
 
 
 @token_logps_bwd.register_fake
-def _(dlogps, dentropy, logits, labels, state, entropy, temperature, ignore_index):
+def _(
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -383,7 +417,7 @@ def token_logps_bwd_(
     _launch_bwd(dlogps, dentropy, logits, logits, labels, state, entropy, temperature, ignore_index)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *ctx.settings = inputs
     _, entropy, state = output
     ctx.save_for_backward(logits, labels, state, entropy)
@@ -391,7 +425,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogps, dentropy, _):
+def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, state, entropy = ctx.saved_tensors
     temperature, ignore_index, with_entropy, inplace_backward = ctx.settings
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
@@ -404,7 +438,15 @@ def _backward(ctx, dlogps, dentropy, _):
 token_logps_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.token_logps`. Rows may have any stride, so `logits[:, :-1]` of [B, T, V] is not copied."""
     x = logits if logits.stride(-1) == 1 else logits.contiguous()
     x = x if x.dim() == 3 else x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])

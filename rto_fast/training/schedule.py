@@ -100,5 +100,5 @@ class Schedule:
 
 
 def zero_stage(deepspeed: DeepSpeedConfig) -> int:
-    """The stage that a `DeepSpeedConfig` means here; 0: no DeepSpeed."""
-    return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
+    """The ZeRO stage of this run; 0: no DeepSpeed."""
+    return deepspeed.stage_for(ranks.world_size())
