@@ -29,7 +29,7 @@ from rto_fast.planning.passes import (
 )
 from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
-from rto_fast.rto.trainer import frozen_paths
+from rto_fast.rto.models import frozen_paths
 from rto_fast.training.steps import count_steps
 
 # Stand for the directories of the models that this run trains.
