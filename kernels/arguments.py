@@ -1,7 +1,7 @@
 """Checks of the arguments of public ops. Each raises a ValueError that begins with the argument's name.
 
-Shape, dtype and device of a tensor cost nothing to check. Its values are checked on a CPU only, because on a GPU this would
-wait for the device.
+Shape, dtype and device of a tensor cost nothing to check. Its values are checked on a CPU only, because on a GPU this
+would wait for the device.
 """
 
 import os

@@ -1,5 +1,8 @@
-"""What surrounds GEMMs, attention and draw in a decode step, in plain torch: the truth the kernels of `decode_layer` and
-`decode_step` are tested against, and (but for `begin_step`, of which a CPU needs less) the path CPU tensors take."""
+"""What a decode step computes besides GEMMs, attention and draw, in plain torch.
+
+The kernels of `decode_layer` and `decode_step` are tested against it. CPU tensors run it, except `begin_step`, of which
+a CPU needs less.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As transformers' LlamaRMSNorm: float32 inside, rounded to x's dtype before the product with the weight."""
+    """Like transformers' LlamaRMSNorm: computes in float32, and rounds to x's dtype before the product with the weight."""
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], weight, eps)  # one call instead of six
     wide = x.float()
@@ -23,9 +26,12 @@ def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of [T, heads, D] by rope [T, 2, D]: cosines (twice the same half), and sines whose first half is
-    negative: halves (a, b) of a head become (a·cos − b·sin, b·cos + a·sin). Both products are rounded before they are added,
-    as in transformers, where `torch.addcmul` would round one of them together with the sum."""
+    """Rotary embedding of x [T, heads, D] by rope [T, 2, D], cosines and sines.
+
+    Both halves of the cosines are the same; the first half of the sines is negative. The halves (a, b) of a head become
+    (a·cos − b·sin, b·cos + a·sin). As in transformers, both products are rounded before they are added. `torch.addcmul`
+    would round one of them together with the sum.
+    """
     return (x * rope[:, None, 0]).add_(x.roll(x.shape[-1] // 2, -1).mul_(rope[:, None, 1]))
 
 
@@ -71,7 +77,7 @@ def finish_step(
     if grow:
         lengths += active
     generated += active
-    # One comparison a stop token: fewer calls than a table of all.
+    # One comparison a stop token takes fewer calls than a table of all.
     ended = generated >= limits
     for stop_id in stop_ids:
         ended |= drawn[0] == stop_id

@@ -1,11 +1,11 @@
 """Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
 
-Forward: cuBLAS writes float32 logits a tile at a time, an eighth of them all or 32 MiB, at most 512 MiB, and a row kernel
-folds each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
-written once with all its tokens in one accumulation and only dX, the small one, is accumulated over chunks in float32.
-float32 logits matter: bfloat16 ones cost .03 nats of log-prob at |z| ~ 19, more than PPO's clipping range resolves.
-Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a share of the FLOPs that is 50 % and more
-where prompts are in the batch.
+Forward pass: cuBLAS writes a tile of float32 logits at a time, an eighth of all logits but 32 to 512 MiB, and a row
+kernel folds each tile into a state of 16 bytes a row. Backward pass: recomputes the logits in chunks of the vocabulary,
+so that dW of a chunk is written once, with all tokens in one accumulation. Only dX, which is small, is accumulated over
+chunks, in float32. Logits must be float32: bfloat16 costs .03 nats of log-prob at |z| ~ 19, more than PPO's clipping
+range resolves. Ignored rows are dropped before the GEMMs. This takes one host sync (`nonzero`) and saves half of the
+FLOPs or more if prompts are in the batch.
 """
 
 from typing import Any
@@ -28,15 +28,15 @@ from rto_fast.kernels.common import (
 )
 from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
-# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do not
-# pay on an H200: short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took 15.22, 6.37 and 8.35 ms
-# in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and 7.98 in 4096 x 32768
-# (512 MiB). Less than the lower bound is not worth saving.
+# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do
+# not pay off on an H200, because short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took
+# 15.22, 6.37 and 8.35 ms in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and
+# 7.98 in 4096 x 32768 (512 MiB). Memory below the lower bound is not worth saving.
 MIN_TILE_BYTES, MAX_TILE_BYTES = 32 << 20, 512 << 20
 MAX_TILE_ROWS = 4096
-# Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
-# 735/C of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k rows, and is
-# half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
+# Backward logits are in HBM anyway. What counts is that a chunk of C columns adds a float32 read-modify-write of dX,
+# which takes 735/C of the time of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %)
+# for 64k rows, and is half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
 WORKSPACE_BYTES = 1 << 30
 MAX_CHUNK_COLS = 16384
 
@@ -61,7 +61,7 @@ def logits_gradient_kernel(
     cap,
     BLOCK_V: tl.constexpr,
 ):
-    """Turns row i of a chunk of logits into its gradient in the same memory; see `gradient_view`."""
+    """Overwrites a row of a chunk of logits with its gradient; see `gradient_view`."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
     label = tl.load(labels_ptr + token) - first_col
@@ -93,13 +93,13 @@ def logits_gradient_kernel(
 
 
 def _kept_rows(labels: Tensor, ignore_index: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices, hidden states) of the rows that count."""
+    """(indices, hidden states) of the rows that are not ignored."""
     rows = (labels != ignore_index).nonzero().squeeze(-1)
     return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
 
 
 def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """(rows, columns) of a forward tile: equal shares of both."""
+    """(rows, columns) of a forward tile, equal shares of both."""
     tile_bytes = min(max(4 * num_rows * vocab_size // 8, MIN_TILE_BYTES), MAX_TILE_BYTES)
     tile_rows = min(num_rows, equal_share(num_rows, MAX_TILE_ROWS))
     largest = triton.cdiv(tile_bytes // (4 * tile_rows), 128) * 128
@@ -107,7 +107,7 @@ def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
 
 
 def columns_per_chunk(num_rows: int, vocab_size: int) -> int:
-    """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
+    """Columns of a backward chunk, equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
     return equal_share(vocab_size, largest)
 
@@ -123,7 +123,7 @@ def linear_token_logps_fwd(
     ignore_index: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states [T, D], weight [V, D], labels [T] -> logps [T], entropy [T or 0], state [2, T]."""
+    """hidden_states [T, D], weight [V, D], labels [T] → logps [T], entropy [T or 0], state [2, T]."""
     logps = hidden_states.new_zeros(len(labels), dtype=torch.float32)
     entropy = logps.new_zeros(len(labels) if with_entropy else 0)
     state = logps.new_zeros(2, len(labels))
@@ -135,7 +135,7 @@ def linear_token_logps_fwd(
     buffer = logits_buffer(tile_rows, tile_cols, hidden)
     partials = logps.new_empty(triton.cdiv(vocab_size, tile_cols), 4, len(rows))
     block_v, num_warps = row_block(tile_cols, 4)
-    # Views cost the host microseconds: they are made once a row of tiles, not once a tile.
+    # Views cost the host microseconds, so they are made once a row of tiles, not once a tile.
     row_tiles = list(zip(hidden.split(tile_rows), labels.split(tile_rows), partials.split(tile_rows, dim=2)))
     with torch.cuda.device_of(hidden):
         for split, tile_weight in enumerate(weight.split(tile_cols)):
@@ -201,7 +201,7 @@ def linear_token_logps_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, weight and bias; empty where not needed."""
+    """Gradients of hidden_states, weight and bias; those not needed are empty."""
     rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
     vocab_size = len(weight)
     new = torch.empty_like if len(rows) else torch.zeros_like

@@ -1,9 +1,9 @@
 """PPO's clipped policy and value losses from per-token log-probs and values.
 
-Both have one shape: a per-token loss whose derivative is known as soon as the token is read, over a denominator known
-only when all of them are. So the forward launch writes each token's derivative of the *unnormalised* loss and one
-column of partial sums a block; a second launch of one program adds the columns in a fixed order (no atomics: bitwise
-repeatable) and divides; the backward pass multiplies by a scalar that never leaves the device.
+In both, the derivative of a token's loss is known as soon as the token is read, but the denominator only when all
+tokens are. So the forward launch writes each token's derivative of the *unnormalised* loss and one column of partial
+sums a block. A second launch of one program adds the columns in a fixed order, without atomics, so that results are
+bitwise repeatable, and divides. The backward pass multiplies by a scalar that never leaves the device.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from torch import Tensor
 from rto_fast.kernels.common import contiguous, num_items_tensor, ppo_terms, sum_row
 
 BLOCK_T = 1024
-NUM_WARPS = 4  # 8 tokens a thread: a 128-bit load of bfloat16, two of float32
+NUM_WARPS = 4  # 8 tokens a thread, one load of 128 bits for bfloat16 and two for float32
 BLOCK_P = 1024
 
 
 @triton.jit
 def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
-    """(is the token in the loss, its weight), both 0 outside."""
+    """(whether a token counts, its weight), both 0 past the end."""
     valid = tl.load(loss_mask_ptr + offs_t, mask=mask_t, other=0) != 0
     weight = valid.to(tl.float32)
     if weights_ptr is not None:
@@ -32,7 +32,7 @@ def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
 
 @triton.jit
 def _load_valid(ptr, offs_t, mask_t, valid):
-    """Selects after the load, not in its mask: a mask read from memory would split it into 32-bit loads."""
+    """Selects after the load. As a mask of the load, `valid`, read from memory, would split it into 32-bit loads."""
     return tl.where(valid, tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32), 0.0)
 
 
@@ -89,7 +89,7 @@ def ppo_policy_fwd_kernel(
 ):
     pid_t = tl.program_id(0).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+    # A bound would split the accesses into single elements, so whole blocks have code without one.
     if (pid_t + 1) * BLOCK_T <= num_tokens:
         _policy_block(
             logps_ptr,
@@ -151,7 +151,7 @@ def _value_block(
     else:
         old_value = _load_valid(old_values_ptr, offs_t, mask_t, valid)
         change = value - old_value
-        error = tl.where(change == change, error, change)  # a NaN among the old values must show
+        error = tl.where(change == change, error, change)  # a NaN among the old values must reach the loss
         loss = 0.5 * error * error
         clipped_change = tl.where(change > 0.0, value_clip_eps, -value_clip_eps)
         clipped_error = old_value + clipped_change - target
@@ -232,7 +232,7 @@ def _forward(
     num_items: Tensor | None,
     *constants: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
+    """Launches both kernels: (loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
     first = tensors[0]
     num_tokens = first.numel()
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)

@@ -1,8 +1,8 @@
-"""Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
+"""The public ops in plain torch. They run on CPU tensors, and the Triton kernels are tested against them.
 
-The losses and log-probs are differentiable; all compute in float64 when given float64, in float32 otherwise. The two
-functions that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that
-memory stays bounded whatever T is.
+The losses and log-probs are differentiable. All ops compute in float64 if they are given float64, else in float32. The
+two functions that would need a [T, V] tensor work on blocks of rows and keep the logits of a limited number of rows, so
+that memory is bounded for any T.
 """
 
 from functools import partial
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits of a block: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
+# Logits of a block, 28 MB of float32. From 32 MB on, glibc returns memory to the system, and each block would fault
+# again.
 BLOCK_ELEMENTS = 7 << 20
-KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 256 MB; those of further rows are computed again
-CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
+KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass, 256 MB; those of further rows are recomputed
+CACHE_ELEMENTS = 1 << 18  # logits worked on at once, 1 MB, the L2 cache of today's CPUs
 
 
 def block_sizes(vocab_size: int) -> tuple[int, int]:
@@ -38,13 +39,14 @@ class RTOAdvantages(NamedTuple):
 
 @torch.library.custom_op("rto_fast::checked_labels", mutates_args=())
 def checked_labels(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
-    """labels, with -1 where they do not count.
+    """Checks labels, and replaces those that do not count by -1.
 
-    An op of its own: `torch.compile` traces it as one node, where a look at values would break the graph.
+    This is an op of its own, which `torch.compile` traces as one node. A look at values would break the graph.
 
     Args:
-        labels: [...] int64. counts: [...] bool.
-        exempt: which labels do not count, for the error's message.
+        labels: [...] int64.
+        counts: [...] bool, whether a label counts.
+        exempt: says which labels do not count, for the error message.
     Raises:
         ValueError: a label that counts is not in [0, vocab_size).
     """
@@ -63,7 +65,7 @@ def _(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
 
 @torch.library.custom_op("rto_fast::checked_num_items", mutates_args=())
 def checked_num_items(num_items: Tensor) -> Tensor:
-    """num_items, a 0-d tensor; an op of its own like `checked_labels`.
+    """Checks num_items, a 0-d tensor; an op of its own like `checked_labels`.
 
     Raises:
         ValueError: it is negative or not finite.
@@ -80,18 +82,18 @@ def _(num_items: Tensor) -> Tensor:
 
 @torch.library.custom_op("rto_fast::checked_bounds", mutates_args=())
 def checked_bounds(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """cu_seqlens, [N+1] int32; an op of its own like `checked_labels`.
+    """Checks cu_seqlens [N+1] int32; an op of its own like `checked_labels`.
 
     Raises:
-        ValueError: it does not rise from 0 to num_tokens (a step of 0 is an empty sequence).
+        ValueError: the bounds do not rise from 0 to num_tokens (a step of 0 is an empty sequence).
     """
     bounds = cu_seqlens.tolist()
     wrong = next((i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1]), None)
     if bounds[0] != 0 or bounds[-1] != num_tokens or wrong is not None:
-        told = f"{bounds[0]} first" if bounds[0] else f"{bounds[-1]} last"
+        got = f"{bounds[0]} first" if bounds[0] else f"{bounds[-1]} last"
         if wrong is not None:
-            told = f"{bounds[wrong]} after {bounds[wrong - 1]} at [{wrong}]"
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the {num_tokens} tokens, got {told}")
+            got = f"{bounds[wrong]} after {bounds[wrong - 1]} at [{wrong}]"
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the {num_tokens} tokens, got {got}")
     return cu_seqlens.clone()
 
 
@@ -105,9 +107,11 @@ def _without_ignored(labels: Tensor, ignore_index: int, vocab_size: int) -> Tens
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Log-probs and entropies of rows of logits, 0 where the label is -1. Forward and backward go through blocks of rows
-    that stay in cache, and nothing as large as the logits is kept: the softmax is cheaper to compute again than to read
-    back."""
+    """Log-probs and entropies of rows of logits, 0 for rows whose label is -1.
+
+    The passes go through blocks of rows that stay in cache. Nothing as large as the logits is kept, because recomputing
+    the softmax is cheaper than reading it back.
+    """
 
     @staticmethod
     def forward(
@@ -160,7 +164,7 @@ def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    """p·log p is 0 where p = 0: a logit of -inf must not turn into NaN (which clamp hands on). Overwrites its input."""
+    """Clamps in place, so that p·log p is 0 and not NaN for a logit of -inf. A NaN stays NaN."""
     return log_probs.clamp_(min=-1e4)
 
 
@@ -173,7 +177,7 @@ def token_logps(
     return_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
+    """See `rto_fast.ops.token_logps`. `inplace_backward` has no effect here."""
     labels = _without_ignored(labels, ignore_index, logits.shape[-1])
     logps, entropy = _TokenLogps.apply(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature, return_entropy
@@ -238,7 +242,7 @@ def linear_token_logps(
 def _normaliser(
     loss_mask: Tensor, weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(per-token weight, 1/denominator); an empty mask gives a loss of 0, not NaN."""
+    """(weight of each token, 1/denominator). An empty mask gives a loss of 0, not NaN."""
     weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.detach().to(dtype), 0.0)
     total = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=dtype, device=weight.device)
     return weight, torch.where(total == 0, 0.0, 1.0 / total.where(total != 0, 1.0))
@@ -260,7 +264,7 @@ def ppo_policy_loss(
     dtype = compute_dtype(logps)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    # Masked entries may hold anything, NaN included: select before arithmetic, so that 0·NaN cannot occur.
+    # Entries outside of the mask may be anything, even NaN. They are replaced first, so that 0·NaN cannot occur.
     log_ratio = torch.where(loss_mask, logps.to(dtype) - old_logps.detach().to(dtype), 0.0).clamp(-20.0, 20.0)
     advantages = torch.where(loss_mask, advantages.detach().to(dtype), 0.0)
     ratio = log_ratio.exp()
@@ -302,7 +306,7 @@ def ppo_value_loss(
     if value_clip_eps is not None:
         clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
         clipped_error = (clipped_values - returns).square()
-        # old + (v − old) is not exactly v: only a change beyond the range counts as clipped.
+        # old + (v − old) is not exactly v, so only a change beyond the range counts as clipped.
         is_clipped = (clipped_error > error) & ((values - old_values).abs() > value_clip_eps)
         error = torch.maximum(error, clipped_error)
     total = 0.5 * (error * weight).sum() * scale
@@ -358,13 +362,13 @@ def linear_ppo_loss(
 
 
 def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Index of the sequence each of `total` packed positions belongs to, [total] int64."""
+    """Index of the sequence of each of `total` packed positions, [total] int64."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=total)
 
 
 def _padded(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Places of the masked-in tokens in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
+    """Places of the M tokens in the mask in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
     tokens = mask.nonzero().squeeze(-1)
     rows = _segments(cu_seqlens, len(mask))[tokens]
     counts = torch.bincount(rows, minlength=len(cu_seqlens) - 1)
@@ -399,7 +403,7 @@ def gae(
     next_value, carry = bootstrap, torch.zeros_like(bootstrap)
     for t in reversed(range(length)):
         delta = grid_rewards[:, t] + gamma * next_value - grid_values[:, t]
-        # Past a sequence's end nothing has happened yet: carry and bootstrap stay as they were.
+        # Columns past a sequence's end come first and leave carry and bootstrap as they are.
         carry = torch.where(valid[:, t], delta + gamma * gae_lambda * carry, carry)
         next_value = torch.where(valid[:, t], grid_values[:, t], next_value)
         grid_advantages[:, t] = carry
@@ -412,7 +416,7 @@ def gae(
 def _move_to_delimiters(
     token_rewards: Tensor, cu_seqlens: Tensor, response_mask: Tensor, granularity: str, delimiter_mask: Tensor | None
 ) -> Tensor:
-    """Sums each unit's token rewards onto the unit's last response token (`token`: as they are)."""
+    """Moves the sum of the token rewards of each sentence or sequence to its last response token."""
     if granularity == "token":
         return token_rewards
     rows, _, tokens, _ = _padded(cu_seqlens, response_mask)

@@ -28,13 +28,13 @@ class Models:
 
 
 def frozen_paths(config: Config, sft: str, dpo: str | None) -> dict[str, str]:
-    """Where the stage's frozen language models come from: `reference`, and `dpo` and `dpo_reference` where there are such.
+    """Where each frozen language model comes from: `reference` and, where they are used, `dpo` and `dpo_reference`.
 
     Args:
-        sft, dpo: directories or hub ids of the models that earlier stages trained or the user supplied.
+        sft, dpo: as for `load_models`.
     """
     paths = {"reference": config.rto.ref_model or sft}
-    if config.pays_dense_reward and dpo is not None:
+    if dpo and config.pays_dense_reward:
         paths["dpo"] = dpo
     dpo_reference = config.dpo_reference or sft
     return paths if dpo_reference == paths["reference"] else paths | {"dpo_reference": dpo_reference}
