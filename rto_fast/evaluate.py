@@ -105,12 +105,17 @@ def main(arguments: list[str] | None = None) -> dict:
     options = load_options(sys.argv[1:] if arguments is None else list(arguments))
     if options.output and options.output != "-":
         check_output(options.output)
-    from rto_fast.evaluation.measure import measure  # after the options: --help and mistakes in them need no torch
+    # After the options: --help and mistakes in them need no torch.
+    from rto_fast.evaluation.inputs import open_evaluation
+    from rto_fast.evaluation.measure import measure
+    from rto_fast.preflight.evaluation import check_before_evaluation
 
     output = "/dev/stdout" if options.output == "-" else options.output
     is_stdout = output is not None and own_descriptor(output) == 1
     tell = functools.partial(say, err=is_stdout)
-    results = measure(options, say=tell)
+    inputs = open_evaluation(options, tell)
+    check_before_evaluation(inputs)
+    results = measure(inputs)
     tell("\n" + table(results))
     if output:
         write_json(results, output)
