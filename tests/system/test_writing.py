@@ -16,7 +16,7 @@ from rto_fast import evaluate, report
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
-from rto_fast.evaluate import check_output, write_json
+from rto_fast.evaluation.output import check_output, write_json
 from rto_fast.reporting import draw
 from rto_fast.reporting.report import write_report
 from rto_fast.training.saving import save_model
