@@ -44,7 +44,8 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     from rto_fast.preflight.sources import check_pairs_given
     from rto_fast.reporting.finish import publish_run, report_run
     from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
-    from rto_fast.rto.trainer import load_models, train_rto
+    from rto_fast.rto.models import load_models
+    from rto_fast.rto.train import train_rto
     from rto_fast.session import open_training
     from rto_fast.stages.dpo import train_dpo
     from rto_fast.stages.reward_model import train_reward_model

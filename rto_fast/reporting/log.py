@@ -12,6 +12,15 @@ from rto_fast.reporting.run_files import read_records
 from rto_fast.system import terminal
 from rto_fast.system.notices import Notice
 
+
+class Finding(NamedTuple):
+    """Something wrong with a run that its user should know."""
+
+    name: str  # a word for the records, such as entropy_collapses
+    what: str
+    remedy: str
+
+
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
 
@@ -25,14 +34,6 @@ def short(value):
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-class Finding(NamedTuple):
-    """What a check has found wrong: the last three arguments of `RunLog.warning`."""
-
-    name: str
-    what: str
-    remedy: str
 
 
 class RunLog:
