@@ -1,4 +1,4 @@
-"""Responses as reward sources are given them."""
+"""Prompts with responses, as reward sources and judges take them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ Judge = Callable[[list[Completion]], torch.Tensor]  # [N] scores
 def completions_of(
     prompts: Sequence[Prompt], response_ids: list[list[int]], finished: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[Completion]:
+    """The completions of N prompts by one response each."""
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
 
@@ -33,7 +34,7 @@ def completions_of(
 def completions_of_pairs(
     pairs: Sequence[Pair], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Completion]:
-    """The chosen and the rejected response of each pair as completions."""
+    """The completions of N pairs: chosen, rejected, chosen, rejected, …"""
     prompts = [
         Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin, p.example.tools)
         for p in pairs

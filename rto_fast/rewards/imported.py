@@ -1,4 +1,4 @@
-"""Users' reward functions by name: `module:function`, and which columns of the data they take."""
+"""Importing a user's reward function by its name, `module:function`, and reading which columns of the data it takes."""
 
 import importlib
 import inspect
@@ -11,8 +11,8 @@ from rto_fast.system import deepspeed_import
 from rto_fast.system.process_state import users_settings
 
 
-def told(error: BaseException) -> str:
-    """Somebody else's error: its kind, what it says, and the line of code that raised it."""
+def describe(error: BaseException) -> str:
+    """The type and message of an error in a user's code, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
     text = said(error)
@@ -20,7 +20,11 @@ def told(error: BaseException) -> str:
 
 
 def import_function(path: str, key: str) -> Callable:
-    """The function that `module:function` names; `key` is the configuration key for messages."""
+    """Returns the function that `path` (`module:function`) names.
+
+    Raises:
+        ConfigError: There is no such function, or its module fails; begins with the configuration's `key`.
+    """
     module_name, _, name = path.partition(":")
     if not (module_name and name):
         dotted, _, last = path.rpartition(".")
@@ -35,9 +39,9 @@ def import_function(path: str, key: str) -> Callable:
             function = getattr(module, name) if found else None
     except Interrupted:
         raise
-    except BaseException as error:  # the module is somebody else's code, and a script may end itself
+    except BaseException as error:  # a user's module may raise anything; a script may call sys.exit
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-        reason = f"{type(error).__name__}: {error} in this folder or on PYTHONPATH" if absent else told(error)
+        reason = f"{type(error).__name__}: {error} in this folder or on PYTHONPATH" if absent else describe(error)
         raise ConfigError(f"{key}: cannot import {path!r} (expected module:function): {reason}") from error
     if not found:
         file = getattr(module, "__file__", None) or module_name
@@ -48,18 +52,19 @@ def import_function(path: str, key: str) -> Callable:
 
 
 class Parameters(NamedTuple):
-    """Of a reward function."""
+    """The parameters of a reward function."""
 
-    places: set[str]  # taken by the prompts and the responses
-    columns: set[str]  # that it can be given by name
-    required: list[str]  # of these, those that it cannot do without
-    takes_all: bool  # any column
+    places: set[str]  # names of the parameters that take the prompts and the responses
+    columns: set[str]  # names of the other parameters
+    required: list[str]  # those of `columns` that have no default
+    takes_all: bool  # it takes any column (**columns)
 
 
 def parameters_of(function: Callable, path: str, key: str) -> Parameters:
-    """
+    """Reads a function's signature.
+
     Raises:
-        ConfigError: it cannot be called as f(prompts, responses, column=…), or returns nothing but a generator.
+        ConfigError: The function cannot be called as f(prompts, responses, column=…), or is a generator.
     """
     shown = f"{key}: {path}"
     for code in (function, type(function).__call__):
@@ -69,7 +74,7 @@ def parameters_of(function: Callable, path: str, key: str) -> Parameters:
             )
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # one that is not written in Python: its first call shows
+    except (ValueError, TypeError):  # it is not written in Python: mistakes show in its first call
         return Parameters(set(), set(), [], False)
     try:
         places = {*signature.bind_partial([], []).arguments}

@@ -18,13 +18,17 @@ from rto_fast.training import ranks
 
 
 class RewardModel:
-    """Scores whole conversations with a sequence classification model of one label, as its own forward pass does: by the
-    last token that is no padding token of its config.
+    """Scores whole conversations with a sequence classifier of one label.
+
+    The score is read where the model's own forward pass reads it: at the last token that is not its config's padding token.
+    A response is tokenised anew from its text if the reward model has another vocabulary or chat template than the policy.
 
     Args:
-        model: from `load_scorer`. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
-            text if the reward model has another vocabulary, or a chat template of its own. max_tokens: packed into one
-            forward pass.
+        model: From `load_scorer`.
+        tokenizer: The reward model's tokenizer.
+        policy_tokenizer: The tokenizer that the completions' token ids come from.
+        prompt_format: `data.prompt_format`.
+        max_tokens: The most tokens in one forward pass.
     """
 
     def __init__(
@@ -42,16 +46,20 @@ class RewardModel:
         stop_ids = [] if self.same_tokens else stop_token_ids(tokenizer)
         self.encoder = None if self.same_tokens else ConversationEncoder(tokenizer, prompt_format, stop_ids, None)
 
-    def _ids(self, completion):
+    def _ids(self, completion: Completion) -> list[int]:
         prompt = completion.prompt
         if self.encoder is None:
             return prompt.prompt_ids + completion.response_ids
-        # not strict: a whole conversation is scored, and the policy may sample what no prompt of this template goes before
+        # Not strict: the policy may sample a response that this template could not have been a prompt of.
         row = [self.encoder.read(prompt.prompt, [completion.text], prompt.tools, strict=False)]
         return self.encoder.prompt_ids(row)[0] + self.encoder.response_ids(row, 0, completion.finished)[0]
 
     def __call__(self, completions: list[Completion]) -> torch.Tensor:
-        """[N] float32 scores on the model's device."""
+        """Returns the scores, [N] float32 on the model's device.
+
+        Raises:
+            RewardError: A conversation is longer than the model's context, or a score is not finite.
+        """
         sequences, context = [self._ids(c) for c in completions], context_of(self.model.config)
         longest = max(map(len, sequences), default=0)
         if context and longest > context:
@@ -65,7 +73,7 @@ class RewardModel:
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a reward model can be given the policy's ids as they are."""
+    """Whether a reward model reads the policy's token ids as they are meant."""
     own_template = tokenizer.chat_template not in (None, policy_tokenizer.chat_template)
     return same_vocabulary(tokenizer, policy_tokenizer) and not own_template
 
@@ -74,19 +82,22 @@ def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrained
 def score_sequences(
     model: PreTrainedModel, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Scores of sequences, [N] float32, packed `max_tokens` at a time.
+    """Returns the scores of N sequences, [N] float32.
 
     Args:
-        read: the position in each sequence whose score is taken; default: the last.
+        model: A sequence classifier with one label.
+        sequences: The token ids.
+        max_tokens: The most tokens in one forward pass.
+        read: The position in each sequence where its score is read; the last by default.
     """
     with resident(model):
         device = device_of(model)
 
-        def scores(run):
-            batch = pack_whole([sequences[i] for i in run], device)
+        def scores(indices: list[int]) -> torch.Tensor:
+            batch = pack_whole([sequences[i] for i in indices], device)
             last = batch.last
             if read is not None:
-                last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in run], device=device)
+                last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in indices], device=device)
             return token_scores(model, batch)[last]
 
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)

@@ -1,4 +1,4 @@
-"""Scores of any reward source, and their normalisation."""
+"""Scores by any judge, and their normalisation."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from rto_fast.system.process_state import users_settings
 
 @dataclass(frozen=True)
 class NormalizedScores:
-    """(score − mean) / std of a reward source, the statistics over held-out chosen and rejected responses."""
+    """(score − mean) / std of a reward source, with statistics over held-out chosen and rejected responses."""
 
     source: RewardModel | RewardFunction
     path: str  # the reward model's directory, or module:function
@@ -24,14 +24,13 @@ class NormalizedScores:
 
 
 def score_statistics(scores: torch.Tensor) -> tuple[float, float]:
-    """(mean, std) of [N] scores; a constant score is only centred."""
+    """Returns the mean and the standard deviation of scores [N]; 1 for the deviation of constant scores."""
     std = scores.std(correction=0).item()
     return scores.mean().item(), std if std > 1e-6 else 1.0
 
 
 def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
-    """[N] scores by any judge: one that is not of this module is somebody's function, and is called like one, with
-    completions that are its own to edit."""
+    """Returns the scores [N] by any judge; one that is not of this package is called as a user's function is."""
     if isinstance(judge, (RewardModel, RewardFunction, NormalizedScores)):
         return judge(completions)
     with users_settings():

@@ -283,7 +283,10 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
         "--eval.prompts",
         "2",
     ]
-    program = "from rto_fast import train; from rto_fast.reporting import finish; finish.report_run = lambda *_: None; train.command()"
+    program = (
+        "from rto_fast import train; from rto_fast.reporting import finish; finish.report_run = lambda *_: None; "
+        "train.command()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=tmp_path,
