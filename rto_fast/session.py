@@ -19,6 +19,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
 from rto_fast.models.loading import resolve_dtype
+from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
 from rto_fast.reporting.log import Finding, RunLog
 from rto_fast.reporting.public import public
@@ -147,7 +148,7 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     base = config.sft.model or config.model.path
     assert base  # a configuration without one is refused when it is read
     if base == "embedded" and not config.sft.model:
-        base = save_model(build_model(config.seed), build_tokenizer(), folder / "base")
+        base = save_model(Model(build_model(config.seed)), build_tokenizer(), folder / "base")
     dtype = resolve_dtype(config.model.dtype, device)
     session = open_session(config, supplied_models(config, base), device, dtype, log.say)
     return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack, segment_sum
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
 from rto_fast.rollout.shared import generate_shared
@@ -59,7 +59,7 @@ def evaluate_policies(
 
 
 def _evaluate_saved(session: TrainingSession, name: str, path: str, judge: Judge) -> Evaluation:
-    model = load_causal_lm(path, trainable=False, **session.placement)
+    model = Model(load_causal_lm(path, trainable=False, **session.placement))
     return _evaluate(session, name, build_engine(model, session.tokenizer, session.config.rollout), judge)
 
 
@@ -150,9 +150,7 @@ def respond(
     return rollout, completions_of(prompts, rollout.response_ids, rollout.finished, tokenizer)
 
 
-def measured_kl(
-    policy: nn.Module, reference: nn.Module, rollout: RolloutBatch, temperature: float, max_tokens: int
-) -> float:
+def measured_kl(policy: Model, reference: Model, rollout: RolloutBatch, temperature: float, max_tokens: int) -> float:
     """The mean k1 (see `kl_terms`) of a policy's rollout, in nats a response.
 
     Args:

@@ -8,6 +8,7 @@ from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.errors import ModelError
 from rto_fast.models.context import context_of, varying_rope
 from rto_fast.models.directory import load_tokenizer, model_config
+from rto_fast.models.model import ScoreStatistics
 from rto_fast.models.supplied import Supplied
 from rto_fast.reporting.log import Finding
 from rto_fast.rewards import same_tokens
@@ -123,7 +124,7 @@ def check_contexts(session: TrainingSession) -> None:
 def has_statistics(scorer: Supplied, trust_remote_code: bool) -> bool:
     """Whether a reward model brings the mean and std of its scores along, as those that are trained here do."""
     config = model_config(scorer.path, trust_remote_code=trust_remote_code)
-    return bool(getattr(config, "score_std", None))
+    return ScoreStatistics.of(config) is not None
 
 
 def check_judge(

@@ -60,8 +60,7 @@ def choose_scorer(
     else:
         assert reward_model  # supplied or trained where there is no function
         source, path = _load_reward_model(session, loader, reward_model), reward_model
-        if deviation := getattr(source.model.config, "score_std", None):
-            statistics = getattr(source.model.config, "score_mean", 0.0), deviation
+        statistics = source.model.scores
     if not config.rto.normalize_scores:
         return NormalizedScores(source, path)
     return NormalizedScores(source, path, *(statistics or _measured_statistics(session, source)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
@@ -12,7 +12,7 @@ from rto_fast.errors import RewardError
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
 from rto_fast.models.loading import read_position, token_scores
-from rto_fast.models.placement import device_of, resident
+from rto_fast.models.model import Model
 from rto_fast.rewards.completions import Completion, check_finite
 from rto_fast.training import ranks
 
@@ -24,7 +24,7 @@ class RewardModel:
     A response is tokenised anew from its text if the reward model has another vocabulary or chat template than the policy.
 
     Args:
-        model: From `load_scorer`.
+        model: A scorer.
         tokenizer: The reward model's tokenizer.
         policy_tokenizer: The tokenizer that the completions' token ids come from.
         prompt_format: `data.prompt_format`.
@@ -33,7 +33,7 @@ class RewardModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
@@ -80,7 +80,7 @@ def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrained
 
 @torch.no_grad()
 def score_sequences(
-    model: PreTrainedModel, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
+    model: Model, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Returns the scores of N sequences, [N] float32.
 
@@ -90,14 +90,14 @@ def score_sequences(
         max_tokens: The most tokens in one forward pass.
         read: The position in each sequence where its score is read; the last by default.
     """
-    with resident(model):
-        device = device_of(model)
+    with model.resident():
+        device = model.device
 
         def scores(indices: list[int]) -> torch.Tensor:
             batch = pack_whole([sequences[i] for i in indices], device)
             last = batch.last
             if read is not None:
                 last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in indices], device=device)
-            return token_scores(model, batch)[last]
+            return model.forward(token_scores, batch)[last]
 
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)

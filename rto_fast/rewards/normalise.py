@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rto_fast.models.model import ScoreStatistics
 from rto_fast.rewards.completions import Completion, Judge
 from rto_fast.rewards.function import RewardFunction, copies, numbers
 from rto_fast.rewards.model import RewardModel
@@ -23,10 +24,10 @@ class NormalizedScores:
         return (judged(self.source, completions) - self.mean) / self.std
 
 
-def score_statistics(scores: torch.Tensor) -> tuple[float, float]:
+def score_statistics(scores: torch.Tensor) -> ScoreStatistics:
     """Returns the mean and the standard deviation of scores [N]; 1 for the deviation of constant scores."""
     std = scores.std(correction=0).item()
-    return scores.mean().item(), std if std > 1e-6 else 1.0
+    return ScoreStatistics(scores.mean().item(), std if std > 1e-6 else 1.0)
 
 
 def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:

@@ -12,11 +12,12 @@ forward pass.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import Config
 from rto_fast.models.agreement import clip_width, mismatch, ppo_notices
+from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
 from rto_fast.rollout import RolloutBatch
 from rto_fast.training.response_logps import response_logps
@@ -31,7 +32,7 @@ def monitored_rows(count: int) -> range:
 
 def behaviour_logps(
     config: Config,
-    policy: nn.Module,
+    policy: Model,
     rollout: RolloutBatch,
     prompt_ids: list[list[int]],
     response_ids: list[list[int]],

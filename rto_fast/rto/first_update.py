@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.batch import pack
 from rto_fast.config import Config
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
-from rto_fast.models.placement import device_of, resident
+from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, IMPORTANCE_WEIGHT, MISMATCH_K3, MISMATCH_MEAN
 from rto_fast.rto.behaviour import monitored_rows
@@ -51,7 +51,7 @@ def check_first_rollout(
     return partial(check_ratio, config, noise, are_sampled(experience.mismatch))
 
 
-def forward_noise(config: Config, policy: nn.Module, experience: Experience) -> Noise:
+def forward_noise(config: Config, policy: Model, experience: Experience) -> Noise:
     """Measures what rounding does to the policy's training forward pass, on some of the responses that it sampled.
 
     Raises:
@@ -59,7 +59,7 @@ def forward_noise(config: Config, policy: nn.Module, experience: Experience) -> 
     """
     rows = monitored_rows(len(experience.response_ids))[:4]
     prompt_ids, response_ids = ([ids[i] for i in rows] for ids in (experience.prompt_ids, experience.response_ids))
-    mask = pack(prompt_ids, response_ids, device_of(policy)).response_mask
+    mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
     def logps(precise: bool) -> Tensor:
         max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
@@ -68,7 +68,7 @@ def forward_noise(config: Config, policy: nn.Module, experience: Experience) -> 
     own, truth, again = logps(False), logps(True), logps(True)
     apart = (truth - again).abs().mean().item()
     # Atomic additions may differ in the last bits of the higher precision, far below one bit of the model's own.
-    if not apart <= torch.finfo(next(policy.parameters()).dtype).eps * truth.abs().mean().item():
+    if not apart <= torch.finfo(policy.dtype).eps * truth.abs().mean().item():
         raise TrainingError(
             f"the probability ratio of the very first update is not 1: two passes of the policy over the same responses are "
             f"{apart:.2g} nats a token apart. Its forward pass {NOT_REPEATABLE}"
@@ -182,12 +182,12 @@ def check_reference(config: Config, models: Models, experience: Experience, kl: 
 
 def check_dpo_model(session: TrainingSession, models: Models) -> None:
     """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
-    pairs = session.data.held_out_pairs[:CHECKED_PAIRS]
-    if not pairs:
+    pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.config.rto.micro_batch_tokens
+    if not pairs or models.dpo is None:
         return
     logps = []
     for model in (models.dpo, models.dpo_reference or models.reference):
-        with resident(model):
-            logps.append(pair_logps(model, pairs, session.config.rto.micro_batch_tokens))
+        with model.resident():
+            logps.append(pair_logps(model, pairs, max_tokens))
     if finding := preference_finding(logps[0] - logps[1], supplied=True):
         session.log.warning("dpo", 0, *finding)

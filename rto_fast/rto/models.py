@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.config import Config
 from rto_fast.models.loading import token_scores
+from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.rewards import Judge, NormalizedScores
 from rto_fast.training.loader import Loader
 from rto_fast.training.ranks import map_items
@@ -17,11 +18,11 @@ from rto_fast.training.ranks import map_items
 class Models:
     """The policy and the critic are trained; the others are frozen."""
 
-    policy: nn.Module
-    reference: nn.Module  # π_ref of the KL penalty
-    dpo: nn.Module | None  # None: no dense reward
-    dpo_reference: nn.Module | None  # None: the same as `reference`
-    critic: nn.Module | None  # None: advantages without a baseline
+    policy: Model
+    reference: Model  # π_ref of the KL penalty
+    dpo: Model | None  # None: no dense reward
+    dpo_reference: Model | None  # None: the same as `reference`
+    critic: Model | None  # None: advantages without a baseline
     scorer: Judge | None  # completions → [N] scores; None: every score is 0
     origins: tuple[str, str] | None = None  # where the policy and the reference were loaded from
 
@@ -37,7 +38,7 @@ def load_models(
     """
     rto = config.rto
 
-    def frozen(path: str) -> nn.Module:
+    def frozen(path: str) -> Model:
         return loader.frozen("causal_lm", path)
 
     start, reference = dpo if dpo and rto.init_from == "dpo" else sft, rto.ref_model or sft
@@ -56,7 +57,7 @@ def load_models(
     )
 
 
-def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_head: bool) -> nn.Module:
+def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_head: bool) -> Model:
     """Loads a critic that predicts in the units of the scores.
 
     A critic that starts from the reward model takes over the mean and the standard deviation by which the scores are
@@ -67,19 +68,19 @@ def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_
     """
     critic = loader.trained("scorer", path, new_head)
     if scorer is not None and path == scorer.path:
-        critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
+        critic.scores = ScoreStatistics(scorer.mean, scorer.std)
     return critic
 
 
-def critic_values(critic: nn.Module, batch: PackedBatch) -> Tensor:
+def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
     """The value of each state of a packed batch, [T], in the units of the normalised scores."""
-    mean, std = getattr(critic.config, "score_mean", 0.0), getattr(critic.config, "score_std", 1.0)
-    return (token_scores(critic, batch) - mean) / std
+    mean, std = critic.scores or ScoreStatistics()
+    return (critic.forward(token_scores, batch) - mean) / std
 
 
 @torch.no_grad()
 def rollout_values(
-    critic: nn.Module, prompt_ids: list[list[int]], response_ids: list[list[int]], max_tokens: int, device: str
+    critic: Model, prompt_ids: list[list[int]], response_ids: list[list[int]], max_tokens: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """Evaluates the critic on a rollout, `max_tokens` at a time.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
-from rto_fast.models.placement import vocabulary_of
+from rto_fast.models.model import vocabulary_of
 from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.metric_names import KL, MICRO_BATCH_TOKENS
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
@@ -27,8 +27,9 @@ from rto_fast.rto.token_records import recorded_iterations, token_records
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.schedule import ScheduledOptimizer
 from rto_fast.training.steps import count_steps
 from rto_fast.training.zero import release
 
@@ -64,7 +65,7 @@ class RTOTrainer:
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
-            self.delimiters = delimiter_table(tokenizer, vocabulary_of(models.policy), rto.delimiters, device)
+            self.delimiters = delimiter_table(tokenizer, vocabulary_of(models.policy.module), rto.delimiters, device)
 
     def _count_steps(self) -> tuple[int, int]:
         """The number of iterations, those done included, and of optimizer steps still to come."""
@@ -141,9 +142,9 @@ class RTOTrainer:
         for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
             release(frozen)
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
-        return optimizers | {"order": self.order, "accumulator": self.accumulator}
+        return {**optimizers, "order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: part.state_dict() for name, part in self._parts().items()}

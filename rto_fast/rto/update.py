@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import Config, RTOConfig
 from rto_fast.models.loading import forward_hidden, output_head
-from rto_fast.models.placement import whole_forward
+from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
 from rto_fast.rto.experience import Experience
@@ -19,7 +20,7 @@ from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator, add_to
-from rto_fast.training.optimizer import Schedule
+from rto_fast.training.schedule import ScheduledOptimizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MicroBatch:
 def update(
     config: Config,
     models: Models,
-    optimizers: Mapping[str, Schedule],
+    optimizers: Mapping[str, ScheduledOptimizer],
     experience: Experience,
     rewards: TokenRewards,
     seed: int,
@@ -131,21 +132,20 @@ def pack_micro_batch(
 
 
 def policy_pass(
-    config: Config, policy: nn.Module, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    config: Config, policy: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the policy; returns metrics that add up over micro-batches."""
-    loss, metrics = policy_loss(policy, micro_batch, config.rto, config.rollout.temperature)
+    loss, metrics = policy.forward(policy_loss, micro_batch, config.rto, config.rollout.temperature)
     optimizer.backward(factor * loss)
     return metrics
 
 
-@whole_forward
 def policy_loss(
-    model: nn.Module, micro_batch: MicroBatch, rto: RTOConfig, temperature: float
+    module: PreTrainedModel, micro_batch: MicroBatch, rto: RTOConfig, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss straight from the hidden states; see `rto_fast.ops.linear_ppo_loss`."""
     batch, mask = micro_batch.batch, micro_batch.batch.response_mask
-    hidden, head = forward_hidden(model, batch), output_head(model)
+    hidden, head = forward_hidden(module, batch), output_head(module)
     options: dict[str, Any] = {
         "weights": micro_batch.policy_weights,
         "num_items": micro_batch.num_items,
@@ -173,7 +173,7 @@ def policy_loss(
 
 
 def value_pass(
-    rto: RTOConfig, critic: nn.Module, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    rto: RTOConfig, critic: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the critic; returns metrics that add up over micro-batches."""
     loss, metrics = ppo_value_loss(

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.batch import pack, segment_sum
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps
-from rto_fast.models.placement import device_of
+from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import ACCURACY, HELD_OUT_ACCURACY, LOSS, LR, MARGIN, TOKENS_PER_SECOND
 from rto_fast.session import TrainingSession
@@ -25,16 +25,16 @@ from rto_fast.training.supervised import SupervisedTrainer
 CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
 
 
-def _side_logps(model: nn.Module, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected responses, EOS included: [N] each, nats."""
-    prompts, device = [p.prompt_ids for p in pairs], device_of(model)
-    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
-    chosen, rejected = segment_sum(causal_logps(model, batch), batch.cu_seqlens).chunk(2)
+    prompts = [p.prompt_ids for p in pairs]
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
+    chosen, rejected = segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
     return chosen, rejected
 
 
 @torch.no_grad()
-def pair_logps(model: nn.Module, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
+def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
     """Summed log-probs of chosen and rejected responses, [len(pairs), 2] float32 on the CPU, `max_tokens` at a time."""
 
     def logps(rows: list[int]) -> Tensor:
@@ -66,7 +66,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND)
     train("dpo", trainer, log, session.checkpoints, stage.save_every, shown)
-    model.eval()
+    model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):
             change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference

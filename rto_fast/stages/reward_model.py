@@ -43,22 +43,22 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = pack_whole(_sides([pairs[i] for i in rows]), session.device)
-        chosen, rejected = token_scores(model, batch)[batch.last].chunk(2)
+        chosen, rejected = model.forward(token_scores, batch)[batch.last].chunk(2)
         share = 1.0 / len(step_items)
         return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, LR, TOKENS_PER_SECOND)
     train("reward_model", trainer, log, session.checkpoints, stage.save_every, shown)
-    model.eval()
+    model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
         metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
     scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)
     chosen, rejected = scores.chunk(2)
-    model.config.score_mean, model.config.score_std = score_statistics(scores)
+    model.scores = statistics = score_statistics(scores)
     accuracy = (chosen > rejected).float().mean().item()
-    log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: model.config.score_std})
+    log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: statistics.std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {kind} pairs ranked right")
     path = save_model(model, session.tokenizer, session.folder / "reward_model", session.stop_ids)
     trainer.release()

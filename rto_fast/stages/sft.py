@@ -25,7 +25,7 @@ def train_sft(session: TrainingSession, base: str) -> str:
         batch = pack(prompts, responses, session.device, loss_on_prompt=stage.loss_on_prompt)
         step = [sequences[i] for i in step_items]
         total = sum(len(s.response_ids) + stage.loss_on_prompt * (len(s.prompt_ids) - 1) for s in step)
-        return -causal_logps(model, batch).sum() / total, {}
+        return -model.forward(causal_logps, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
