@@ -18,7 +18,6 @@ OPTIONS = """
 --threads 1 --data.limit 64 --data.held_out 8 --eval.prompts 16 --rollout.max_new_tokens 12
 --sft.batch_size 40 --reward_model.max_steps 4 --dpo.max_steps 4 --dpo.batch_size 8 --rto.iterations null
 --rto.prompts_per_rollout 16 --rto.batch_size 8 --eval.every 2 --eval.keep_best true
-from rto_fast.models.model import Model
 """.split()
 EVERY_STEP = [f"--{stage}.save_every=1" for stage in ("sft", "reward_model", "dpo", "rto")]
 # A run without its report, which takes most of its time.
