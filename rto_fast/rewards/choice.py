@@ -5,6 +5,7 @@ from typing import NamedTuple
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.models.directory import load_tokenizer
+from rto_fast.models.model import ScoreStatistics
 from rto_fast.rewards.completions import Judge, completions_of_pairs
 from rto_fast.rewards.function import RewardFunction
 from rto_fast.rewards.model import RewardModel
@@ -54,7 +55,7 @@ def choose_scorer(
     if not config.needs_reward_model:
         return None
     source: RewardFunction | RewardModel
-    statistics: tuple[float, float] | None = None
+    statistics = None
     if function:
         source, path = function, function.path
     else:
@@ -77,7 +78,7 @@ def _load_reward_model(session: TrainingSession, loader: Loader, path: str) -> R
     )
 
 
-def _measured_statistics(session: TrainingSession, source: RewardFunction | RewardModel) -> tuple[float, float]:
+def _measured_statistics(session: TrainingSession, source: RewardFunction | RewardModel) -> ScoreStatistics:
     """Mean and standard deviation of the scores of the preference pairs' responses."""
     if not session.config.data.preferences:
         raise ConfigError(
@@ -85,9 +86,9 @@ def _measured_statistics(session: TrainingSession, source: RewardFunction | Rewa
             "which is not given; give it, or set this to false"
         )
     pairs = session.data.held_out_pairs or session.data.pairs
-    mean, std = score_statistics(source(completions_of_pairs(pairs, session.stop_ids, session.tokenizer)))
-    session.log.say(f"scores: mean {mean:.3g}, std {std:.3g} over {len(pairs)} pairs")
-    return mean, std
+    statistics = score_statistics(source(completions_of_pairs(pairs, session.stop_ids, session.tokenizer)))
+    session.log.say(f"scores: mean {statistics.mean:.3g}, std {statistics.std:.3g} over {len(pairs)} pairs")
+    return statistics
 
 
 def choose_judge(

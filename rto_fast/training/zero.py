@@ -34,7 +34,7 @@ def engine_config(
         settings: of the run.
         stage: of ZeRO.
         dtype: of the weights.
-        elements: the number of weights that are trained.
+        elements: the number of weights that are trained; 0 if the model is only evaluated.
         max_grad_norm: see `sft.max_grad_norm`.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}

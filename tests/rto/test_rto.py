@@ -196,10 +196,8 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
     policy_loss = value_loss = 0.0
     tokens = sum(map(len, RESPONSES))
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        with (
-            attention_implementation(models.policy.module, "eager"),
-            attention_implementation(models.critic.module, "eager"),
-        ):
+        policy, critic = models.policy.module, models.critic.module
+        with attention_implementation(policy, "eager"), attention_implementation(critic, "eager"):
             rows = models.policy.module(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
             hidden = models.critic.module.model(torch.tensor([prompt + response])).last_hidden_state[0]
         values = (models.critic.module.score(hidden)[:, 0] - 0.3) / 1.7
