@@ -116,8 +116,9 @@ class Measurement:
                 prompt_format=options.prompt_format,
                 max_tokens=options.micro_batch_tokens,
             )
-            # The scores are normalised as in training, if the model brings its statistics.
-            judge = NormalizedScores(scorer, options.reward_model, *model.scores) if model.scores else scorer
+            judge: Judge = scorer
+            if model.scores:  # as in training, where policies meet these scores
+                judge = NormalizedScores(scorer, options.reward_model, *model.scores)
             yield "reward_model", judge, mean
 
     def _reward(
