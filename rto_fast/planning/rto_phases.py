@@ -29,6 +29,7 @@ from rto_fast.planning.passes import (
 )
 from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
+from rto_fast.rollout.scheduler import PREFILL_TOKENS
 from rto_fast.rto.models import frozen_paths
 from rto_fast.training.steps import count_steps
 
@@ -136,10 +137,7 @@ class RTOPlanner:
         samples = max(1, round(self._responses / setting.ranks))
         slots = min(rollout.batch_size, samples)
         longest = items.longest - round(items.response) + rollout.max_new_tokens
-        wanted, least = (
-            cache_bytes(shape, longest, n, config.rto.samples_per_prompt, rollout.page_size, setting)
-            for n in (slots, 1)
-        )
+        wanted, least = (cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1))
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
         room = self.machine.memory - self._states.total - copy
@@ -148,7 +146,7 @@ class RTOPlanner:
             budget = rollout.kv_cache_gib * GIB
         return Memory(
             weights=copy,
-            activations=forward_activations(shape, min(rollout.prefill_tokens, slots * items.prompt), setting),
+            activations=forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
             kv=min(wanted, budget) if budget >= least else wanted,
             workspace=decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
@@ -157,7 +155,7 @@ class RTOPlanner:
         """The models score one after another, each in micro-batches; the largest of them counts."""
         setting = self.setting
         share = self._responses / setting.ranks * self._mean
-        tokens = min(max(self.config.rto.micro_batch_tokens, self.items.longest), share)
+        tokens = min(max(self.config.model.micro_batch_tokens, self.items.longest), share)
         labelled = tokens * self.items.response / self._mean
         uses = []
         for shape, parameters, is_scorer in self._frozen:
@@ -178,7 +176,13 @@ class RTOPlanner:
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
         policy = step_work(
-            self._mean, items.longest, items.response, batch, rto.micro_batch_tokens, setting, "linear_ppo_loss"
+            self._mean,
+            items.longest,
+            items.response,
+            batch,
+            self.config.model.micro_batch_tokens,
+            setting,
+            "linear_ppo_loss",
         )
         kept = [gradients(parameters, setting) for _, parameters in self._trained]
         candidates = []

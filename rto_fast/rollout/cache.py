@@ -39,7 +39,7 @@ def choose_page_size(configured: int | None, longest: int, is_cuda: bool) -> int
     """Tokens in a page.
 
     Args:
-        configured: `rollout.page_size`.
+        configured: a size to use instead, or None.
         longest: tokens of the longest sequence, its prompt included.
     """
     # A CPU can read a sequence in place if it is one page; unused memory of a page costs nothing there.
