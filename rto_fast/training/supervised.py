@@ -10,9 +10,10 @@ from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.steps import count_steps
+from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.steps import count_steps, stage_steps
 
 
 class SupervisedTrainer:
@@ -37,7 +38,7 @@ class SupervisedTrainer:
         fingerprint: str = "",
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
-        self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
+        self.steps = stage_steps(stage, len(lengths))
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
@@ -72,7 +73,7 @@ class SupervisedTrainer:
         """Gives back what the stage holds beside the model's weights."""
         self.optimizer.release()
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self) -> dict[str, Any]:

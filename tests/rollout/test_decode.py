@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import costs
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.planning import costs
 from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, verify
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
