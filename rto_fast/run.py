@@ -303,7 +303,7 @@ class Run:
 
             return write_report([self.folder])
         except Exception as error:
-            self.log.say(f"report: not written ({error_line(error, kind=True)})")
+            self.log.say(f"report: not written ({error_line(error, with_type=True)})")
             return None
 
     def publish(self) -> None:
@@ -316,7 +316,7 @@ class Run:
 
             self.log.say(f"model card: {write_model_card(self.folder)}")
         except Exception as error:
-            self.log.say(f"model card: not written ({error_line(error, kind=True)})")
+            self.log.say(f"model card: not written ({error_line(error, with_type=True)})")
         if not hub.repo:
             return
         try:

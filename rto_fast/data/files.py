@@ -17,7 +17,7 @@ from typing import Any
 
 from rto_fast.data.budget import Budget, size_of
 from rto_fast.data.json_rows import LONGEST_ROW, Row, json_lines, json_rows, read_lines
-from rto_fast.errors import DataError, said
+from rto_fast.errors import DataError, error_text
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 
@@ -82,7 +82,7 @@ def _text_rows(path: Path, name: str, max_unpacked_gib: float) -> Iterator[tuple
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
     except (OSError, EOFError, zlib.error) as error:  # a damaged gzip raises any of them
-        raise DataError(f"{path}: cannot be read: {said(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error_text(error, with_type=False)}") from error
 
 
 def _parquet_rows(path: Path, budget: Budget) -> Iterator[tuple[str, Row]]:
@@ -98,9 +98,9 @@ def _parquet_rows(path: Path, budget: Budget) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); write the file again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {said(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error_text(error)}") from error
     except (ValueError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file: {said(error)}") from error
+        raise DataError(f"{path}: not a readable parquet file: {error_text(error)}") from error
 
 
 def without_filled_keys(row: dict[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,10 @@ from rto_fast.data.arrow_files import check_arrow_files
 from rto_fast.data.budget import Budget
 from rto_fast.data.detection import find_layout
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
-from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
+from rto_fast.data.layouts import ROLES, Example, check_columns, role_values, to_example
+from rto_fast.errors import DataError, error_text
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import advance
-
-__all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
 
 WINDOW = 1000  # rows that tell the layout
 OBJECTS_PER_BYTE = 16  # bytes of Python's objects for a byte of a saved data set that is not packed, at most
@@ -274,9 +273,8 @@ def _saved_rows(folder: Path, split: str, max_unpacked_gib: float) -> _DatasetRo
     except DataError:
         raise
     except Exception as error:  # a JSON file of another kind, or a schema that `datasets` does not know, ends in any
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{folder}: not a data set that can be read ({type(error).__name__}: {reason}); save it again "
+            f"{folder}: not a data set that can be read ({error_text(error, with_type=True)}); save it again "
             "with save_to_disk"
         ) from error
     if isinstance(dataset, DatasetDict):
@@ -295,9 +293,8 @@ def _hub_errors(source, split):
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {reason}; "
+            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {error_text(error)}; "
             "check the name, the split and the network, or give a local copy"
         ) from error
 

@@ -33,7 +33,7 @@ from rto_fast.data.messages import (
     thought_in_text,
     thought_of,
 )
-from rto_fast.errors import DataError, said
+from rto_fast.errors import DataError, error_text
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -145,7 +145,7 @@ class ChatTemplate:
             if isinstance(error, DataError):
                 raise error
         own = [error for error in failures if type(error) is jinja2.TemplateError]  # its raise_exception
-        reason = said(own[0]) if own else f"{type(failures[0]).__name__}: {said(failures[0])}"
+        reason = error_text(own[0], with_type=False) if own else error_text(failures[0], with_type=True)
         roles = ", ".join(message["role"] for message in [*prompt, *given[:1]])
         raise DataError(f"the chat template refuses roles {roles}: {reason}") from (own or failures)[0]
 
@@ -217,7 +217,7 @@ class ChatTemplate:
                 failures.append(error)
         raise DataError(
             f"the chat template of {self.tokenizer.name_or_path} does not render a question and its answer: "
-            f"{type(failures[0]).__name__}: {said(failures[0])}; mend it "
+            f"{error_text(failures[0], with_type=True)}; mend it "
             "(chat_template.jinja, or chat_template in tokenizer_config.json), or give data.prompt_format: text"
         ) from failures[0]
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from rto_fast.errors import ConfigError
-from rto_fast.models.directory import first_line
+from rto_fast.errors import ConfigError, error_text
 
 # Public models that a configuration may name without having them on disk, as their config.json says.
 _LLAMA3_8B = {
@@ -117,7 +116,7 @@ def shape_of(config, name: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # from code that we do not know
         raise ConfigError(
-            f"{name}: {config.model_type} cannot be a causal language model: {first_line(error)}"
+            f"{name}: {config.model_type} cannot be a causal language model: {error_text(error)}"
         ) from error
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     matrices = [

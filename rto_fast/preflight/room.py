@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, error_text
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.outline import Items, Plan
 from rto_fast.planning.phases import make_plan
@@ -74,7 +74,7 @@ def _look(run):
         machine = local_machine(device, ranks.world_size())
         plan = make_plan(config, machine, run_items(run))
     except Exception as error:  # a prediction that fails costs a line and never the run
-        run.log.say(f"plan: none ({type(error).__name__}: {str(error).splitlines()[0]})")
+        run.log.say(f"plan: none ({error_text(error, with_type=True)})")
         return None
     free, peak = free_memory(device), plan.peak
     where = f"the {machine.device.name}'s memory" if machine.device else "memory a process"

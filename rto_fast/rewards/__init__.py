@@ -17,7 +17,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
-from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError, said
+from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError, error_text
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
 from rto_fast.models.loading import read_position, token_scores
@@ -147,8 +147,7 @@ def _told(error: BaseException) -> str:
     """Somebody else's error: its kind, what it says, and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
-    text = said(error)
-    return f"{type(error).__name__}{text and f': {text}'}{where}"
+    return f"{error_text(error, with_type=True)}{where}"
 
 
 def import_function(path: str, key: str) -> Callable:
@@ -246,7 +245,7 @@ def _numbers(scores: Any, source: str) -> torch.Tensor:
         return torch.tensor(scores, dtype=torch.float32, device="cpu")
     except Exception as error:  # each kind of object fails somewhere else in torch, and none of them names it
         raise RewardError(
-            f"{source}: returned a {kind}, expected a list of one number a response: {said(error)}"
+            f"{source}: returned a {kind}, expected a list of one number a response: {error_text(error, with_type=False)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
-from rto_fast.errors import ConfigError, ModelError, RolloutError
+from rto_fast.errors import ConfigError, ModelError, RolloutError, error_text
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.training.launch import from_environment, local_rank
@@ -38,10 +38,6 @@ def request_seed(seed, prompt, sample):
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
         state ^= state >> 31
     return state >> 1
-
-
-def in_one_line(error):
-    return " ".join(str(error).split())[:400]
 
 
 class VLLMEngine:
@@ -85,7 +81,7 @@ class VLLMEngine:
                 # The logprobs of the distribution drawn from, after temperature and filters.
                 self.llm = vllm.LLM(folder, logprobs_mode="processed_logprobs", **options)
             except self.refusals as error:
-                raise ConfigError(f"rollout.vllm: {in_one_line(error)}") from error
+                raise ConfigError(f"rollout.vllm: {error_text(error, with_type=False)}") from error
         self._sleep()
 
     def generate(
@@ -145,7 +141,7 @@ class VLLMEngine:
             params = [self._params(sampling, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
             outputs = self.llm.generate(requests, params, use_tqdm=False)
         except self.refusals as error:
-            raise RolloutError(f"vllm: {in_one_line(error)}") from error
+            raise RolloutError(f"vllm: {error_text(error, with_type=False)}") from error
         return [output.outputs[0] for output in outputs]
 
     def _params(self, sampling, limit, seed):

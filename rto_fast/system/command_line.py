@@ -6,18 +6,14 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from rto_fast.errors import Interrupted, UserError
+from rto_fast.errors import Interrupted, UserError, error_text
 from rto_fast.system import deepspeed_import, terminal
 from rto_fast.system.progress import shown
 
 
-def error_line(error: BaseException, kind: bool = False) -> str:
-    """What is said of an error, its notes included. Messages quote data, files and other people's errors: no line breaks,
-    nothing that a terminal would obey. kind: its type's name goes first."""
-    parts = [type(error).__name__] if kind or not str(error) else []
-    text = ": ".join([*parts, *filter(None, [str(error)])])
-    lines = "; ".join([text, *getattr(error, "__notes__", [])]).splitlines()
-    return terminal.one_line(" ".join(filter(None, map(str.strip, lines))))  # spaces inside a line may be a path's
+def error_line(error: BaseException, with_type: bool | None = None) -> str:
+    """The message of an error with its notes, printable on one line; see `error_text`."""
+    return terminal.one_line(error_text(error, with_type, with_notes=True))
 
 
 def exit_code(stop: Interrupted) -> int:

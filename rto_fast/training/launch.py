@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.config.fields import CountOr0
 from rto_fast.config.options import argument
-from rto_fast.errors import ConfigError, Interrupted, UserError
+from rto_fast.errors import ConfigError, Interrupted, UserError, error_text
 from rto_fast.system.command_line import error_line, exit_code
 from rto_fast.system.terminal import say
 from rto_fast.training.run_lock import release_all
@@ -80,7 +80,7 @@ def joined(use_deepspeed=False):
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
-            f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})"
+            f"them with torchrun, deepspeed or srun ({error_text(error, with_type=False)})"
         ) from error
     store.set_timeout(WAIT)
     if local_rank() < torch.cuda.device_count():  # else the run says so, or wants the CPU
@@ -175,7 +175,7 @@ class Watch:
     def fail(self, error):
         """Tells the other ranks why this one ends, and with which exit code."""
         self.stopped.set()
-        failure = f"rank {self.rank}: {error_line(error, kind=not isinstance(error, UserError))}", 1
+        failure = f"rank {self.rank}: {error_line(error, with_type=not isinstance(error, UserError))}", 1
         if isinstance(error, Interrupted):
             failure = str(error), exit_code(error)
         with contextlib.suppress(RuntimeError, dist.DistError):
