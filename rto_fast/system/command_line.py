@@ -1,4 +1,4 @@
-"""What the commands share: a mistake of the user ends in one line, not in a traceback."""
+"""Runs a command: a mistake of the user ends it with one line instead of a traceback."""
 
 import os
 import signal
@@ -17,16 +17,16 @@ def error_line(error: BaseException, with_type: bool | None = None) -> str:
 
 
 def exit_code(stop: Interrupted) -> int:
-    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # a scheduler that asks for an end gets one
+    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # to a scheduler a job that obeyed has not failed
 
 
-def _tell(text):
+def _tell(text: str) -> None:
     if terminal.speaks():
         terminal.say(f"rto_fast: {text}", err=True)
 
 
 def _end_at_next_signal() -> None:
-    """What is still to be ended, threads and libraries, may hang."""
+    """Lets a second signal end the process, because threads and libraries may hang while they are closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -34,20 +34,24 @@ def _end_at_next_signal() -> None:
 def run_command(
     main: Callable[[list[str]], object], *, interrupted: str | None = None, only_prints: bool = False
 ) -> None:
-    """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
+    """Calls `main` with the command line's arguments. The exit code is 2 after a mistake and 130 after Ctrl-C. The argument
+    `--debug`, which `main` does not see, shows the traceback of a mistake instead of one line.
 
     Args:
-        interrupted: what is said after Ctrl-C. `--debug`, taken from the arguments, shows the traceback of a mistake instead
-            of one line. only_prints: nothing else comes of `main`, so it may end when nobody reads any more (`| head`).
+        main: the command.
+        interrupted: the message after Ctrl-C.
+        only_prints: `main` does nothing but print, so the process ends when its output is no longer read (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with warnings.catch_warnings(), deepspeed_import.hidden(), shown():
             terminal.protect(only_prints)
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # of users' functions; `python -m` has it there, the script `rto-fast` not
+                sys.path.append(
+                    os.getcwd()
+                )  # for users' functions: `python -m` adds it, the script `rto-fast` does not
             main([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
+    except (UserError, OSError) as error:  # OSError: of a disk, a folder or a network
         if "--debug" in sys.argv:
             raise
         _tell(error_line(error))
