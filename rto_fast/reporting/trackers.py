@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rto_fast.errors import CheckpointError, ConfigError
 from rto_fast.reporting.metric_names import SECONDS
@@ -83,7 +83,7 @@ class Service:
         ConfigError: the module is not installed.
     """
 
-    def __init__(self, name: str, project: str, run: str, config: dict[str, Any]):
+    def __init__(self, name: str, project: str, run: str, config: object):
         try:
             self.module = importlib.import_module(name)
         except ImportError as error:

@@ -1,10 +1,11 @@
 """Runs a command: a mistake of the user ends it with one line instead of a traceback."""
 
+import contextlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from rto_fast.errors import Interrupted, UserError, error_text
 from rto_fast.system import deepspeed_import, terminal
@@ -31,18 +32,19 @@ def _end_at_next_signal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_command(
-    main: Callable[[list[str]], object], *, interrupted: str | None = None, only_prints: bool = False
-) -> None:
-    """Calls `main` with the command line's arguments. The exit code is 2 after a mistake and 130 after Ctrl-C. The argument
-    `--debug`, which `main` does not see, shows the traceback of a mistake instead of one line.
+@contextlib.contextmanager
+def as_command(*, interrupted: str | None = None, only_prints: bool = False) -> Iterator[None]:
+    """Runs the body as a command: a mistake ends the process with one line and exit code 2, Ctrl-C with exit code 130.
+
+    `--debug` is taken out of `sys.argv`; with it a mistake shows its traceback.
 
     Args:
-        main: the command.
         interrupted: the message after Ctrl-C.
-        only_prints: `main` does nothing but print, so the process ends when its output is no longer read (`| head`).
+        only_prints: the command does nothing but print, so it ends when its output is no longer read (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with warnings.catch_warnings(), deepspeed_import.hidden(), shown():
             terminal.protect(only_prints)
@@ -50,9 +52,9 @@ def run_command(
                 sys.path.append(
                     os.getcwd()
                 )  # for users' functions: `python -m` adds it, the script `rto-fast` does not
-            main([argument for argument in sys.argv[1:] if argument != "--debug"])
+            yield
     except (UserError, OSError) as error:  # OSError: of a disk, a folder or a network
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _tell(error_line(error))
         sys.exit(2)
