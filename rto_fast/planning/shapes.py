@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rto_fast.data.world import model_config
-from rto_fast.errors import ConfigError
-from rto_fast.models.directory import first_line
+from rto_fast.errors import ConfigError, error_text
 
 # Public models that can be planned without their files, with the sizes of their config.json.
 _LLAMA3_8B = {
@@ -124,7 +123,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the model's own code may raise anything
         raise ConfigError(
-            f"{name}: {config.model_type} cannot be a causal language model: {first_line(error)}"
+            f"{name}: {config.model_type} cannot be a causal language model: {error_text(error)}"
         ) from error
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     matrices = [
