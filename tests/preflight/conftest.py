@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     mixed.write_text(json.dumps(json.loads(mixed.read_text()) | {"intermediate_size": 96}))
     scaled, varying = ({"rope_type": kind, "factor": 8.0} for kind in ("linear", "dynamic"))
     for name, settings in {
-        "gpt2_short": {"architecture": "gpt2", "n_positions": 10},
+        "gpt2_short": {"architecture": "gpt2", "max_position_embeddings": 10},
         "short": {"max_position_embeddings": 10},
         "middle": {"max_position_embeddings": 40},
         "scaled": {"max_position_embeddings": 10, "rope_scaling": scaled},
