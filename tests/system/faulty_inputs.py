@@ -7,6 +7,7 @@ import shutil
 import torch
 
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
+from rto_fast.models.model import Model
 from rto_fast.training.saving import save_model
 
 ROWS = preference_rows(40, seed=3)
@@ -65,7 +66,7 @@ FILES = {
 def write_models(folder):
     """`model`, and copies that cannot be used."""
     model, tokenizer = build_model(0), build_tokenizer()
-    save_model(model, tokenizer, folder / "model")
+    save_model(Model(model), tokenizer, folder / "model")
     weights = (folder / "model" / "model.safetensors").read_bytes()
     for name in ("bare", "endless", "larger", "weightless", "pickled", "cut"):
         shutil.copytree(folder / "model", folder / name)

@@ -11,6 +11,7 @@ import torch
 
 from rto_fast.config import load_config
 from rto_fast.errors import CheckpointError
+from rto_fast.models.model import Model
 from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.state_files import find_damage, load_state, save_state
@@ -172,7 +173,7 @@ def trainer():
     def loss(run, chosen):
         return model(torch.ones(3)).square().sum(), {}
 
-    return SupervisedTrainer(model, config.sft, [5] * 20, loss, config, print, "data")
+    return SupervisedTrainer(Model(model), config.sft, [5] * 20, loss, config, print, "data")
 
 
 def places(state, before=()):
