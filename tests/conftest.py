@@ -6,6 +6,7 @@ where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses wo
 """
 
 import contextlib
+import gc
 import os
 import signal
 from importlib.util import find_spec
@@ -22,6 +23,12 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_finish():
+    """Keeps what is imported by now out of garbage collection: a run collects after each stage, over a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
