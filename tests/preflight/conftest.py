@@ -15,7 +15,6 @@ from rto_fast import evaluate, train
 from rto_fast.config import load_config
 from rto_fast.data.world import build_model, preference_rows
 from rto_fast.errors import UserError
-from rto_fast.run import Run
 from rto_fast.training.stop import StopRequest
 from tests.preflight.supplied import SHORT, config_of, scorer, write
 
@@ -54,7 +53,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("rto_fast.run.Run.report", lambda self: None)
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +70,7 @@ def refused(parsed, monkeypatch, capsys, tmp_path):
         raise AssertionError("something ran")
 
     def refused(*arguments, command=train):
-        monkeypatch.setattr("rto_fast.run.Run.train_sft", begins)
+        monkeypatch.setattr("rto_fast.training.checkpoint.Checkpoints.resumable", begins)
         monkeypatch.setattr("rto_fast.evaluation.measure.Measurement.results", begins)
         capsys.readouterr()
         with pytest.raises(UserError) as stop:
@@ -82,7 +81,7 @@ def refused(parsed, monkeypatch, capsys, tmp_path):
                 *groups, name = option.removeprefix("--").split(".")
                 setattr(functools.reduce(getattr, groups, config), name, yaml.safe_load(value))
             config.output_dir = str(tmp_path / "out")
-            Run(config, StopRequest()).train_sft()
+            train.train(config, StopRequest())
         assert "\n" not in str(stop.value) and capsys.readouterr().err == ""
         return str(stop.value)
 

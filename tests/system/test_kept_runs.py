@@ -21,7 +21,7 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.loading import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.training.optimizer import Schedule
 from rto_fast.training.supervised import SupervisedTrainer
 from tests.system.faulty_inputs import LENGTHS, RTO, SFT, how_to_go_on
@@ -70,7 +70,8 @@ def test_a_reward_is_found_in_the_present_folder_by_any_command(tmp_path, monkey
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path and path != str(tmp_path)])
     monkeypatch.setattr(sys, "argv", ["rto-fast"])
     found = []
-    run_command(lambda arguments: found.append(RewardFunction("rewards_from_here:score", "reward_model.function")))
+    with as_command():
+        found.append(RewardFunction("rewards_from_here:score", "reward_model.function"))
     assert found
 
 

@@ -22,9 +22,9 @@ OPTIONS = """
 EVERY_STEP = [f"--{stage}.save_every=1" for stage in ("sft", "reward_model", "dpo", "rto")]
 # A run without its report, which takes most of its time.
 UNREPORTED = """
-from rto_fast.run import Run
+from rto_fast.reporting import finish
 from rto_fast.train import command
-Run.report = lambda self: None
+finish.report_run = lambda *_: None
 """
 # Kills the process with SIGKILL after so many steps of all stages together; the run's own code is unchanged.
 KILLER = """
