@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests run beside each other
 
@@ -23,6 +24,33 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+
+
+# The files that take longest, longest first: two workers end together if none of these begins last.
+LONGEST = (
+    "distributed/test_ranks.py",
+    "training/test_resume.py",
+    "kernels/test_machine_code.py",
+    "rollout/test_decode.py",
+    "test_commands.py",
+    "planning/test_plan.py",
+    "distributed/test_faults.py",
+    "models/test_saved_models.py",
+    "system/test_kept_runs.py",
+    "stress/test_faults.py",
+    "stress/test_fuzz.py",
+)
+
+
+def pytest_configure(config):
+    """With pytest-xdist, files are given out in the order of collection and not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    tests, order = Path(__file__).parent, {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests).as_posix(), len(LONGEST)))
 
 
 def pytest_collection_finish():
