@@ -1,8 +1,9 @@
-"""Without a GPU the Triton kernels run through Triton's interpreter, and only they do.
+"""Settings of all tests: Triton's interpreter where there is no GPU, the order of the files, and common fixtures.
 
-Triton decides at decoration: its own library functions when it is first imported, ours when a kernel module is. So the
-switch must be thrown before any test module is imported, and stay thrown inside Triton; but not in the environment,
-where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses would see it.
+Without a GPU the Triton kernels run through Triton's interpreter, and nothing else does. Triton decides when a function is
+decorated: for its own functions at its first import, for ours at the import of a kernel module. So the switch is set before
+any test module is imported, and stays set inside Triton. It is not left in the environment, where subprocesses and
+`rto_fast.ops`, whose CPU path is the torch reference, would see it.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def limited():
-    """`with limited(seconds)`: what takes longer, as reading a pipe that nobody writes to, fails."""
+    """`with limited(seconds)` fails where its body takes longer, such as one that reads a pipe nobody writes to."""
 
     def late(*_):
         pytest.fail("it hangs")
@@ -91,7 +92,7 @@ def interpreter():
 
 @pytest.fixture(scope="session")
 def device(request):
-    """Where the Triton kernels run in this process: what a test hands to them must lie there, models too."""
+    """The device on which the Triton kernels run in this process; their inputs, models too, must lie on it."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     request.getfixturevalue("interpreter")

@@ -97,14 +97,14 @@ def prompts(lengths=(5, 23, 17, 9, 40), seed=0):
 
 
 def assert_same(found, expected):
-    """Two RolloutBatches, up to the rounding of their log-probs."""
+    """Asserts that two RolloutBatches are equal up to the rounding of their log-probs."""
     assert found.response_ids == expected.response_ids and found.finish_reasons == expected.finish_reasons
     for name in ("logps", "sampling_logps"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=0)
 
 
 def state_of(model):
-    """What a rollout leaves as it was."""
+    """All of a model that a rollout must not change."""
     return {
         "modes": [m.training for m in model.modules()],
         "attention": model.config._attn_implementation,
