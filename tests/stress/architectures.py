@@ -3,7 +3,8 @@
     python -m tests.stress.architectures [NAME …]
 
 Each model is built with random weights from its architecture's default configuration with smaller sizes, written to disk,
-loaded as a run loads it, and decoded. The README's table lists what came out; `tests/models/test_architectures.py` repeats it for some of them.
+loaded as a run loads it, and decoded. The documentation's table lists what came out; `tests/models/test_architectures.py`
+repeats it for some of them.
 """
 
 import argparse
