@@ -1,4 +1,4 @@
-"""`kernels/reference.py` against plain Python loops over float64 numbers, written from RTO.md and the papers."""
+"""`kernels/reference.py` against plain Python loops over float64 numbers, written from the papers."""
 
 import math
 from itertools import pairwise

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import costs
 from rto_fast.config import RolloutConfig
@@ -20,7 +19,7 @@ from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
-from tests.tiny_models import ARCHITECTURES, SIZES, assert_same, native_engine, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, assert_same, native_engine, prompts, tiny
 
 
 class Shapes:
@@ -63,9 +62,8 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     """Runs the decode step on the meta device, where whatever asks for a value raises. Returns the Shapes."""
     import rto_fast.kernels
 
-    sizes = {key: value for key, value in (SIZES | ARCHITECTURES[name]).items() if value is not None}
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+        causal_lm = tiny(name, std=None)
     if patch:
         patch(causal_lm)
     shapes = Shapes()

@@ -1,11 +1,14 @@
-"""`python -m tests.stress.architectures [NAME …]`: what rto_fast does with each architecture of transformers' causal LMs.
+"""Prints what rto_fast does with each architecture of transformers' causal language models.
 
-Each is built tiny, with random weights, from its default configuration with smaller sizes, written, loaded as a run loads it
-and decoded. The README's table lists what came out; `tests/models/test_architectures.py` repeats it for some of them.
+    python -m tests.stress.architectures [NAME …]
+
+Each model is built with random weights from its architecture's default configuration with smaller sizes, written to disk,
+loaded as a run loads it, and decoded. The documentation's table lists what came out; `tests/models/test_architectures.py`
+repeats it for some of them.
 """
 
+import argparse
 import re
-import sys
 import tempfile
 import warnings
 
@@ -151,6 +154,12 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     from transformers.utils import logging
 
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.architectures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an architecture, such as llama; default: all")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    main(sys.argv[1:])
+    main(parser.parse_args().names)
