@@ -1,7 +1,7 @@
 """`python -m tests.stress.architectures [NAME …]`: what rto_fast does with each architecture of transformers' causal LMs.
 
 Each is built tiny, with random weights, from its default configuration with smaller sizes, written, loaded as a run loads it
-and decoded. The README's table lists what came out; `tests/models/test_architectures.py` repeats it for some of them.
+and decoded. The table in docs/models.md lists what came out; `tests/models/test_architectures.py` repeats it for a few.
 """
 
 import re
