@@ -143,7 +143,7 @@ def options_of(module):
         assert process.returncode == 0, process.stderr
         return process.stdout
     path = ROOT / (module if "/" in module else module.replace(".", "/"))
-    (file,) = (f for f in (path, path.with_suffix(".py"), path / "__main__.py") if f.is_file())
+    file = next(f for f in (path, path.with_suffix(".py"), path / "__main__.py") if f.is_file())
     return file.read_text(encoding="utf-8")
 
 
