@@ -22,7 +22,7 @@ from rto_fast.models.directory import (
     vocabulary_size,
 )
 from rto_fast.models.loading import load_causal_lm, resolve_dtype
-from rto_fast.models.placement import resident
+from rto_fast.models.model import Model
 from rto_fast.preflight.room import check_room
 from rto_fast.preflight.sources import check_pairs_given, say_sources
 from rto_fast.preflight.supplied_models import (
@@ -138,7 +138,7 @@ class Run:
         return trackers
 
     def _embedded(self):
-        return save_model(build_model(self.config.seed), build_tokenizer(), self.folder / "base")
+        return save_model(Model(build_model(self.config.seed)), build_tokenizer(), self.folder / "base")
 
     def _function(self, key):
         stage, name = key.split(".")
@@ -236,10 +236,10 @@ class Run:
         else:
             model = self.loader.frozen("scorer", reward_path)
             source, path = self._reward_model(model, reward_path), reward_path
-            statistics = (getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", None))
+            statistics = model.scores
         if not config.rto.normalize_scores:
             return NormalizedScores(source, path)
-        if not statistics or not statistics[1]:
+        if not statistics:
             if not config.data.preferences:
                 raise ConfigError(
                     "rto.normalize_scores: the scores' mean and std are measured on data.preferences, "
@@ -292,7 +292,7 @@ class Run:
         return result
 
     def evaluate_directory(self, name, path, judge):
-        model = load_causal_lm(path, trainable=False, **self.placement)
+        model = Model(load_causal_lm(path, trainable=False, **self.placement))
         return self.evaluate(name, build_engine(model, self.tokenizer, self.config.rollout), judge)
 
     def report(self):
@@ -335,7 +335,7 @@ class Run:
             return
         logps = []
         for model in (models.dpo, models.dpo_reference or models.reference):
-            with resident(model):
+            with model.resident():
                 logps.append(dpo.pair_logps(model, pairs, self.config.rto.micro_batch_tokens))
         if finding := preference_finding(logps[0] - logps[1], supplied=True):
             self.log.warning("dpo", 0, *finding)

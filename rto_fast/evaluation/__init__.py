@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack, segment_sum
 from rto_fast.data.tokenizing import Prompt
+from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.shared import generate_shared
@@ -55,9 +56,7 @@ def kl_terms(
     return segment_sum(ratio, batch.cu_seqlens), segment_sum(torch.expm1(-ratio) + ratio, batch.cu_seqlens)
 
 
-def measured_kl(
-    policy: PreTrainedModel, reference: PreTrainedModel, rollout: RolloutBatch, temperature: float, max_tokens: int
-) -> float:
+def measured_kl(policy: Model, reference: Model, rollout: RolloutBatch, temperature: float, max_tokens: int) -> float:
     """Mean k1 of a rollout in nats a response, both sides from forward passes of `max_tokens`."""
     ids = rollout.prompt_ids, rollout.response_ids
     ours, theirs = (response_logps(model, *ids, max_tokens, temperature) for model in (policy, reference))

@@ -13,6 +13,7 @@ from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
 from rto_fast.evaluation.estimates import length_controlled_win_rate, mean, rate, wins
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
 from rto_fast.models.loading import load_causal_lm, load_scorer, resolve_dtype
+from rto_fast.models.model import Model
 from rto_fast.preflight.supplied_models import (
     DATA_LIMITS,
     ROLLOUT,
@@ -137,7 +138,7 @@ class Measurement:
         ranks = options.dpo_model and path in (options.dpo_model, options.dpo_reference or options.reference)
         if not speaks and not ranks:
             return
-        model = load_causal_lm(path, trainable=False, **self.placement)
+        model = Model(load_causal_lm(path, trainable=False, **self.placement))
         if speaks:
             self.say(f"{path}: responds to {len(self.prompts)} prompts")
             engine = build_engine(model, self.tokenizer, options.rollout)
@@ -175,7 +176,7 @@ class Measurement:
             yield options.reward.partition(":")[2], self.function, rate if self.function.is_rate else mean
         if options.reward_model:
             self.say(f"{options.reward_model}: scores")
-            model = load_scorer(options.reward_model, trainable=False, **self.placement)
+            model = Model(load_scorer(options.reward_model, trainable=False, **self.placement))
             source = RewardModel(
                 model,
                 load_tokenizer(options.reward_model, trust_remote_code=options.trust_remote_code),
@@ -183,10 +184,8 @@ class Measurement:
                 prompt_format=options.prompt_format,
                 max_tokens=options.micro_batch_tokens,
             )
-            if deviation := getattr(
-                model.config, "score_std", None
-            ):  # as in training, where policies meet these scores
-                source = NormalizedScores(source, options.reward_model, model.config.score_mean, deviation)
+            if model.scores:  # as in training, where policies meet these scores
+                source = NormalizedScores(source, options.reward_model, *model.scores)
             yield "reward_model", source, mean
 
     def _reward(self, judge, estimate, scores):

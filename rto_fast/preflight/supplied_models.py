@@ -20,6 +20,7 @@ from rto_fast.models.directory import (
     model_config,
 )
 from rto_fast.models.dropout import dropout_rates
+from rto_fast.models.model import ScoreStatistics
 from rto_fast.rewards import same_tokens
 from rto_fast.rto.first_update import CHECKED_PAIRS, stop_finding
 from rto_fast.rto.health import Finding
@@ -233,7 +234,7 @@ def check_contexts(run: "Run") -> None:
 def has_statistics(scorer: Supplied, trust_remote_code: bool) -> bool:
     """Whether a reward model brings the mean and std of its scores along, as those that are trained here do."""
     config = model_config(scorer.path, trust_remote_code=trust_remote_code)
-    return bool(getattr(config, "score_std", None))
+    return ScoreStatistics.of(config) is not None
 
 
 def check_judge(

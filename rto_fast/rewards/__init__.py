@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
@@ -21,7 +21,7 @@ from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError, sa
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
 from rto_fast.models.loading import read_position, token_scores
-from rto_fast.models.placement import device_of, resident
+from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.rewards.gsm8k import gsm8k as gsm8k  # shipped, as `rto_fast.rewards:gsm8k`
 from rto_fast.system import deepspeed_import
 from rto_fast.system.process_state import users_settings
@@ -72,14 +72,14 @@ class RewardModel:
     last token that is no padding token of its config.
 
     Args:
-        model: from `load_scorer`. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
+        model: a scorer. tokenizer: the reward model's. policy_tokenizer: responses are re-tokenised from their
             text if the reward model has another vocabulary, or a chat template of its own. max_tokens: packed into one
             forward pass.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
@@ -123,22 +123,22 @@ def _finite(scores, completions, source):
 
 @torch.no_grad()
 def score_sequences(
-    model: PreTrainedModel, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
+    model: Model, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Scores of sequences, [N] float32, packed `max_tokens` at a time.
 
     Args:
         read: the position in each sequence whose score is taken; default: the last.
     """
-    with resident(model):
-        device = device_of(model)
+    with model.resident():
+        device = model.device
 
         def scores(run):
             batch = pack_whole([sequences[i] for i in run], device)
             last = batch.last
             if read is not None:
                 last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in run], device=device)
-            return token_scores(model, batch)[last]
+            return model.forward(token_scores, batch)[last]
 
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)
 
@@ -390,7 +390,7 @@ class NormalizedScores:
         return (judged(self.source, completions) - self.mean) / self.std
 
 
-def score_statistics(scores: torch.Tensor) -> tuple[float, float]:
-    """(mean, std) of [N] scores; a constant score is only centred."""
+def score_statistics(scores: torch.Tensor) -> ScoreStatistics:
+    """Of [N] scores; a constant score is only centred."""
     std = scores.std(correction=0).item()
-    return scores.mean().item(), std if std > 1e-6 else 1.0
+    return ScoreStatistics(scores.mean().item(), std if std > 1e-6 else 1.0)

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +15,7 @@ from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.context import context_of
 from rto_fast.models.loading import attention_implementation, output_head
-from rto_fast.models.lora import Adapter
-from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
+from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED
 from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
@@ -31,20 +30,10 @@ class RolloutModel:
     are, for a merge and its undoing would round them.
     """
 
-    def __init__(self, model):
-        self.is_zero3 = is_zero3(model)
-        if isinstance(getattr(model, "module", None), torch.nn.Module):  # DeepSpeed, DistributedDataParallel
-            model = model.module
-        if hasattr(model, "get_base_model"):  # PEFT
-            settings = getattr(model, "active_peft_config", None)
-            if getattr(settings, "is_prompt_learning", False):
-                raise ModelError(
-                    f"{type(settings).__name__}: responses would be sampled without the "
-                    "virtual tokens; merge them into the prompts, or train LoRA"
-                )
-            model = model.get_base_model()
-        self.adapter = model if isinstance(model, Adapter) else None
-        self.causal_lm = self.adapter.base if self.adapter else model
+    def __init__(self, model: Model | torch.nn.Module):
+        self.model = _unwrapped(model)
+        self.is_zero3, self.adapter = self.model.is_zero3, self.model.adapter
+        self.causal_lm = self.adapter.base if self.adapter else self.model.module
         if self.causal_lm.get_output_embeddings() is None:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
@@ -61,7 +50,7 @@ class RolloutModel:
 
     @property
     def device(self):
-        return device_of(self.causal_lm)
+        return self.model.device
 
     @property
     def kind(self):
@@ -213,6 +202,26 @@ class RolloutModel:
                 sizes = [linear.out_features for linear in group]
                 whole = weight.new_empty(sum(sizes), group[0].in_features)
                 self.merged |= zip(group, whole.split(sizes))
+
+
+def _unwrapped(model: Model | torch.nn.Module) -> Model:
+    """The model inside DeepSpeed, DistributedDataParallel or PEFT."""
+    if isinstance(model, Model):
+        return model
+    engine = model if hasattr(model, "zero_optimization_stage") else None
+    if isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    if hasattr(model, "get_base_model"):  # PEFT
+        settings = getattr(model, "active_peft_config", None)
+        if getattr(settings, "is_prompt_learning", False):
+            raise ModelError(
+                f"{type(settings).__name__}: responses would be sampled without the "
+                "virtual tokens; merge them into the prompts, or train LoRA"
+            )
+        model = cast(Any, model).get_base_model()
+    unwrapped = Model(cast(torch.nn.Module, model))
+    unwrapped.engine = engine
+    return unwrapped
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
+from rto_fast.models.model import Model
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -34,7 +35,7 @@ class NativeEngine:
             its own forward pass (checked here, on a few tokens).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         check_rollout(config)
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from rto_fast.batch import pack
 from rto_fast.config import Config
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.evaluation.estimates import rate, wins
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
-from rto_fast.models.placement import device_of
+from rto_fast.models.model import Model
 from rto_fast.rto.behaviour import monitored_rows
 from rto_fast.rto.health import Finding
 from rto_fast.training.response_logps import response_logps
@@ -26,7 +25,7 @@ NOT_REPEATABLE = "is not repeatable: look for randomness in the model (noise, dr
 UNRELATED = 2.0  # nats a token, about what a language model knows of a token at all
 
 
-def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -> Noise:
+def forward_noise(config: Config, policy: Model, experience: "Experience") -> Noise:
     """What rounding does to the policy's training forward pass, on some of the responses that it sampled.
 
     Raises:
@@ -34,7 +33,7 @@ def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -
     """
     rows = monitored_rows(len(experience.response_ids))[:4]
     prompt_ids, response_ids = ([ids[i] for i in rows] for ids in (experience.prompt_ids, experience.response_ids))
-    mask = pack(prompt_ids, response_ids, device_of(policy)).response_mask
+    mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
     def logps(precise: bool) -> torch.Tensor:
         max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
@@ -43,7 +42,7 @@ def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -
     own, truth, again = logps(False), logps(True), logps(True)
     apart = (truth - again).abs().mean().item()
     # Atomic additions may differ in the last bits of the higher precision, far below one bit of the model's own.
-    if not apart <= torch.finfo(next(policy.parameters()).dtype).eps * truth.abs().mean().item():
+    if not apart <= torch.finfo(policy.dtype).eps * truth.abs().mean().item():
         raise TrainingError(
             f"the probability ratio of the very first update is not 1: two passes of the policy over the same responses are "
             f"{apart:.2g} nats a token apart. Its forward pass {NOT_REPEATABLE}"

@@ -16,7 +16,7 @@ import torch
 from rto_fast.batch import PackedBatch, pack, pack_whole, segment_sum
 from rto_fast.errors import RewardError
 from rto_fast.models.loading import forward_hidden, output_head, token_scores
-from rto_fast.models.placement import vocabulary_of, whole_forward
+from rto_fast.models.model import Model, ScoreStatistics, vocabulary_of
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss, rto_advantages
 from rto_fast.rewards import completions_of, judged
 from rto_fast.rollout import build_engine
@@ -40,11 +40,11 @@ from rto_fast.training.zero import release
 
 @dataclass
 class Models:
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    dpo: torch.nn.Module | None
-    dpo_reference: torch.nn.Module | None  # None: the same as `reference`
-    critic: torch.nn.Module | None
+    policy: Model
+    reference: Model
+    dpo: Model | None
+    dpo_reference: Model | None  # None: the same as `reference`
+    critic: Model | None
     scorer: object | None  # completions → [N] normalised scores
     origins: tuple[str, str] | None = None  # where policy and reference were loaded from
 
@@ -101,14 +101,14 @@ def load_critic(path, scorer, loader, new_head):
     which the scores are normalised, and keeps them in its config. new_head: it starts from a language model."""
     critic = loader.trained("scorer", path, new_head)
     if scorer is not None and path == scorer.path:
-        critic.config.score_mean, critic.config.score_std = scorer.mean, scorer.std
+        critic.scores = ScoreStatistics(scorer.mean, scorer.std)
     return critic
 
 
 def critic_values(critic, batch):
     """Values of a packed batch's states, [T]: the head's output in the units of the normalised scores."""
-    mean, std = getattr(critic.config, "score_mean", 0.0), getattr(critic.config, "score_std", 1.0)
-    return (token_scores(critic, batch) - mean) / std
+    mean, std = critic.scores or ScoreStatistics()
+    return (critic.forward(token_scores, batch) - mean) / std
 
 
 @torch.no_grad()
@@ -251,10 +251,9 @@ def _explained_variance(values, returns):
     return 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
-@whole_forward
-def policy_loss(model, batch, old_logps, advantages, *, temperature, entropy_coef, **options):
+def policy_loss(module, batch, old_logps, advantages, *, temperature, entropy_coef, **options):
     """The PPO loss of a packed batch and its metrics; see `rto_fast.ops.linear_ppo_loss`."""
-    hidden, head, mask = forward_hidden(model, batch), output_head(model), batch.response_mask
+    hidden, head, mask = forward_hidden(module, batch), output_head(module), batch.response_mask
     if head.bias is None:
         return head.run(
             linear_ppo_loss,
@@ -317,8 +316,8 @@ def update(config, models, optimizers, experience, seed, accumulator, gate=None)
                 if importance is not None:
                     policy_weights = torch.cat([importance[i] for i in rows])
                     policy_weights = policy_weights if weights is None else policy_weights * weights
-                loss, metrics = policy_loss(
-                    models.policy,
+                loss, metrics = models.policy.forward(
+                    policy_loss,
                     batch,
                     old_logps,
                     advantages,
@@ -382,7 +381,7 @@ class RTOTrainer:
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
-            vocab_size = vocabulary_of(models.policy)
+            vocab_size = vocabulary_of(models.policy.module)
             self.delimiters = delimiter_table(tokenizer, vocab_size, rto.delimiters, device)
 
     def _count_steps(self) -> tuple[int, int]:

@@ -5,7 +5,6 @@ import torch
 from rto_fast.batch import pack, segment_sum
 from rto_fast.losses import dpo
 from rto_fast.models.loading import causal_logps
-from rto_fast.models.placement import device_of
 from rto_fast.rto.first_update import preference_finding
 from rto_fast.system.progress import progress
 from rto_fast.training.loader import Loader
@@ -18,9 +17,9 @@ from rto_fast.training.supervised import SupervisedTrainer
 
 def _side_logps(model, pairs):
     """(chosen [N], rejected [N]): summed response log-probs, EOS included."""
-    prompts, device = [p.prompt_ids for p in pairs], device_of(model)
-    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
-    return segment_sum(causal_logps(model, batch), batch.cu_seqlens).chunk(2)
+    prompts = [p.prompt_ids for p in pairs]
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
+    return segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     train("dpo", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "margin", "lr", "tokens_per_second"))
-    model.eval()
+    model.module.eval()
     if held_out:
         with progress("dpo: held-out pairs"):
             change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference

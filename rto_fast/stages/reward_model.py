@@ -27,19 +27,19 @@ def main(config, base, tokenizer, pairs, held_out, *, output, log, checkpoints, 
 
     def loss(indices, step_indices):
         batch = pack_whole(_sides([pairs[i] for i in indices]), placement["device"])
-        better, worse = token_scores(model, batch)[batch.last].chunk(2)
+        better, worse = model.forward(token_scores, batch)[batch.last].chunk(2)
         share = 1.0 / len(step_indices)
         return share * bradley_terry(better, worse).sum(), {"accuracy": share * (better > worse).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     train("reward_model", trainer, log, checkpoints, stage.save_every, ("loss", "accuracy", "lr", "tokens_per_second"))
-    model.eval()
+    model.module.eval()
     name, measured = ("held_out", held_out) if held_out else ("training", pairs)
     scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)
     better, worse = scores.chunk(2)
-    model.config.score_mean, model.config.score_std = score_statistics(scores)
+    model.scores = statistics = score_statistics(scores)
     accuracy = (better > worse).float().mean().item()
-    log.metrics("reward_model", trainer.steps, {f"{name}_accuracy": accuracy, "score_std": model.config.score_std})
+    log.metrics("reward_model", trainer.steps, {f"{name}_accuracy": accuracy, "score_std": statistics.std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {name.replace('_', '-')} pairs ranked right")
     path = save_model(model, tokenizer, output, stop_ids)
     trainer.release()

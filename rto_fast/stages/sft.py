@@ -20,7 +20,7 @@ def main(config, base, tokenizer, sequences, *, output, log, checkpoints, stop_i
         batch = pack(prompts, responses, placement["device"], loss_on_prompt=stage.loss_on_prompt)
         step = [sequences[i] for i in step_indices]
         total = sum(len(s.response_ids) + stage.loss_on_prompt * (len(s.prompt_ids) - 1) for s in step)
-        return -causal_logps(model, batch).sum() / total, {}
+        return -model.forward(causal_logps, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, log.say, fingerprint(sequences))

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.config import Config, StageConfig
+from rto_fast.models.model import Model
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
@@ -25,7 +26,7 @@ class SupervisedTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         stage: StageConfig,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],

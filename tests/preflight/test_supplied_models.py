@@ -21,6 +21,7 @@ from rto_fast.models.context import context_of
 from rto_fast.models.directory import check_fit
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
+from rto_fast.models.model import Model
 from rto_fast.preflight.supplied_models import Supplied, check_endings, check_models, supplied_models, tell_dropout
 from rto_fast.run import Run
 from rto_fast.training.saving import save_model
@@ -294,7 +295,9 @@ def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
     base = load_causal_lm("model", **PLACEMENT)
     for name in ("policy", "rm"):
         save_model(
-            new_adapter(base, name, LoraConfig(rank=2), 0, scorer=name == "rm"), build_tokenizer(), tmp_path / name
+            Model(new_adapter(base, name, LoraConfig(rank=2), 0, scorer=name == "rm")),
+            build_tokenizer(),
+            tmp_path / name,
         )
     with pytest.raises(ModelError, match="rm/adapter: the adapter has a score head; give the directory of a language"):
         load_adapter(base, "a", tmp_path / "rm")

@@ -8,6 +8,7 @@ from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import behaviour
 from rto_fast.rto import trainer as rto
@@ -21,7 +22,7 @@ PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
 def policy():
     model = build_model(0)
     model.set_attn_implementation(PACKED)
-    return model.train()
+    return Model(model.train())
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
 def test_an_iteration_says_how_far_sampler_and_forward_are_apart(policy):
     config = load_config(["--rto.prompts_per_rollout", "3", "--rto.advantage", "reinforce_pp", "--rto.batch_size", "3"])
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
-    reference = build_model(0)
-    reference.set_attn_implementation(PACKED)
+    reference = Model(build_model(0))
+    reference.module.set_attn_implementation(PACKED)
     models = rto.Models(policy, reference, None, None, None, lambda completions: torch.ones(len(completions)))
     trainer = rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), prompts, "cpu", print)
     first, second = trainer.step(), trainer.step()

@@ -13,6 +13,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import Noise
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.preflight.supplied_models import check_endings, supplied_models
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import NativeEngine, Sampling
@@ -51,7 +52,9 @@ def packed(model):
 def build(*options, policy=None, reference=None, dtype=torch.float32):
     config = load_config([*SHORT, *options])
     policy, reference = (packed((model or build_model(0)).to(dtype)) for model in (policy, reference))
-    models = rto.Models(policy.train(), reference, None, None, None, lambda c: torch.arange(float(len(c))))
+    models = rto.Models(
+        Model(policy.train()), Model(reference), None, None, None, lambda c: torch.arange(float(len(c)))
+    )
     return rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", print)
 
 
@@ -66,12 +69,12 @@ def other_sampler(trainer, scale, noise):
 
 
 def stops(trainer, error, *words):
-    before = {name: p.clone() for name, p in trainer.models.policy.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.models.policy.module.named_parameters()}
     with pytest.raises(error) as caught:
         trainer.step()
     for word in words:
         assert word in str(caught.value)
-    assert all(torch.equal(before[name], p) for name, p in trainer.models.policy.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.models.policy.module.named_parameters())
     return str(caught.value)
 
 
@@ -107,7 +110,7 @@ def test_a_shuffled_head_is_another_model_whatever_is_done_about_a_mismatch():
 def test_a_forward_pass_that_is_not_repeatable_is_found_whatever_the_type():
     for dtype in (torch.float32, torch.bfloat16):
         trainer = build("--rto.old_logps", "recompute", dtype=dtype)
-        trainer.models.policy.model.norm.register_forward_hook(
+        trainer.models.policy.module.model.norm.register_forward_hook(
             lambda module, inputs, output: output + 0.5 * torch.randn_like(output)
         )
         stops(trainer, TrainingError, "is not 1", "not repeatable")
@@ -160,7 +163,7 @@ def test_a_wrong_reference_stops_the_run_and_both_directories_are_named(director
     stops(trainer, ModelError, f"starts from {directories['sft']}", directories["far"], "rto.ref_model")
     trainer = from_directories(directories)  # the default, whose weights then turn out to be others
     with torch.no_grad():
-        trainer.models.reference.lm_head.weight.mul_(1.1)
+        trainer.models.reference.module.lm_head.weight.mul_(1.1)
     stops(trainer, ModelError, f"starts from {directories['sft']}", f"reference is {directories['sft']}", "was changed")
 
 
@@ -213,7 +216,7 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
     measured, pair_logps = [], dpo.pair_logps
     monkeypatch.setattr(dpo, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
     run = stub(["--dpo.model", "somewhere"], tmp_path, data=types.SimpleNamespace(held_out_pairs=pairs(100)))
-    run._check_dpo_model(rto.Models(None, reference, model, None, None, None))
+    run._check_dpo_model(rto.Models(None, Model(reference), Model(model), None, None, None))
     assert measured == [64, 64]
     assert [w["name"] for w in recorded(tmp_path)] == ([] if sign > 0 else ["dense_reward_is_inverted"])
 

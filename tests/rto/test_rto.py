@@ -13,6 +13,7 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
+from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
@@ -49,7 +50,8 @@ def build_models(**changes):
     critic.set_attn_implementation(PACKED)
     critic.config.score_mean, critic.config.score_std = 0.3, 1.7
     scorer = lambda completions: torch.tensor(SCORES[: len(completions)])  # noqa: E731
-    parts = dict(policy=models[0], reference=models[1], dpo=models[2], dpo_reference=None, critic=critic, scorer=scorer)
+    policy, reference, dpo, critic = map(Model, (*models[:3], critic))
+    parts = dict(policy=policy, reference=reference, dpo=dpo, dpo_reference=None, critic=critic, scorer=scorer)
     return rto.Models(**parts | changes)
 
 
@@ -61,8 +63,8 @@ def collect(models, settings, delimiters=None):
 
 @torch.no_grad()
 def plain_logps(model, prompt, response):
-    with attention_implementation(model, "eager"):
-        logits = model(torch.tensor([prompt + response])).logits[0]
+    with attention_implementation(model.module, "eager"):
+        logits = model.module(torch.tensor([prompt + response])).logits[0]
     rows = logits.log_softmax(-1)
     return [rows[len(prompt) - 1 + i, token].item() for i, token in enumerate(response)]
 
@@ -70,6 +72,7 @@ def plain_logps(model, prompt, response):
 @torch.no_grad()
 def plain_values(critic, prompt, response):
     """V of each state of the response, and of the state after it."""
+    critic = critic.module
     with attention_implementation(critic, "eager"):
         scores = critic.score(critic.model(torch.tensor([prompt + response])).last_hidden_state)[0, :, 0]
     return [(s.item() - 0.3) / 1.7 for s in scores[len(prompt) - 1 :]]
@@ -138,7 +141,7 @@ def test_experience_is_what_rto_says_token_by_token(overrides):
 def test_the_dpo_models_own_reference_counts():
     own = build_model(7).double()
     own.set_attn_implementation(PACKED)
-    models = build_models(dpo_reference=own)
+    models = build_models(dpo_reference=Model(own))
     settings = config("--rto.dpo_reward_clip", "0")
     settings.rto.dpo_reward_clip = 1e9
     experience, _ = collect(models, settings)
@@ -165,7 +168,7 @@ def gradients(models, settings, experience):
             self.model.zero_grad()
             return {}
 
-    recorders = {name: Recorder(name, getattr(models, name)) for name in ("policy", "critic")}
+    recorders = {name: Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
     metrics = rto.update(
         settings, models, recorders, experience, 0, Accumulator(settings.rto.micro_batch_tokens, print)
     )
@@ -178,7 +181,7 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
     models = build_models()
     experience, _ = collect(models, settings)
     with torch.no_grad():  # move away from ratio 1 and from the old values, beyond the clip for some tokens
-        for p in [*models.policy.parameters(), *models.critic.parameters()]:
+        for p in [*models.policy.module.parameters(), *models.critic.module.parameters()]:
             p.add_(torch.randn_like(p) * 0.01)
 
     advantages, returns = experience.advantages.split(experience.lengths), experience.returns.split(experience.lengths)
@@ -187,10 +190,13 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
     policy_loss = value_loss = 0.0
     tokens = sum(map(len, RESPONSES))
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        with attention_implementation(models.policy, "eager"), attention_implementation(models.critic, "eager"):
-            rows = models.policy(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-            hidden = models.critic.model(torch.tensor([prompt + response])).last_hidden_state[0]
-        values = (models.critic.score(hidden)[:, 0] - 0.3) / 1.7
+        with (
+            attention_implementation(models.policy.module, "eager"),
+            attention_implementation(models.critic.module, "eager"),
+        ):
+            rows = models.policy.module(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            hidden = models.critic.module.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        values = (models.critic.module.score(hidden)[:, 0] - 0.3) / 1.7
         weight = 1 / tokens if normalization == "token" else 1 / len(response) / len(RESPONSES)
         for h, token in enumerate(response):
             t = len(prompt) - 1 + h
@@ -200,8 +206,8 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
             clipped = old + (v - old).clamp(-0.2, 0.2)
             value_loss += weight * 0.5 * torch.maximum((v - r) ** 2, (clipped - r) ** 2)
     expected = {
-        "policy": torch.autograd.grad(policy_loss, list(models.policy.parameters())),
-        "critic": torch.autograd.grad(value_loss, list(models.critic.parameters())),
+        "policy": torch.autograd.grad(policy_loss, list(models.policy.module.parameters())),
+        "critic": torch.autograd.grad(value_loss, list(models.critic.module.parameters())),
     }
     for budget in (1, 12, 10_000):
         settings.rto.micro_batch_tokens = budget
@@ -230,7 +236,7 @@ def test_a_head_with_a_bias_takes_the_same_loss():
     models = build_models()
     experience, _ = collect(models, settings)
     plain, plain_metrics = gradients(models, settings, experience)
-    models.policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).double())
+    models.policy.module.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).double())
     biased, biased_metrics = gradients(models, settings, experience)
     assert plain_metrics["entropy"].item() == pytest.approx(biased_metrics["entropy"].item(), rel=1e-6)
     without_bias = [g for g in biased["policy"] if g.shape != (len(TOKENIZER),)]
@@ -297,9 +303,11 @@ def test_a_restored_trainer_goes_on_bitwise():
         second.step()
     assert first.step_count == second.step_count == 4 and first.kl_coef == second.kl_coef
     for name in ("policy", "critic"):
-        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        pairs = zip(getattr(first.models, name).module.parameters(), getattr(second.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))
+    assert not torch.equal(
+        next(first.models.policy.module.parameters()), next(trainer().models.policy.module.parameters())
+    )
 
 
 def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
@@ -327,7 +335,7 @@ def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
     again = second.step()
     assert second.steps == 3 and all(float(again[k]) == float(metrics[2][k]) for k in again if "second" not in k)
     for name in ("policy", "critic"):
-        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        pairs = zip(getattr(first.models, name).module.parameters(), getattr(second.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -373,7 +381,7 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
         ours, theirs = failing.step(), half.step()
         assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours if "second" not in k)
     for name in ("policy", "critic"):
-        pairs = zip(getattr(failing.models, name).parameters(), getattr(half.models, name).parameters())
+        pairs = zip(getattr(failing.models, name).module.parameters(), getattr(half.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert said == ["out of memory with micro-batches of 40 tokens; goes on with 20"]
     resumed = trainer("--rto.micro_batch_tokens", "40")
@@ -403,8 +411,8 @@ def test_the_dpo_reference_is_the_sft_model_whatever_the_kl_reference(directorie
     assert load(directories).dpo_reference is None  # one model serves both
     models = load(directories, overrides=["--rto.ref_model", directories["other"]])
     sft = load(directories).reference
-    assert torch.equal(models.dpo_reference.lm_head.weight, sft.lm_head.weight)
-    assert not torch.equal(models.reference.lm_head.weight, sft.lm_head.weight)
+    assert torch.equal(models.dpo_reference.module.lm_head.weight, sft.module.lm_head.weight)
+    assert not torch.equal(models.reference.module.lm_head.weight, sft.module.lm_head.weight)
     paper = load(directories, overrides=["--rto.ref_model", directories["other"], "--rto.compat", "paper_code"])
     assert paper.dpo_reference is None
     assert load(directories, overrides=["--rto.dpo_reward_scale", "0"]).dpo is None

@@ -24,6 +24,7 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.errors import ConfigError, ModelError, RewardError
 from rto_fast.models.loading import causal_logps
+from rto_fast.models.model import Model
 from rto_fast.reporting.page import page
 from rto_fast.reporting.run_files import read_runs
 from rto_fast.rewards import Completion, RewardFunction
@@ -89,7 +90,7 @@ FILES = {
 def write_models(folder):
     """`model`, and copies that cannot be used."""
     model, tokenizer = build_model(0), build_tokenizer()
-    save_model(model, tokenizer, folder / "model")
+    save_model(Model(model), tokenizer, folder / "model")
     weights = (folder / "model" / "model.safetensors").read_bytes()
     for name in ("bare", "endless", "larger", "weightless", "pickled", "cut"):
         shutil.copytree(folder / "model", folder / name)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from rto_fast.config import load_config
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.models.model import Model
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
@@ -248,9 +249,9 @@ def test_files_that_others_put_into_a_checkpoint_or_a_model_stay(tmp_path):
     assert content(tmp_path / "checkpoints") == {"sft-00000002/notes.txt": b"mine"}
     model, tokenizer = build_model(0), build_tokenizer()
     for _ in range(2):
-        save_model(model, tokenizer, tmp_path / "rto_best")
+        save_model(Model(model), tokenizer, tmp_path / "rto_best")
         make(tmp_path / "rto_best", "notes.txt", "more/a.txt")
-    save_model(model, tokenizer, tmp_path / "rto_best")
+    save_model(Model(model), tokenizer, tmp_path / "rto_best")
     assert {"notes.txt", "more/a.txt", "model.safetensors"} < content(tmp_path / "rto_best").keys()
     assert not [path.name for path in tmp_path.glob(".*")]
 
@@ -260,7 +261,7 @@ def test_a_model_is_not_written_or_deleted_through_a_link(tmp_path, name):
     before = make(tmp_path / "other", "model.safetensors", "config.json", "notes.txt")
     (tmp_path / name).symlink_to(tmp_path / "other")
     for _ in range(2):
-        save_model(build_model(0), build_tokenizer(), tmp_path / "rto")
+        save_model(Model(build_model(0)), build_tokenizer(), tmp_path / "rto")
     assert content(tmp_path / "other") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "rto"] and not (tmp_path / "rto").is_symlink()
 
@@ -268,7 +269,7 @@ def test_a_model_is_not_written_or_deleted_through_a_link(tmp_path, name):
 @pytest.mark.parametrize("at", [("replace", 0), ("replace", 1), ("replace", 2), ("rmtree", 0)], ids=str)
 def test_a_kill_while_a_model_is_replaced_costs_no_file_of_others(tmp_path, monkeypatch, at):
     model, tokenizer, (name, calls) = build_model(0), build_tokenizer(), at
-    save_model(model, tokenizer, tmp_path / "rto")
+    save_model(Model(model), tokenizer, tmp_path / "rto")
     make(tmp_path / "rto", "notes.txt")
     function, left = getattr(os if name == "replace" else shutil, name), iter(range(calls))
 
@@ -279,8 +280,8 @@ def test_a_kill_while_a_model_is_replaced_costs_no_file_of_others(tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"{'os' if name == 'replace' else 'shutil'}.{name}", killed)
-        save_model(model, tokenizer, tmp_path / "rto")
-    save_model(model, tokenizer, tmp_path / "rto")
+        save_model(Model(model), tokenizer, tmp_path / "rto")
+    save_model(Model(model), tokenizer, tmp_path / "rto")
     assert (tmp_path / "rto" / "notes.txt").read_text() == "somebody's" and (tmp_path / "rto" / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["rto"]
 
@@ -543,7 +544,7 @@ def trainer():
     def loss(run, chosen):
         return model(torch.ones(3)).square().sum(), {}
 
-    return SupervisedTrainer(model, config.sft, [5] * 20, loss, config, print, "data")
+    return SupervisedTrainer(Model(model), config.sft, [5] * 20, loss, config, print, "data")
 
 
 def places(state, before=()):
