@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ are true: examples run, commands can be given, options and files exist."""
+"""The README files, CONTRIBUTING.md and docs/ are true: examples run, commands can be given, options and files exist."""
 
 import importlib.util
 import json
@@ -18,8 +18,8 @@ from rto_fast.config import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *DOCS]
+TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 COMMANDS = [
     (name, command)
     for name, text in TEXT.items()
@@ -39,12 +39,12 @@ MODULES = [
     if re.search(r"(-m|--module|python) (rto_fast|tests|benchmarks)", command)
 ]
 HEADINGS = {
-    page.name: [
+    name: [
         re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in page.read_text(encoding="utf-8").splitlines()
+        for line in text.splitlines()
         if line.startswith("#")
     ]
-    for page in [*PAGES, ROOT / "benchmarks" / "README.md"]
+    for name, text in TEXT.items()
 }
 
 
@@ -67,19 +67,19 @@ def test_every_example_runs(page):
 
 
 def test_the_example_of_the_ops_trains():
-    scope = scope_of("ops.md", "loss.backward()")
+    scope = scope_of("docs/ops.md", "loss.backward()")
     assert scope["loss"].isfinite() and scope["lm_head"].grad.abs().sum() > 0
 
 
 def test_the_example_that_generates():
-    scope = scope_of("rollout.md", "NativeEngine")
+    scope = scope_of("docs/rollout.md", "NativeEngine")
     batch, old_logps, rollout = scope["batch"], scope["old_logps"], scope["rollout"]
     assert len(rollout.response_ids) == 8 and batch.num_sequences == 8
     assert old_logps.shape == batch.labels.shape and (old_logps[batch.response_mask] < 0).all()
 
 
 def test_the_example_for_trl():
-    scope = scope_of("ops.md", "selective_log_softmax")
+    scope = scope_of("docs/ops.md", "selective_log_softmax")
     logits, index = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
     row_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     expected = (logits / 0.7).log_softmax(-1).gather(-1, index[..., None])[..., 0] * row_mask
@@ -94,12 +94,12 @@ def test_the_example_for_trl():
 def test_the_trl_example_is_a_drop_in():
     trl = pytest.importorskip("trl.trainer.utils", reason="trl is in the bench extra")
     logits, index = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    ours = scope_of("ops.md", "selective_log_softmax")["selective_log_softmax"](logits, index)
+    ours = scope_of("docs/ops.md", "selective_log_softmax")["selective_log_softmax"](logits, index)
     torch.testing.assert_close(ours, trl.selective_log_softmax(logits, index))
 
 
 def test_the_example_for_openrlhf():
-    scope = scope_of("ops.md", "get_advantages_and_returns")
+    scope = scope_of("docs/ops.md", "get_advantages_and_returns")
     kl, values, r = torch.randn(2, 6), torch.randn(2, 6), torch.tensor([0.5, 30.0])
     mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]]).bool()  # a hole: a tool's output
     rewards = scope["compute_reward"](r, 0.1, kl, mask)
@@ -164,18 +164,18 @@ def test_the_launchers_know_their_options(launcher):
     assert options and all(re.search(rf"{option.replace('_', '[-_]')}\b", usage) for option in options)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXT)
 def test_named_options_and_files_exist(page):
-    text, config = TEXT[page.name], load_config([])
+    text, config = TEXT[page], load_config([])
     sections = [name for name, value in vars(config).items() if hasattr(value, "__dataclass_fields__")]
     for section, name in re.findall(rf"(?:`|--)({'|'.join(sections)})\.(\w+)", text):
         assert hasattr(getattr(config, section), name), f"{section}.{name}"
     for name in re.findall(r"`((?:configs|tests|rto_fast|kernels|benchmarks|docs)/[\w./]+)`", text):
         assert "NAME" in name or (ROOT / name).exists(), name
-    for name, anchor in re.findall(r"\]\(((?!http)[\w./]*)(?:#([\w-]+))?\)", text):
-        target = page.parent / name if name else page
+    for name, anchor in re.findall(r"\]\(((?!http)[\w./-]*)(?:#([\w-]+))?\)", text):
+        target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
         assert target.exists(), name
-        assert not anchor or anchor in HEADINGS[target.name if "benchmarks/" not in name else "README.md"], anchor
+        assert not anchor or anchor in HEADINGS[str(target.relative_to(ROOT))], anchor
 
 
 def test_the_picture_shows_a_runs_tokens():
