@@ -44,7 +44,6 @@ class Optimizer(Schedule):
         return hook
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
         loss.backward()
 
     def zero_grad(self) -> None:
@@ -75,7 +74,6 @@ class Optimizer(Schedule):
     # The weights are in it too, in float32: those of the model are these, rounded.
 
     def state_dict(self) -> dict:
-        """All that training changes: float32 weights and moments by parameter name, and the position in the schedule."""
         state = self._counts() | {"weights": dict(zip(self.names, self.masters))}
         for key in MOMENTS if self.adam.state else ():
             state[key] = {name: self.adam.state[m][key] for name, m in zip(self.names, self.masters)}

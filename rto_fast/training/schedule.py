@@ -1,6 +1,7 @@
 """What every optimizer has: the course of the learning rate, parameter groups, and the count of steps done and skipped."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -67,6 +68,22 @@ class Schedule:
         self.steps += 1
         return {"lr": lr, "grad_norm": norm, "skipped": int(skipped)}
 
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients that were added up."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changes: float32 weights and moments by parameter name, and the position in the schedule."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`, of any number of ranks and with or without DeepSpeed."""
+        raise NotImplementedError
+
     def _update(self, lr: float) -> float:
         """Clips the gradients, takes the step if they are finite, clears them; returns their norm."""
         raise NotImplementedError
@@ -74,10 +91,10 @@ class Schedule:
     def release(self) -> None:
         """Gives back what would outlive the optimizer; the model is not trained any further."""
 
-    def _counts(self):
+    def _counts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
 
-    def _load_counts(self, state):
+    def _load_counts(self, state: dict[str, Any]) -> None:
         for name in self._counts():
             setattr(self, name, state[name])
 

@@ -7,6 +7,7 @@ are global), clips at 1.0 unless told otherwise, compiles its own optimizers for
 import functools
 import logging
 import warnings
+from typing import Any
 
 import torch
 
@@ -23,13 +24,17 @@ from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
 
 
-def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
+def engine_config(
+    settings: DeepSpeedConfig, stage: int, dtype: torch.dtype, elements: int = 0, max_grad_norm: float = 0.0
+) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
-        settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights. elements: of all that is trained.
+        stage: of ZeRO.
+        dtype: of the weights.
+        elements: the number of weights that are trained; 0 if the model is only evaluated.
     """
-    zero = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if settings.offload_optimizer and elements:
         zero["offload_optimizer"] = host
@@ -123,26 +128,25 @@ class ZeroOptimizer(Schedule):
         _initialize(model, config, self.adam)
         self.engine = model.engine
 
-    def backward(self, loss):
-        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+    def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * ranks.world_size())
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
 
-    def _update(self, lr):
+    def _update(self, lr: float) -> float:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def release(self):
+    def release(self) -> None:
         release(self.model)
 
     # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
 
-    def state_dict(self):
-        """As `Optimizer.state_dict`; each tensor is a function that every rank has to call to put it together."""
+    def state_dict(self) -> dict[str, Any]:
+        """See `Schedule`. Each tensor is a function, which every rank has to call to put the tensor together."""
         import deepspeed.utils as ds
 
         state = self._counts()
@@ -156,7 +160,7 @@ class ZeroOptimizer(Schedule):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         import deepspeed
         import deepspeed.utils as ds
 
@@ -175,14 +179,14 @@ class ZeroOptimizer(Schedule):
             values["step"].fill_(self.steps - self.skipped)
 
     @torch.enable_grad()
-    def _make_moments(self):
+    def _make_moments(self) -> None:
         """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
         hidden = self.model.forward(forward_hidden, pack_whole([[0, 1]], self.engine.device))
         self.engine.backward(0.0 * hidden.sum())
         self._update(0.0)
         self._link_moments()
 
-    def _link_moments(self):
+    def _link_moments(self) -> None:
         """DeepSpeed's accessors of ZeRO 1 and 2 learn where the moments are after the first step of the first parameter
         group, when the other group has none yet."""
         if not self.is_zero3:

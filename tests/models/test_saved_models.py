@@ -24,7 +24,6 @@ from rto_fast.models.lora import new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
-from rto_fast.run import Run
 from rto_fast.train import main
 from rto_fast.training.saving import save_model
 
@@ -94,7 +93,7 @@ def run(request, tmp_path_factory):
     rows = "".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3))
     (folder / "pairs.jsonl").write_text(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "report", lambda self: None)
+        patch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
         main(
             [
                 *SHORT,
@@ -259,7 +258,7 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
 def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_path, monkeypatch):
     if rank:
         pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
-    monkeypatch.setattr(Run, "report", lambda self: None)
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.pad_token = tokenizer.unk_token = None
     core = json.loads(tokenizer.backend_tokenizer.to_str())

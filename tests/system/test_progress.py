@@ -19,7 +19,7 @@ from rto_fast import plan
 from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.evaluation import evaluate
+from rto_fast.evaluation.policies import evaluate
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.models.model import Model
 from rto_fast.planning import measure

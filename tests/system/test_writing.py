@@ -314,7 +314,7 @@ def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions():
 # folders that are removed again.
 OTHERS = {
     "rto_fast/training/state_files.py": {"write_text", "write_bytes", "replace"},
-    "rto_fast/training/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
+    "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/reporting/trackers.py": {"open"},
     "rto_fast/planning/measure.py": {"write_text", "TemporaryDirectory"},
