@@ -178,6 +178,14 @@ def test_named_options_and_files_exist(page):
         assert not anchor or anchor in HEADINGS[str(target.relative_to(ROOT))], anchor
 
 
+def test_the_way_to_a_kernel_leads_through_functions_that_exist():
+    way = re.findall(r"^    ([\w/]+\.py) +(\w.*)$", TEXT["docs/architecture.md"], re.M)
+    assert way[0][0] == "rto_fast/train.py" and way[-1][0].startswith("kernels/")
+    for file, functions in way:
+        for name in functions.split(" → "):
+            assert re.search(rf"^ *def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, name)
+
+
 def test_the_picture_shows_a_runs_tokens():
     spec = importlib.util.spec_from_file_location("token_rewards", ROOT / "docs" / "token_rewards.py")
     picture = importlib.util.module_from_spec(spec)
