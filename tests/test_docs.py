@@ -178,6 +178,22 @@ def test_named_options_and_files_exist(page):
         assert not anchor or anchor in HEADINGS[str(target.relative_to(ROOT))], anchor
 
 
+def test_imports_point_down_the_table_of_layers():
+    table = TEXT["docs/architecture.md"].partition("## The layers")[2].partition("`tests/`")[0]
+    rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, re.M)]
+    height = {name: len(rows) - i for i, row in enumerate(rows) for name in row}
+    upwards = []
+    for path in (ROOT / "rto_fast").rglob("*.py"):
+        layer = path.relative_to(ROOT / "rto_fast").with_suffix("").parts[0]
+        if path.name == "__main__.py" or layer == "__init__":  # a command, and the package itself
+            continue
+        imported = re.findall(
+            r"^ *(?:from|import) rto_fast(?:\.(\w+)| import (\w+))", path.read_text(encoding="utf-8"), re.M
+        )
+        upwards += [(str(path), name) for pair in imported for name in pair if height.get(name, 0) > height[layer]]
+    assert not upwards
+
+
 def test_the_way_to_a_kernel_leads_through_functions_that_exist():
     way = re.findall(r"^    ([\w/]+\.py) +(\w.*)$", TEXT["docs/architecture.md"], re.M)
     assert way[0][0] == "rto_fast/train.py" and way[-1][0].startswith("kernels/")
