@@ -1,10 +1,7 @@
 """Prints what rto_fast does with each architecture of transformers' causal language models.
 
-    python -m tests.stress.architectures [NAME …]
-
-Each model is built with random weights from its architecture's default configuration with smaller sizes, written to disk,
-loaded as a run loads it, and decoded. The documentation's table lists what came out; `tests/models/test_architectures.py`
-repeats it for some of them.
+Each is built tiny, with random weights, from its default configuration with smaller sizes, written, loaded as a run loads it
+and decoded. The table in docs/models.md lists what came out; `tests/models/test_architectures.py` repeats it for a few.
 """
 
 import argparse
