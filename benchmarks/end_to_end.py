@@ -6,6 +6,7 @@ and PPO updates of policy and critic. Models are built in memory, so that neithe
 
 import copy
 import statistics
+import tempfile
 
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -15,9 +16,10 @@ from rto_fast.config import Config, ModelConfig, RolloutConfig, RTOConfig
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling
-from rto_fast.rto.trainer import Models, RTOTrainer
-from rto_fast.system.terminal import say
+from rto_fast.rto.models import Models
+from rto_fast.rto.trainer import RTOTrainer
 
 # Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, half of them in the output layer.
 GPU_MODEL = dict(
@@ -83,11 +85,12 @@ def measure(device, *, small, iterations):
     prompts = [Prompt(row, "", {}) for row in ids.tolist()]
     models, tokenizer = _models(device, sizes), build_tokenizer()
     sampling = Sampling.of(config.rollout, [tokenizer.eos_token_id])
-    trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, say)
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    history = [trainer.step() for _ in range(iterations + 1)][1:]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RTOTrainer(config, models, tokenizer, sampling, prompts, device, RunLog(folder))
+        history = [trainer.step() for _ in range(iterations + 1)][1:]
     keys = ("tokens_per_second", "rollout_tokens_per_second", "seconds_rollout", "seconds_score", "seconds_update")
     return {key: statistics.median(float(h[key]) for h in history) for key in keys} | {
         "parameters": sum(p.numel() for p in models.policy.parameters()),

@@ -11,7 +11,7 @@ import sys
 from rto_fast.config import load_config
 from rto_fast.config.fields import Count, Location
 from rto_fast.config.options import argument
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.system.progress import duration
 from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
 
@@ -200,7 +200,8 @@ def main(arguments: list[str] | None = None):
 
 
 def command() -> None:
-    run_command(main, only_prints=True)
+    with as_command(only_prints=True):
+        main()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rto_fast.config.fields import Location
 from rto_fast.config.options import argument
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.system.terminal import ArgumentParser, one_line, say
 from rto_fast.system.writing import own_descriptor
 
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 def command() -> None:
-    run_command(main)
+    with as_command():
+        main()
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
 
-import json
+import functools
 import sys
 import time
 import warnings
 from typing import TYPE_CHECKING
 
-from rto_fast.config import load_config
-from rto_fast.system.command_line import run_command
+from rto_fast.config import Config, load_config
+from rto_fast.system.command_line import as_command
 from rto_fast.system.terminal import say, speaks
 from rto_fast.training.stop import StopRequest
 
 if TYPE_CHECKING:
-    from rto_fast.run import Run
+    from rto_fast.evaluation.policies import Evaluation
+
+INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if there is one"
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    """Runs the configured stages; returns {policy name: Evaluation}."""
+def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
+    """Runs the configured stages; returns what was measured of each policy, by its name."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
-        # deepspeed's launcher adds it, which says the same in the environment
+        # deepspeed's launcher adds --local_rank, which says the same as the environment
         arguments = [a for a in arguments if not a.startswith("--local_rank=")]
         config = load_config(arguments, _say)
         stop.folder = config.resume
@@ -30,65 +32,80 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def _say(text: str) -> None:
-    """What is said before the run has its log; of several processes, one speaks."""
+    """Says what comes before the run has its log; of several processes, one speaks."""
     if speaks():
         say(text)
 
 
-def train(config, stop):
+def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
-    from rto_fast.run import Run
+    from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
+    from rto_fast.preflight.checks import check_before_training
+    from rto_fast.preflight.sources import check_pairs_given
+    from rto_fast.reporting.finish import publish_run, report_run
+    from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
+    from rto_fast.rto.models import load_models
+    from rto_fast.rto.train import train_rto
+    from rto_fast.session import open_training
+    from rto_fast.stages.dpo import train_dpo
+    from rto_fast.stages.reward_model import train_reward_model
+    from rto_fast.stages.sft import train_sft
     from rto_fast.system.progress import progress
+    from rto_fast.training.loader import Loader
     from rto_fast.training.output_folder import claimed_output
+    from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()
     # The run's log takes all warnings until the end.
     with warnings.catch_warnings(), claimed_output(config) as lock:
         with progress("reading models' settings and data"):
-            run = Run(config, stop, lock)
-        return run_stages(run, start)
+            check_pairs_given(config)
+            session = open_training(config, stop, lock)
+            functions = import_functions(config, session.device)
+            check_before_training(session, functions)
+        with session.checkpoints.resumable():
+            done, finish = session.done, session.finish
+            sft = config.sft.model or done("sft") or finish("sft", train_sft(session, session.base))
+            reward_model, dpo = config.reward_model.model, config.dpo.model
+            if config.trains_reward_model:
+                reward_model = done("reward_model") or finish("reward_model", train_reward_model(session, sft))
+            if config.trains_dpo:
+                dpo = done("dpo") or finish("dpo", train_dpo(session, sft))
+            policies = {"SFT": sft}
+            if dpo and config.needs_dpo_model:
+                policies["DPO"] = dpo
 
-
-def run_stages(run: "Run", start: float) -> dict:
-    """SFT → reward model → DPO → RTO, the evaluations, the report and the model card.
-
-    Args:
-        start: when the command began, by `time.perf_counter`.
-    """
-    config = run.config
-    from rto_fast.evaluation import table
-    from rto_fast.training.ranks import is_main
-    from rto_fast.training.state_files import write_text
-
-    with run.checkpoints.resumable():
-        sft = run.train_sft()
-        reward_model = run.train_reward_model(sft)
-        dpo = run.train_dpo(sft)
-        scorer = run.scorer(sft, reward_model)
-        judge, judge_name = run.judge(scorer)
-        policies, last = {"SFT": sft, "DPO": dpo}, "DPO"
-        if config.rto.enabled:
-            last = "RTO" if config.pays_dense_reward else "PPO"
-            policies[last] = run.train_rto(last, sft, dpo, reward_model, scorer, judge)
-        results = {}
-        if judge:
-            results = {name: run.evaluate_directory(name, path, judge) for name, path in policies.items() if path}
-            summary = {name: vars(result) for name, result in results.items()}
-            if is_main():
-                write_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
-            run.log.say("\n" + table(results, judge_name))
-        run.log.close()
-    if report := run.report():
-        run.log.say(f"\nreport: {report}")
-    run.publish()
-    seconds = time.perf_counter() - start
-    run.log.say(f"\n{seconds:.0f} s; the aligned model is an ordinary Hugging Face checkpoint in {policies[last]}")
-    return results
+            loader = Loader(config, session.placement)
+            if config.rto.enabled:
+                loader.share(sft)
+            scorer = choose_scorer(session, loader, functions.reward, reward_model)
+            judge, judge_name = choose_judge(session, functions.judge, scorer)
+            if config.rto.enabled:
+                rto = done("rto")
+                if not rto:
+                    critic = choose_critic(session, sft, reward_model, scorer)
+                    evaluate = functools.partial(evaluate_iteration, session, judge) if judge else None
+                    # The models are not named here: what they take is free before the policies are compared.
+                    rto = finish(
+                        "rto", train_rto(session, load_models(config, sft, dpo, critic, scorer, loader), evaluate)
+                    )
+                policies[config.final_policy] = rto
+            results = evaluate_policies(session, policies, judge, judge_name)
+            session.log.close()
+        if is_main():
+            report_run(session.folder, session.log)
+            publish_run(config, session.folder, session.log)
+        path, seconds = policies[config.final_policy], time.perf_counter() - start
+        session.log.say(f"\n{seconds:.0f} s; the aligned model is an ordinary Hugging Face checkpoint in {path}")
+        return results
 
 
 def command() -> None:
-    run_command(main, interrupted="interrupted; --resume goes on from the last checkpoint, if there is one")
+    """The command `rto-fast`."""
+    with as_command(interrupted=INTERRUPTED):
+        main()
 
 
 if __name__ == "__main__":
-    command()
+    with as_command(interrupted=INTERRUPTED):
+        main()

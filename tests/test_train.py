@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from rto_fast.data.world import build_model, build_tokenizer, prompt_rows
-from rto_fast.run import Run
 from rto_fast.train import main
 
 # Every stage of the embedded default, for a few steps.
@@ -132,7 +131,7 @@ ALL = {"SFT", "DPO", "RTO"}
 @pytest.fixture
 def unreported(monkeypatch):
     """Figures take most of a short run's time; `run` has them."""
-    monkeypatch.setattr(Run, "report", lambda self: None)
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,32 @@ class RTOConfig(TrainingConfig):
     """paper_code repeats what the authors' code does differently: per-sequence loss, truncated responses get an EOS and
     are scored as finished, dpo.ref_model is ignored, dpo_reward_scale ≤ 0 leaves the reward unscaled."""
 
+    # What `compat: paper_code` changes, all of it: the algorithm asks these properties and never reads `compat`.
+
+    @property
+    def is_paper_code(self) -> bool:
+        return self.compat == "paper_code"
+
+    @property
+    def loss_per_sequence(self) -> bool:
+        """The loss is a mean over responses of their token means, not over tokens."""
+        return self.loss_normalization == "sequence" or self.is_paper_code
+
+    @property
+    def ends_truncated_responses(self) -> bool:
+        """A truncated response gets an end-of-sequence token in place of its last one and is scored as finished."""
+        return self.is_paper_code
+
+    @property
+    def ignores_dpo_reference(self) -> bool:
+        """The dense reward is taken against the reference of the KL penalty, whatever the DPO model was trained against."""
+        return self.is_paper_code
+
+    @property
+    def dense_reward_scale(self) -> float:
+        """β1 as it is used: the authors' code leaves the dense reward unscaled where dpo_reward_scale is not positive."""
+        return 1.0 if self.is_paper_code and self.dpo_reward_scale <= 0 else self.dpo_reward_scale
+
 
 @dataclass
 class RolloutConfig:
@@ -356,6 +382,12 @@ class DeepSpeedConfig:
     """Reference, DPO and reward model: on every GPU; in the CPU's memory but for their phase; spread over the GPUs as
     with ZeRO 3. Those that are adapters (lora.rank) are with their base."""
 
+    def stage_for(self, processes: int) -> int:
+        """The ZeRO stage of a run of this many processes; 0: without DeepSpeed."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 2 if processes > 1 else 0
+
 
 @dataclass
 class TrackConfig:
@@ -413,15 +445,78 @@ class Config:
 
     @property
     def needs_reward_model(self) -> bool:
+        """Whether responses get a sentence score, from a reward model or a function."""
         return self.rto.enabled and self.rto.score_scale != 0
 
     @property
     def pays_dense_reward(self) -> bool:
-        return self.rto.enabled and (self.rto.dpo_reward_scale != 0 or self.rto.compat == "paper_code")
+        """Whether RTO pays log(π_dpo/π_ref) for each token; without it the stage is plain PPO."""
+        return self.rto.enabled and self.rto.dense_reward_scale != 0
 
     @property
     def needs_dpo_model(self) -> bool:
+        """Whether the run uses a DPO model: as the dense reward, as the first policy or as the final model."""
         return self.pays_dense_reward or self.rto.init_from == "dpo" or not self.rto.enabled
+
+    @property
+    def trains_sft(self) -> bool:
+        return not self.sft.model
+
+    @property
+    def trains_reward_model(self) -> bool:
+        return self.needs_reward_model and not self.reward_model.model and not self.reward_model.function
+
+    @property
+    def trains_dpo(self) -> bool:
+        return self.needs_dpo_model and not self.dpo.model
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a stage learns from preference pairs."""
+        return self.trains_reward_model or self.trains_dpo
+
+    @property
+    def trained_stages(self) -> tuple[str, ...]:
+        """The names of the stages that this run trains, in their order; a stage left out is supplied or not needed."""
+        trained = {
+            "sft": self.trains_sft,
+            "reward_model": self.trains_reward_model,
+            "dpo": self.trains_dpo,
+            "rto": self.rto.enabled,
+        }
+        return tuple(name for name, is_trained in trained.items() if is_trained)
+
+    @property
+    def final_stage(self) -> str:
+        """The stage whose model is the run's result: rto, or dpo where RTO is off."""
+        return "rto" if self.rto.enabled else "dpo"
+
+    @property
+    def final_policy(self) -> str:
+        """The result's name in tables: RTO, PPO (without a dense reward) or DPO (where RTO is off)."""
+        return "DPO" if not self.rto.enabled else "RTO" if self.pays_dense_reward else "PPO"
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether anything can score the policies in an evaluation."""
+        return bool(self.eval.function) or self.needs_reward_model
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether RTO trains a value model."""
+        return self.rto.enabled and self.rto.advantage == "gae"
+
+    @property
+    def critic_starts_from_policy(self) -> bool:
+        """Whether the critic starts from a language model, as far as the configuration tells: a supplied reward model may
+        still turn out to have another vocabulary than the policy."""
+        return self.has_critic and not self.rto.critic and not self.reward_model.model
+
+    @property
+    def dpo_reference(self) -> str | None:
+        """The reference of the dense reward, a directory or hub id; None is the SFT model."""
+        follows_kl_reference = self.rto.ignores_dpo_reference or not self.pays_dense_reward
+        return self.rto.ref_model if follows_kl_reference else self.dpo.ref_model
 
 
 def _validate(config):

@@ -22,7 +22,7 @@ from rto_fast.data.run_data import RunData, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
 from rto_fast.errors import ConfigError, DataError
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.system.notices import Notice
 from rto_fast.system.terminal import Styled, one_line, say, wants_styles
 
@@ -190,7 +190,8 @@ def main(arguments=None):
 
 
 def command():
-    run_command(main, only_prints=True)
+    with as_command(only_prints=True):
+        main()
 
 
 if __name__ == "__main__":

@@ -6,33 +6,30 @@ from dataclasses import asdict
 
 from rto_fast.batch import pack
 from rto_fast.data.run_data import RunData
-from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.errors import DataError
-from rto_fast.evaluate import EvaluateConfig
-from rto_fast.evaluation import EVALUATION_SEED, kl_terms, respond
-from rto_fast.evaluation.estimates import length_controlled_win_rate, mean, rate, wins
-from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.estimates import length_controlled_win_rate, mean, rate, wins
+from rto_fast.evaluation.options import EvaluateConfig
+from rto_fast.evaluation.policies import EVALUATION_SEED, kl_terms, respond
+from rto_fast.models.directory import load_tokenizer
 from rto_fast.models.loading import load_causal_lm, load_scorer, resolve_dtype
-from rto_fast.preflight.supplied_models import (
+from rto_fast.models.model import Model
+from rto_fast.models.supplied import Supplied
+from rto_fast.preflight.contexts import (
     DATA_LIMITS,
     ROLLOUT,
     ROLLOUT_LIMITS,
-    Supplied,
     check_judge,
-    check_models,
     longest_pair,
     longest_written,
     refuse_long,
 )
+from rto_fast.reporting.log import Finding
 from rto_fast.rewards import NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
-from rto_fast.rollout import Sampling, build_engine
-from rto_fast.rto.health import Finding
-from rto_fast.run import quiet_libraries, resolve_device
+from rto_fast.rollout import build_engine
+from rto_fast.session import open_session, prepare_process, resolve_device
 from rto_fast.stages.dpo import pair_logps
-from rto_fast.system import deepspeed_import
 from rto_fast.system.progress import progress
 from rto_fast.system.terminal import one_line
-from rto_fast.system.threads import use_threads
 from rto_fast.training.response_logps import response_logps
 
 
@@ -45,49 +42,41 @@ class Measurement:
     """Models of the same path are loaded once for all they are needed for, and never two at once."""
 
     def __init__(self, options, say):
-        self.options, self.config = options, options.as_config()
+        self.options = options
         self.say = lambda text: say(one_line(text))  # names of models are no lines of their own
-        device = resolve_device(options.device)
-        quiet_libraries(device)
-        use_threads(options.threads)
-        trust = options.trust_remote_code
-        if trust:
-            deepspeed_import.reveal()  # a model's own code may want it
-        self.placement = {"device": device, "dtype": resolve_dtype(options.dtype, device), "trust_remote_code": trust}
+        config, device = options.as_config(), resolve_device(options.device)
+        prepare_process(device, options.threads)
         # Mistakes show before the first response is sampled.
         self.function = RewardFunction(options.reward, "--reward", device) if options.reward else None
-        self.tokenizer = load_tokenizer(options.tokenizer or options.model, trust_remote_code=trust)
-        self.models = {
-            key: Supplied(f"--{key}", path, "causal_lm" if key != "reward_model" else "scorer", key != "reward_model")
+        models = [
+            Supplied(f"--{key}", path, "causal_lm" if key != "reward_model" else "scorer", key != "reward_model")
             for key in ("model", "reference", "dpo_model", "dpo_reference", "reward_model")
             if (path := getattr(options, key))
-        }
-        check_models([*self.models.values()], self.tokenizer, trust_remote_code=trust)
-        self.stop_ids = stop_token_ids(self.tokenizer, generation_config(options.model, trust_remote_code=trust))
-        check_stop_ids(self.stop_ids, options.model, vocabulary_size(options.model, trust_remote_code=trust))
-        self.sampling = Sampling.of(options.rollout, self.stop_ids)
+        ]
+        session = open_session(config, models, device, resolve_dtype(options.dtype, device), say)
+        self.session, self.sampling = session, session.sampling
         if options.greedy:
             self.sampling = dataclasses.replace(self.sampling, temperature=0.0)
-        data = RunData(self.config.data, self.tokenizer, self.stop_ids, say)
-        self.prompts = data.eval_prompts[: options.prompts] if options.data else []
+        self.prompts = session.data.eval_prompts[: options.prompts] if options.data else []
         self.pairs = []
         if options.preferences and options.held_out:
-            self.pairs = data.held_out_pairs
+            self.pairs = session.data.held_out_pairs
         elif options.preferences:  # all of them: beside prompts to be judged by, training data would leave those out
-            alone = dataclasses.replace(self.config.data, eval_prompts=None)
-            self.pairs = RunData(alone, self.tokenizer, self.stop_ids, say).pairs
+            alone = dataclasses.replace(config.data, eval_prompts=None)
+            self.pairs = RunData(alone, session.tokenizer, session.stop_ids, say).pairs
         if options.preferences and not self.pairs:
             raise DataError(
                 "--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs"
             )
         if self.function:
             self.function.check_columns(self.prompts[:1] + [pair.example for pair in self.pairs[:1]])
-        self._check_contexts(trust)
+        self._check_contexts()
 
-    def _check_contexts(self, trust: bool) -> None:
-        def given(*keys):
-            return [self.models[key] for key in keys if key in self.models]
+    def _check_contexts(self) -> None:
+        def given(*keys: str) -> list[Supplied]:
+            return [model for key in keys for model in self.session.models if model.key == f"--{key}"]
 
+        trust = self.options.trust_remote_code
         limit = self.options.rollout.max_new_tokens
         policies = given("model", "reference")
         totals = [longest_written([policy], self.prompts, limit, self.say, trust) for policy in policies]
@@ -95,7 +84,7 @@ class Measurement:
         pairs = longest_pair(self.pairs)
         refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS, trust)
         for scorer in given("reward_model"):
-            check_judge(scorer, self.tokenizer, max(*totals, pairs), self._warn, trust)
+            check_judge(scorer, self.session.tokenizer, max(*totals, pairs), self._warn, trust)
 
     def _warn(self, finding: Finding) -> None:
         self.say(f"{finding.what}; {finding.remedy}")
@@ -137,11 +126,11 @@ class Measurement:
         ranks = options.dpo_model and path in (options.dpo_model, options.dpo_reference or options.reference)
         if not speaks and not ranks:
             return
-        model = load_causal_lm(path, trainable=False, **self.placement)
+        model = Model(load_causal_lm(path, trainable=False, **self.session.placement))
         if speaks:
             self.say(f"{path}: responds to {len(self.prompts)} prompts")
-            engine = build_engine(model, self.tokenizer, options.rollout)
-            rollout, completions = respond(engine, self.prompts, self.sampling, self.tokenizer, self._seed)
+            engine = build_engine(model, self.session.tokenizer, options.rollout)
+            rollout, completions = respond(engine, self.prompts, self.sampling, self.session.tokenizer, self._seed)
             self.rollouts[path], self.completions[path] = rollout, completions
             if options.reference and not options.greedy:
                 ours = self.rollouts[options.model]  # the model comes before its reference
@@ -175,18 +164,16 @@ class Measurement:
             yield options.reward.partition(":")[2], self.function, rate if self.function.is_rate else mean
         if options.reward_model:
             self.say(f"{options.reward_model}: scores")
-            model = load_scorer(options.reward_model, trainable=False, **self.placement)
+            model = Model(load_scorer(options.reward_model, trainable=False, **self.session.placement))
             source = RewardModel(
                 model,
                 load_tokenizer(options.reward_model, trust_remote_code=options.trust_remote_code),
-                self.tokenizer,
+                self.session.tokenizer,
                 prompt_format=options.prompt_format,
                 max_tokens=options.micro_batch_tokens,
             )
-            if deviation := getattr(
-                model.config, "score_std", None
-            ):  # as in training, where policies meet these scores
-                source = NormalizedScores(source, options.reward_model, model.config.score_mean, deviation)
+            if model.scores:  # as in training, where policies meet these scores
+                source = NormalizedScores(source, options.reward_model, *model.scores)
             yield "reward_model", source, mean
 
     def _reward(self, judge, estimate, scores):
@@ -207,7 +194,9 @@ class Measurement:
             }
         if self.pairs:
             with progress(f"judging {len(self.pairs):,} pairs"):
-                ranked = judge(completions_of_pairs(self.pairs, self.stop_ids, self.tokenizer)).view(-1, 2)
+                ranked = judge(completions_of_pairs(self.pairs, self.session.stop_ids, self.session.tokenizer)).view(
+                    -1, 2
+                )
             outcomes = wins(ranked[:, 0], ranked[:, 1])
             out["preference_accuracy"] = asdict(rate(outcomes)) | {"ties": (outcomes == 0.5).double().mean().item()}
         return out

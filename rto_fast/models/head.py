@@ -1,7 +1,7 @@
 """The output layer as a place to run the linear ops in."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -9,6 +9,8 @@ from rto_fast.errors import ModelError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the layer needs only torch
     from transformers import PreTrainedModel
+
+    from rto_fast.models.lora import Adapter
 
 
 class OpLinear(nn.Linear):
@@ -31,27 +33,33 @@ class OpLinear(nn.Linear):
         return op(hidden_states, self.weight, *args, **options)
 
 
-def use_op_linear(model: "PreTrainedModel", head: nn.Module | None = None) -> OpLinear:
-    """Turns the output layer of a Hugging Face model into an `OpLinear`, parameters and names unchanged.
+def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:
+    """Puts an `OpLinear` in the place of a model's output layer, or of a scorer's head; parameters and names stay.
 
-    Called before `deepspeed.initialize`.
-
-    Args:
-        head: the layer, default a causal LM's.
+    To be called before `deepspeed.initialize`.
 
     Returns:
-        the layer.
+        the new layer.
     Raises:
         ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
     """
-    head = cast(nn.Linear, model.get_output_embeddings() if head is None else head)
-    if type(head) not in (nn.Linear, OpLinear):
+    head = model.get_output_embeddings()
+    is_scorer = head is None
+    head = score_head(model) if is_scorer else head
+    if type(head) is OpLinear:
+        return head
+    if type(head) is not nn.Linear:
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
-    head.__class__ = OpLinear
-    return cast(OpLinear, head)
+    layer = OpLinear(head.in_features, head.out_features, bias=False, device="meta").train(head.training)
+    layer.weight, layer.bias = head.weight, head.bias
+    if is_scorer:
+        model.score = layer
+    else:
+        model.set_output_embeddings(layer)
+    return layer
 
 
-def score_head(model: "PreTrainedModel") -> nn.Linear:
+def score_head(model: "PreTrainedModel | Adapter") -> nn.Linear:
     """The layer that makes a scorer's scores of its hidden states.
 
     Raises:

@@ -18,7 +18,6 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
 from rto_fast.models.head import OpLinear, score_head
-from rto_fast.models.placement import activate, device_of, whole_forward
 from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.models.trace import Pass, failing_layer, first_difference, misses_mask, title
 from rto_fast.ops import linear_token_logps
@@ -229,7 +228,6 @@ def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     ).last_hidden_state[0]
 
 
-@whole_forward
 def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """Log-prob of each label, [T] float32 (0 where the label is ignored), never holding [T, V] logits."""
     hidden = forward_hidden(model, batch)
@@ -240,7 +238,6 @@ def _float_linear(hidden, weight, bias=None):
     return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
-@whole_forward
 def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The score head at every position, [T], in float32: at 20 a bfloat16 score has steps of an eighth."""
     return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
@@ -257,8 +254,7 @@ def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 @torch.no_grad()
 def precise_logps(model: torch.nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
-    """`causal_logps` in a higher precision than the model's, [T]; of ZeRO-3 the weights must be whole."""
-    activate(model)
+    """`causal_logps` in a higher precision than the model's, [T]. With ZeRO-3 the weights must be whole."""
     with precise(model, higher_precision(next(model.parameters()).dtype)):
         hidden = forward_hidden(model, batch)
         return output_head(model).run(reference.linear_token_logps, hidden, batch.labels, temperature=temperature)
@@ -353,7 +349,7 @@ class _Check:
             raise ModelError(
                 f"{self.name}: its {self.what} are NaN: a number in config.json or its weights are damaged"
             )
-        batch = pack_whole(ids, device_of(self.model))
+        batch = pack_whole(ids, self.model.device)
         self.model.eval()
         evaluated = self.packed(self.model, batch)
         self._refuse_leak(batch, evaluated, own)
@@ -465,7 +461,7 @@ def _refusing(model: PreTrainedModel, name: str) -> Iterator[None]:
 def _own_rows(model: PreTrainedModel, run: Callable[..., torch.Tensor], ids: list[list[int]]) -> torch.Tensor:
     """`run(input_ids=…, use_cache=False)` of each sequence alone, [1, n, C] or [1, C]; concatenated to [N, C]."""
     with attention_implementation(model, "eager"):
-        rows = (torch.tensor([sequence], device=device_of(model)) for sequence in ids)
+        rows = (torch.tensor([sequence], device=model.device) for sequence in ids)
         return torch.cat([run(input_ids=row, use_cache=False).flatten(0, -2) for row in rows])
 
 

@@ -21,7 +21,7 @@ from rto_fast.config.shipped import DEFAULT
 from rto_fast.errors import TrainingError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.phases import make_plan
-from rto_fast.preflight.room import run_items
+from rto_fast.preflight.room import data_items
 from rto_fast.system.progress import progress
 
 # A Llama of 61 million parameters: large enough that weights, not the interpreter, make the peak.
@@ -130,7 +130,7 @@ def measure(config) -> dict[str, dict[str, float]]:
     from rto_fast.training.supervised import SupervisedTrainer
 
     run = Run(config, StopRequest())
-    items, device = run_items(run), run.placement["device"]
+    items, device = data_items(config, run.data), run.placement["device"]
     for name in ["deepspeed"] * bool(config.deepspeed.zero_stage) + ["peft"] * bool(config.lora.rank):
         importlib.import_module(name)  # its code is no part of what the models take
     peaks, stage = Peaks(device), ""

@@ -2,22 +2,26 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
+from rto_fast.config import Config
+from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError
 from rto_fast.planning.hardware import GIB, local_machine
 from rto_fast.planning.outline import Items, Plan
 from rto_fast.planning.phases import make_plan
+from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
 
 
-def run_items(run) -> dict[str, Items]:
-    """Lengths of a run's data, of the stages that it trains."""
-    config, data, items = run.config, run.data, {}
+def data_items(config: Config, data: RunData) -> dict[str, Items]:
+    """The lengths of the loaded data, for each stage that this run trains."""
+    items = {}
     if not config.sft.model:
         items["sft"] = _items([len(s.prompt_ids) for s in data.sft], [len(s.response_ids) for s in data.sft])
-    if run._trains_reward_model or run._trains_dpo:
+    if trains_on_pairs(config):
         prompts = [len(p.prompt_ids) for p in data.pairs]
         longer = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in data.pairs]
         both = [(len(p.chosen_ids) + len(p.rejected_ids)) / 2 for p in data.pairs]
@@ -26,6 +30,12 @@ def run_items(run) -> dict[str, Items]:
         prompts = [len(p.prompt_ids) for p in data.prompts]
         items["rto"] = _items(prompts, [config.rollout.max_new_tokens] * len(prompts))
     return items
+
+
+def trains_on_pairs(config: Config) -> bool:
+    reward = config.reward_model
+    trains_reward_model = config.needs_reward_model and not reward.model and not reward.function
+    return trains_reward_model or (config.needs_dpo_model and not config.dpo.model)
 
 
 def _items(prompts, responses, means=None):
@@ -55,43 +65,45 @@ def free_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def check_room(run) -> None:
-    """Says on one line what a run will need, and on a second one if that is more than there is.
+def check_room(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> None:
+    """Says on one line what a run will need, and warns if that is more than there is. The main rank looks, and all ranks
+    stop together.
 
     Args:
-        run: `rto_fast.run.Run`, its data loaded. The main rank looks, and all ranks stop together.
+        config: configuration of the run.
+        data: its data, loaded.
+        device: where this rank computes.
+        folder: where the run writes.
+        log: takes the line and the warning.
     Raises:
         ConfigError: the disk has not the room that models and checkpoints are certain to take.
     """
-    shortage = _look(run) if ranks.is_main() else None
+    shortage = _look(config, data, device, folder, log) if ranks.is_main() else None
     if ranks.any_rank(shortage is not None):
         raise ConfigError(shortage or "output_dir: rank 0 found too little room on the disk")
 
 
-def _look(run):
-    config, device = run.config, run.placement["device"]
+def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> str | None:
     try:
         machine = local_machine(device, ranks.world_size())
-        plan = make_plan(config, machine, run_items(run))
+        plan = make_plan(config, machine, data_items(config, data))
     except Exception as error:  # a prediction that fails costs a line and never the run
-        run.log.say(f"plan: none ({type(error).__name__}: {str(error).splitlines()[0]})")
+        log.say(f"plan: none ({type(error).__name__}: {str(error).splitlines()[0]})")
         return None
     free, peak = free_memory(device), plan.peak
     where = f"the {machine.device.name}'s memory" if machine.device else "memory a process"
-    run.log.say(
+    log.say(
         f"plan: at most {peak.memory.total / GIB:.3g} GiB of {where} in {peak.title}; {free / GIB:.3g} GiB are free"
     )
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
-        run.log.warning(
-            "preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits"
-        )
+        log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
     stages = ("sft", "reward_model", "dpo", "rto")
     save_every = {name: getattr(config, name).save_every for name in stages}
-    needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(run.folder).free
+    needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (
-            f"output_dir: {os.path.abspath(run.folder)} has {room / GIB:.3g} GiB free, and models and checkpoints take "
+            f"output_dir: {os.path.abspath(folder)} has {room / GIB:.3g} GiB free, and models and checkpoints take "
             f"{needed / GIB:.3g} GiB; give another one, lower keep_checkpoints or raise save_every"
         )
     return None

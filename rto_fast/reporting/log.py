@@ -5,12 +5,21 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rto_fast.errors import CheckpointError
 from rto_fast.reporting.run_files import read_records
 from rto_fast.system import terminal
 from rto_fast.system.notices import Notice
+
+
+class Finding(NamedTuple):
+    """Something wrong with a run that its user should know."""
+
+    name: str  # a word for the records, such as entropy_collapses
+    what: str
+    remedy: str
+
 
 ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
 
@@ -87,7 +96,7 @@ class RunLog:
             tracker.close()
 
     def warning(self, stage, step, name, what, remedy):
-        """Says and records a `Finding` of `rto_fast.rto.health`, or a `Notice`, once; step 0: of no step. remedy: may be
+        """Says and records a `Finding`, or a `Notice`, once; step 0: of no step. remedy: may be
         empty."""
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
         if self.silent or record in self.warned:

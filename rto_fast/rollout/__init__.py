@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
+from rto_fast.models.model import Model
 from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
@@ -16,7 +17,7 @@ from rto_fast.training.ranks import any_rank
 __all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
 
 
-def build_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> Engine:
+def build_engine(model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> Engine:
     """The engine that `config.engine` names. It samples with the weights that `model` has at each call.
 
     For a model that the native engine cannot decode, this is transformers' `generate`, with a warning.

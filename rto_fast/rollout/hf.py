@@ -11,6 +11,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, UserError
 from rto_fast.models.directory import first_line
 from rto_fast.models.loading import attention_implementation, check_sequences
+from rto_fast.models.model import Model
 from rto_fast.models.trace import failing_layer
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
 from rto_fast.rollout.model import RolloutModel
@@ -32,7 +33,7 @@ class HFEngine:
         ModelError: `generate` fails on a few tokens, which are tried here.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.model = self.wrapped.causal_lm
         try:

@@ -4,21 +4,20 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.context import context_of
 from rto_fast.models.loading import attention_implementation, output_head
-from rto_fast.models.lora import Adapter
-from rto_fast.models.placement import device_of, is_zero3, vocabulary_of, whole_weights
+from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView
 from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
@@ -33,21 +32,10 @@ class RolloutModel:
     because merging into them and undoing it would round them.
     """
 
-    def __init__(self, wrapped: nn.Module):
-        model: Any = wrapped
-        self.is_zero3 = is_zero3(model)
-        if isinstance(getattr(model, "module", None), nn.Module):  # DeepSpeed, DistributedDataParallel
-            model = model.module
-        if hasattr(model, "get_base_model"):  # PEFT
-            settings = getattr(model, "active_peft_config", None)
-            if getattr(settings, "is_prompt_learning", False):
-                raise ModelError(
-                    f"{type(settings).__name__}: responses would be sampled without the "
-                    "virtual tokens; merge them into the prompts, or train LoRA"
-                )
-            model = model.get_base_model()
-        self.adapter = model if isinstance(model, Adapter) else None
-        self.causal_lm: PreTrainedModel = self.adapter.base if self.adapter else model
+    def __init__(self, model: Model | nn.Module):
+        self.model = _unwrapped(model)
+        self.is_zero3, self.adapter = self.model.is_zero3, self.model.adapter
+        self.causal_lm: PreTrainedModel = self.adapter.base if self.adapter else self.model.module
         if self.causal_lm.get_output_embeddings() is None:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
@@ -60,12 +48,12 @@ class RolloutModel:
         self.head: Any = None  # a `Head` while decoding
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> PreTrainedConfig:
         return self.causal_lm.config
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.causal_lm)
+        return self.model.device
 
     @property
     def kind(self) -> tuple[torch.device, torch.dtype]:
@@ -217,6 +205,26 @@ class RolloutModel:
                 sizes = [linear.out_features for linear in group]
                 whole = weight.new_empty(sum(sizes), group[0].in_features)
                 self.merged |= zip(group, whole.split(sizes))
+
+
+def _unwrapped(model: Model | nn.Module) -> Model:
+    """The model inside DeepSpeed, DistributedDataParallel or PEFT."""
+    if isinstance(model, Model):
+        return model
+    engine = model if hasattr(model, "zero_optimization_stage") else None
+    if isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    if hasattr(model, "get_base_model"):  # PEFT
+        settings = getattr(model, "active_peft_config", None)
+        if getattr(settings, "is_prompt_learning", False):
+            raise ModelError(
+                f"{type(settings).__name__}: responses would be sampled without the "
+                "virtual tokens; merge them into the prompts, or train LoRA"
+            )
+        model = cast(Any, model).get_base_model()
+    unwrapped = Model(cast(nn.Module, model))
+    unwrapped.engine = engine
+    return unwrapped
 
 
 @contextlib.contextmanager

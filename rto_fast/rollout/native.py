@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
+from rto_fast.models.model import Model
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -36,7 +37,7 @@ class NativeEngine:
             pass. A few tokens are decoded here to check this.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         check_rollout(config)
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
+from rto_fast.models.model import Model
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.training.launch import from_environment, local_rank
@@ -58,7 +59,7 @@ class VLLMEngine:
         ModelError: this process does not hold the whole weights.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         try:
             import vllm
             from vllm.exceptions import VLLMValidationError

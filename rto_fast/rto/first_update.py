@@ -1,49 +1,74 @@
-"""Checks before hours are spent: is the policy the one that sampled, is the reference where the policy starts, does the DPO
-model tell good from bad, do all models end a response alike. Every rank decides from the same numbers."""
+"""Checks of a run's first rollout, before hours are spent: is the policy the model that sampled, is the reference where the
+policy starts, does the DPO model tell good responses from bad ones. Every rank decides from the same numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from rto_fast.batch import pack
 from rto_fast.config import Config
 from rto_fast.errors import ModelError, TrainingError
-from rto_fast.evaluation.estimates import rate, wins
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
-from rto_fast.models.placement import device_of
+from rto_fast.models.model import Model
+from rto_fast.reporting.log import Finding
+from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, IMPORTANCE_WEIGHT, MISMATCH_K3, MISMATCH_MEAN
 from rto_fast.rto.behaviour import monitored_rows
-from rto_fast.rto.health import Finding
+from rto_fast.rto.experience import Experience
+from rto_fast.rto.models import Models
+from rto_fast.session import TrainingSession
+from rto_fast.stages.dpo import CHECKED_PAIRS, pair_logps, preference_finding
 from rto_fast.training.response_logps import response_logps
 
-if TYPE_CHECKING:
-    from rto_fast.rto.trainer import Experience, Models
-
-CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
 NOT_REPEATABLE = "is not repeatable: look for randomness in the model (noise, dropout) or state that it keeps"
 UNRELATED = 2.0  # nats a token, about what a language model knows of a token at all
 
 
-def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -> Noise:
-    """What rounding does to the policy's training forward pass, on some of the responses that it sampled.
+def check_first_rollout(
+    config: Config, models: Models, experience: Experience, kl: Tensor, warn: Callable[[Finding], object]
+) -> Callable[[Mapping[str, Any]], None]:
+    """Checks the sampler and the reference.
+
+    Args:
+        kl: [T] log π/π_ref of the rollout, nats.
+        warn: is called with what is odd but may be meant.
+    Returns:
+        The check of the first optimizer step, see `check_ratio`.
+    Raises:
+        TrainingError: the responses come from another model, or the policy's forward pass is not repeatable.
+        ModelError: the reference is another model.
+    """
+    noise = forward_noise(config, models.policy, experience)
+    for finding in (
+        check_sampler(noise, experience.mismatch, config.rollout.engine),
+        check_reference(config, models, experience, kl, noise),
+    ):
+        if finding:
+            warn(finding)
+    return partial(check_ratio, config, noise, are_sampled(experience.mismatch))
+
+
+def forward_noise(config: Config, policy: Model, experience: Experience) -> Noise:
+    """Measures what rounding does to the policy's training forward pass, on some of the responses that it sampled.
 
     Raises:
         TrainingError: the pass is random, or keeps a state. Noise that was measured on it would hide that.
     """
     rows = monitored_rows(len(experience.response_ids))[:4]
     prompt_ids, response_ids = ([ids[i] for i in rows] for ids in (experience.prompt_ids, experience.response_ids))
-    mask = pack(prompt_ids, response_ids, device_of(policy)).response_mask
+    mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
-    def logps(precise: bool) -> torch.Tensor:
+    def logps(precise: bool) -> Tensor:
         max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
         return response_logps(policy, prompt_ids, response_ids, max_tokens, temperature, precise=precise)[mask]
 
     own, truth, again = logps(False), logps(True), logps(True)
     apart = (truth - again).abs().mean().item()
     # Atomic additions may differ in the last bits of the higher precision, far below one bit of the model's own.
-    if not apart <= torch.finfo(next(policy.parameters()).dtype).eps * truth.abs().mean().item():
+    if not apart <= torch.finfo(policy.dtype).eps * truth.abs().mean().item():
         raise TrainingError(
             f"the probability ratio of the very first update is not 1: two passes of the policy over the same responses are "
             f"{apart:.2g} nats a token apart. Its forward pass {NOT_REPEATABLE}"
@@ -51,22 +76,22 @@ def forward_noise(config: Config, policy: nn.Module, experience: "Experience") -
     return Noise.measure(own, truth)
 
 
-def are_sampled(metrics: Mapping[str, Any]) -> bool:
-    """Whether the old log-probs of an `Experience` with these metrics are the sampler's own."""
-    return "mismatch_mean" in metrics and "importance_weight" not in metrics
+def are_sampled(mismatch: Mapping[str, Any]) -> bool:
+    """Whether the old log-probs of an `Experience` with this `mismatch` are the sampler's own."""
+    return MISMATCH_MEAN in mismatch and IMPORTANCE_WEIGHT not in mismatch
 
 
 def check_ratio(config: Config, noise: Noise, sampled: bool, passes: Mapping[str, Any]) -> None:
-    """Before the first update the policy is the one that sampled: its probability ratio is 1.
+    """Checks that the policy is the model that sampled: before the first update its probability ratio is 1.
 
     Args:
         noise: of the policy, from `forward_noise`.
         sampled: whether the old log-probs are the sampler's.
         passes: metrics of the first optimizer step's passes (`approx_kl`, `clip_fraction`), before the step is taken.
     Raises:
-        TrainingError: it is not, beyond what rounding explains, and what PPO does not notice of a sampler.
+        TrainingError: the ratio differs from 1 by more than rounding explains and, for a sampler, than PPO ignores.
     """
-    kl, clipped, clip = float(passes["approx_kl"]), float(passes["clip_fraction"]), clip_width(config.rto)
+    kl, clipped, clip = float(passes[APPROX_KL]), float(passes[CLIP_FRACTION]), clip_width(config.rto)
     # The sampler's own limit was checked on some responses, these are others: k3 of a sample varies.
     limit = max(noise.repeated_k3, FACTOR * k3_limit(clip) if sampled else 0.0)
     # By Chebyshev's inequality: no larger share of tokens can lie beyond the clip.
@@ -84,120 +109,85 @@ def check_ratio(config: Config, noise: Noise, sampled: bool, passes: Mapping[str
     )
 
 
-def check_sampler(noise: Noise, metrics: Mapping[str, Any], engine: str) -> list[Finding]:
-    """Old log-probs are recomputed where PPO would notice how far the sampler's are off; another model's samples are of no
-    use.
+def check_sampler(noise: Noise, mismatch: Mapping[str, Any], engine: str) -> Finding | None:
+    """Checks that the engine samples from the policy.
+
+    Where PPO would notice the difference of the log-probs they are recomputed; samples of another model are of no use.
 
     Args:
         noise: of the policy, from `forward_noise`.
-        metrics: of the first rollout.
+        mismatch: metrics of the first rollout, see `behaviour_logps`; empty where nothing was compared.
         engine: `rollout.engine`.
     Returns:
-        a finding where the difference is no rounding: the engine does not compute the policy.
+        A finding where rounding does not explain the difference.
     Raises:
         TrainingError: the sampler is another model.
     """
-    if "mismatch_mean" not in metrics:
-        return []
-    apart, k3 = float(metrics["mismatch_mean"]), float(metrics["mismatch_k3"])
-    told = f"the sampler's log-probs of its own first samples are {apart:.2g} nats a token from the policy's"
+    if MISMATCH_MEAN not in mismatch:
+        return None
+    apart, k3 = float(mismatch[MISMATCH_MEAN]), float(mismatch[MISMATCH_K3])
+    distance = f"the sampler's log-probs of its own first samples are {apart:.2g} nats a token from the policy's"
     if not k3 <= OTHER_MODEL:
-        raise TrainingError(f"{told}: it samples from other weights; use rollout.engine: hf")
+        raise TrainingError(f"{distance}: it samples from other weights; use rollout.engine: hf")
     if apart <= noise.repeated_mean:
-        return []
-    return [
-        Finding(
-            "sampler_is_not_the_policy",
-            f"{told}, and rounding explains {noise.repeated_mean:.2g}: it does not compute what is trained",
-            "if rollout.engine: vllm runs lower precision on purpose, this is its price; else use rollout.engine: hf"
-            if engine == "vllm"
-            else "use rollout.engine: hf, and report the model",
-        )
-    ]
+        return None
+    return Finding(
+        "sampler_is_not_the_policy",
+        f"{distance}, and rounding explains {noise.repeated_mean:.2g}: it does not compute what is trained",
+        "if rollout.engine: vllm runs lower precision on purpose, this is its price; else use rollout.engine: hf"
+        if engine == "vllm"
+        else "use rollout.engine: hf, and report the model",
+    )
 
 
-def check_reference(
-    config: Config, models: "Models", experience: "Experience", metrics: Mapping[str, Any], noise: Noise
-) -> list[Finding]:
-    """A policy that starts as its reference has no KL to it.
+def check_reference(config: Config, models: Models, experience: Experience, kl: Tensor, noise: Noise) -> Finding | None:
+    """Checks that a policy which starts from its reference has no KL to it.
 
     Args:
-        experience, metrics: of the first rollout.
+        kl: [T] log π/π_ref of the first rollout, nats.
         noise: of the policy, from `forward_noise`.
     Returns:
-        findings: a policy that starts elsewhere may be meant.
+        A finding where the policy starts elsewhere, which may be meant.
     Raises:
-        ModelError: names both directories.
+        ModelError: the two are no related models, or the same directory gives two models.
     """
     if models.origins is None:
-        return []
+        return None
     start, reference = models.origins
-    # Of the sampler's log-probs the distance to the training forward was measured, on other responses.
-    limit = max(noise.repeated_mean, FACTOR * float(metrics["mismatch_mean"]) if are_sampled(metrics) else 0.0)
-    kl = experience.kl
-    assert kl is not None  # of a rollout it is known
+    limit = noise.repeated_mean
+    if are_sampled(experience.mismatch):  # their distance to the training forward was measured on other responses
+        limit = max(limit, FACTOR * float(experience.mismatch[MISMATCH_MEAN]))
     apart = kl[experience.batch.response_mask].abs().mean().item()
-    told = f"the policy starts from {start}, its reference is {reference}, and they are {apart:.2g} nats a token apart"
+    distance = (
+        f"the policy starts from {start}, its reference is {reference}, and they are {apart:.2g} nats a token apart"
+    )
     same = Path(start) == Path(reference)
     if apart <= limit or (config.rto.init_from == "dpo" and not same):  # DPO's policy has moved on purpose
-        return []
+        return None
     if same:
         raise ModelError(
-            f"{told}: the directory was changed while it was read, or its model does not compute the same twice"
+            f"{distance}: the directory was changed while it was read, or its model does not compute the same twice"
         )
     if not apart < UNRELATED:
         raise ModelError(
-            f"{told}: these models have nothing in common; set rto.ref_model to the one that the policy was trained from, "
-            "or leave it out"
+            f"{distance}: these models have nothing in common; set rto.ref_model to the one that the policy was trained "
+            "from, or leave it out"
         )
-    return [
-        Finding(
-            "reference_is_elsewhere",
-            f"{told}: the KL penalty pulls the policy away from where it starts",
-            "leave rto.ref_model out unless that is meant",
-        )
-    ]
-
-
-def preference_finding(change: torch.Tensor, supplied: bool) -> Finding | None:
-    """Whether a DPO model's implicit reward ranks preference pairs as people did.
-
-    Args:
-        change: [N, 2] log π_dpo/π_ref of chosen and rejected. supplied: as `dpo.model`, else trained here.
-    """
-    accuracy = rate(wins(change[:, 0], change[:, 1]))
-    told = (
-        f"the DPO model ranks {accuracy.value:.0%} of {accuracy.count} held-out pairs right "
-        f"(95 % interval {accuracy.low:.0%} to {accuracy.high:.0%})"
-    )
-    cause = (
-        "dpo.ref_model must be what dpo.model was trained from" if supplied else "dpo.lr or dpo.epochs may be too low"
-    )
-    remedy = (
-        "see that chosen and rejected are the right way round (python -m rto_fast.data shows them); "
-        f"{cause}; rto.dpo_reward_scale: 0 does without it"
-    )
-    if accuracy.high < 0.5:
-        return Finding("dense_reward_is_inverted", f"the dense reward points the wrong way: {told}", remedy)
-    # Of few pairs every model might be a coin; people agree with each other on two thirds to three quarters.
-    if accuracy.count >= CHECKED_PAIRS // 2 and accuracy.low < 0.5 and accuracy.value < 0.55:
-        return Finding("dense_reward_is_noise", f"the dense reward may be noise: {told}", remedy)
-    return None
-
-
-def stop_finding(key, path, stop_ids, end, tokenizer) -> Finding | None:
-    """Whether a supplied model ends its responses with the token that the policy's end with.
-
-    Args:
-        stop_ids: that the model at `path` (a configuration's `key`) knows, as far as its files say. end, tokenizer: of
-            the policy.
-    """
-    if not stop_ids or end in stop_ids:
-        return None
-    own = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in stop_ids)
     return Finding(
-        f"{key} ends otherwise",
-        f"{key}: {path} ends responses with {own}, the policy's end with {tokenizer.convert_ids_to_tokens(end)!r} ({end}): "
-        "its numbers for the last token, and for what comes after it, mean little",
-        "give both the same chat template and eos_token (tokenizer_config.json, generation_config.json)",
+        "reference_is_elsewhere",
+        f"{distance}: the KL penalty pulls the policy away from where it starts",
+        "leave rto.ref_model out unless that is meant",
     )
+
+
+def check_dpo_model(session: TrainingSession, models: Models) -> None:
+    """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
+    pairs = session.data.held_out_pairs[:CHECKED_PAIRS]
+    if not pairs or models.dpo is None:
+        return
+    logps = []
+    for model in (models.dpo, models.dpo_reference or models.reference):
+        with model.resident():
+            logps.append(pair_logps(model, pairs, session.config.rto.micro_batch_tokens))
+    if finding := preference_finding(logps[0] - logps[1], supplied=True):
+        session.log.warning("dpo", 0, *finding)

@@ -8,24 +8,41 @@ runs stay far below all of them.
 import math
 from collections.abc import Callable, Iterator
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 from rto_fast.config import Config
 from rto_fast.models.agreement import clip_width, k3_limit, ppo_notices
-from rto_fast.reporting.log import RunLog
+from rto_fast.reporting.log import Finding, RunLog
+from rto_fast.reporting.metric_names import (
+    APPROX_KL,
+    CLIP_FRACTION,
+    CRITIC_SKIPPED,
+    DPO_CLIP_FRACTION,
+    DPO_REWARD_SHARE,
+    DPO_SCORE_CORRELATION,
+    ENTROPY,
+    EXPLAINED_VARIANCE,
+    IMBALANCE,
+    KL,
+    KL_PENALTY_SHARE,
+    LENGTH,
+    MICRO_BATCH_TOKENS,
+    MISMATCH_BIAS,
+    MISMATCH_K3,
+    ROLLOUT_IMBALANCE,
+    SCORE_REWARD_SHARE,
+    SKIPPED,
+    TRUNCATED,
+    VALUE_LOSS,
+)
 from rto_fast.reporting.run_files import number, read_records
 
 QUIET = 10  # iterations without its cause after which a warning is over: one that comes and goes is said once
 
 
-class Finding(NamedTuple):
-    name: str
-    what: str
-    remedy: str
-
-
 History = list[dict[str, Any]]  # an iteration's metrics each, in order; None where a number was not finite
-Rule = Callable[[History, Config], tuple[str, str] | None]  # → (what is wrong, what to do)
+Advice = tuple[str, str]  # what is wrong, and what to do
+Rule = Callable[[History, Config], Advice | None]
 
 
 def _last(history: History, metric: str, count: int) -> list[float]:
@@ -34,16 +51,16 @@ def _last(history: History, metric: str, count: int) -> list[float]:
     return values if len(values) == count and None not in values else []  # type: ignore[return-value]
 
 
-def _above(history, metric, threshold, count):
+def _above(history: History, metric: str, threshold: float, count: int) -> bool:
     """Whether the metric's last `count` values are all above `threshold`."""
     return min(_last(history, metric, count), default=threshold) > threshold
 
 
-def dense_reward_dominates(history, config):
+def dense_reward_dominates(history: History, config: Config) -> Advice | None:
     """β1 is a scale of its own, and the score's is that of another model: nothing but looking tells whether they match. In
     the shipped runs the dense reward is at most a third of the score's size."""
     rto = config.rto
-    dense, score = _last(history, "dpo_reward_share", 5), _last(history, "score_reward_share", 5)
+    dense, score = _last(history, DPO_REWARD_SHARE, 5), _last(history, SCORE_REWARD_SHARE, 5)
     if not (dense and score and rto.score_scale and rto.dpo_reward_scale):
         return None
     ratios = [d / max(s, 1e-3) for d, s in zip(dense, score)]
@@ -59,20 +76,20 @@ def dense_reward_dominates(history, config):
     )
 
 
-def dense_reward_is_clipped(history, config):
+def dense_reward_is_clipped(history: History, config: Config) -> Advice | None:
     """The clip is for outliers; beyond half of the tokens the reward that is left is little more than a sign."""
-    if not _above(history, "dpo_clip_fraction", 0.5, 5):
+    if not _above(history, DPO_CLIP_FRACTION, 0.5, 5):
         return None
-    share, rto = history[-1]["dpo_clip_fraction"], config.rto
+    share, rto = history[-1][DPO_CLIP_FRACTION], config.rto
     return (
         f"the dense reward of {share:.0%} of the tokens is cut at ±{rto.dpo_reward_clip:g}",
         f"raise rto.dpo_reward_clip, or halve rto.dpo_reward_scale ({rto.dpo_reward_scale:g})",
     )
 
 
-def dense_reward_contradicts_score(history, config):
+def dense_reward_contradicts_score(history: History, config: Config) -> Advice | None:
     """A correlation over 64 responses is off by an eighth, its mean over ten rollouts by a twenty-fifth."""
-    values = _last(history, "dpo_score_correlation", 10)
+    values = _last(history, DPO_SCORE_CORRELATION, 10)
     if fmean(values or [0.0]) >= -0.2:
         return None
     return (
@@ -83,10 +100,10 @@ def dense_reward_contradicts_score(history, config):
     )
 
 
-def kl_explodes(history, config):
+def kl_explodes(history: History, config: Config) -> Advice | None:
     """A nat a token means another model: language models have one or two nats of entropy a token, and reward models are
     over-optimised long before (Gao et al., arXiv 2210.10760)."""
-    kl, length = _last(history, "kl", 3), _last(history, "length", 3)
+    kl, length = _last(history, KL, 3), _last(history, LENGTH, 3)
     if min((k / max(n, 1.0) for k, n in zip(kl, length)), default=0.0) <= 1.0:
         return None
     return (
@@ -95,87 +112,87 @@ def kl_explodes(history, config):
     )
 
 
-def kl_is_negative(history, config):
+def kl_is_negative(history: History, config: Config) -> Advice | None:
     """The mean of log π/π_ref over π's own samples estimates a KL, which is not negative. The threshold is TRL's."""
-    if max(_last(history, "kl", 5), default=0.0) >= -1.0:
+    if max(_last(history, KL, 5), default=0.0) >= -1.0:
         return None
     return (
-        f"the KL to the reference is negative ({history[-1]['kl']:.3g} nats): the samples are not the policy's own",
+        f"the KL to the reference is negative ({history[-1][KL]:.3g} nats): the samples are not the policy's own",
         "sample from the whole distribution (rollout.top_p: 1, top_k: 0, min_p: 0), or set rto.old_logps: recompute",
     )
 
 
-def kl_penalty_dominates(history, config):
-    if not _above(history, "kl_penalty_share", 0.5, 5):
+def kl_penalty_dominates(history: History, config: Config) -> Advice | None:
+    if not _above(history, KL_PENALTY_SHARE, 0.5, 5):
         return None
     return (
-        f"the KL penalty is {history[-1]['kl_penalty_share']:.0%} of what a response is paid or charged: it outweighs "
+        f"the KL penalty is {history[-1][KL_PENALTY_SHARE]:.0%} of what a response is paid or charged: it outweighs "
         "score and dense reward",
         f"lower rto.lr ({config.rto.lr:g}) if the KL still rises, else rto.kl_coef ({config.rto.kl_coef:g})",
     )
 
 
-def entropy_collapses(history, config):
+def entropy_collapses(history: History, config: Config) -> Advice | None:
     """A policy that has become nearly certain draws the same response again and has nothing left to learn from (arXiv
     2505.22617). RTO lowers entropy by itself, in the shipped runs to a half."""
-    first = fmean(_last(history[:3], "entropy", 3) or [0.0])
-    if max(_last(history, "entropy", 5), default=first) >= 0.2 * first:
+    first = fmean(_last(history[:3], ENTROPY, 3) or [0.0])
+    if max(_last(history, ENTROPY, 5), default=first) >= 0.2 * first:
         return None
     return (
-        f"entropy fell from {first:.2g} to {history[-1]['entropy']:.2g} nats a token: samples are nearly all alike",
+        f"entropy fell from {first:.2g} to {history[-1][ENTROPY]:.2g} nats a token: samples are nearly all alike",
         f"raise rto.kl_coef ({config.rto.kl_coef:g}) or rto.entropy_coef ({config.rto.entropy_coef:g}), or lower "
         f"rto.lr ({config.rto.lr:g})",
     )
 
 
-def responses_are_cut(history, config):
-    if not _above(history, "truncated", 0.25, 5):
+def responses_are_cut(history: History, config: Config) -> Advice | None:
+    if not _above(history, TRUNCATED, 0.25, 5):
         return None
     return (
-        f"{history[-1]['truncated']:.0%} of the responses are cut at rollout.max_new_tokens "
+        f"{history[-1][TRUNCATED]:.0%} of the responses are cut at rollout.max_new_tokens "
         f"({config.rollout.max_new_tokens})",
         "raise it if they need the room; if they have grown, raise rto.truncation_penalty "
         f"({config.rto.truncation_penalty:g})",
     )
 
 
-def updates_are_too_large(history, config):
+def updates_are_too_large(history: History, config: Config) -> Advice | None:
     """PPO lives below .2 clipped; Spinning Up stops an epoch at a KL of .015 a step, a tenth of a nat is far out."""
-    if not (_above(history, "clip_fraction", 0.2, 3) or _above(history, "approx_kl", 0.1, 3)):
+    if not (_above(history, CLIP_FRACTION, 0.2, 3) or _above(history, APPROX_KL, 0.1, 3)):
         return None
     last, rto = history[-1], config.rto
     return (
-        f"updates are large: {last['clip_fraction']:.0%} of the tokens clipped, {last['approx_kl']:.2g} nats a token from "
+        f"updates are large: {last[CLIP_FRACTION]:.0%} of the tokens clipped, {last[APPROX_KL]:.2g} nats a token from "
         "the policy that sampled",
         f"lower rto.lr ({rto.lr:g}) or rto.ppo_epochs ({rto.ppo_epochs}), or raise rto.batch_size ({rto.batch_size})",
     )
 
 
-def critic_explains_nothing(history, config):
+def critic_explains_nothing(history: History, config: Config) -> Advice | None:
     """Below 0 the critic is worse than the mean of the returns; a critic from a reward model starts there and learns."""
-    if max(_last(history, "explained_variance", 15), default=0.0) >= -0.05:
+    if max(_last(history, EXPLAINED_VARIANCE, 15), default=0.0) >= -0.05:
         return None
     return (
         "the critic has explained none of the returns' variance for 15 iterations (explained_variance "
-        f"{history[-1]['explained_variance']:.2g}): advantages are noisier than without it",
+        f"{history[-1][EXPLAINED_VARIANCE]:.2g}): advantages are noisier than without it",
         f"raise rto.critic_lr ({config.rto.critic_lr:g}), or take rto.advantage: reinforce_pp, which needs no critic",
     )
 
 
-def value_loss_explodes(history, config):
+def value_loss_explodes(history: History, config: Config) -> Advice | None:
     """Against its own start: its unit is that of the scores."""
-    start = _last(history[:3], "value_loss", 3)
-    if len(history) < 8 or not start or not _above(history, "value_loss", 5 * max(start), 3):
+    start = _last(history[:3], VALUE_LOSS, 3)
+    if len(history) < 8 or not start or not _above(history, VALUE_LOSS, 5 * max(start), 3):
         return None
     return (
-        f"the value loss is {history[-1]['value_loss']:.3g}, at the start it was at most {max(start):.3g}",
+        f"the value loss is {history[-1][VALUE_LOSS]:.3g}, at the start it was at most {max(start):.3g}",
         f"lower rto.critic_lr ({config.rto.critic_lr:g})",
     )
 
 
-def steps_are_skipped(history, config):
+def steps_are_skipped(history: History, config: Config) -> Advice | None:
     """Nothing is scaled here as in float16 training: a gradient that is not finite has a cause."""
-    if not any((r.get("skipped") or 0) + (r.get("critic_skipped") or 0) > 0 for r in history[-5:]):
+    if not any((r.get(SKIPPED) or 0) + (r.get(CRITIC_SKIPPED) or 0) > 0 for r in history[-5:]):
         return None
     return (
         "optimizer steps were skipped, their gradient was not finite",
@@ -184,10 +201,10 @@ def steps_are_skipped(history, config):
     )
 
 
-def sampler_disagrees(history, config):
+def sampler_disagrees(history: History, config: Config) -> Advice | None:
     """The limits are those of `rto_fast.models.agreement`."""
     clip = clip_width(config.rto)
-    recent = [r for r in history[-3:] if r.get("mismatch_k3") is not None and r.get("mismatch_bias") is not None]
+    recent = [r for r in history[-3:] if r.get(MISMATCH_K3) is not None and r.get(MISMATCH_BIAS) is not None]
     if len(recent) < 3 or not all(ppo_notices(record, clip) for record in recent):
         return None
     if config.rto.old_logps == "sampler":
@@ -198,22 +215,22 @@ def sampler_disagrees(history, config):
         remedy += "; rollout.engine: native samples with the training's own weights"
     return (
         f"PPO with a clip of {clip:g} notices how far the sampler's log-probs are from the training's (k3 "
-        f"{recent[-1]['mismatch_k3']:.2g} nats a token, {k3_limit(clip):.2g} would do no harm; mean ratio "
-        f"{1 + recent[-1]['mismatch_bias']:.3f}): {done}",
+        f"{recent[-1][MISMATCH_K3]:.2g} nats a token, {k3_limit(clip):.2g} would do no harm; mean ratio "
+        f"{1 + recent[-1][MISMATCH_BIAS]:.3f}): {done}",
         remedy,
     )
 
 
-def ranks_are_uneven(history, config):
-    for metric, key in (("imbalance", "rto.batch_size"), ("rollout_imbalance", "rto.prompts_per_rollout")):
+def ranks_are_uneven(history: History, config: Config) -> Advice | None:
+    for metric, key in ((IMBALANCE, "rto.batch_size"), (ROLLOUT_IMBALANCE, "rto.prompts_per_rollout")):
         values = _last(history, metric, 5)
         if fmean(values or [1.0]) > 1.5:
             return f"the busiest rank has {fmean(values):.1f} times the tokens of the mean ({metric})", f"raise {key}"
     return None
 
 
-def micro_batches_shrank(history, config):
-    tokens = history[-1].get("micro_batch_tokens") or config.rto.micro_batch_tokens
+def micro_batches_shrank(history: History, config: Config) -> Advice | None:
+    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.rto.micro_batch_tokens
     if tokens >= config.rto.micro_batch_tokens:
         return None
     return (

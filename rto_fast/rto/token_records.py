@@ -1,40 +1,30 @@
 """What single tokens earned: a few responses of the first, the middle and the last iteration, for the run's report."""
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.reporting.metric_names import ADVANTAGE, SCORE, SCORE_REWARD, VALUE
+from rto_fast.rto.experience import Experience
+from rto_fast.rto.token_rewards import TokenRewards
 
 RESPONSES, TOKENS = 4, 512  # of each recorded iteration, and of each response: the record stays small for any model
 
 
-def recorded_iterations(iterations):
-    """Numbers, from 0: the start, the half-way point and the end show how the token rewards' meaning moves."""
+def recorded_iterations(iterations: int) -> set[int]:
+    """The numbers, from 0, of the first, the middle and the last iteration: what the token rewards mean moves."""
     return {0, iterations // 2, iterations - 1}
 
 
-def reward_parts(result, kl_coef, scores, score_scale, score_clip, batch):
-    """The token rewards taken apart, {name: [T] float32}: reward = dpo_reward − kl_penalty + score_reward.
-
-    Args:
-        result: `RTOAdvantages`. scores: [N], as paid. score_clip: 0 turns it off.
-    """
-    paid = score_scale * (scores.clamp(-score_clip, score_clip) if score_clip else scores)
-    score_reward = torch.zeros_like(result.token_rewards).index_copy(0, batch.last, paid.to(result.token_rewards.dtype))
-    kl_penalty = kl_coef * result.kl
-    # What remains is the dense reward as it was paid: scaled, clipped, moved to sentence ends, less its shaping.
-    return {
-        "dpo_reward": result.token_rewards + kl_penalty - score_reward,
-        "kl_penalty": kl_penalty,
-        "score_reward": score_reward,
-    }
-
-
-def token_texts(tokenizer, ids):
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token, such that they join to that of the whole, special tokens included.
 
     Tokens are decoded behind those before them (as TGI and vLLM stream text): many tokenizers drop the space in front of
     a token that stands alone. A character of several tokens belongs to the last of them.
     """
 
-    def decode(start, end):
+    def decode(start: int, end: int) -> str:
         return tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     texts, start, read = [], 0, 0
@@ -48,23 +38,21 @@ def token_texts(tokenizer, ids):
     return texts
 
 
-def token_records(experience, prompts, tokenizer):
-    """Records of the first `RESPONSES` responses, for `RunLog.tokens`: lists over a response's first `TOKENS` tokens.
-
-    Args:
-        experience: `Experience` with `reward_parts`. prompts: its `Prompt`s.
-    """
+def token_records(
+    experience: Experience, rewards: TokenRewards, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Records the first `RESPONSES` responses for `RunLog.tokens`: lists over the first `TOKENS` tokens of each."""
     lengths, mask = experience.lengths, experience.batch.response_mask.split(experience.lengths)
-    columns = experience.reward_parts | {"advantage": experience.advantages, "value": experience.old_values}
-    columns = {name: values.split(lengths) for name, values in columns.items()}
+    columns = rewards.parts | {ADVANTAGE: rewards.advantages, VALUE: experience.old_values}
+    split = {name: values.split(lengths) for name, values in columns.items()}
     records = []
     for i, ids in enumerate(experience.response_ids[:RESPONSES]):
         numbers = {
             name: [round(number, 5) + 0.0 for number in parts[i][mask[i]][:TOKENS].tolist()]  # + 0.0: no -0.0
-            for name, parts in columns.items()
+            for name, parts in split.items()
         }
         # The score is paid on the last token, which may lie behind the cut.
-        score = round(float(columns["score_reward"][i].sum()), 5)
-        shown = {"index": i, "prompt": prompts[i].prompt, "count": len(ids), "score": score}
+        score = round(float(split[SCORE_REWARD][i].sum()), 5)
+        shown = {"index": i, "prompt": experience.prompts[i].prompt, "count": len(ids), SCORE: score}
         records.append(shown | {"tokens": token_texts(tokenizer, ids[:TOKENS])} | numbers)
     return records

@@ -1,10 +1,11 @@
 """What the commands share: a mistake of the user ends in one line, not in a traceback."""
 
+import contextlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from rto_fast.errors import Interrupted, UserError
 from rto_fast.system import deepspeed_import, terminal
@@ -35,24 +36,29 @@ def _end_at_next_signal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_command(
-    main: Callable[[list[str]], object], *, interrupted: str | None = None, only_prints: bool = False
-) -> None:
-    """Calls `main` with the command line's arguments; exit code 2 after a mistake, 130 after Ctrl-C.
+@contextlib.contextmanager
+def as_command(*, interrupted: str | None = None, only_prints: bool = False) -> Iterator[None]:
+    """Runs the body as a command: a mistake ends the process with one line and exit code 2, Ctrl-C with exit code 130.
+
+    `--debug` is taken out of `sys.argv`; with it a mistake shows its traceback.
 
     Args:
-        interrupted: what is said after Ctrl-C. `--debug`, taken from the arguments, shows the traceback of a mistake instead
-            of one line. only_prints: nothing else comes of `main`, so it may end when nobody reads any more (`| head`).
+        interrupted: What is said after Ctrl-C.
+        only_prints: The command does nothing but print, so it may end when nobody reads any more (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with warnings.catch_warnings(), deepspeed_import.hidden(), shown():
             terminal.protect(only_prints)
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # of users' functions; `python -m` has it there, the script `rto-fast` not
-            main([argument for argument in sys.argv[1:] if argument != "--debug"])
+                sys.path.append(
+                    os.getcwd()
+                )  # for users' functions; `python -m` has it there, the script `rto-fast` not
+            yield
     except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _tell(error_line(error))
         sys.exit(2)

@@ -1,61 +1,62 @@
-"""An optimizer step's forward and backward passes: micro-batches over the ranks, and what happens when memory runs out."""
+"""The micro-batches of an optimizer step, shared out over the ranks. Where memory runs out, the step starts anew with
+smaller ones.
 
-from collections import Counter
+step = accumulator.step(items, lengths, optimizers)
+for rows, factor in step:
+    with step:
+        ...  # forward and backward pass over the items `rows`, of a loss times `factor`
+        step.add(metrics)
+metrics = step.metrics()
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
 
 
+class HasGradients(Protocol):
+    def zero_grad(self) -> None: ...
+
+
 class Accumulator:
-    """Runs the micro-batches of optimizer steps.
+    """How many tokens a micro-batch may have.
 
     Args:
-        tokens: budget of a micro-batch. say: told when memory runs out and the budget is halved.
+        tokens: the budget that the configuration gives.
+        say: is called with a line of text when memory runs out and the budget is halved.
     """
 
-    def __init__(self, tokens, say):
+    def __init__(self, tokens: int, say: Callable[[str], object]):
         self.tokens = self.configured = tokens
         self.say = say
 
-    def run(self, passes, lengths, optimizers):
-        """
-        Args:
-            passes: called with a micro-batch's indices and a factor for its losses (1, or 0 where only the other ranks have
-                work left); runs forward and backward, returns metrics that add up over micro-batches. lengths: tokens of
-                each item of the step. optimizers: whose gradients are collected.
-        Returns:
-            the metrics of the whole step.
-        """
-        while True:
-            totals: Counter = Counter()
-            failure = None
-            micro_batches = ranks.shared_micro_batches(lengths, self.tokens)
-            try:
-                for done, (indices, is_work) in enumerate(micro_batches, 1):
-                    metrics = passes(indices, float(is_work))
-                    advance_part(done / len(micro_batches))
-                    totals.update(metrics if is_work else {name: 0.0 * value for name, value in metrics.items()})
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                # Not the error: its traceback holds what the passes left in memory.
-                failure = str(error) or "out of memory."
-            if failure:
-                for optimizer in optimizers:  # DeepSpeed's raises: before the ranks wait for one another
-                    optimizer.zero_grad()
-            if not ranks.any_rank(failure is not None):
-                return ranks.add_up(dict(totals))
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            self._shrink(lengths, failure or "another rank is out of memory.")
+    def step(
+        self, items: Sequence[int], lengths: Sequence[int], optimizers: Collection[HasGradients]
+    ) -> "AccumulatedStep":
+        """Begins an optimizer step.
 
-    def _shrink(self, lengths, failure):
-        """The step begins anew with half the tokens; its normalisers are those of the step, not of the micro-batch."""
+        Args:
+            items: the numbers of the step's items.
+            lengths: the tokens of every item, of all steps.
+            optimizers: whose gradients are cleared where the step starts anew.
+        """
+        return AccumulatedStep(self, items, [lengths[i] for i in items], optimizers)
+
+    def shrink(self, lengths: Sequence[int], failure: str) -> None:
+        """Halves the budget until a step of these lengths has more micro-batches than before.
+
+        Raises:
+            torch.OutOfMemoryError: the budget is that of the longest item, which is never cut.
+        """
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self.tokens <= max(lengths):  # an item is never cut
+        if self.tokens <= max(lengths):
             raise torch.OutOfMemoryError(failure)
         before = self.tokens
         self.tokens //= 2
@@ -63,16 +64,77 @@ class Accumulator:
             self.tokens //= 2
         self.say(f"out of memory with micro-batches of {before:,} tokens; goes on with {self.tokens:,}")
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int]:
         return {"configured": self.configured, "tokens": self.tokens}
 
-    def load_state_dict(self, state):
-        """A budget that was lowered stays so, unless the run goes on with another one in its options."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Keeps a budget that was lowered, unless the run goes on with another one in its options."""
         if not 0 < state["tokens"] <= state["configured"]:
             raise ValueError(f"accumulator.tokens: expected 1 to {state['configured']}, got {state['tokens']}")
         if state["configured"] == self.configured:
             self.tokens = state["tokens"]
 
 
-def is_out_of_memory(error):
+class AccumulatedStep:
+    """The micro-batches of one optimizer step; see the module for its use.
+
+    As a context it catches that memory ran out in a pass. The iteration then clears the gradients and begins anew with half
+    the tokens; the losses' denominators are those of the step, so that its result is the same.
+    """
+
+    def __init__(
+        self, budget: Accumulator, items: Sequence[int], lengths: Sequence[int], optimizers: Collection[HasGradients]
+    ):
+        self.budget, self.items, self.lengths, self.optimizers = budget, items, lengths, optimizers
+        self.totals: dict[str, Tensor] = {}
+        self.factor, self.failure = 1.0, ""
+
+    def __iter__(self) -> Iterator[tuple[list[int], float]]:
+        """Yields the items of each micro-batch and the factor of its loss: 1, or 0 where only other ranks have work left."""
+        while True:
+            self.totals, self.failure = {}, ""
+            micro_batches = ranks.shared_micro_batches(self.lengths, self.budget.tokens)
+            for done, (indices, is_work) in enumerate(micro_batches, 1):
+                self.factor = float(is_work)
+                yield [self.items[i] for i in indices], self.factor
+                if self.failure:
+                    self._zero_grad()  # DeepSpeed's raises: before the ranks wait for one another
+                    break
+                advance_part(done / len(micro_batches))
+            if not ranks.any_rank(bool(self.failure)):
+                return
+            self._zero_grad()
+            self.budget.shrink(self.lengths, self.failure or "another rank is out of memory.")
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds a micro-batch's metrics, whose sum over the micro-batches is the step's."""
+        add_to(self.totals, metrics if self.factor else {name: 0.0 * value for name, value in metrics.items()})
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The metrics of the whole step, of all ranks."""
+        return ranks.add_up(self.totals)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            # Not the error itself: its traceback holds what the passes left in memory.
+            self.failure = str(error) or "out of memory."
+        return bool(self.failure)
+
+
+def add_to(totals: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Adds metrics to their sums so far."""
+    for name, value in metrics.items():
+        totals[name] = value + totals[name] if name in totals else value
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is done, the states of the stage under way, and how long its logs were at each of them."""
+"""The checkpoints of a run: which stages are done, the states of the present stage, and the sizes of the logs at each."""
 
 import contextlib
 import json
@@ -14,56 +14,59 @@ import torch
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
+from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.progress_file import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
-from rto_fast.training.run_lock import RunLock
-from rto_fast.training.state_files import OWNER, find_damage, load_state, owner_of, remove_state, save_state, write_text
+from rto_fast.training.state_files import find_damage, is_own_state, load_state, remove_state, save_state, write_text
 from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 
-# What a kill leaves of the files that a run alone writes; see `rto_fast.system.writing`.
+# The unfinished files that a killed run leaves; see `rto_fast.system.writing`.
 UNFINISHED = re.compile(r"\.(progress\.json|results\.json|config\.yaml)\.\d+\.part")
 
 
 class Trainer(Protocol):
-    """What a stage steps, and a checkpoint holds."""
+    """What the training loop steps and a checkpoint saves."""
 
     steps: int
     order: ShuffledIndices
 
     @property
     def step_count(self) -> int:
-        """Steps done."""
+        """The number of steps done."""
 
     @property
     def skipped(self) -> int:
-        """Optimizer steps whose gradient was not finite."""
+        """The number of optimizer steps whose gradient was not finite."""
 
-    def step(self) -> dict:
-        """One step; returns its metrics."""
+    def step(self) -> dict[str, Any]:
+        """Takes one step and returns its metrics."""
 
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _told(what: str, error: BaseException) -> str:
-    """`what` with what the error says, its notes included."""
-    said = ": ".join(filter(None, [what, str(error)]))
-    return "; ".join([said, *getattr(error, "__notes__", [])])
+def _with_reason(what: str, error: BaseException) -> str:
+    """Appends the error's message and its notes."""
+    message = ": ".join(filter(None, [what, str(error)]))
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`. Every rank calls the same methods at the same time; the main one writes.
+    """The checkpoints of the run in `folder`. Every rank calls the same methods at the same time; the main rank writes.
 
-    `progress.json` is the run's memory: stages that are done, and the points from which the one under way can go on, oldest
-    first: its beginning, then each checkpoint that is kept. With each are the sizes of the logs at that moment, to which a
-    resumed run cuts them: no record appears twice. The run's name is there and in each checkpoint: what another run wrote,
-    in a folder that both have a link to, is not removed.
+    `progress.json` is the run's memory: the stages that are done, and the points from which the present stage can go on,
+    oldest first: its beginning, then each checkpoint that is kept. A point holds the sizes of the logs at that moment, to
+    which a resumed run cuts them, so that no record appears twice. The run's name stands there and in each checkpoint: two
+    runs may have a link to the same folder, and neither removes what the other wrote.
 
     Args:
-        stop: what asks the run to end. lock: the run's, looked at before anything is saved.
+        keep: the number of checkpoints to keep.
+        resume: go on with the run that `progress.json` describes.
+        stop: asks the run to end.
+        lock: the run's lock on its folder, which is checked before anything is saved.
     """
 
     def __init__(
@@ -80,17 +83,17 @@ class Checkpoints:
         self.path, self.lock = self.folder / "progress.json", lock
         self.run = new_run()
         self.done: list[str] = []
-        self.best: float | None = None  # evaluation so far
+        self.best: float | None = None  # the best evaluation so far
         self.points: list[dict[str, Any]] = [] if resume else [self._point(None)]
-        self.named: set[str | None] = set()  # checkpoints of a resumed run, by its own account
+        self.named: set[str | None] = set()  # the checkpoints that a resumed run's progress.json names
         if resume:
             self._read()
 
-    def _read(self):
+    def _read(self) -> None:
         progress = read_progress(self.path)
         self.run, self.done, self.points = progress["run"], progress["done"], progress["points"]
         self.named = {point["checkpoint"] for point in self.points}
-        self._sweep()  # a kill may have come before it
+        self._sweep()  # the run may have been killed before its own
         self._drop_damaged()
         point = self.points[-1]
         for name in LOGS if ranks.is_main() else ():
@@ -98,8 +101,8 @@ class Checkpoints:
         self.best = point["best"]
         self.log.start -= point["seconds"]
 
-    def _cut(self, path, size):
-        """A log's records of what is done again are dropped."""
+    def _cut(self, path: Path, size: int) -> None:
+        """Drops a log's records of the steps that are done again."""
         try:
             make_own(path, size)
         except OSError as error:
@@ -110,38 +113,28 @@ class Checkpoints:
         elif there > size:
             os.truncate(path, size)
 
-    def _sweep(self):
-        """Removes the checkpoints that are of no more use, and what a kill left of one, or of a file that was written."""
+    def _sweep(self) -> None:
+        """Removes this run's checkpoints that are no longer used, and the unfinished files of a kill."""
         for path in list(self.folder.glob(".*.part")) if ranks.is_main() else ():
             if UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
         folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
         for path in list(folder.glob("*")) if ranks.is_main() else ():
-            if path.name not in kept and self._is_own(path):
+            name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
+            is_named = name in self.named
+            if path.name not in kept and CHECKPOINT.fullmatch(name) and is_own_state(path, self.run, is_named):
                 with contextlib.suppress(OSError):
                     remove_state(path)
         if ranks.is_main() and kept == {None} and not folder.is_symlink():
-            with contextlib.suppress(OSError):  # where something else is in it
+            with contextlib.suppress(OSError):  # something else is in it
                 folder.rmdir()
 
-    def _is_own(self, path: Path) -> bool:
-        """Whether a folder is a checkpoint of this run, whole or in parts, by its name and by what it says itself."""
-        name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
-        if not CHECKPOINT.fullmatch(name) or not path.is_dir():
-            return False
-        owner = owner_of(path)
-        begun = all(file.name == OWNER and not file.stat().st_size for file in path.iterdir())
-        return owner == self.run or (owner is None and (name in self.named or begun))
-
-    def _drop_damaged(self):
+    def _drop_damaged(self) -> None:
         """Goes back to the last checkpoint whose files are whole, or to the beginning of the stage."""
         good = len(self.points)
         while ranks.is_main() and (name := self.points[good - 1]["checkpoint"]):
-            folder = self.folder / "checkpoints" / name
             with progress(f"looking at the checkpoint {name}"):
-                damage = find_damage(folder)
-            if damage is None and owner_of(folder) not in (self.run, None):
-                damage = "it is another run's"
+                damage = find_damage(self.folder / "checkpoints" / name, self.run)
             if damage is None:
                 break
             good -= 1
@@ -150,12 +143,16 @@ class Checkpoints:
         self.points = self.points[: int(ranks.from_main(torch.tensor(good)))]
 
     def log_sizes(self) -> dict[str, int]:
-        """Bytes of each log there is."""
+        """The bytes of each log that exists."""
         return {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
 
-    def _point(self, checkpoint, unfinished=None):
-        """A point from which the run can go on: this moment, or as `unfinished` the logs' sizes before what is to be done
-        again after the step."""
+    def _point(self, checkpoint: str | None, unfinished: dict[str, int] | None = None) -> dict[str, Any]:
+        """Describes this moment as a point from which the run can go on.
+
+        Args:
+            checkpoint: its name; None at the beginning of a stage.
+            unfinished: see `save`.
+        """
         sizes = self.log_sizes()
         for name in sizes if ranks.is_main() else ():
             sync(self.folder / name)
@@ -168,7 +165,8 @@ class Checkpoints:
         return point | ({} if unfinished is None else {"unfinished": True})
 
     def check_lock(self, look: bool = True) -> None:
-        """
+        """Checks that the folder is still this run's.
+
         Args:
             look: see `RunLock.check`.
         Raises:
@@ -177,7 +175,7 @@ class Checkpoints:
         if self.lock and (note := self.lock.check(look)):
             self.log.say(f"warning: {note}")
 
-    def _write(self):
+    def _write(self) -> None:
         self.check_lock()
         if ranks.is_main():
             write_text(self.path, json.dumps({"run": self.run, "done": self.done, "points": self.points}))
@@ -185,10 +183,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def resumable(self) -> Iterator[None]:
-        """From here on the run can be resumed, be it from its beginning; whatever ends it says how.
+        """Makes the run resumable, from its beginning at least. Whatever ends the run says how to go on.
 
         Raises:
-            TrainingError: instead of what is no `Exception`, such as `SystemExit`: it would end the command without a word.
+            TrainingError: in place of an error that is no `Exception`, such as `SystemExit`, which would end the command
+                without a word.
         """
         self._write()
         if ranks.is_main():
@@ -198,15 +197,15 @@ class Checkpoints:
             yield
         except Interrupted:
             raise
-        except KeyboardInterrupt as error:  # of somebody's own handler of signals
+        except KeyboardInterrupt as error:  # from another handler of signals than ours
             self.stop.signal = self.stop.signal or signal.SIGINT
-            raise self.stop.interrupted(_told("stopped", error), together=False) from error
+            raise self.stop.interrupted(_with_reason("stopped", error), together=False) from error
         except Exception as error:
             mended = "once that is mended, " if isinstance(error, (UserError, OSError)) else ""
             error.add_note(mended + how_to_go_on(self.folder))
             raise
         except BaseException as error:
-            ended = TrainingError(_told(f"the run was ended by {type(error).__name__}", error))
+            ended = TrainingError(_with_reason(f"the run was ended by {type(error).__name__}", error))
             ended.add_note(how_to_go_on(self.folder))
             raise ended from error
 
@@ -214,7 +213,11 @@ class Checkpoints:
         return stage in self.done
 
     def finish(self, stage: str) -> None:
-        """`stage` has written its model: its checkpoints are of no more use."""
+        """Records that `stage` has written its model, and removes its checkpoints.
+
+        Raises:
+            Interrupted: a signal came during the stage.
+        """
         self.done, self.points = [*self.done, stage], [self._point(None)]
         self._write()
         self._sweep()
@@ -223,8 +226,11 @@ class Checkpoints:
             raise self.stop.interrupted(f"stopped after {stage}")
 
     def save(self, stage: str, trainer: Trainer, unfinished: dict[str, int] | None = None) -> None:
-        """The state of `trainer` after its last whole step. unfinished: what followed it failed and is to be done again; the
-        `log_sizes` before that."""
+        """Saves the state of `trainer` after its last complete step.
+
+        Args:
+            unfinished: the `log_sizes` after that step, where what followed it failed and is to be done again.
+        """
         self.check_lock()
         name = f"{stage}-{trainer.step_count:08d}"
         folder = self.folder / "checkpoints"
@@ -236,7 +242,7 @@ class Checkpoints:
         self._sweep()
 
     def restore(self, stage: str, trainer: Trainer) -> bool:
-        """Puts `trainer` where the last checkpoint of `stage` was, if there is one; returns whether it was `unfinished`."""
+        """Restores the last checkpoint of `stage`, if there is one; returns whether it was saved as `unfinished`."""
         name = self.points[-1]["checkpoint"]
         if not name or name.rpartition("-")[0] != stage:
             return False
@@ -257,8 +263,8 @@ class Checkpoints:
         self._compare_data(stage, trainer, state["order"])
         return self.points[-1].get("unfinished", False)
 
-    def _compare_data(self, stage, trainer, state):
-        """Says where the data is another than that of the checkpoint, and how the stage goes on."""
+    def _compare_data(self, stage: str, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Says where the data differs from that of the checkpoint, and how the stage goes on."""
         order = trainer.order
         if difference := order.difference(state):
             how = (

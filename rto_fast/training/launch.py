@@ -20,8 +20,8 @@ from rto_fast.config.fields import CountOr0
 from rto_fast.config.options import argument
 from rto_fast.errors import ConfigError, Interrupted, UserError
 from rto_fast.system.command_line import error_line, exit_code
+from rto_fast.system.run_lock import release_all
 from rto_fast.system.terminal import say
-from rto_fast.training.run_lock import release_all
 
 INTERVAL = 1.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without one after which a rank is gone

@@ -1,61 +1,75 @@
 """Loads a run's models: whole, or as adapters of one base (LoRA)."""
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from transformers import PreTrainedModel
+
+from rto_fast.config import Config
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
+from rto_fast.models.model import Model
 from rto_fast.training.zero import place_frozen
 
+Kind = Literal["causal_lm", "scorer"]
 LOADERS = {"causal_lm": load_causal_lm, "scorer": load_scorer}
 
 
 class Loader:
-    """
+    """Loads models as the configuration says.
+
     Args:
-        config: `Config`. placement: device, dtype and trust_remote_code.
+        config: of the run.
+        placement: the arguments `device`, `dtype` and `trust_remote_code` of `load_causal_lm`.
     """
 
-    def __init__(self, config, placement):
+    def __init__(self, config: Config, placement: dict[str, Any]):
         self.config, self.placement = config, placement
-        self.base, self.base_path = None, ""
+        self.base: PreTrainedModel | None = None
+        self.base_path = ""
 
-    def share(self, path):
-        """The model at `path`, and all adapters of it, are one copy from now on, where there are adapters."""
+    def share(self, path: str) -> None:
+        """With LoRA the model at `path`, and all adapters of it, are one copy from now on."""
         if self.config.lora.rank and path != self.base_path:
             self.base, self.base_path = self._frozen_base("causal_lm", path), path
 
-    def frozen(self, kind, path):
-        """A `causal_lm` or `scorer` that is only evaluated, placed as `deepspeed.frozen` says."""
+    def frozen(self, kind: Kind, path: str) -> Model:
+        """A model that is only evaluated, placed as `deepspeed.frozen` says."""
         if self.base is not None and path == self.base_path and kind == "causal_lm":
-            return Adapter(self.base)
+            return Model(Adapter(self.base))
         if self.base is not None and has_adapter(path, self.base_path):
-            return load_adapter(self.base, self._name(kind), path, scorer=kind == "scorer")
-        placement = self.placement if self.config.deepspeed.frozen == "resident" else self.placement | {"device": "cpu"}
-        model = LOADERS[kind](path, trainable=False, **placement)
-        return place_frozen(model, self.config.deepspeed, self.placement["device"])
+            return Model(load_adapter(self.base, self._name(kind), path, scorer=kind == "scorer"))
+        device = torch.device(self.placement["device"] if self.config.deepspeed.frozen == "resident" else "cpu")
+        model = Model(LOADERS[kind](path, trainable=False, **self.placement | {"device": device}))
+        place_frozen(model, self.config.deepspeed, self.placement["device"])
+        return model
 
-    def trained(self, kind, path, new_head=False):
-        """A `causal_lm` or `scorer` to train: all of it, or an adapter.
+    def trained(self, kind: Kind, path: str, new_head: bool = False) -> Model:
+        """A model to train: all of it, or an adapter.
 
-        new_head: the model at `path` is a `causal_lm` that becomes a scorer.
+        Args:
+            new_head: the model at `path` is a causal language model that becomes a scorer.
         """
-        head: dict[str, Any] = {"new_head": True} if new_head else {}
+        is_scorer = kind == "scorer"
         if not self.config.lora.rank:
-            return LOADERS[kind](path, trainable=True, **self._training, **head)
+            return Model(self._trainable(kind, path, new_head))
         if self.base is not None and has_adapter(path, self.base_path):
-            return load_adapter(self.base, self._name(kind), path, scorer=kind == "scorer")
-        is_shared = path == self.base_path
-        base = self.base if is_shared else self._frozen_base(kind, path, **head)
-        name = self._name(kind) if is_shared else "default"
-        return new_adapter(base, name, self.config.lora, self.config.seed, scorer=kind == "scorer")
+            return Model(load_adapter(self.base, self._name(kind), path, scorer=is_scorer))
+        if self.base is not None and path == self.base_path:
+            base, name = self.base, self._name(kind)
+        else:
+            base, name = self._frozen_base(kind, path, new_head), "default"
+        return Model(new_adapter(base, name, self.config.lora, self.config.seed, scorer=is_scorer))
 
-    @property
-    def _training(self):
-        return self.placement | {"gradient_checkpointing": self.config.model.gradient_checkpointing}
+    def _trainable(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
+        options: dict[str, Any] = {"new_head": True} if new_head else {}
+        options["gradient_checkpointing"] = self.config.model.gradient_checkpointing
+        return LOADERS[kind](path, trainable=True, **self.placement, **options)
 
-    def _frozen_base(self, kind, path, **head):
-        """In training mode: activations are checkpointed in no other."""
-        return LOADERS[kind](path, trainable=True, **self._training, **head).requires_grad_(False)
+    def _frozen_base(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
+        """A base for adapters. It stays in training mode: activations are checkpointed in no other."""
+        return self._trainable(kind, path, new_head).requires_grad_(False)
 
-    def _name(self, kind):
+    def _name(self, kind: Kind) -> str:
+        """A name for a new adapter of the base."""
         return f"{kind}_{sum(name.startswith(kind) for name in getattr(self.base, 'peft_config', ()))}"

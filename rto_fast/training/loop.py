@@ -1,4 +1,4 @@
-"""The loop of every stage: steps, live line, checkpoints, and a stop that loses nothing."""
+"""The training loop of every stage: steps, the live line, checkpoints, and a stop that loses nothing."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,17 +24,19 @@ def train(
     """Steps `trainer` to its end, from its last checkpoint if there is one.
 
     Args:
-        save_every: steps between checkpoints; 0: only when the run is stopped. show: metrics on the live line.
-        after_step: called with the number of steps done and the step's metrics, before the checkpoint. evaluate: called with
-            the number of steps done, after that; where it failed the resumed run begins with it.
+        name: of the stage.
+        save_every: the number of steps between checkpoints; 0 saves only where the run is stopped.
+        show: the metrics on the live line.
+        after_step: is called with the number of steps done and the metrics of the step, before the checkpoint.
+        evaluate: is called with the number of steps done, after `after_step`. Where it fails, a resumed run begins with it.
     Raises:
         Interrupted: after a signal; the state is saved.
         RewardError: from a step, which must then have changed nothing, or from `evaluate`; the state is saved.
         TrainingError: names the stage; also where memory runs out.
-        BaseException: any other, with a note that says what is not saved.
+        BaseException: any other error, with a note that says what is not saved.
     """
     stop = checkpoints.stop
-    stop.waits = True  # until the stage has written its model
+    stop.waits = True  # a signal ends the run after the present step, until the stage has written its model
     if checkpoints.restore(name, trainer) and evaluate:
         evaluate(trainer.step_count)
     done = trainer.step_count
@@ -43,7 +45,7 @@ def train(
         progress(name, trainer.steps, "steps", done=done, has_line=line.live) as phase,
     ):
         while trainer.step_count < trainer.steps:
-            recorded: dict[str, int] | None = None  # the logs' sizes, once the step is in them
+            recorded: dict[str, int] | None = None  # the sizes of the logs, once the step is in them
             try:
                 metrics = line.step(trainer.step(), show=show)
                 phase.advance()
@@ -77,13 +79,13 @@ def train(
 def save_what_is_whole(
     error: BaseException, name: str, trainer: Trainer, checkpoints: Checkpoints, recorded: dict[str, int] | None
 ) -> None:
-    """Saves the state after `error`, if it is that of a whole step; else, or where that fails too, the error says so.
+    """Saves the state after `error` if the last step is complete. Else, or where saving fails too, the error says so.
 
     Args:
-        recorded: sizes of the logs when the step was done and recorded, where what failed came after it; else None.
+        recorded: the sizes of the logs after the step, if it was complete and recorded when the error came; else None.
     """
-    # A reward is somebody else's function or server, fails on all ranks at once, and before a step has changed anything.
-    # What else fails may do so on one rank, and saving takes all.
+    # A reward function or its server fails on all ranks at once, before a step has changed anything. Any other error may
+    # come on one rank, and saving takes all of them.
     if not isinstance(error, RewardError) and (recorded is None or ranks.world_size() > 1):
         error.add_note(f"what {name} trained after its last checkpoint is not saved: a step was under way")
         return
@@ -94,7 +96,7 @@ def save_what_is_whole(
 
 
 def with_notes(error: BaseException, message: str) -> TrainingError:
-    """A `TrainingError` that says what `error` has been given as notes, too."""
+    """Returns a `TrainingError` with the notes of `error`."""
     fault = TrainingError(message)
     for note in getattr(error, "__notes__", []):
         fault.add_note(note)

@@ -5,18 +5,19 @@ import json
 import math
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-WHENCE = ("example", "origin")  # where an item came from is no part of what is trained on
+WHENCE = ("example", "origin")  # the fields that say where an item came from; they are not trained on
 
 
 def fingerprint(items: Iterable) -> str:
-    """A digest of a stage's data, which changes with its content and its order.
+    """Computes a digest of a stage's data, which changes with its content and its order.
 
     Args:
-        items: dataclasses of token ids (lists) and, for prompts, of what reward functions are given. Of a value that JSON
-            cannot hold only the type counts.
+        items: dataclasses of token ids (lists) and, for prompts, of the values that reward functions are given. Of a value
+            that JSON cannot hold only the type counts.
     """
     digest = hashlib.sha256()
     for item in items:
@@ -33,11 +34,13 @@ def fingerprint(items: Iterable) -> str:
 
 
 class ShuffledIndices:
-    """Batches of indices into a stage's data; each epoch visits every item once, in an order fixed by the seed.
+    """Draws batches of indices into a stage's data. Each epoch visits every item once, in an order fixed by the seed.
 
     Args:
-        size: number of items. seed: of the order. epochs: passes over the data, after which nothing is left; None: there is
-            no end. fingerprint: of the data, see `fingerprint`; "": a restored order does not compare it.
+        size: the number of items.
+        seed: of the order.
+        epochs: the passes over the data, after which nothing is left; None for no end.
+        fingerprint: of the data, see `fingerprint`; a restored order does not compare an empty one.
     Raises:
         ValueError: there are no items.
     """
@@ -49,40 +52,40 @@ class ShuffledIndices:
         self.epoch = self.position = 0
         self._order = self._permutation()
 
-    def _permutation(self):
+    def _permutation(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         return torch.randperm(self.size, generator=generator).tolist()
 
     @property
     def visited(self) -> int:
-        """Items taken so far, in all epochs."""
+        """The number of items taken so far, in all epochs."""
         return self.epoch * self.size + self.position
 
     @property
     def remaining(self) -> int | float:
-        """Items still to be taken; infinity where there is no end."""
+        """The number of items still to be taken; infinity where there is no end."""
         return math.inf if self.epochs is None else max(0, self.epochs * self.size - self.visited)
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices; fewer where the last epoch ends."""
+        """Takes the next `count` indices; fewer where the last epoch ends."""
         count, taken = int(min(count, self.remaining)), []
         while len(taken) < count:
             if self.position == self.size:
                 self.epoch += 1
                 self.position = 0
                 self._order = self._permutation()
-            run = self._order[self.position : self.position + count - len(taken)]
-            taken += run
-            self.position += len(run)
+            following = self._order[self.position : self.position + count - len(taken)]
+            taken += following
+            self.position += len(following)
         return taken
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int | str]:
         return {"epoch": self.epoch, "position": self.position, "size": self.size, "fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on after as many items as the state had visited, also where the data is not the state's (`difference`).
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after as many items as the state had visited, also where the data has changed (see `difference`).
 
-        A state of an older version holds no size: its data is taken to have had the present one.
+        A state of an older version holds no size; its data is assumed to have had the present one.
         """
         size = state.get("size", self.size)
         visited = state["epoch"] * size + min(state["position"], size)
@@ -90,8 +93,8 @@ class ShuffledIndices:
         self.position = visited - self.epoch * self.size
         self._order = self._permutation()
 
-    def difference(self, state: dict) -> str | None:
-        """How the present data differs from that of a state, in words; None: it does not, as far as the state can tell."""
+    def difference(self, state: dict[str, Any]) -> str | None:
+        """Says how the present data differs from that of a state; None if it does not, as far as the state can tell."""
         size = state.get("size")
         if size is None and state["position"] > self.size:
             return f"{self.size:,} items, which is fewer than when the checkpoint was made"

@@ -1,4 +1,4 @@
-"""The folder of a run: for one run at a time, and a new one has it to itself."""
+"""The folder of a run: one run uses it at a time, and a new run must find it empty."""
 
 import contextlib
 import os
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
+from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.training import ranks
 from rto_fast.training.progress_file import UNSTARTED
-from rto_fast.training.run_lock import RunLock, is_lock, refuse_if_in_use
 
-# What a run leaves that ended before its first step, by a mistake or a kill.
+# The files of a run that ended before its first step, by a mistake or a kill.
 UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @contextlib.contextmanager
 def claimed_output(config: Config) -> Iterator[RunLock | None]:
-    """The run's folder, for this run alone; None on all ranks but the main one.
+    """Locks the run's folder for this run. The lock is None on all ranks but the main one.
 
     Raises:
-        ConfigError: another run has it, it is not to be used, or a new run would find something in it. Nothing is changed.
+        ConfigError: another run uses the folder, it cannot be used, or it is not empty for a new run. Nothing is changed.
     """
     if not ranks.is_main():
         yield None
@@ -40,7 +40,7 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         yield lock
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
+        with contextlib.suppress(OSError):  # empty folders of a run that was refused before it wrote anything
             for each in made:
                 each.rmdir()
 
@@ -54,9 +54,10 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def refuse_what_is_there(folder: Path) -> None:
-    """
+    """Refuses a folder that holds results or files of the user.
+
     Raises:
-        ConfigError: the folder holds results, or anything of somebody else's.
+        ConfigError: it is not empty.
     """
     if not folder.exists():
         return
@@ -66,7 +67,7 @@ def refuse_what_is_there(folder: Path) -> None:
 
 
 def prepare_output(folder: Path) -> None:
-    """Creates the run's folder. What is in it afterwards is this run's, until it is past its first step."""
+    """Creates the run's folder and marks it as that of a run which cannot be resumed yet."""
     with _usable(folder):
         refuse_what_is_there(folder)
         folder.mkdir(parents=True, exist_ok=True)

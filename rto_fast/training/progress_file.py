@@ -1,4 +1,4 @@
-"""`progress.json`, the memory of a run, read back: what is not as it was written is told in one line."""
+"""Reads `progress.json`, the memory of a run, and refuses what the run cannot have written."""
 
 import json
 import math
@@ -11,23 +11,24 @@ from rto_fast.errors import CheckpointError
 
 STAGES = ("sft", "reward_model", "dpo", "rto")
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
-UNSTARTED = ".unstarted"  # a file of a run that cannot be resumed yet: what is beside it is that run's
+UNSTARTED = ".unstarted"  # a file that marks a run which cannot be resumed yet; the files beside it are that run's
 CHECKPOINT = re.compile(rf"({'|'.join(STAGES)})-\d{{8,18}}")  # the name of a checkpoint's folder
 RUN = re.compile(r"[0-9a-f]{16}")
 LARGEST = 2**24  # bytes; the file has a few hundred
 
 
 def new_run() -> str:
-    """A name for a run, by which it knows what it wrote."""
+    """Makes a name for a run, by which it recognises what it wrote."""
     return secrets.token_hex(8)
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """
+    """Reads the file.
+
     Returns:
-        {"run": its name, "done": [stages], "points": [points, at least one]}, see `Checkpoints`.
+        {"run": the run's name, "done": [stages], "points": [points, at least one]}, see `Checkpoints`.
     Raises:
-        CheckpointError: it cannot be read, or is not what `Checkpoints` wrote.
+        CheckpointError: it cannot be read, or `Checkpoints` did not write it.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
@@ -39,7 +40,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         progress = json.loads(content)
         if not isinstance(progress, dict):
             raise ValueError(f"expected an object, got {type(progress).__name__}")
-        progress = {"run": new_run()} | progress  # those of older versions have no name
+        progress = {"run": new_run()} | progress  # older versions wrote no name
         if fault := _fault(progress):
             raise ValueError(fault)
         return progress
@@ -49,7 +50,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object, at_least: float = -math.inf) -> bool:
-    """Whether it is one that is finite, as JSON's need not be."""
+    """Whether `value` is a finite number; JSON also has NaN and infinity."""
     if type(value) is int:
         return at_least <= value < 2**63
     return isinstance(value, float) and math.isfinite(value) and value >= at_least
@@ -60,7 +61,7 @@ def is_count(value: object) -> bool:
 
 
 def _fault(progress: dict[str, Any]) -> str | None:
-    """What is wrong with the content."""
+    """Says what is wrong with the content; None if nothing is."""
     if not isinstance(progress["run"], str) or not RUN.fullmatch(progress["run"]):
         return '"run" is not the name of a run'
     done, points = progress.get("done"), progress.get("points")

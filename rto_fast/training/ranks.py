@@ -1,8 +1,8 @@
 """The processes of a run: which one this is, what each computes, and how the results come together.
 
-Every rank holds all data and every rollout (token ids and a few numbers a token) and takes every decision alike; what is
-shared out are forward and backward passes. So statistics and normalisers are global by construction, and only the order in
-which a gradient's sum is rounded depends on the number of ranks.
+Every rank holds all data and every rollout (token ids and a few numbers a token) and makes the same decisions. Forward and
+backward passes are shared out among the ranks. So statistics and denominators are global by construction, and only the order
+in which a gradient's sum is rounded depends on the number of ranks.
 """
 
 import heapq
@@ -24,7 +24,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this rank is the one that writes files and speaks."""
+    """Whether this rank is the one that writes files and prints."""
     return rank() == 0
 
 
@@ -34,7 +34,7 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank; every rank asks at the same moment."""
+    """Whether `flag` is true on any rank. All ranks call it together."""
     if world_size() == 1:
         return bool(flag)
     flags = torch.tensor([float(flag)])
@@ -43,14 +43,14 @@ def any_rank(flag: bool) -> bool:
 
 
 def from_main(values: torch.Tensor) -> torch.Tensor:
-    """The main rank's `values`, of the same shape and type on every rank."""
+    """Replaces `values` by those of the main rank, which have the same shape and type; returns them."""
     if world_size() > 1:
         dist.broadcast(values, 0)
     return values
 
 
 def add_up(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Sums of 0-d tensors over the ranks, which all have the same names."""
+    """Sums 0-d tensors over the ranks, which all have the same names."""
     if world_size() == 1:
         return dict(values)
     total = torch.stack([value.detach().double() for value in values.values()])
@@ -59,11 +59,12 @@ def add_up(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Distributes items of these token counts so that every part has about as many tokens: longest first, each to the part
-    that has least.
+    """Distributes items so that every part has about as many tokens: longest first, each to the part that has least.
 
+    Args:
+        lengths: the tokens of each item.
     Returns:
-        the indices of each part, ascending.
+        The indices of each part, ascending.
     """
     loads = [(0, part) for part in range(parts)]
     shares: list[list[int]] = [[] for _ in range(parts)]
@@ -75,26 +76,29 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def imbalance(lengths: Sequence[int]) -> float:
-    """Tokens of the rank that has most of them, by the mean: how much longer a step takes than with equal shares."""
+    """The tokens of the busiest rank divided by the mean: how much longer a step takes than with equal shares."""
     loads = [sum(lengths[i] for i in part) for part in share(lengths, world_size())]
     return max(loads) * len(loads) / max(1, sum(loads))
 
 
 def shared_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[tuple[list[int], bool]]:
-    """This rank's micro-batches of at most `max_tokens` (see `micro_batches`), as many as every other rank's: sharded models
-    gather their weights in each pass, together.
+    """Splits this rank's items into micro-batches of at most `max_tokens` (see `micro_batches`).
+
+    Every rank gets the same number of them: sharded models gather their weights in each pass, together.
 
     Returns:
-        [(indices, is it work)]: a rank with fewer runs the shortest item again, whose result is not to count.
+        The indices of each micro-batch, and whether its result counts. A rank with fewer micro-batches than the others runs
+        the shortest item again, whose result does not count.
     """
     if world_size() == 1:
-        return [(run, True) for run in micro_batches(lengths, max_tokens)]
-    runs = []
+        return [(indices, True) for indices in micro_batches(lengths, max_tokens)]
+    of_ranks = []
     for part in share(lengths, world_size()):
-        runs.append([[part[i] for i in run] for run in micro_batches([lengths[i] for i in part], max_tokens)])
-    own, most = runs[rank()], max(map(len, runs))
+        own_batches = micro_batches([lengths[i] for i in part], max_tokens)
+        of_ranks.append([[part[i] for i in indices] for indices in own_batches])
+    own, most = of_ranks[rank()], max(map(len, of_ranks))
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
-    return [(run, True) for run in own] + [([shortest], False)] * (most - len(own))
+    return [(indices, True) for indices in own] + [([shortest], False)] * (most - len(own))
 
 
 def map_items(
@@ -103,18 +107,21 @@ def map_items(
     """Computes something of every item, shared out among the ranks.
 
     Args:
-        forward: indices of a micro-batch → their rows, item after item. lengths: tokens of each item. rows: that
-            `forward` returns for each.
+        forward: computes the rows of a micro-batch, item after item, from the indices of its items.
+        lengths: the tokens of each item.
+        rows: the number of rows that `forward` returns for each item.
+        max_tokens: the tokens in one micro-batch.
     Returns:
-        the rows of all items, in their order, on every rank.
+        The rows of all items, in their order, on every rank.
     """
     values = []
     micro_batches_here = shared_micro_batches(lengths, max_tokens)
-    with progress(total=sum(len(run) for run, is_work in micro_batches_here if is_work), unit="sequences") as phase:
-        for run, is_work in micro_batches_here:
-            result = forward(run)
+    total = sum(len(indices) for indices, is_work in micro_batches_here if is_work)
+    with progress(total=total, unit="sequences") as phase:
+        for indices, is_work in micro_batches_here:
+            result = forward(indices)
             values.append(result if is_work else result[:0])
-            phase.advance(len(run) * is_work)
+            phase.advance(len(indices) * is_work)
     own = torch.cat(values)
     if world_size() == 1:
         return own
@@ -127,7 +134,7 @@ def map_items(
 
 
 def gather(values: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """The ranks' tensors, which have `counts` rows."""
+    """Gathers a tensor of each rank; they have `counts` rows."""
     padded = values.new_zeros(max(counts), *values.shape[1:])
     padded[: len(values)] = values
     everyones = [torch.empty_like(padded) for _ in counts]

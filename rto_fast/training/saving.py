@@ -1,6 +1,5 @@
 """Writing a model as an ordinary Hugging Face checkpoint."""
 
-import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.errors import CheckpointError
 from rto_fast.models.lora import FOLDER as ADAPTER
 from rto_fast.models.lora import Adapter
-from rto_fast.models.placement import is_zero3, whole_weights
+from rto_fast.models.model import Model
 from rto_fast.models.tokens import choose_pad, plain_generation, write_pad_token, write_stop_tokens
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
@@ -19,7 +18,7 @@ from rto_fast.training.state_files import remove, replace_folder
 
 
 def save_model(
-    model: PreTrainedModel | Adapter,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     stop_ids: Sequence[int] | None = None,
@@ -37,17 +36,19 @@ def save_model(
         CheckpointError: it cannot be written; what was there before is untouched.
     """
     folder = Path(folder)
-    with whole_weights(model) if is_zero3(model) else contextlib.nullcontext():
+    with model.whole():
         if ranks.is_main():
             if stop_ids is None:
-                stop_ids = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
+                stop_ids = stop_token_ids(tokenizer, getattr(model.module, "generation_config", None))
             with progress(f"writing {folder}"):
-                _write_model(model, tokenizer, folder, stop_ids)
+                _write_model(model.module, tokenizer, folder, stop_ids)
         ranks.barrier()
     return str(folder)
 
 
-def _write_model(model, tokenizer, folder, stop_ids):
+def _write_model(
+    model: PreTrainedModel | Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_ids: Sequence[int]
+) -> None:
     aside = folder.with_name(f".{folder.name}.part")
     try:
         remove(aside)
@@ -67,7 +68,9 @@ def _write_model(model, tokenizer, folder, stop_ids):
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
 
 
-def _write_padding(model, tokenizer, aside, stop_ids):
+def _write_padding(
+    model: PreTrainedModel | Adapter, tokenizer: PreTrainedTokenizerBase, aside: Path, stop_ids: Sequence[int]
+) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that pads as the scorer in `aside` does."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"

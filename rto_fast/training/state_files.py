@@ -1,7 +1,7 @@
 """A training state on disk: tensors as safetensors, the rest as JSON, nothing pickled, each file with its SHA-256.
 
-Everything is written aside and renamed, so that a kill at any moment leaves what was there before. Several ranks write a
-file each, at the same time; what they write can be read by any number of ranks.
+Everything is written aside and renamed, so that a kill at any moment leaves what was there before. Each rank writes a file
+of its own, at the same time as the others; any number of ranks can read what they wrote.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,26 @@ from rto_fast.errors import CheckpointError
 from rto_fast.system.writing import set_permissions, sync, write_own
 from rto_fast.training import ranks
 
-OWNER = "run"  # the file that names the run whose state it is
+OWNER = "run"  # the file that names the run which wrote the state
 STATE_FILE = rf"{OWNER}|state(-\d{{5,}})?\.(json|safetensors)(\.sha256)?"
-# What folders of states and models hold of ours; another name in them is of somebody else's.
+# The files that this package writes into folders of states and models; files of other names are the user's.
 OURS = re.compile(
     rf"{STATE_FILE}|(pytorch_)?model\b.*|adapter|.*config\.json|tokenizer\b.*|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\..*|merges\.txt|spiece\.model|chat_template\..*|additional_chat_templates|README\.md|images"
 )
-LARGEST_JSON = 2**30  # bytes of a state's JSON; of a model with a hundred thousand tensors it has some ten million
+LARGEST_JSON = 2**30  # bytes of a state's JSON; that of a model with 100,000 tensors has about ten million
 
 
-def _flatten(value, tensors, count):
-    """`value` as JSON can hold it; the tensors that are this rank's to write go into `tensors`, by number."""
-    if callable(value):  # a tensor that all ranks put together, and only now: they are not all in memory at once
+def _flatten(value: Any, tensors: dict[str, torch.Tensor], count: Iterator[int]) -> Any:
+    """Converts `value` to what JSON can hold, and puts the tensors that this rank writes into `tensors`, by number."""
+    if callable(value):  # gathers a tensor from all ranks; one at a time, so that they are never all in memory
         value = value()
     if isinstance(value, torch.Tensor):
         number = next(count)
         if number % ranks.world_size() == ranks.rank():
             tensors[str(number)] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": str(number)}
-    if isinstance(value, dict):  # as pairs: JSON's keys are strings, a state's may be numbers
+    if isinstance(value, dict):  # as pairs: JSON's keys are strings, those of a state may be numbers
         return {"dict": [[key, _flatten(item, tensors, count)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return {"list" if isinstance(value, list) else "tuple": [_flatten(item, tensors, count) for item in value]}
@@ -48,7 +49,7 @@ def _flatten(value, tensors, count):
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
 
-def _restore(value, tensors):
+def _restore(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -63,7 +64,7 @@ def _restore(value, tensors):
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_own`, with an error of the run's.
+    """Writes a file of the run, see `write_own`.
 
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
@@ -75,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all that is in it, or of a symbolic link the link alone."""
+    """Removes a file, or a folder with all that is in it. Of a symbolic link only the link is removed."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -83,16 +84,18 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a folder in the place of another, which may be killed at any moment. Files in the other one that have no name of
-    ours move into the new one; where it is a symbolic link, only the link goes."""
+    """Puts the folder `new` in the place of `folder`. A kill at any moment leaves one of the two.
+
+    The user's files in the old folder move to the new one. Where `folder` is a symbolic link, only the link is removed.
+    """
     set_permissions(new, like=folder if folder.is_dir() else new)
     old = folder.with_name(f".{folder.name}.old")
-    if os.path.lexists(old):  # of a kill
+    if os.path.lexists(old):  # left by a kill
         if os.path.lexists(folder):
             _take_over(old, folder)
         else:
             os.replace(old, folder)
-    if os.path.lexists(folder):  # removing it takes time, in which there would be neither
+    if os.path.lexists(folder):  # renamed, since removing it takes time in which there would be neither
         os.replace(folder, old)
     os.replace(new, folder)
     sync(folder.parent)
@@ -100,7 +103,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _take_over(old: Path, folder: Path) -> None:
-    """Removes `old` when what is somebody else's in it has moved to `folder`."""
+    """Moves the user's files in `old` to `folder`, and removes `old`."""
     for path in [] if old.is_symlink() or not old.is_dir() else list(old.iterdir()):
         if not OURS.fullmatch(path.name) and not os.path.lexists(folder / path.name):
             os.replace(path, folder / path.name)
@@ -108,12 +111,12 @@ def _take_over(old: Path, folder: Path) -> None:
 
 
 def _signed(owner: str) -> bytes:
-    """A run's name with a digest, by which a damaged one is told from another run's."""
+    """A run's name with a digest, which tells a damaged name from that of another run."""
     return f"{owner} {hashlib.sha256(owner.encode()).hexdigest()[:16]}".encode()
 
 
 def owner_of(folder: Path) -> str | None:
-    """The name of the run whose state it is; None: it says none, or not as it was written."""
+    """The name of the run that wrote a state; None where there is none, or a damaged one."""
     try:
         if not (folder / OWNER).is_file():  # a pipe would never end
             return None
@@ -125,44 +128,61 @@ def owner_of(folder: Path) -> str | None:
         return None
 
 
+def is_another_runs(folder: Path, run: str) -> bool:
+    return owner_of(folder) not in (None, run)
+
+
+def is_own_state(folder: Path, run: str, is_named: bool) -> bool:
+    """Whether a state, complete or not, may be removed as the run's own.
+
+    Args:
+        is_named: the run's records name this folder, which is enough where the folder itself names no run.
+    """
+    if not folder.is_dir() or is_another_runs(folder, run):
+        return False
+    is_begun = all(file.name == OWNER and not file.stat().st_size for file in folder.iterdir())
+    return owner_of(folder) == run or is_named or is_begun
+
+
 def remove_state(folder: Path) -> None:
-    """Removes the files of a state, and their folder where nothing else is in it; of a symbolic link the link alone."""
+    """Removes the files of a state, and their folder if it is empty then. Of a symbolic link only the link is removed."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
         return
     paths = [path for path in folder.iterdir() if re.fullmatch(STATE_FILE, path.name)]
-    for path in sorted(paths, key=lambda path: path.name == OWNER):  # until the last it is known whose state it is
+    for path in sorted(paths, key=lambda path: path.name == OWNER):  # the run's name goes last
         path.unlink(missing_ok=True)
     folder.rmdir()
 
 
-def _digest(path):
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_part(folder, name, write):
-    """Writes a file of a state, and its digest beside it."""
+def _write_part(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Writes a file of a state and its digest."""
     write(folder / name)
     (folder / f"{name}.sha256").write_text(_digest(folder / name), encoding="utf-8")
     sync(folder / name)
     sync(folder / f"{name}.sha256")
 
 
-def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
-    """Writes a tree of dicts, lists, tensors (or functions that return one) and plain values as a new folder, all of it or
-    nothing. Every rank calls it, with the same tree.
+def save_state(folder: str | Path, state: dict[str, Any], owner: str = "") -> None:
+    """Writes a state as a new folder, all of it or nothing. Every rank calls it, with the same state.
 
     Args:
+        state: dicts, lists, plain values, tensors, and functions that return a tensor.
         owner: the name of the run, as the main rank knows it.
     Raises:
-        CheckpointError: the disk is full, or the folder cannot be written, or it is another run's; what was there before is
+        CheckpointError: the disk is full, the folder cannot be written, or it is another run's. What was there before is
             untouched.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
-    for path in (aside, folder) if ranks.is_main() else ():  # which may have begun to write when the others come here
-        if owner_of(path) not in (None, owner):
+    # The main rank alone looks: it may have begun to write when the others come here.
+    for path in (aside, folder) if ranks.is_main() else ():
+        if is_another_runs(path, owner):
             raise CheckpointError(f"{path} was written by another run; make {folder.parent} a folder of this run alone")
     try:
         if ranks.is_main():
@@ -189,7 +209,7 @@ def save_state(folder: str | Path, state: dict, owner: str = "") -> None:
 
 
 def _parts(folder: Path) -> tuple[dict[str, Any], list[Path]]:
-    """(what state.json holds, the paths of the tensors)."""
+    """Reads state.json; returns its content and the paths of the files of tensors."""
     with open(folder / "state.json", "rb") as file:
         content = json.loads(file.read(LARGEST_JSON))
     files, found = content["files"], len(list(folder.glob("state-*.safetensors")))
@@ -198,8 +218,8 @@ def _parts(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     return content, [folder / f"state-{rank:05d}.safetensors" for rank in range(files)]
 
 
-def find_damage(folder: str | Path) -> str | None:
-    """What is wrong with the files of a state, if they are not as they were written."""
+def find_damage(folder: str | Path, run: str = "") -> str | None:
+    """Says what is wrong with the files of a state, if they are not as the run wrote them."""
     folder = Path(folder)
 
     def is_whole(path: Path) -> bool:
@@ -210,22 +230,24 @@ def find_damage(folder: str | Path) -> str | None:
     try:
         for path in folder.iterdir():
             if not path.is_file() and re.fullmatch(STATE_FILE, path.name):
-                return f"{path.name} is not a file"  # and may be something that never ends
+                return f"{path.name} is not a file"  # but maybe a pipe, whose reading never ends
         if (folder / "state.json").stat().st_size > LARGEST_JSON or not is_whole(folder / "state.json"):
             return "state.json is not as it was written"
         content, paths = _parts(folder)
         for path in paths:
             if not is_whole(path):
                 return f"{path.name} is not as it was written"
-        if owner_of(folder) != (content.get("run") or None):  # those of older versions have no name
+        if owner_of(folder) != (content.get("run") or None):  # older versions wrote no name
             return f"{OWNER} is not as it was written"
+        if is_another_runs(folder, run):
+            return "it is another run's"
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def load_state(folder: str | Path) -> dict:
-    """What `save_state` wrote, tensors on the CPU (mapped from the files: ranks of a machine share the memory).
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """Reads what `save_state` wrote. Tensors are on the CPU, mapped from the files: the ranks of a machine share the memory.
 
     Raises:
         CheckpointError: it cannot be read.

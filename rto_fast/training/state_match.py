@@ -1,4 +1,4 @@
-"""Whether a state that was read back is one that a trainer can have written: types, shapes, and numbers that are finite."""
+"""Checks that a trainer can have written a state: its types, its shapes, and that its numbers are finite."""
 
 import torch
 
@@ -6,19 +6,20 @@ from rto_fast.training.progress_file import is_count, is_number
 
 
 def find_misfit(state: object, own: object, place: str = "") -> str | None:
-    """What of `state` cannot be, or None.
+    """Says what is wrong with `state`, or returns None.
 
     Args:
-        state: as `load_state` returns it. own: the trainer's present one, of the same structure; keys that only one of both
-            has are left to `load_state_dict`. Of tensors that all ranks put together there are functions.
-        place: of `state` in the whole, for the message.
+        state: as `load_state` returns it.
+        own: the trainer's present state, of the same structure, with a function in the place of a tensor that is gathered
+            from all ranks. Keys that only one of the two has are left to `load_state_dict`.
+        place: the path of `state` in the whole, for the message.
     """
     if isinstance(own, dict):
         if not isinstance(state, dict):
             return _expected(place, "names and values", state)
         for key, value in state.items():
             inner = f"{place}.{key}".removeprefix(".")
-            # Moments are there after the first step only; they have the weights' names and shapes.
+            # Moments exist after the first step only; they have the weights' names and shapes.
             like = own[key] if key in own else own.get("weights", value)
             if misfit := find_misfit(value, like, inner):
                 return misfit

@@ -1,31 +1,34 @@
-"""The training loop's step that SFT, the reward model and DPO share: draw, pack, accumulate, update."""
+"""The optimizer step that SFT, the reward model and DPO share: draw items, accumulate their gradients, update."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rto_fast.config import Config, StageConfig
+from rto_fast.models.model import Model
+from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import build_optimizer
+from rto_fast.training.optimizer import Schedule, build_optimizer
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.steps import count_steps
 
 
 class SupervisedTrainer:
-    """Trains `model` on a fixed list of items: on all of them in each epoch, so that the last step may have fewer than the
-    others.
+    """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
 
     Args:
-        lengths: tokens of each item. loss: called with the items' indices of one micro-batch and
-            those of the whole optimizer step; returns (loss, metrics), sums that add up to the step's over its
-            micro-batches.
-        say: see `Accumulator`. fingerprint: of the items, see `ShuffledIndices`.
+        lengths: the tokens of each item.
+        loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
+            metrics of the micro-batch, which add up to those of the step.
+        say: see `Accumulator`.
+        fingerprint: of the items, see `ShuffledIndices`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         stage: StageConfig,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
@@ -41,41 +44,44 @@ class SupervisedTrainer:
 
     @property
     def step_count(self) -> int:
-        """Steps done."""
+        """The number of steps done."""
         return self.optimizer.steps
 
     @property
     def skipped(self) -> int:
-        """Steps of those whose gradient was not finite."""
+        """The number of steps whose gradient was not finite."""
         return self.optimizer.skipped
 
-    def step(self) -> dict:
-        """One optimizer step; returns its metrics."""
-        chosen = self.order.take(self.stage.batch_size)
-        lengths = [self.lengths[i] for i in chosen]
+    def step(self) -> dict[str, Any]:
+        """Takes one optimizer step and returns its metrics."""
+        items = self.order.take(self.stage.batch_size)
+        step = self.accumulator.step(items, self.lengths, [self.optimizer])
+        for rows, factor in step:
+            with step:
+                step.add(self._pass(rows, items, factor))
+        lengths = [self.lengths[i] for i in items]
+        balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
+        return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
 
-        def passes(run, factor):
-            loss, metrics = self.loss([chosen[i] for i in run], chosen)
-            self.optimizer.backward(loss * factor)
-            return {"loss": loss.detach()} | metrics
-
-        metrics = self.accumulator.run(passes, lengths, [self.optimizer])
-        balance = {"imbalance": ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
-        return metrics | {"tokens": sum(lengths)} | balance | self.optimizer.step()
+    def _pass(self, rows: list[int], items: list[int], factor: float) -> dict[str, Tensor]:
+        loss, metrics = self.loss(rows, items)
+        self.optimizer.backward(loss * factor)
+        return {LOSS: loss.detach()} | metrics
 
     def release(self) -> None:
-        """The stage is over: what it holds beside the model is given back."""
+        """Gives back what the stage holds beside the model's weights."""
         self.optimizer.release()
 
-    def _parts(self):
+    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
         return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
 
-    def state_dict(self) -> dict:
-        """All that a restored trainer needs to go on exactly as this one would have."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that a restored trainer needs to go on exactly as this one would have."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Data, batch size and epochs may be others than the state's: the stage then ends when what is left is visited."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
+        visited."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         left = count_steps(self.order.remaining, self.stage.batch_size)

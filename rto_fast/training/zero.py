@@ -7,28 +7,34 @@ are global), clips at 1.0 unless told otherwise, compiles its own optimizers for
 import functools
 import logging
 import warnings
+from typing import Any
 
 import torch
 
 from rto_fast.batch import pack_whole
+from rto_fast.config import DeepSpeedConfig, TrainingConfig
 from rto_fast.errors import TrainingError
-from rto_fast.models.head import score_head, use_op_linear
+from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden
-from rto_fast.models.placement import WholeForward, attach_engine, detach_engine, offload, whole_forward
+from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.optimizer import MOMENTS, Schedule, named_trainable, parameter_groups, zero_stage
+from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero_stage
 
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
 
 
-def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
+def engine_config(
+    settings: DeepSpeedConfig, stage: int, dtype: torch.dtype, elements: int = 0, max_grad_norm: float = 0.0
+) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
-        settings: `DeepSpeedConfig`. stage: of ZeRO. dtype: of the weights. elements: of all that is trained.
+        stage: of ZeRO.
+        dtype: of the weights.
+        elements: the number of weights that are trained; 0 if the model is only evaluated.
     """
-    zero = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if settings.offload_optimizer and elements:
         zero["offload_optimizer"] = host
@@ -51,26 +57,18 @@ def engine_config(settings, stage, dtype, elements=0, max_grad_norm=0.0):
     }
 
 
-def _initialize(model, config, optimizer=None):
+def _initialize(model: Model, config: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Gives the model its DeepSpeed engine."""
     deepspeed_import.reveal()
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first, for a minute
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # DeepSpeed's own calls
-    engine, *_ = deepspeed.initialize(model=WholeForward(model), optimizer=optimizer, config=config)
-    attach_engine(model, engine)
-    return engine
+    model.engine, *_ = deepspeed.initialize(model=EngineModule(model), optimizer=optimizer, config=config)
 
 
-def _prepare_heads(model):
-    if model.get_output_embeddings() is not None:
-        use_op_linear(model, model.get_output_embeddings())
-    else:
-        use_op_linear(model, score_head(model))
-
-
-def _forget(module):
+def _forget(module: torch.nn.Module) -> None:
     """DeepSpeed's ZeRO 3 keeps every module it ever knew, with its weights, in a list and in a method's cache."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, PartitionedParameterCoordinator
 
@@ -82,73 +80,73 @@ def _forget(module):
             cell.cell_contents.cache_clear()
 
 
-def release(model):
-    """Takes DeepSpeed, if any, off a model that is used no more: it would keep its weights, gradients and moments."""
-    engine = getattr(model, "zero_engine", None)
-    if engine is None:
+def release(model: Model | None) -> None:
+    """Takes DeepSpeed off a model that is used no more: its engine keeps weights, gradients and moments alive."""
+    if model is None or model.engine is None:
         return
-    engine.destroy()
-    if engine.zero_optimization_stage() == 3:
-        _forget(engine.module)
-    detach_engine(model)
+    model.engine.destroy()
+    if model.is_zero3:
+        _forget(model.engine.module)
+    model.engine = None
 
 
-def place_frozen(model, settings, device):
-    """Puts a model that is only evaluated where `settings.frozen` says: on `device`, in the CPU's memory but for its use, or
-    in pieces on all ranks. All ranks call it."""
+def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device | str) -> None:
+    """Puts a model that is only evaluated where `settings.frozen` says. All ranks call it.
+
+    Args:
+        settings: `resident` is on `device`; `offloaded` is in the CPU's memory until the model is needed; `sharded` is in
+            pieces on all ranks.
+    """
     if settings.frozen == "offloaded":
-        offload(model, device)
+        model.offload(device)
     elif settings.frozen == "sharded" and ranks.world_size() > 1:
-        _shard(model, settings)
+        use_op_linear(model.module)
+        _initialize(model, engine_config(settings, 3, model.dtype))
     else:
-        model.to(device)
-    return model
-
-
-def _shard(model, settings):
-    _prepare_heads(model)
-    _initialize(model, engine_config(settings, 3, model.dtype))
+        model.module.to(device)
 
 
 class ZeroOptimizer(Schedule):
     """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
-    from then on (`whole_forward`).
+    from then on.
 
     Args: as of `Optimizer`. settings: `DeepSpeedConfig`.
     """
 
-    def __init__(self, model, stage, total_steps, settings, lr=None):
+    def __init__(
+        self, model: Model, stage: TrainingConfig, total_steps: int, settings: DeepSpeedConfig, lr: float | None = None
+    ):
         super().__init__(stage, total_steps, lr)
         level = zero_stage(settings)
         if level == 3:
-            _prepare_heads(model)
-        self.model, self.named, self.is_zero3 = model, named_trainable(model), level == 3
+            use_op_linear(model.module)
+        self.model, self.named, self.is_zero3 = model, model.trainable(), level == 3
         groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
         config = engine_config(settings, level, model.dtype, elements, stage.max_grad_norm)
-        self.engine = _initialize(model, config, self.adam)
+        _initialize(model, config, self.adam)
+        self.engine = model.engine
 
-    def backward(self, loss):
-        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+    def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * ranks.world_size())
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
 
-    def _update(self, lr):
+    def _update(self, lr: float) -> float:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def release(self):
+    def release(self) -> None:
         release(self.model)
 
     # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
 
-    def state_dict(self):
-        """As `Optimizer.state_dict`; each tensor is a function that every rank has to call to put it together."""
+    def state_dict(self) -> dict[str, Any]:
+        """See `Schedule`. Each tensor is a function, which every rank has to call to put the tensor together."""
         import deepspeed.utils as ds
 
         state = self._counts()
@@ -162,7 +160,7 @@ class ZeroOptimizer(Schedule):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         import deepspeed
         import deepspeed.utils as ds
 
@@ -181,14 +179,14 @@ class ZeroOptimizer(Schedule):
             values["step"].fill_(self.steps - self.skipped)
 
     @torch.enable_grad()
-    def _make_moments(self):
+    def _make_moments(self) -> None:
         """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
-        hidden = whole_forward(forward_hidden)(self.model, pack_whole([[0, 1]], self.engine.device))
+        hidden = self.model.forward(forward_hidden, pack_whole([[0, 1]], self.engine.device))
         self.engine.backward(0.0 * hidden.sum())
         self._update(0.0)
         self._link_moments()
 
-    def _link_moments(self):
+    def _link_moments(self) -> None:
         """DeepSpeed's accessors of ZeRO 1 and 2 learn where the moments are after the first step of the first parameter
         group, when the other group has none yet."""
         if not self.is_zero3:

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -118,3 +119,44 @@ def test_a_model_that_a_file_would_leave_unused_is_refused(given):
     )
     assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "null"]).model.path == "mine"
     assert load_config(["--config", "smollm2_135m", *given, "--sft.model", "tuned"]).sft.model == "tuned"
+
+
+@pytest.mark.parametrize(
+    "arguments, stages, policy",
+    [
+        ([], "sft reward_model dpo rto", "RTO"),
+        (["--sft.model", "m"], "reward_model dpo rto", "RTO"),
+        (["--sft.model", "m", "--dpo.model", "d", "--reward_model.function", "m:f"], "rto", "RTO"),
+        (["--rto.dpo_reward_scale", "0"], "sft reward_model rto", "PPO"),
+        (["--rto.dpo_reward_scale", "0", "--rto.compat", "paper_code"], "sft reward_model dpo rto", "RTO"),
+        (["--rto.dpo_reward_scale", "0", "--rto.init_from", "dpo"], "sft reward_model dpo rto", "PPO"),
+        (["--rto.score_scale", "0"], "sft dpo rto", "RTO"),
+        (["--rto.enabled", "false"], "sft dpo", "DPO"),
+    ],
+)
+def test_a_configuration_says_which_stages_train(arguments, stages, policy):
+    config = load_config(["--config", "default", *arguments])
+    assert config.trained_stages == tuple(stages.split())
+    assert (config.final_policy, config.final_stage) == (policy, stages.split()[-1])
+
+
+def test_what_paper_code_changes():
+    usual, paper = load_config([]).rto, load_config(["--rto.compat", "paper_code"]).rto
+    assert not (usual.loss_per_sequence or usual.ends_truncated_responses or usual.ignores_dpo_reference)
+    assert paper.loss_per_sequence and paper.ends_truncated_responses and paper.ignores_dpo_reference
+    scales = {
+        scale: dataclasses.replace(paper, dpo_reward_scale=scale).dense_reward_scale for scale in (-1.0, 0.0, 0.3)
+    }
+    assert scales == {-1.0: 1.0, 0.0: 1.0, 0.3: 0.3} and usual.dense_reward_scale == usual.dpo_reward_scale
+
+
+def test_the_reference_of_the_dense_reward():
+    given = ["--dpo.model", "d", "--dpo.ref_model", "dr", "--rto.ref_model", "kl"]
+    assert load_config(["--config", "default", *given]).dpo_reference == "dr"
+    assert load_config(["--config", "default", *given, "--rto.compat", "paper_code"]).dpo_reference == "kl"
+    assert load_config(["--config", "default", *given, "--rto.dpo_reward_scale", "0"]).dpo_reference == "kl"
+
+
+def test_the_zero_stage_of_a_run():
+    assert [load_config([]).deepspeed.stage_for(n) for n in (1, 2)] == [0, 2]
+    assert [load_config(["--deepspeed.zero_stage", "3"]).deepspeed.stage_for(n) for n in (1, 2)] == [3, 3]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import sys
 import threading
 import typing
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from rto_fast.config import Config, ConfigError, ModelConfig, dump_config, load_config
 from rto_fast.data.__main__ import parse as load_inspection
 from rto_fast.evaluate import EvaluateConfig, load_options
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 from rto_fast.system.threads import use_threads
 from rto_fast.training import launch
 
@@ -445,8 +446,8 @@ def test_a_mistake_is_said_but_by_the_other_ranks_of_several(rank, size, heard, 
         monkeypatch.delenv(name, raising=False)
         if text is not None:
             monkeypatch.setenv(name, text)
-    with pytest.raises(SystemExit):
-        run_command(load_config)
+    with pytest.raises(SystemExit), as_command():
+        load_config(sys.argv[1:])
     assert ("--data.limit: expected" in capsys.readouterr().err) == heard
 
 

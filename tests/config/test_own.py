@@ -10,12 +10,12 @@ import pytest
 import setuptools
 import yaml
 
+from rto_fast import session
 from rto_fast.config import load_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows
 from rto_fast.errors import ConfigError, DataError
 from rto_fast.plan import main as plan
-from rto_fast.run import Run
 from rto_fast.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(Run, "report", lambda self: None)
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
 
 
 def embedded_values(config):
@@ -72,14 +72,16 @@ def embedded_values(config):
 
 
 def test_an_own_model_and_own_preferences_get_nothing_embedded(here, tmp_path, monkeypatch, capsys):
-    runs, init = [], Run.__init__
-    monkeypatch.setattr(Run, "__init__", lambda self, *given: (runs.append(self), init(self, *given))[1])
+    sessions, open_training = [], session.open_training
+    monkeypatch.setattr(
+        session, "open_training", lambda *given: (sessions.append(open_training(*given)), sessions[0])[1]
+    )
     given = ["--model.path", "model", "--data.preferences", "pairs.jsonl"]
     results = main([*SHORT, *given, "--output_dir", str(tmp_path / "out")])
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert embedded_values(config) == {}
     assert config["sft"]["lr"] == 2e-5 and config["data"]["max_response_tokens"] == 1024  # not the embedded model's
-    data = runs[0].data
+    data = sessions[0].data
     chosen = {example.chosen for example in data.pair_examples + data.held_out_examples}
     assert {example.chosen for example in data.sft_examples} <= chosen and len(chosen) > 50
     assert {example.prompt for example in data.eval_examples} == {e.prompt for e in data.held_out_examples}
@@ -219,10 +221,10 @@ def test_a_mixture_with_the_embedded_world_is_warned_of(here, tmp_path, monkeypa
     class Enough(Exception):
         pass
 
-    def enough(self):
+    def enough(*_):
         raise Enough
 
-    monkeypatch.setattr(Run, "_load_data", enough)
+    monkeypatch.setattr("rto_fast.preflight.checks.load_data", enough)
     Path("mixed.yaml").write_text(
         "data: {preferences: pairs.jsonl, sft: 'embedded:sft', eval_prompts: 'embedded:eval_prompts'}"
     )

@@ -1,9 +1,8 @@
-"""`python -m rto_fast.data`, the token cache, duplicates and leaks, streaming, and bad data through real command lines."""
+"""`python -m rto_fast.data`, streaming, and bad data through real command lines."""
 
 import gzip
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -14,34 +13,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from rto_fast.config import ConfigError, DataConfig
+from rto_fast.config import ConfigError
 from rto_fast.data import __main__ as data_command
-from rto_fast.data import cache as cache_module
 from rto_fast.data import sources
-from rto_fast.data.cache import CachingTokenizer
-from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
 from rto_fast.data.inspection import Page, histogram
-from rto_fast.data.layouts import Example
-from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import load_examples
-from rto_fast.data.tokenizing import stop_token_ids
-from rto_fast.data.world import build_tokenizer, preference_rows
+from rto_fast.data.world import build_tokenizer
 from rto_fast.errors import DataError, UserError
 from rto_fast.system.terminal import visible, wants_styles
-
-PAIR = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
-LINE = json.dumps(PAIR) + "\n"
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def world(path, count=200):
-    return jsonl(path, preference_rows(count, seed=9))
+from tests.data.rows import LINE, PAIR, jsonl, world
 
 
 @pytest.fixture
@@ -53,13 +34,6 @@ def tokenizer_folder(tmp_path):
 def shown(capsys, *arguments):
     data_command.main([str(argument) for argument in arguments])
     return capsys.readouterr().out
-
-
-def run_data(tmp_path, tokenizer=None, **options):
-    said = []
-    options = {"cache_dir": str(tmp_path / "cache")} | options
-    tokenizer = tokenizer or build_tokenizer()
-    return RunData(DataConfig(**options), tokenizer, stop_token_ids(tokenizer), said.append), said
 
 
 # What the command shows
@@ -146,213 +120,6 @@ def test_responses_that_are_not_read_are_mentioned(capsys, tmp_path):
     tools = [{"type": "function", "function": {"name": "weather"}}]
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "tools": tools}])
     assert "not read" not in shown(capsys, source)  # they are no response
-
-
-# Duplicates and leaks
-
-
-def test_the_same_prompt_but_for_case_and_whitespace():
-    assert prompt_key("What  is\nRTO? ") == prompt_key(({"role": "user", "content": "what is rto?"},))
-    assert prompt_key("a b") != prompt_key("ab")
-    first, again, other = (
-        Example("a", chosen="x", rejected=r, origin=o) for r, o in (("y", "1"), ("y", "2"), ("z", "3"))
-    )
-    assert without_duplicates([first, again, other]) == [first, other]
-    assert without_prompts_of([first, Example("b")], [Example(" A")]) == [Example("b")]
-
-
-def test_duplicates_are_dropped_counted_and_can_be_kept(tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", preference_rows(20, seed=9) * 2)
-    data, said = run_data(tmp_path, preferences=source)
-    assert len(data.pair_examples) + len(data.held_out_examples) == 20
-    assert said == [f"{source}: exact duplicates dropped: 20"]
-    data, said = run_data(tmp_path, preferences=source, deduplicate=False)
-    assert (len(data.pair_examples), len(data.held_out_examples)) == (36, 4)
-    assert said == [f"{source}: exact duplicates kept (data.deduplicate): 20"]
-
-
-def pairs_of_prompts(sizes):
-    """Rows of preferences: prompt i with sizes[i] pairs, shuffled."""
-    rows = [
-        {"prompt": f"prompt {i}", "chosen": f"good {j}", "rejected": f"bad {j}"}
-        for i, size in enumerate(sizes)
-        for j in range(size)
-    ]
-    return random.Random(1).sample(rows, len(rows))
-
-
-@pytest.mark.parametrize(
-    "sizes, held_out, wanted",
-    [
-        ([2] * 500, 256, 100),
-        ([10] * 40, 256, 40),
-        ([1] * 300 + [4] * 100 + [30] * 5, 64, 64),
-        ([900] + [2] * 50, 256, 100),  # the prompt with most pairs is trained on
-        ([11] * 10, 256, 11),  # a tenth and no prompt that small: the nearest
-        ([3] * 20, 256, 6),
-        ([7] * 9, 10, 7),
-        ([1] * 95, 256, 9),
-        ([1, 1], 256, 1),
-    ],
-)
-def test_prompts_are_held_out_with_all_their_pairs(tmp_path, sizes, held_out, wanted):
-    """As many pairs as are wanted, or about a tenth; none is thrown away, and each prompt is judged once."""
-    data, said = run_data(tmp_path, preferences=jsonl(tmp_path / "a.jsonl", pairs_of_prompts(sizes)), held_out=held_out)
-    kept, taken = data.pair_examples, data.held_out_examples
-    assert len(kept) + len(taken) == sum(sizes) and len(taken) == wanted and said == []
-    prompts = {example.prompt for example in taken}
-    assert not prompts & {example.prompt for example in kept}
-    assert [example.prompt for example in data.eval_examples] == list(dict.fromkeys(e.prompt for e in taken))
-    assert {example.prompt for example in data.prompt_examples} == {example.prompt for example in kept}
-
-
-def test_where_each_prompt_has_too_many_pairs_nothing_is_held_out_and_that_is_said(tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", pairs_of_prompts([50, 50]))
-    data, said = run_data(tmp_path, preferences=source)
-    assert len(data.pair_examples) == 100 and data.eval_examples == data.held_out_examples == []
-    assert said == [
-        "preferences: nothing is held out, every prompt has too many of the 100 examples (about 10 are wanted); policies "
-        "are not compared without data.eval_prompts"
-    ]
-    data, said = run_data(tmp_path, preferences=source, held_out=0)
-    assert len(data.pair_examples) == 100 and said == []
-
-
-def test_the_held_out_pairs_of_a_file_without_repeated_prompts_are_those_of_older_versions(tmp_path):
-    """Else a run that is resumed, or evaluated with `--held_out`, would meet pairs that it was trained on."""
-    source = jsonl(tmp_path / "a.jsonl", pairs_of_prompts([1] * 200))
-    data, _ = run_data(tmp_path, preferences=source)
-    lines = [int(example.origin.rpartition(":")[2]) - 1 for example in data.held_out_examples]
-    assert lines == sorted(random.Random(0).sample(range(200), 20))
-
-
-def test_no_prompt_for_evaluation_is_trained_on(tmp_path):
-    rows = preference_rows(20, seed=9)
-    source = jsonl(tmp_path / "a.jsonl", rows)
-    disguised = [{"prompt": row["prompt"].upper().replace(" ", "  ")} for row in rows[:5]]
-    demonstrations = jsonl(tmp_path / "s.jsonl", [{"prompt": r["prompt"], "response": r["chosen"]} for r in rows])
-    data, said = run_data(
-        tmp_path, preferences=source, sft=demonstrations, eval_prompts=jsonl(tmp_path / "e.jsonl", disguised)
-    )
-    taken = {prompt_key(e.prompt) for e in data.eval_examples + data.held_out_examples}
-    for examples in (data.sft_examples, data.pair_examples, data.prompt_examples):
-        assert examples and not taken & {prompt_key(e.prompt) for e in examples}
-    assert f"demonstrations: {len(taken)} examples left out, their prompts are for evaluation" in said
-    leak = jsonl(tmp_path / "all.jsonl", [{"prompt": row["prompt"]} for row in rows])
-    data, _ = run_data(tmp_path, preferences=source, eval_prompts=leak)
-    with pytest.raises(DataError, match="preferences: no example is left beside those held out for evaluation"):
-        data.pairs  # noqa: B018
-
-
-# The cache
-
-
-class Counting:
-    """A tokenizer that counts what it is asked to encode."""
-
-    def __init__(self):
-        self.tokenizer, self.texts = build_tokenizer(), 0
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __len__(self):
-        return len(self.tokenizer)
-
-    def __call__(self, texts, **options):
-        self.texts += len(texts) if isinstance(texts, list) else 0
-        return self.tokenizer(texts, **options)
-
-
-TEXTS = [f"{1 + i % 8} red cup , two lamps" for i in range(100)]
-
-
-def encode(folder, texts=TEXTS, tokenizer=None, **options):
-    """(ids, texts that had to be tokenised)."""
-    counting = tokenizer or Counting()
-    before = counting.texts
-    ids = CachingTokenizer(counting, folder)(texts, add_special_tokens=False, **options).input_ids
-    return ids, counting.texts - before
-
-
-def test_what_was_tokenised_once_is_read(tmp_path):
-    expected = build_tokenizer()(TEXTS, add_special_tokens=False).input_ids
-    assert encode(tmp_path / "c") == (expected, 100) and encode(tmp_path / "c") == (expected, 0)
-    (entry,) = (tmp_path / "c").iterdir()
-    assert entry.suffix == ".safetensors"
-    assert (
-        encode(tmp_path / "c", TEXTS[:10])[1] == 10 and len(list((tmp_path / "c").iterdir())) == 1
-    )  # few: not worth it
-
-
-def test_texts_options_and_tokenizer_make_the_key(tmp_path, monkeypatch):
-    encode(tmp_path)
-    assert encode(tmp_path, ["9" + TEXTS[0], *TEXTS[1:]])[1] == 100
-    assert encode(tmp_path, [*TEXTS[:-2], "a", "bc"])[1] == 100 == encode(tmp_path, [*TEXTS[:-2], "ab", "c"])[1]
-    assert encode(tmp_path, split_special_tokens=True)[1] == 100
-    other = Counting()
-    other.tokenizer.add_tokens(["cup lamp"])
-    assert encode(tmp_path, tokenizer=other)[1] == 100
-    monkeypatch.setattr(cache_module, "FORMAT", 999)
-    assert encode(tmp_path)[1] == 100
-
-
-def damage(entry, kind):
-    tensors = load_file(entry)
-    if kind == "flipped":
-        content = entry.read_bytes()
-        start = content.index(tensors["ids"].tobytes())
-        entry.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
-    elif kind == "cut":
-        entry.write_bytes(entry.read_bytes()[:-7])
-    elif kind == "empty":
-        entry.write_bytes(b"")
-    elif kind == "pickle":
-        entry.write_bytes(b"\x80\x04cposix\nsystem\n(S'exit 3'\ntR.")
-    else:
-        tensors["ids"][3] = 10**6
-        checksum = cache_module._checksum(tensors["ids"], tensors["sizes"])
-        key = entry.stem if kind == "range" else "0" * 64
-        if kind == "key":
-            tensors["ids"][3] = 1
-        save_file(tensors, entry, {"key": key, "checksum": checksum})
-
-
-@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "pickle", "range", "key"])
-def test_a_damaged_entry_is_made_again(tmp_path, kind):
-    expected, _ = encode(tmp_path)
-    (entry,) = tmp_path.iterdir()
-    damage(entry, kind)
-    with pytest.warns(UserWarning, match="a damaged cache entry"):
-        assert encode(tmp_path) == (expected, 100)
-    assert encode(tmp_path) == (expected, 0)  # whole again, without a word
-
-
-def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cannot be written .*not cached"):
-        assert encode(tmp_path / "file")[1] == 100
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.warns(UserWarning, match="No space left on device"):
-        assert encode(tmp_path / "c")[1] == 100
-    assert not list((tmp_path / "c").iterdir())  # no half of an entry
-
-
-def test_a_run_gets_the_same_data_from_the_cache(tmp_path):
-    source = world(tmp_path / "a.jsonl")
-    built = []
-    for cache_dir in (None, str(tmp_path / "c"), str(tmp_path / "c")):
-        tokenizer = Counting()
-        data, said = run_data(tmp_path, tokenizer, preferences=source, max_response_tokens=20, cache_dir=cache_dir)
-        built.append((data.pairs, data.sft, data.prompts, data.held_out_pairs, said))
-        asked = tokenizer.texts
-    assert built[0] == built[1] == built[2] and asked < 100  # the few held out are below the cache's size
-    data, _ = run_data(tmp_path, preferences="embedded:preferences", cache_dir=str(tmp_path / "no"), limit=200)
-    assert len(data.pairs) == 180 and not (tmp_path / "no").exists()
 
 
 # Reading no more than is needed

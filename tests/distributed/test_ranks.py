@@ -147,10 +147,10 @@ def run_until_stopped(options):
 
 def main(folder):
     """One of the ranks: all the runs in turn."""
-    from rto_fast.run import Run
+    from rto_fast.reporting import finish
     from rto_fast.training.launch import joined
 
-    Run.report = Run.publish = lambda self: None  # slow, and not what is compared
+    finish.report_run = finish.publish_run = lambda *_: None  # slow, and not what is compared
     with joined():
         for name, (_, options) in RUNS.items():
             run([*SETTINGS, *options, "--output_dir", folder / name])
@@ -165,11 +165,9 @@ def main(folder):
 
 
 def alone(options):
-    from rto_fast.run import Run
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "report", lambda self: None)
-        patch.setattr(Run, "publish", lambda self: None)
+        patch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
+        patch.setattr("rto_fast.reporting.finish.publish_run", lambda *_: None)
         run(options)
 
 

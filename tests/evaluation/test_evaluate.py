@@ -16,10 +16,11 @@ from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, encode_response
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows, prompt_rows
 from rto_fast.errors import UserError
+from rto_fast.estimates import length_controlled_win_rate, wins
 from rto_fast.evaluate import main, table, write_json
-from rto_fast.evaluation import evaluate, kl_terms, measured_kl
-from rto_fast.evaluation.estimates import length_controlled_win_rate, wins
+from rto_fast.evaluation.policies import evaluate, kl_terms, measured_kl
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
 from rto_fast.training.saving import save_model
 
@@ -41,13 +42,13 @@ def perturbed(seed):
 def folder(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("evaluate"), build_tokenizer()
     for name, model in (("ref", build_model(0)), ("model", perturbed(1)), ("dpo", perturbed(2))):
-        save_model(model, tokenizer, folder / name)
+        save_model(Model(model), tokenizer, folder / name)
     config = build_model(0).config
     config.num_labels = 1
     torch.manual_seed(5)
     scorer = AutoModelForSequenceClassification.from_config(config)
     scorer.config.score_mean, scorer.config.score_std = 0.5, 2.0
-    save_model(scorer, tokenizer, folder / "rm")
+    save_model(Model(scorer), tokenizer, folder / "rm")
     for name, rows in (("prompts", PROMPTS), ("pairs", PAIRS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -256,7 +257,7 @@ def test_the_evaluation_during_training_knows_length_and_kl(folder, results):
         return torch.zeros(len(completions))
 
     def kl(rollout):
-        return measured_kl(policy, reference, rollout, 1.0, 200)
+        return measured_kl(Model(policy), Model(reference), rollout, 1.0, 200)
 
     result = evaluate(engine, prompts, sampling, zeros, tokenizer, kl)[0]
     assert result.kl == pytest.approx(results["kl"]["k1"]["value"], abs=1e-4)  # itself checked above
@@ -301,7 +302,7 @@ def test_mistakes_are_named(folder, monkeypatch, changes, more, message):
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])
-    save_model(build_model(0), tokenizer, tmp_path / "other")
+    save_model(Model(build_model(0)), tokenizer, tmp_path / "other")
     with pytest.raises(UserError, match="--reference: .* has a vocabulary of .* that is not the policy's"):
         main(arguments(folder, reference=tmp_path / "other"))
 

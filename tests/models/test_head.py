@@ -153,12 +153,12 @@ def test_without_zero3(tied):
 def test_bias():
     head = nn.Linear(8, 20)
     model = nn.Module()
-    model.get_output_embeddings = lambda: head
+    model.get_output_embeddings, model.set_output_embeddings = lambda: head, lambda layer: None
     hidden, labels = torch.randn(5, 8), torch.arange(5)
     expected = head(hidden).log_softmax(-1)[labels, labels]
     torch.testing.assert_close(use_op_linear(model)(hidden, op=linear_token_logps, labels=labels), expected)
     with pytest.raises(TypeError, match="bias"):
-        head(hidden, op=linear_ppo_loss, labels=labels)
+        use_op_linear(model)(hidden, op=linear_ppo_loss, labels=labels)
     head = nn.Sequential(head)
     with pytest.raises(ModelError, match="Module: its output layer is a Sequential"):
         use_op_linear(model)

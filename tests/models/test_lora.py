@@ -12,6 +12,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, ModelError
 from rto_fast.models.loading import causal_logps, load_causal_lm, load_scorer, token_scores
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
+from rto_fast.models.model import Model
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.training.loader import Loader
 from rto_fast.training.saving import save_model
@@ -28,12 +29,12 @@ WHOLE = pack_whole([[2, 13, 29, 30], [2, 10, 3]])
 def folder(tmp_path_factory):
     """base/, and two models trained from it: policy/ and scorer/."""
     folder = tmp_path_factory.mktemp("models")
-    save_model(build_model(0), build_tokenizer(), folder / "base")
+    save_model(Model(build_model(0)), build_tokenizer(), folder / "base")
     base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
     for name in ("policy", "scorer"):
         adapter = disturbed(new_adapter(base, name, SETTINGS, 0, scorer=name == "scorer"))
         adapter.config.score_mean = 0.5
-        save_model(adapter, build_tokenizer(), folder / name)
+        save_model(Model(adapter), build_tokenizer(), folder / name)
     return folder
 
 
@@ -51,7 +52,7 @@ def test_a_new_adapter_changes_nothing_and_is_alike_on_every_rank(folder):
     first = new_adapter(base, "a", SETTINGS, 7)
     torch.manual_seed(2)
     second = new_adapter(base, "b", SETTINGS, 7)
-    assert torch.equal(causal_logps(first, BATCH), before)
+    assert torch.equal(Model(first).forward(causal_logps, BATCH), before)
     pairs = list(zip(first.trainable(), second.trainable(), strict=True))
     assert len(pairs) == 2 * 7 * 2 and all(torch.equal(p, q) for (_, p), (_, q) in pairs)
     assert sum(p.numel() for _, p in first.trainable()) < 0.15 * sum(p.numel() for p in build_model(0).parameters())
@@ -62,19 +63,23 @@ def test_adapters_of_one_base_are_the_models_that_were_written(folder):
     loader.share(str(folder / "base"))
     reference = loader.frozen("causal_lm", str(folder / "base"))
     policy, scorer = loader.trained("causal_lm", folder / "policy"), loader.frozen("scorer", folder / "scorer")
-    assert policy.base is scorer.base is reference.base and scorer.config.score_mean == 0.5
+    assert policy.adapter.base is scorer.adapter.base is reference.adapter.base and scorer.config.score_mean == 0.5
     for _ in range(2):  # whatever was active before
         for adapter, name in ((policy, "policy"), (reference, "base")):
             whole = load_causal_lm(folder / name, trainable=False, **PLACEMENT)
-            torch.testing.assert_close(causal_logps(adapter, BATCH), causal_logps(whole, BATCH), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                adapter.forward(causal_logps, BATCH), causal_logps(whole, BATCH), atol=1e-5, rtol=1e-5
+            )
         whole = load_scorer(folder / "scorer", trainable=False, **PLACEMENT)
-        torch.testing.assert_close(token_scores(scorer, WHOLE), token_scores(whole, WHOLE), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            scorer.forward(token_scores, WHOLE), token_scores(whole, WHOLE), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_only_the_adapter_learns(folder):
     base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
     policy, other = disturbed(new_adapter(base, "policy", SETTINGS, 0)), new_adapter(base, "other", SETTINGS, 0)
-    causal_logps(policy, BATCH).sum().backward()
+    Model(policy).forward(causal_logps, BATCH).sum().backward()
     assert all(p.grad is not None for _, p in policy.trainable())
     own = {id(p) for _, p in policy.trainable()}
     assert all(p.grad is None for p in base.parameters() if id(p) not in own)
@@ -87,7 +92,7 @@ def test_the_policys_adapter_samples(folder):
     whole = load_causal_lm(folder / "policy", trainable=False, **PLACEMENT)
     sampling = Sampling(8, stop_ids=(1,))
     prompts = [[2, 13, 29], [2, 10]]
-    engines = [build_engine(model, build_tokenizer(), RolloutConfig()) for model in (policy, reference, whole)]
+    engines = [build_engine(Model(model), build_tokenizer(), RolloutConfig()) for model in (policy, reference, whole)]
     found, other, expected = (engine.generate(prompts, 4, sampling, 0) for engine in engines)
     assert found.response_ids == expected.response_ids != other.response_ids
     torch.testing.assert_close(found.logps, expected.logps, atol=1e-4, rtol=1e-4)

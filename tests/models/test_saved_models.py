@@ -21,9 +21,9 @@ from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer, pre
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import load_causal_lm, load_scorer, token_scores
 from rto_fast.models.lora import new_adapter
+from rto_fast.models.model import Model
 from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
-from rto_fast.run import Run
 from rto_fast.train import main
 from rto_fast.training.saving import save_model
 
@@ -93,7 +93,7 @@ def run(request, tmp_path_factory):
     rows = "".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3))
     (folder / "pairs.jsonl").write_text(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "report", lambda self: None)
+        patch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
         main(
             [
                 *SHORT,
@@ -243,14 +243,14 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
     else:
         model = AutoModelForSequenceClassification.from_config(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_model(model, tokenizer, tmp_path / "rm")
+    save_model(Model(model), tokenizer, tmp_path / "rm")
     saved, with_pad = assert_alike(tmp_path / "rm", WORDS)
     assert saved.config.vocab_size == len(with_pad) == 62 and with_pad.pad_token_id == 61
     assert model.config.vocab_size == 61  # ours is as it was
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     # It still reads the policy's tokens as they are, scores them, and can be written again.
     assert RewardModel(saved, with_pad, tokenizer, prompt_format="text", max_tokens=99).same_tokens
-    save_model(load_scorer(tmp_path / "rm", trainable=True, **PLACEMENT), tokenizer, tmp_path / "again")
+    save_model(Model(load_scorer(tmp_path / "rm", trainable=True, **PLACEMENT)), tokenizer, tmp_path / "again")
     assert assert_alike(tmp_path / "again", WORDS)[0].config.vocab_size == 62
 
 
@@ -258,7 +258,7 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
 def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_path, monkeypatch):
     if rank:
         pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
-    monkeypatch.setattr(Run, "report", lambda self: None)
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.pad_token = tokenizer.unk_token = None
     core = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -266,7 +266,7 @@ def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_p
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<eos>")
     model = build_model(0)
     model.config.pad_token_id = None
-    save_model(model, tokenizer, tmp_path / "sft")
+    save_model(Model(model), tokenizer, tmp_path / "sft")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3)))
     options = [
         *SHORT,
@@ -302,6 +302,6 @@ def test_a_supplied_reward_model_is_read_as_its_own_forward_pass_reads_it(pad):
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in sequences])
     model.set_attn_implementation(PACKED)
-    rewards = RewardModel(model, chatml_tokenizer(), chatml_tokenizer(), prompt_format="auto", max_tokens=9)
+    rewards = RewardModel(Model(model), chatml_tokenizer(), chatml_tokenizer(), prompt_format="auto", max_tokens=9)
     rewards._ids = lambda ids: ids
     torch.testing.assert_close(rewards(sequences), expected, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer
 from rto_fast.models.loading import load_causal_lm
-from rto_fast.preflight.supplied_models import Supplied, check_models
+from rto_fast.models.supplied import Supplied, check_models
 
 VOCABULARY = 49
 

@@ -195,30 +195,25 @@ class Said(list):
         self.append(f"{what}; {remedy}")
 
 
-def a_run(tmp_path, **config):
-    return SimpleNamespace(
-        config=load_config([f"--{key}={value}" for key, value in config.items()]),
-        folder=tmp_path,
-        placement={"device": "cpu"},
-        log=Said(),
-    )
-
-
 def test_preflight_warns_of_memory_and_stops_for_the_disk(tmp_path, monkeypatch):
     items = {stage: Items(30, 30, 120, 1000) for stage in ("sft", "reward_model", "dpo", "rto")}
-    monkeypatch.setattr(room, "run_items", lambda run: items)
-    run = a_run(tmp_path)
-    room.check_room(run)
-    assert len(run.log) == 1 and "GiB are free" in run.log[0]
+    monkeypatch.setattr(room, "data_items", lambda config, data: items)
+    log = Said()
+
+    def check():
+        room.check_room(load_config([]), None, "cpu", tmp_path, log)
+
+    check()
+    assert len(log) == 1 and "GiB are free" in log[0]
     monkeypatch.setattr(room, "free_memory", lambda device: 1 << 20)
-    room.check_room(run)
-    assert "is more than is free; `python -m rto_fast.plan`" in run.log[-1]
+    check()
+    assert "is more than is free; `python -m rto_fast.plan`" in log[-1]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(ConfigError, match="output_dir: .* free, and models and checkpoints take"):
-        room.check_room(a_run(tmp_path))
+        check()
     monkeypatch.setattr(room, "make_plan", lambda *_: 1 / 0)
-    room.check_room(run)
-    assert "plan: none (ZeroDivisionError" in run.log[-1]
+    check()
+    assert "plan: none (ZeroDivisionError" in log[-1]
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark of memory")

@@ -1,160 +1,28 @@
 """Supplied models that cannot be meant: one line before anything runs, in training and in evaluation."""
 
-import copy
-import functools
 import json
-import re
 import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast import evaluate, train
 from rto_fast.config import LoraConfig, load_config
 from rto_fast.data.__main__ import load_tokenizer_and_stops
-from rto_fast.data.world import build_model, build_tokenizer, preference_rows
-from rto_fast.errors import ModelError, RewardError, UserError
-from rto_fast.models.context import context_of
+from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.errors import ModelError, RewardError
 from rto_fast.models.directory import check_fit
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
-from rto_fast.preflight.supplied_models import Supplied, check_endings, check_models, supplied_models, tell_dropout
-from rto_fast.run import Run
+from rto_fast.models.model import Model
+from rto_fast.models.supplied import Supplied, check_models, supplied_models
+from rto_fast.preflight.models import check_endings, tell_dropout
 from rto_fast.training.saving import save_model
-from rto_fast.training.stop import StopRequest
+from tests.preflight.supplied import GOLD, PLACEMENT, RTO, SFT, config_of, write
 
-PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
-SHORT = [
-    "--config",
-    "default",
-    "--threads",
-    "1",
-    "--data.preferences",
-    "pairs.jsonl",
-    "--data.sft",
-    "null",
-    "--data.eval_prompts",
-    "null",
-    "--sft.max_steps",
-    "1",
-    "--dpo.max_steps",
-    "1",
-    "--dpo.batch_size",
-    "8",
-    "--reward_model.batch_size",
-    "4",
-    "--rto.iterations",
-    "1",
-    "--rto.prompts_per_rollout",
-    "8",
-    "--rto.batch_size",
-    "4",
-    "--rollout.max_new_tokens",
-    "8",
-    "--eval.prompts",
-    "4",
-    "--eval.function",
-    "null",
-]
-SFT = [*SHORT, "--model.path", "model", "--rto.enabled", "false"]  # and DPO
-RTO = [*SHORT, "--sft.model", "model", "--rto.dpo_reward_scale", "0"]
-GOLD = ["--reward_model.function", "rto_fast.data.world:gold_reward"]
-
-
-def config_of(architecture="llama", **settings):
-    sizes = dict(n_embd=32, n_layer=2, n_head=4) if architecture == "gpt2" else build_model(0).config.to_dict()
-    sizes.pop("rope_parameters", None)  # those of other architectures are made otherwise
-    sizes |= {"vocab_size": 49, "eos_token_id": 1, "pad_token_id": 0} | settings
-    return AutoConfig.for_model(sizes.pop("model_type", architecture), **sizes)
-
-
-def write(folder, model, **renamed):
-    """A model and its tokenizer, its score head's weight under other names."""
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    if renamed:
-        weights = load_file(folder / "model.safetensors")
-        head = weights.pop("score.weight")
-        weights |= {name: torch.ones(shape) if shape else head for name, shape in renamed.items()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def scorer(**settings):
-    torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config_of(**{"num_labels": 1} | settings))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("supplied")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40, seed=3)))
-    write(folder / "model", build_model(0))
-    write(folder / "scorer", scorer())
-    write(folder / "tied_scorer", scorer(tie_word_embeddings=True))
-    write(folder / "two_labels", scorer(num_labels=2))
-    write(folder / "value_head", scorer(), **{"value_head.weight": None})
-    write(folder / "v_head", scorer(), **{"v_head.summary.weight": None, "v_head.summary.bias": (1,)})
-    write(folder / "deep_head", scorer(), **{"score.0.weight": (64, 64), "score.2.weight": (1, 64)})
-    write(folder / "biased", scorer(), **{"score.weight": None, "score.bias": (1,)})
-    policy = AutoModelForCausalLM.from_config(config_of(tie_word_embeddings=True))
-    write(folder / "with_value_head", policy)
-    weights = load_file(folder / "with_value_head" / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 64)}
-    save_file(weights, folder / "with_value_head" / "model.safetensors", {"format": "pt"})
-    mixed = shutil.copytree(folder / "model", folder / "mixed") / "config.json"
-    mixed.write_text(json.dumps(json.loads(mixed.read_text()) | {"intermediate_size": 96}))
-    scaled, varying = ({"rope_type": kind, "factor": 8.0} for kind in ("linear", "dynamic"))
-    for name, settings in {
-        "gpt2_short": {"architecture": "gpt2", "n_positions": 10},
-        "short": {"max_position_embeddings": 10},
-        "middle": {"max_position_embeddings": 40},
-        "scaled": {"max_position_embeddings": 10, "rope_scaling": scaled},
-        "varying": {"max_position_embeddings": 10, "rope_scaling": varying},
-    }.items():
-        write(folder / name, AutoModelForCausalLM.from_config(config_of(**settings)))
-        write(folder / f"{name}_scorer", scorer(**settings))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def inside(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("rto_fast.run.Run.report", lambda self: None)
-
-
-@pytest.fixture(scope="module")
-def parsed():
-    """The command line's parser takes longer than all that is tested here."""
-    return load_config(SHORT)
-
-
-@pytest.fixture
-def refused(parsed, monkeypatch, capsys, tmp_path):
-    """What a run, or an evaluation, says that must end before it trains, samples or scores anything."""
-
-    def begins(*_):
-        raise AssertionError("something ran")
-
-    def refused(*arguments, command=train):
-        monkeypatch.setattr("rto_fast.run.Run.train_sft", begins)
-        monkeypatch.setattr("rto_fast.evaluation.measure.Measurement.results", begins)
-        capsys.readouterr()
-        with pytest.raises(UserError) as stop:
-            if command is evaluate:
-                evaluate.main(list(arguments))
-            config = copy.deepcopy(parsed)
-            for option, value in zip(arguments[::2], arguments[1::2], strict=True):
-                *groups, name = option.removeprefix("--").split(".")
-                setattr(functools.reduce(getattr, groups, config), name, yaml.safe_load(value))
-            config.output_dir = str(tmp_path / "out")
-            Run(config, StopRequest()).train_sft()
-        assert "\n" not in str(stop.value) and capsys.readouterr().err == ""
-        return str(stop.value)
-
-    return refused
-
+pytestmark = pytest.mark.usefixtures("inside")
 
 NO_HEAD = "not a sequence classifier with one label: the checkpoint lacks weights: score.weight"
 UNUSED = "it holds weights that would not be used: "
@@ -294,7 +162,9 @@ def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
     base = load_causal_lm("model", **PLACEMENT)
     for name in ("policy", "rm"):
         save_model(
-            new_adapter(base, name, LoraConfig(rank=2), 0, scorer=name == "rm"), build_tokenizer(), tmp_path / name
+            Model(new_adapter(base, name, LoraConfig(rank=2), 0, scorer=name == "rm")),
+            build_tokenizer(),
+            tmp_path / name,
         )
     with pytest.raises(ModelError, match="rm/adapter: the adapter has a score head; give the directory of a language"):
         load_adapter(base, "a", tmp_path / "rm")
@@ -310,132 +180,6 @@ def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
         ModelError, match=f"{missing.removeprefix('base_model.model.')} is in the adapter or in its base"
     ):
         load_adapter(base, "c", tmp_path / "policy")
-
-
-# Contexts
-
-TOO_LONG = {
-    "SFT, learned positions": (
-        [*SFT, "--model.path", "gpt2_short"],
-        "model.path: gpt2_short has a context of 10 tokens, the longest demonstration has ",
-    ),
-    "SFT, RoPE": (
-        [*SFT, "--model.path", "short"],
-        "model.path: short has a context of 10 tokens, the longest demonstration "
-        "has 81; lower max_prompt_tokens or max_response_tokens",
-    ),
-    "RoPE that changes with the longest neighbour": (
-        [*SFT, "--model.path", "varying"],
-        "model.path: varying has a context of 10 tokens (past it, its RoPE, dynamic, "
-        "changes with the longest sequence of a batch), the longest demonstration has ",
-    ),
-    "pairs": ([*RTO, "--sft.model", "short"], "sft.model: short has a context of 10 tokens, the longest preference "),
-    "prompts": (
-        [*RTO, *GOLD, "--sft.model", "short"],
-        "sft.model: short has a context of 10 tokens, the longest prompt with the first token of a response has ",
-    ),
-    "reference": (
-        [*RTO, *GOLD, "--rto.ref_model", "short"],
-        "rto.ref_model: short has a context of 10 tokens, the longest prompt with rollout.max_new_tokens has ",
-    ),
-    "reward model": (
-        [*RTO, "--reward_model.model", "gpt2_short_scorer"],
-        "reward_model.model: gpt2_short_scorer has a "
-        "context of 10 tokens, the longest text that it may have to score has ",
-    ),
-    "critic": (
-        [*RTO, *GOLD, "--rto.critic", "short_scorer"],
-        "rto.critic: short_scorer has a context of 10 tokens, the",
-    ),
-    "DPO model": (
-        [*RTO, *GOLD, "--rto.dpo_reward_scale", "1", "--dpo.model", "short"],
-        "dpo.model: short has a context of",
-    ),
-    "pairs that a reward model's scores are normalised by": (
-        [*RTO, "--reward_model.model", "middle_scorer", "--rollout.max_new_tokens", "1"],
-        "reward_model.model: middle_scorer has a context of 40 tokens, the longest text that it may have to score has ",
-    ),
-    "DPO's reference": (
-        [*RTO, *GOLD, "--rto.dpo_reward_scale", "1", "--dpo.model", "model", "--dpo.ref_model", "short"],
-        "dpo.ref_model: short has a context of 10 tokens, the longest held-out ",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TOO_LONG)
-def test_a_context_that_is_too_short(refused, name):
-    arguments, message = TOO_LONG[name]
-    line = refused(*arguments)
-    assert message in line and "; lower max_prompt_tokens" in line
-
-
-EVALUATED = {
-    "model": (
-        ["--model", "short"],
-        "--model: short has a context of 10 tokens, the longest prompt with the first token",
-    ),
-    "reference": (["--model", "model", "--reference", "short"], "--reference: short has a context of 10 tokens, the "),
-    "reward model": (
-        ["--model", "model", "--reward_model", "gpt2_short_scorer"],
-        "--reward_model: gpt2_short_scorer has ",
-    ),
-    "DPO model": (
-        ["--model", "model", "--preferences", "pairs.jsonl", "--reference", "model", "--dpo_model", "short"],
-        "--dpo_model: short has a context of 10 tokens, the longest of --preferences has ",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", EVALUATED)
-def test_a_context_that_is_too_short_to_evaluate(refused, name):
-    arguments, message = EVALUATED[name]
-    line = refused(*arguments, "--data", "pairs.jsonl", "--rollout.max_new_tokens", "8", command=evaluate)
-    assert message in line
-
-
-def test_limits_that_no_data_reaches_are_no_mistake_and_a_response_that_is_cut_is_told(capsys, tmp_path):
-    """The limits' defaults are beyond the context of 256; RoPE scaling extends one of 10 to 80."""
-    options = [*RTO, *GOLD, "--rto.ref_model", "scaled", "--sft.model", "scaled", "--rollout.max_new_tokens", "70"]
-    train.main([*options, "--output_dir", str(tmp_path / "out")])
-    told = (
-        r"sft.model: of its context of 80 tokens the longest prompt leaves \d\d: responses to it are cut there, before"
-    )
-    out = capsys.readouterr().out
-    assert len(re.findall(told, out)) == 1, out
-
-
-@pytest.mark.parametrize(
-    "settings, context",
-    [
-        ({}, 64),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 128),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 64),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}, 64),
-        (
-            {
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "original_max_position_embeddings": 16,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                }
-            },
-            64,
-        ),
-    ],
-)
-def test_contexts(settings, context):
-    assert context_of(LlamaConfig(max_position_embeddings=64, **settings)) == context
-
-
-def test_contexts_of_other_architectures():
-    assert context_of(AutoConfig.for_model("gpt2", n_positions=32)) == 32
-    assert context_of(AutoConfig.for_model("mistral", max_position_embeddings=64, sliding_window=8)) == 64
-    assert context_of(AutoConfig.for_model("gemma3")) == AutoConfig.for_model("gemma3_text").max_position_embeddings
-    assert context_of(AutoConfig.for_model("bloom")) is context_of(AutoConfig.for_model("falcon", alibi=True)) is None
-    assert context_of(AutoConfig.for_model("mamba")) is None
 
 
 def test_dropout_that_is_turned_off_is_told(tmp_path):

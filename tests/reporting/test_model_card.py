@@ -16,10 +16,11 @@ import yaml
 
 from rto_fast.config import ConfigError, dump_config, load_config
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.push import command, split_files
+from rto_fast.push import command
 from rto_fast.reporting import model_card
+from rto_fast.reporting.finish import publish_run
+from rto_fast.reporting.hub import split_files
 from rto_fast.reporting.model_card import name_in_card, plain, public, write_model_card
-from rto_fast.run import Run
 
 ATTACK = "a | b `c` **d** __e__ [f](javascript:g) <script>h</script> ~~i~~ \\ &lt; \u202e\n## j"
 OPTIONS = ["--sft.model", "gpt2", "--data.preferences", "trl-lib/ultrafeedback_binarized[train]", "--threads", "1"]
@@ -444,13 +445,12 @@ def test_a_push_that_fails_is_one_line(finished, push, hub, options, message):
 
 @pytest.fixture
 def ended():
-    """What `Run.publish` says of a run that has ended in `folder`."""
+    """What `publish_run` says of a run that has ended in `folder`."""
 
     def publish(folder):
-        run, said = Run.__new__(Run), []
-        run.folder, run.config = folder, model_card.load_config(["--config", str(folder / "config.yaml")])
-        run.log = type("Log", (), {"say": staticmethod(said.append)})
-        run.publish()
+        said = []
+        config = model_card.load_config(["--config", str(folder / "config.yaml")])
+        publish_run(config, folder, type("Log", (), {"say": staticmethod(said.append)}))
         return said
 
     return publish

@@ -8,7 +8,7 @@ import pytest
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
 from rto_fast.rewards import Completion, RewardFunction, gsm8k
-from rto_fast.rewards.gsm8k import final_number
+from rto_fast.rewards.exact_answer import final_number
 
 DATA = os.environ.get("RTO_FAST_DATA")
 

@@ -8,11 +8,12 @@ from rto_fast.config import ConfigError
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response
 from rto_fast.data.world import build_tokenizer
+from rto_fast.errors import RewardError
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.rewards import (
     Completion,
     NormalizedScores,
-    RewardError,
     RewardFunction,
     RewardModel,
     completions_of,
@@ -53,7 +54,7 @@ def test_the_reward_model_sees_the_prompt_and_the_response_with_its_stop_token()
         completion("two blue hats , um one box .", "2 blue hat , 1 red box"),
         completion(finished=False),
     ]
-    rewards = RewardModel(model, TOKENIZER, TOKENIZER, prompt_format="auto", max_tokens=20)
+    rewards = RewardModel(Model(model), TOKENIZER, TOKENIZER, prompt_format="auto", max_tokens=20)
     scores = rewards(completions)
     model.set_attn_implementation("eager")
     expected = [
@@ -84,14 +85,14 @@ def test_chat_prompts_reach_a_function_as_lists_of_messages(tmp_path, monkeypatc
 def test_a_reward_model_without_a_template_of_its_own_reads_the_policys_tokens():
     bare = build_tokenizer()
     bare.chat_template = None
-    assert RewardModel(scorer(), bare, TOKENIZER, prompt_format="auto", max_tokens=99).same_tokens
+    assert RewardModel(Model(scorer()), bare, TOKENIZER, prompt_format="auto", max_tokens=99).same_tokens
 
 
 def test_text_is_retokenised_for_a_reward_model_of_another_vocabulary():
     other = build_tokenizer()
     other.add_tokens(["unheard-of"])
     same, different = (
-        RewardModel(scorer(), t, TOKENIZER, prompt_format="auto", max_tokens=99) for t in (TOKENIZER, other)
+        RewardModel(Model(scorer()), t, TOKENIZER, prompt_format="auto", max_tokens=99) for t in (TOKENIZER, other)
     )
     assert same.same_tokens and not different.same_tokens
     for finished in (True, False):

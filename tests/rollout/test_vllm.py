@@ -11,6 +11,7 @@ import torch
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.rollout.base import Sampling
 from rto_fast.rollout.vllm import VLLMEngine, request_seed
 from rto_fast.training.response_logps import response_logps
@@ -66,7 +67,7 @@ def split(values, rollout):
 
 def own_logps(model, rollout, temperature=1.0):
     """The training forward's log-probs of the response tokens, [total response tokens]."""
-    logps = response_logps(model, rollout.prompt_ids, rollout.response_ids, 10_000, temperature)
+    logps = response_logps(Model(model), rollout.prompt_ids, rollout.response_ids, 10_000, temperature)
     return logps[rollout.pack()[0].response_mask]
 
 

@@ -8,10 +8,15 @@ from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.rollout import NativeEngine, Sampling
-from rto_fast.rto import behaviour
-from rto_fast.rto import trainer as rto
+from rto_fast.rto import behaviour, update
+from rto_fast.rto.experience import Experience
+from rto_fast.rto.models import Models
+from rto_fast.rto.token_rewards import TokenRewards
+from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.training.accumulate import Accumulator
+from tests.rto.recorded_log import RecordedLog
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -21,7 +26,7 @@ PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
 def policy():
     model = build_model(0)
     model.set_attn_implementation(PACKED)
-    return model.train()
+    return Model(model.train())
 
 
 @pytest.fixture
@@ -105,15 +110,17 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
     zeros, ids = torch.zeros(batch.num_tokens), torch.arange(batch.num_tokens).float()
     seen = []
 
-    def loss(model, batch, old_logps, advantages, *, weights, **_):
-        seen.append((advantages, weights, batch))
+    def loss(model, micro_batch, *_):
+        seen.append((micro_batch.advantages, micro_batch.policy_weights, micro_batch.batch))
         return model.lm_head.weight.sum() * 0, {}
 
-    monkeypatch.setattr(rto, "policy_loss", loss)
-    models = rto.Models(policy, None, None, None, None, None)
+    monkeypatch.setattr(update, "policy_loss", loss)
+    models = Models(policy, None, None, None, None, None)
     # The advantages tell each token's place; its weight is 2 + place.
-    experience = rto.Experience(rollout.prompt_ids, rollout.response_ids, batch, zeros, zeros, ids, zeros, 2 + ids)
-    rto.update(config, models, {"policy": Recorder()}, experience, 0, Accumulator(10_000, print))
+    responses = rollout.prompt_ids, rollout.response_ids, batch
+    experience = Experience([], *responses, *[zeros] * 6, scores=None, truncated=None, importance=2 + ids, mismatch={})
+    rewards = TokenRewards(*[zeros] * 5, advantages=ids, returns=zeros, stats={})
+    update.update(config, models, {"policy": Recorder()}, experience, rewards, 0, Accumulator(10_000, print))
     for places, weights, part in seen:
         expected = 2 + places
         if normalization == "sequence":
@@ -127,10 +134,11 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
 def test_an_iteration_says_how_far_sampler_and_forward_are_apart(policy):
     config = load_config(["--rto.prompts_per_rollout", "3", "--rto.advantage", "reinforce_pp", "--rto.batch_size", "3"])
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
-    reference = build_model(0)
-    reference.set_attn_implementation(PACKED)
-    models = rto.Models(policy, reference, None, None, None, lambda completions: torch.ones(len(completions)))
-    trainer = rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), prompts, "cpu", print)
+    reference = Model(build_model(0))
+    reference.module.set_attn_implementation(PACKED)
+    models = Models(policy, reference, None, None, None, lambda completions: torch.ones(len(completions)))
+    sampling = Sampling(12, stop_ids=(1,))
+    trainer = RTOTrainer(config, models, TOKENIZER, sampling, prompts, "cpu", RecordedLog())
     first, second = trainer.step(), trainer.step()
     assert first["mismatch_mean"] < 1e-5 and abs(first["kl"]) < 1e-4
     assert second["mismatch_mean"] < 1e-5 and {"seconds_prefill", "seconds_decode"} <= second.keys()

@@ -1,7 +1,6 @@
 """Gates: a run on wrong models stops before its first update, or says what is odd, naming the key to change."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -13,15 +12,17 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import Noise
 from rto_fast.models.attention import PACKED
-from rto_fast.preflight.supplied_models import check_endings, supplied_models
-from rto_fast.reporting.log import RunLog
+from rto_fast.models.model import Model
+from rto_fast.models.supplied import supplied_models
+from rto_fast.preflight.models import check_endings
 from rto_fast.rollout import NativeEngine, Sampling
-from rto_fast.rto import first_update as preflight
-from rto_fast.rto import trainer as rto
-from rto_fast.run import Run
+from rto_fast.rto import first_update
+from rto_fast.rto.models import Models, load_models
+from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.stages import dpo
-from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.loader import Loader
+from tests.rto.recorded_log import RecordedLog
+from tests.sessions import training_session
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [Prompt(ids, "1 red cup", {}) for ids in ([2, 13, 29, 30, 3], [2, 9, 25, 33, 3], [2, 10, 3])]
@@ -51,8 +52,8 @@ def packed(model):
 def build(*options, policy=None, reference=None, dtype=torch.float32):
     config = load_config([*SHORT, *options])
     policy, reference = (packed((model or build_model(0)).to(dtype)) for model in (policy, reference))
-    models = rto.Models(policy.train(), reference, None, None, None, lambda c: torch.arange(float(len(c))))
-    return rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", print)
+    models = Models(Model(policy.train()), Model(reference), None, None, None, lambda c: torch.arange(float(len(c))))
+    return RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", RecordedLog())
 
 
 def other_sampler(trainer, scale, noise):
@@ -66,23 +67,23 @@ def other_sampler(trainer, scale, noise):
 
 
 def stops(trainer, error, *words):
-    before = {name: p.clone() for name, p in trainer.models.policy.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.models.policy.module.named_parameters()}
     with pytest.raises(error) as caught:
         trainer.step()
     for word in words:
         assert word in str(caught.value)
-    assert all(torch.equal(before[name], p) for name, p in trainer.models.policy.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.models.policy.module.named_parameters())
     return str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("old_logps", ["auto", "sampler", "recompute"])
 def test_a_sound_run_passes_and_the_gate_is_for_its_first_iteration(old_logps, dtype, monkeypatch):
-    calls, check = [], preflight.check_ratio
-    monkeypatch.setattr(preflight, "check_ratio", lambda *a: (calls.append(float(a[-1]["approx_kl"])), check(*a)))
+    calls, check = [], first_update.check_ratio
+    monkeypatch.setattr(first_update, "check_ratio", lambda *a: (calls.append(float(a[-1]["approx_kl"])), check(*a)))
     trainer = build("--rto.old_logps", old_logps, dtype=dtype)
     trainer.step()
-    assert trainer.findings == []
+    assert trainer.log.findings == []
     trainer.step()
     assert len(calls) == 1 and calls[0] < (1e-9 if dtype == torch.float32 else 2e-3)
 
@@ -94,7 +95,7 @@ def test_a_sampler_of_other_weights_is_no_policy_of_ours():
     trainer = build("--rto.old_logps", "auto")  # the samples are weighted, and the difference is told
     other_sampler(trainer, 1.0, 0.04)
     trainer.step()
-    (finding,) = trainer.findings
+    (finding,) = trainer.log.findings
     assert finding.name == "sampler_is_not_the_policy" and "rollout.engine: hf" in finding.remedy
 
 
@@ -107,7 +108,7 @@ def test_a_shuffled_head_is_another_model_whatever_is_done_about_a_mismatch():
 def test_a_forward_pass_that_is_not_repeatable_is_found_whatever_the_type():
     for dtype in (torch.float32, torch.bfloat16):
         trainer = build("--rto.old_logps", "recompute", dtype=dtype)
-        trainer.models.policy.model.norm.register_forward_hook(
+        trainer.models.policy.module.model.norm.register_forward_hook(
             lambda module, inputs, output: output + 0.5 * torch.randn_like(output)
         )
         stops(trainer, TrainingError, "is not 1", "not repeatable")
@@ -120,7 +121,7 @@ def test_the_limits_know_clips_dtypes_and_numbers_that_are_none():
 
     def check(kl, clipped, clip_eps=0.2, sampled=False, noise=exact):
         config.rto.clip_eps = clip_eps
-        preflight.check_ratio(config, noise, sampled, {"approx_kl": kl, "clip_fraction": clipped})
+        first_update.check_ratio(config, noise, sampled, {"approx_kl": kl, "clip_fraction": clipped})
 
     check(1e-6, 0.0)
     check(3e-3, 0.02, noise=rounded)
@@ -151,8 +152,8 @@ def from_directories(directories, *options):
     config = load_config([*SHORT, "--rto.dpo_reward_scale", "0", *options])
     paths = directories["sft"], directories["near"], None
     loader = Loader(config, {"device": "cpu", "dtype": torch.float32})
-    models = rto.load_models(config, *paths, lambda c: torch.arange(float(len(c))), loader)
-    return rto.RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", print)
+    models = load_models(config, *paths, lambda c: torch.arange(float(len(c))), loader)
+    return RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", RecordedLog())
 
 
 def test_a_wrong_reference_stops_the_run_and_both_directories_are_named(directories):
@@ -160,39 +161,33 @@ def test_a_wrong_reference_stops_the_run_and_both_directories_are_named(director
     stops(trainer, ModelError, f"starts from {directories['sft']}", directories["far"], "rto.ref_model")
     trainer = from_directories(directories)  # the default, whose weights then turn out to be others
     with torch.no_grad():
-        trainer.models.reference.lm_head.weight.mul_(1.1)
+        trainer.models.reference.module.lm_head.weight.mul_(1.1)
     stops(trainer, ModelError, f"starts from {directories['sft']}", f"reference is {directories['sft']}", "was changed")
 
 
 def test_a_reference_that_is_the_start_passes_and_another_is_said(directories):
     trainer = from_directories(directories, "--rto.ref_model", directories["sft"] + "/")
     trainer.step()
-    assert trainer.findings == []
+    assert trainer.log.findings == []
     trainer = from_directories(directories, "--rto.ref_model", directories["near"])
     trainer.step()
-    (finding,) = trainer.findings
+    (finding,) = trainer.log.findings
     assert directories["near"] in finding.what and "rto.ref_model" in finding.remedy
     trainer = from_directories(directories, "--rto.init_from", "dpo")  # whose distance to the reference is its point
     trainer.step()
-    assert trainer.findings == []
+    assert trainer.log.findings == []
 
 
 def test_preference_accuracy_is_judged_by_its_interval():
     def finding(right, wrong, ties=0, supplied=True):
         change = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * wrong + [[0.0, 0.0]] * ties)
-        return preflight.preference_finding(change, supplied)
+        return dpo.preference_finding(change, supplied)
 
     assert finding(45, 19) is finding(39, 25) is finding(3, 5) is None  # real models; too few to say
     assert finding(20, 44).name == "dense_reward_is_inverted" and "wrong way" in finding(20, 44).what
     assert "dpo.ref_model" in finding(20, 44).remedy and "dpo.lr" in finding(20, 44, supplied=False).remedy
     assert finding(33, 31).name == "dense_reward_is_noise"
     assert finding(0, 0, ties=64).name == "dense_reward_is_noise"  # a DPO model that is its reference
-
-
-def stub(config, folder, **attributes):
-    run = Run.__new__(Run)  # all that the checks use
-    vars(run).update(config=load_config(["--config", "default", *config]), log=RunLog(folder), **attributes)
-    return run
 
 
 def recorded(folder):
@@ -211,27 +206,18 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
     with torch.no_grad():  # a step that makes one word likelier than the other
         packed(model).lm_head.weight.sub_(sign * 0.1 * model.lm_head.weight.grad)
     measured, pair_logps = [], dpo.pair_logps
-    monkeypatch.setattr(dpo, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
-    run = stub(["--dpo.model", "somewhere"], tmp_path, data=types.SimpleNamespace(held_out_pairs=pairs(100)))
-    run._check_dpo_model(rto.Models(None, reference, model, None, None, None))
+    monkeypatch.setattr(first_update, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
+    config = load_config(["--config", "default", "--dpo.model", "somewhere"])
+    session = training_session(config, tmp_path, TOKENIZER, held_out_pairs=pairs(100))
+    first_update.check_dpo_model(session, Models(None, Model(reference), Model(model), None, None, None))
     assert measured == [64, 64]
     assert [w["name"] for w in recorded(tmp_path)] == ([] if sign > 0 else ["dense_reward_is_inverted"])
 
 
 def test_the_dpo_stage_says_when_it_learned_the_wrong_way(directories, tmp_path, capsys):
-    log, config = RunLog(tmp_path), load_config(["--dpo.lr", "1e-3"])
-    dpo.main(
-        config,
-        directories["sft"],
-        TOKENIZER,
-        pairs(64),
-        pairs(64, better=25, worse=17),
-        output=tmp_path / "dpo",
-        log=log,
-        checkpoints=Checkpoints(tmp_path, log),
-        device="cpu",
-        dtype=torch.float32,
-    )
+    data = {"pairs": pairs(64), "held_out_pairs": pairs(64, better=25, worse=17)}
+    session = training_session(load_config(["--dpo.lr", "1e-3"]), tmp_path, TOKENIZER, **data)
+    dpo.train_dpo(session, directories["sft"])
     (found,) = recorded(tmp_path)
     assert (found["stage"], found["step"], found["name"]) == ("dpo", 2, "dense_reward_is_inverted")
     assert "warning: dpo, step 2: the dense reward points the wrong way" in capsys.readouterr().out

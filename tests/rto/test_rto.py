@@ -13,12 +13,19 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import attention_implementation
+from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
-from rto_fast.rto import trainer as rto
+from rto_fast.rto.experience import score_rollout
+from rto_fast.rto.metrics import rollout_metrics
+from rto_fast.rto.models import Models, critic_values, load_models
+from rto_fast.rto.token_rewards import delimiter_table, token_rewards
+from rto_fast.rto.trainer import RTOTrainer, adapt_kl_coef
+from rto_fast.rto.update import update
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.loader import Loader
+from tests.rto.recorded_log import RecordedLog
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -49,20 +56,23 @@ def build_models(**changes):
     critic.set_attn_implementation(PACKED)
     critic.config.score_mean, critic.config.score_std = 0.3, 1.7
     scorer = lambda completions: torch.tensor(SCORES[: len(completions)])  # noqa: E731
-    parts = dict(policy=models[0], reference=models[1], dpo=models[2], dpo_reference=None, critic=critic, scorer=scorer)
-    return rto.Models(**parts | changes)
+    policy, reference, dpo, critic = map(Model, (*models[:3], critic))
+    parts = dict(policy=policy, reference=reference, dpo=dpo, dpo_reference=None, critic=critic, scorer=scorer)
+    return Models(**parts | changes)
 
 
 def collect(models, settings, delimiters=None):
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
     rollout = RolloutBatch(PROMPTS, RESPONSES, finish_reasons(RESPONSES, (1,)))
-    return rto.collect(settings, models, rollout, prompts, TOKENIZER, settings.rto.kl_coef, delimiters, "cpu")
+    experience = score_rollout(settings, models, rollout, prompts, TOKENIZER, "cpu")
+    rewards = token_rewards(settings.rto, experience, settings.rto.kl_coef, delimiters)
+    return experience, rewards, rollout_metrics(experience, rewards, settings.rto.kl_coef)
 
 
 @torch.no_grad()
 def plain_logps(model, prompt, response):
-    with attention_implementation(model, "eager"):
-        logits = model(torch.tensor([prompt + response])).logits[0]
+    with attention_implementation(model.module, "eager"):
+        logits = model.module(torch.tensor([prompt + response])).logits[0]
     rows = logits.log_softmax(-1)
     return [rows[len(prompt) - 1 + i, token].item() for i, token in enumerate(response)]
 
@@ -70,13 +80,14 @@ def plain_logps(model, prompt, response):
 @torch.no_grad()
 def plain_values(critic, prompt, response):
     """V of each state of the response, and of the state after it."""
+    critic = critic.module
     with attention_implementation(critic, "eager"):
         scores = critic.score(critic.model(torch.tensor([prompt + response])).last_hidden_state)[0, :, 0]
     return [(s.item() - 0.3) / 1.7 for s in scores[len(prompt) - 1 :]]
 
 
 def plain_rto(models, settings):
-    """RTO.md's list in order; returns (advantages, returns), a list for each response."""
+    """The token rewards and GAE, one token at a time; returns (advantages, returns), a list for each response."""
     s = settings.rto
     all_advantages, all_returns = [], []
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
@@ -122,34 +133,32 @@ def plain_rto(models, settings):
 def test_experience_is_what_rto_says_token_by_token(overrides):
     settings = config(*overrides)
     models = build_models(**{"critic": None} if settings.rto.advantage == "reinforce_pp" else {})
-    experience, _ = collect(models, settings)
+    experience, rewards, _ = collect(models, settings)
     advantages, returns = plain_rto(models, settings)
     mask = experience.batch.response_mask
     # Values pass through float32 in `token_scores`; everything else is float64.
     torch.testing.assert_close(
-        experience.advantages[mask].double(), torch.tensor(sum(advantages, [])).double(), atol=1e-5, rtol=1e-5
+        rewards.advantages[mask].double(), torch.tensor(sum(advantages, [])).double(), atol=1e-5, rtol=1e-5
     )
     torch.testing.assert_close(
-        experience.returns[mask].double(), torch.tensor(sum(returns, [])).double(), atol=1e-5, rtol=1e-5
+        rewards.returns[mask].double(), torch.tensor(sum(returns, [])).double(), atol=1e-5, rtol=1e-5
     )
-    assert not experience.advantages[~mask].any()
+    assert not rewards.advantages[~mask].any()
 
 
 def test_the_dpo_models_own_reference_counts():
     own = build_model(7).double()
     own.set_attn_implementation(PACKED)
-    models = build_models(dpo_reference=own)
+    models = build_models(dpo_reference=Model(own))
     settings = config("--rto.dpo_reward_clip", "0")
     settings.rto.dpo_reward_clip = 1e9
-    experience, _ = collect(models, settings)
+    experience, rewards, _ = collect(models, settings)
     advantages, _ = plain_rto(models, settings)
     flat = torch.tensor(sum(advantages, [])).double()
-    torch.testing.assert_close(
-        experience.advantages[experience.batch.response_mask].double(), flat, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(rewards.advantages[experience.batch.response_mask].double(), flat, atol=1e-5, rtol=1e-5)
 
 
-def gradients(models, settings, experience):
+def gradients(models, settings, experience, rewards):
     """Gradients of the first optimizer step of `update`, which does not take it."""
     seen = {}
 
@@ -165,9 +174,9 @@ def gradients(models, settings, experience):
             self.model.zero_grad()
             return {}
 
-    recorders = {name: Recorder(name, getattr(models, name)) for name in ("policy", "critic")}
-    metrics = rto.update(
-        settings, models, recorders, experience, 0, Accumulator(settings.rto.micro_batch_tokens, print)
+    recorders = {name: Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
+    metrics = update(
+        settings, models, recorders, experience, rewards, 0, Accumulator(settings.rto.micro_batch_tokens, print)
     )
     return seen, metrics
 
@@ -176,21 +185,22 @@ def gradients(models, settings, experience):
 def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(normalization):
     settings = config("--rto.loss_normalization", normalization, "--rto.ppo_epochs", "1")
     models = build_models()
-    experience, _ = collect(models, settings)
+    experience, rewards, _ = collect(models, settings)
     with torch.no_grad():  # move away from ratio 1 and from the old values, beyond the clip for some tokens
-        for p in [*models.policy.parameters(), *models.critic.parameters()]:
+        for p in [*models.policy.module.parameters(), *models.critic.module.parameters()]:
             p.add_(torch.randn_like(p) * 0.01)
 
-    advantages, returns = experience.advantages.split(experience.lengths), experience.returns.split(experience.lengths)
+    advantages, returns = rewards.advantages.split(experience.lengths), rewards.returns.split(experience.lengths)
     old_logps = experience.old_logps.split(experience.lengths)
     old_values = experience.old_values.split(experience.lengths)
     policy_loss = value_loss = 0.0
     tokens = sum(map(len, RESPONSES))
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        with attention_implementation(models.policy, "eager"), attention_implementation(models.critic, "eager"):
-            rows = models.policy(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-            hidden = models.critic.model(torch.tensor([prompt + response])).last_hidden_state[0]
-        values = (models.critic.score(hidden)[:, 0] - 0.3) / 1.7
+        policy, critic = models.policy.module, models.critic.module
+        with attention_implementation(policy, "eager"), attention_implementation(critic, "eager"):
+            rows = models.policy.module(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            hidden = models.critic.module.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        values = (models.critic.module.score(hidden)[:, 0] - 0.3) / 1.7
         weight = 1 / tokens if normalization == "token" else 1 / len(response) / len(RESPONSES)
         for h, token in enumerate(response):
             t = len(prompt) - 1 + h
@@ -200,12 +210,12 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
             clipped = old + (v - old).clamp(-0.2, 0.2)
             value_loss += weight * 0.5 * torch.maximum((v - r) ** 2, (clipped - r) ** 2)
     expected = {
-        "policy": torch.autograd.grad(policy_loss, list(models.policy.parameters())),
-        "critic": torch.autograd.grad(value_loss, list(models.critic.parameters())),
+        "policy": torch.autograd.grad(policy_loss, list(models.policy.module.parameters())),
+        "critic": torch.autograd.grad(value_loss, list(models.critic.module.parameters())),
     }
     for budget in (1, 12, 10_000):
         settings.rto.micro_batch_tokens = budget
-        seen, metrics = gradients(models, settings, experience)
+        seen, metrics = gradients(models, settings, experience, rewards)
         for name in expected:
             for mine, plain in zip(seen[name], expected[name]):
                 # The model's norms compute in float32 even in a float64 model, and `token_scores` returns it.
@@ -220,18 +230,18 @@ def test_an_untouched_policy_has_ratio_one_and_no_kl_to_itself():
     settings = config()
     models = build_models()
     models.reference = copy.deepcopy(models.policy)
-    experience, collected = collect(models, settings)
-    _, metrics = gradients(models, settings, experience)
+    experience, rewards, collected = collect(models, settings)
+    _, metrics = gradients(models, settings, experience, rewards)
     assert collected["kl"].item() == 0 and metrics["approx_kl"].item() < 1e-20 and metrics["clip_fraction"].item() == 0
 
 
 def test_a_head_with_a_bias_takes_the_same_loss():
     settings = config("--rto.entropy_coef", "0.1")
     models = build_models()
-    experience, _ = collect(models, settings)
-    plain, plain_metrics = gradients(models, settings, experience)
-    models.policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).double())
-    biased, biased_metrics = gradients(models, settings, experience)
+    experience, rewards, _ = collect(models, settings)
+    plain, plain_metrics = gradients(models, settings, experience, rewards)
+    models.policy.module.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).double())
+    biased, biased_metrics = gradients(models, settings, experience, rewards)
     assert plain_metrics["entropy"].item() == pytest.approx(biased_metrics["entropy"].item(), rel=1e-6)
     without_bias = [g for g in biased["policy"] if g.shape != (len(TOKENIZER),)]
     for a, b in zip(plain["policy"], without_bias, strict=True):
@@ -240,7 +250,7 @@ def test_a_head_with_a_bias_takes_the_same_loss():
 
 def test_the_metrics_split_the_reward_into_its_shares():
     settings = config()
-    _, m = collect(build_models(), settings)
+    *_, m = collect(build_models(), settings)
     assert m["reward"].item() == pytest.approx((m["dpo_reward"] - m["kl_penalty"] + m["score_reward"]).item(), abs=1e-6)
     assert m["score"].item() == pytest.approx(sum(SCORES) / 3, abs=1e-6)
     assert m["score_reward"].item() == pytest.approx((0.7 - 1.3 - 1.0 + 10.0) / 3, abs=1e-6)  # penalty; clipped at 10
@@ -250,37 +260,38 @@ def test_the_metrics_split_the_reward_into_its_shares():
 
 def test_paper_code_ends_truncated_responses_and_ignores_a_zero_scale():
     settings = config("--rto.compat", "paper_code", "--rto.dpo_reward_scale", "0")
-    experience, metrics = collect(build_models(), settings)
+    experience, rewards, metrics = collect(build_models(), settings)
     assert experience.response_ids[1] == [18, 25, TOKENIZER.eos_token_id]
     assert metrics["truncated"].item() == 0 and metrics["dpo_reward"].item() != 0
-    _, ours = collect(build_models(), config("--rto.dpo_reward_scale", "0"))
+    *_, ours = collect(build_models(), config("--rto.dpo_reward_scale", "0"))
     assert ours["dpo_reward"].item() == 0
 
 
 def test_sentence_granularity_pays_at_the_worlds_punctuation():
-    table = rto.delimiter_table(TOKENIZER, len(TOKENIZER), ".,", "cpu")
+    table = delimiter_table(TOKENIZER, len(TOKENIZER), ".,", "cpu")
     assert table.nonzero()[:, 0].tolist() == [5, 6]
     settings = config("--rto.granularity", "sentence", "--rto.advantage", "reinforce_pp", "--rto.kl_coef", "0")
     settings.rto.score_scale = 0.0
     models = build_models(critic=None)
-    experience, metrics = collect(models, settings, table)
+    experience, rewards, metrics = collect(models, settings, table)
     # Without a critic and with λ = 1, the return to go changes only behind tokens that are paid.
-    rewards = experience.returns[experience.batch.response_mask][-7:].diff().ne(0).tolist()
+    rewards = rewards.returns[experience.batch.response_mask][-7:].diff().ne(0).tolist()
     assert rewards == [False, True, False, False, True, False]
     assert metrics["dpo_reward"].item() != 0
 
 
 def test_kl_controller_moves_towards_its_target_within_bounds():
-    assert rto.adapt_kl_coef(0.1, 6.0, 64, 6.0, 1000) == 0.1
-    assert rto.adapt_kl_coef(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
-    assert rto.adapt_kl_coef(0.1, 0.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+    assert adapt_kl_coef(0.1, 6.0, 64, 6.0, 1000) == 0.1
+    assert adapt_kl_coef(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
+    assert adapt_kl_coef(0.1, 0.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
 
 
-def trainer(*overrides, say=print, prompts=6):
+def trainer(*overrides, log=None, prompts=6):
     settings = config("--rollout.max_new_tokens", "8", "--rto.kl_target", "1.0", *overrides)
     models = build_models(scorer=lambda completions: torch.tensor([float(len(c.text)) for c in completions]))
     given = [Prompt(PROMPTS[i % 3], "1 red cup", {}) for i in range(prompts)]
-    return rto.RTOTrainer(settings, models, TOKENIZER, Sampling.of(settings.rollout, [1]), given, "cpu", say)
+    sampling = Sampling.of(settings.rollout, [1])
+    return RTOTrainer(settings, models, TOKENIZER, sampling, given, "cpu", log or RecordedLog())
 
 
 def test_a_restored_trainer_goes_on_bitwise():
@@ -297,9 +308,11 @@ def test_a_restored_trainer_goes_on_bitwise():
         second.step()
     assert first.step_count == second.step_count == 4 and first.kl_coef == second.kl_coef
     for name in ("policy", "critic"):
-        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        pairs = zip(getattr(first.models, name).module.parameters(), getattr(second.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(next(first.models.policy.parameters()), next(trainer().models.policy.parameters()))
+    assert not torch.equal(
+        next(first.models.policy.module.parameters()), next(trainer().models.policy.module.parameters())
+    )
 
 
 def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
@@ -318,16 +331,14 @@ def test_rto_rolls_out_all_of_its_prompts_as_often_as_it_has_epochs():
     assert [round(step["tokens"] / float(step["length"])) for step in metrics] == responses
     for optimizer in first.optimizers.values():
         assert optimizer.steps == optimizer.total_steps == 3 * (3 + 3 + 1)
-    expected = [
-        rto.adapt_kl_coef(c, float(m["kl"]), n, 1.0, 10000) for c, m, n in zip(coefficients, metrics, responses)
-    ]
+    expected = [adapt_kl_coef(c, float(m["kl"]), n, 1.0, 10000) for c, m, n in zip(coefficients, metrics, responses)]
     assert coefficients[1:] == expected  # the last rollout counts for as many responses as it has
     second = trainer(*settings)
     second.load_state_dict(state)
     again = second.step()
     assert second.steps == 3 and all(float(again[k]) == float(metrics[2][k]) for k in again if "second" not in k)
     for name in ("policy", "critic"):
-        pairs = zip(getattr(first.models, name).parameters(), getattr(second.models, name).parameters())
+        pairs = zip(getattr(first.models, name).module.parameters(), getattr(second.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -354,9 +365,9 @@ def test_rto_goes_on_with_other_prompts_until_they_are_visited(prompts, rollouts
 
 
 def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
-    said = []
+    log = RecordedLog()
     failing, half = (
-        trainer("--rto.micro_batch_tokens", "40", say=said.append),
+        trainer("--rto.micro_batch_tokens", "40", log=log),
         trainer("--rto.micro_batch_tokens", "40"),
     )
     half.accumulator.tokens = 20
@@ -373,9 +384,9 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
         ours, theirs = failing.step(), half.step()
         assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours if "second" not in k)
     for name in ("policy", "critic"):
-        pairs = zip(getattr(failing.models, name).parameters(), getattr(half.models, name).parameters())
+        pairs = zip(getattr(failing.models, name).module.parameters(), getattr(half.models, name).module.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert said == ["out of memory with micro-batches of 40 tokens; goes on with 20"]
+    assert log.said == ["out of memory with micro-batches of 40 tokens; goes on with 20"]
     resumed = trainer("--rto.micro_batch_tokens", "40")
     resumed.load_state_dict(failing.state_dict())
     assert resumed.accumulator.tokens == 20
@@ -396,15 +407,15 @@ def directories(tmp_path_factory):
 def load(directories, critic="rm", scorer=None, overrides=()):
     paths = [directories[name] for name in ("sft", "dpo", critic)]
     settings = config(*overrides)
-    return rto.load_models(settings, *paths, scorer, Loader(settings, {"device": "cpu", "dtype": torch.float32}))
+    return load_models(settings, *paths, scorer, Loader(settings, {"device": "cpu", "dtype": torch.float32}))
 
 
 def test_the_dpo_reference_is_the_sft_model_whatever_the_kl_reference(directories):
     assert load(directories).dpo_reference is None  # one model serves both
     models = load(directories, overrides=["--rto.ref_model", directories["other"]])
     sft = load(directories).reference
-    assert torch.equal(models.dpo_reference.lm_head.weight, sft.lm_head.weight)
-    assert not torch.equal(models.reference.lm_head.weight, sft.lm_head.weight)
+    assert torch.equal(models.dpo_reference.module.lm_head.weight, sft.module.lm_head.weight)
+    assert not torch.equal(models.reference.module.lm_head.weight, sft.module.lm_head.weight)
     paper = load(directories, overrides=["--rto.ref_model", directories["other"], "--rto.compat", "paper_code"])
     assert paper.dpo_reference is None
     assert load(directories, overrides=["--rto.dpo_reward_scale", "0"]).dpo is None
@@ -414,20 +425,20 @@ def test_a_critic_from_the_reward_model_speaks_in_normalised_scores(directories)
     scorer = NormalizedScores(None, directories["rm"], mean=20.0, std=4.0)
     critic = load(directories, scorer=scorer).critic
     batch = pack_whole([[2, 13, 29]])
-    raw = rto.critic_values(load(directories, scorer=NormalizedScores(None, directories["rm"])).critic, batch)
-    torch.testing.assert_close(rto.critic_values(critic, batch), (raw - 20.0) / 4.0)
+    raw = critic_values(load(directories, scorer=NormalizedScores(None, directories["rm"])).critic, batch)
+    torch.testing.assert_close(critic_values(critic, batch), (raw - 20.0) / 4.0)
     from_sft = load(directories, critic="sft", scorer=scorer).critic  # its head starts at 0
-    assert not rto.critic_values(from_sft, batch).any()
+    assert not critic_values(from_sft, batch).any()
 
 
 def test_at_another_temperature_the_dense_reward_stays_that_of_the_dpo_model():
     models = build_models(scorer=None)
     zeros = ("--rto.kl_coef", "0", "--rto.truncation", "score", "--rto.dpo_reward_clip", "0")
     cold, warm = (collect(models, config(*zeros, "--rollout.temperature", t)) for t in ("0.5", "1.0"))
-    assert cold[1]["dpo_reward"].item() == pytest.approx(warm[1]["dpo_reward"].item(), abs=1e-6)
-    assert cold[1]["kl"].item() != pytest.approx(warm[1]["kl"].item(), abs=1e-2)
+    assert cold[2]["dpo_reward"].item() == pytest.approx(warm[2]["dpo_reward"].item(), abs=1e-6)
+    assert cold[2]["kl"].item() != pytest.approx(warm[2]["kl"].item(), abs=1e-2)
 
 
 def test_without_a_reward_model_the_truncation_penalty_stands():
-    _, metrics = collect(build_models(scorer=None), config("--rto.score_scale", "0"))
+    *_, metrics = collect(build_models(scorer=None), config("--rto.score_scale", "0"))
     assert metrics["score_reward"].item() == pytest.approx(-1 / 3)

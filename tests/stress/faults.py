@@ -38,7 +38,7 @@ import rto_fast.data.world  # noqa: E402
 import rto_fast.training.stop  # noqa: E402
 import rto_fast.training.zero  # noqa: E402, F401
 from rto_fast.config import load_config  # noqa: E402
-from rto_fast.run import Run  # noqa: E402
+from rto_fast.reporting import finish  # noqa: E402
 from rto_fast.train import command  # noqa: E402
 
 STAGES = ("sft", "reward_model", "dpo", "rto")
@@ -120,7 +120,7 @@ def fork(arguments, output, environment, prepare):
 def warm_up(ranks):
     """What every fork would import and compile."""
     assert threading.active_count() == 1  # others would be missing in a fork
-    Run.report = Run.publish = lambda self: None
+    finish.report_run = finish.publish_run = lambda *_: None
     load_config([])
     importlib.import_module("transformers.models.llama.modeling_llama")
     if ranks > 1:

@@ -19,8 +19,9 @@ from rto_fast import plan
 from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.evaluation import evaluate
+from rto_fast.evaluation.policies import evaluate
 from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.model import Model
 from rto_fast.planning import measure
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
@@ -263,7 +264,7 @@ def test_work_of_models_is_a_phase(tmp_path, monkeypatch):
     stops = stop_token_ids(tokenizer)
     evaluate(engine, items, Sampling(max_new_tokens=4, stop_ids=tuple(stops)), lambda c: torch.zeros(len(c)), tokenizer)
     dpo.pair_logps(model, [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8)
-    save_model(model, tokenizer, tmp_path / "saved")
+    save_model(Model(model), tokenizer, tmp_path / "saved")
     assert [(what.partition(f" {tmp_path}")[0], count, total) for what, count, total in phases] == [
         ("loading and checking", 0, None),
         ("sampling", 3, 3),

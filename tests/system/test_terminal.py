@@ -111,11 +111,12 @@ def test_a_stream_that_somebodys_code_has_closed_ends_no_run(tmp_path, monkeypat
 # A command, and how its streams may end. `{}`: what it does.
 COMMAND = """
 import logging, os, subprocess, sys, threading, warnings
-from rto_fast.system.command_line import run_command
+from rto_fast.system.command_line import as_command
 EVIL = {evil!r}
-def main(arguments):
+def main():
     {body}
-run_command(main{options})
+with as_command({options}):
+    main()
 """
 PRINTS = """
     for i in range(2000):
@@ -208,7 +209,7 @@ def test_what_an_encoding_lacks_is_spelled(environment, tmp_path):
 
 def test_what_only_prints_ends_with_its_reader(tmp_path):
     body = "from rto_fast.system.terminal import say\n    for i in range(10**9): say(i)"
-    process = start(tmp_path, body, ", only_prints=True", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(tmp_path, body, "only_prints=True", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == ""
@@ -282,7 +283,10 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path):
         "--eval.prompts",
         "2",
     ]
-    program = "from rto_fast import run, train; run.Run.report = lambda self: None; train.command()"
+    program = (
+        "from rto_fast import train; from rto_fast.reporting import finish; finish.report_run = lambda *_: None; "
+        "train.command()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=tmp_path,

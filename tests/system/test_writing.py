@@ -16,6 +16,7 @@ from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
 from rto_fast.evaluate import check_output, write_json
+from rto_fast.models.model import Model
 from rto_fast.reporting import draw
 from rto_fast.reporting.report import write_report
 from rto_fast.training.saving import save_model
@@ -285,7 +286,7 @@ def test_what_is_new_has_the_permissions_that_the_umask_gives(umask):
         folder.mkdir()
         for name, (write, _) in WRITERS.items():
             write(folder / f"{name}.html")
-        save_model(build_model(0), build_tokenizer(), folder / "model")
+        save_model(Model(build_model(0)), build_tokenizer(), folder / "model")
         save_state(folder / "state", {"tensor": build_model(0).lm_head.weight})
         CachingTokenizer(build_tokenizer(), folder / "cache")(["red cup"] * 64)
         assert list((folder / "cache").iterdir())
@@ -303,9 +304,9 @@ def test_what_is_replaced_keeps_the_permissions_that_somebody_gave_it(writer):
 
 
 def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions():
-    save_model(build_model(0), build_tokenizer(), "model")
+    save_model(Model(build_model(0)), build_tokenizer(), "model")
     Path("model").chmod(0o750)
-    save_model(build_model(0), build_tokenizer(), "model")
+    save_model(Model(build_model(0)), build_tokenizer(), "model")
     assert modes(Path("model")) == ({"0o750"}, {"0o640"}) and not left_over(".")
 
 
@@ -313,7 +314,7 @@ def test_a_folder_of_a_model_that_is_replaced_keeps_its_permissions():
 # folders that are removed again.
 OTHERS = {
     "rto_fast/training/state_files.py": {"write_text", "write_bytes", "replace"},
-    "rto_fast/training/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
+    "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/reporting/trackers.py": {"open"},
     "rto_fast/planning/measure.py": {"write_text", "TemporaryDirectory"},

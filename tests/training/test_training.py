@@ -11,8 +11,10 @@ from rto_fast.config import DeepSpeedConfig, StageConfig
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, Sequence
 from rto_fast.errors import TrainingError
-from rto_fast.training.optimizer import Optimizer, learning_rate_factor
+from rto_fast.models.model import Model
+from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.schedule import learning_rate_factor
 from rto_fast.training.steps import count_steps
 from rto_fast.training.supervised import SupervisedTrainer
 
@@ -28,7 +30,7 @@ def regression(dtype, steps=20, **options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).to(dtype)
     stage = StageConfig(**{"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_ratio": 0.0} | options)
-    optimizer = Optimizer(model, stage, steps)
+    optimizer = Optimizer(Model(model), stage, steps)
     data = torch.randn(steps, 4, 8).to(dtype)
     return model, optimizer, data
 
@@ -131,7 +133,7 @@ def linear_trainer(say=print, items=10, data="", seen=None, **options):
 
     stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig())
-    return SupervisedTrainer(model, stage, [5] * items, loss, config, say, data)
+    return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, say, data)
 
 
 def train(trainer, steps=None):
@@ -145,7 +147,7 @@ def test_a_step_is_the_same_whatever_its_micro_batches():
     for _ in range(3):
         a, b = whole.step(), split.step()
         assert a["loss"].item() == pytest.approx(b["loss"].item()) and b["items"].item() == 1 and a["tokens"] == 20
-    torch.testing.assert_close(whole.model.weight, split.model.weight)
+    torch.testing.assert_close(whole.model.module.weight, split.model.module.weight)
 
 
 def run_out_of_memory(optimizer, passes):
@@ -165,7 +167,7 @@ def test_a_step_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
     failing, half = linear_trainer(micro_batch_tokens=15, say=said.append), linear_trainer(micro_batch_tokens=7)
     run_out_of_memory(failing.optimizer, 1)
     assert [failing.step() for _ in range(3)] == [half.step() for _ in range(3)]
-    assert torch.equal(failing.model.weight, half.model.weight)
+    assert torch.equal(failing.model.module.weight, half.model.module.weight)
     assert said == ["out of memory with micro-batches of 15 tokens; goes on with 7"]
     resumed, other = linear_trainer(micro_batch_tokens=15), linear_trainer(micro_batch_tokens=12)
     for trainer in (resumed, other):
@@ -201,7 +203,10 @@ def test_a_restored_trainer_goes_on_bitwise():
     expected = train(first)
     second.load_state_dict(state)
     assert train(second) == expected and expected[-1]["tokens"] == 10  # the last step has two items
-    assert torch.equal(first.model.weight, second.model.weight) and first.optimizer.steps == second.optimizer.steps == 8
+    assert (
+        torch.equal(first.model.module.weight, second.model.module.weight)
+        and first.optimizer.steps == second.optimizer.steps == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_a_stage_trains_on_all_of_its_data_as_often_as_it_has_epochs(items, epoc
 def test_a_smaller_last_step_is_normalised_by_its_own_number_of_items():
     trainer = linear_trainer(items=5, epochs=1, batch_size=3, micro_batch_tokens=5, max_grad_norm=1e9)
     train(trainer, 1)
-    weight = trainer.model.weight.detach().clone().requires_grad_()
+    weight = trainer.model.module.weight.detach().clone().requires_grad_()
     left = trainer.order._order[3:]
     torch.manual_seed(0)
     _, x, y = torch.nn.Linear(3, 1, bias=False), torch.randn(5, 3), torch.randn(5)

@@ -12,9 +12,9 @@ import pytest
 
 from rto_fast import push, train
 from rto_fast.errors import CheckpointError, ConfigError
-from rto_fast.training import run_lock
+from rto_fast.system import run_lock
+from rto_fast.system.run_lock import PATIENCE, RunLock, release_all
 from rto_fast.training.checkpoint import Checkpoints
-from rto_fast.training.run_lock import PATIENCE, RunLock, release_all
 
 OTHER_HOST = {
     "host": "elsewhere",
@@ -26,7 +26,7 @@ OTHER_HOST = {
 }
 HOLDER = """
 import os, sys, time
-from rto_fast.training.run_lock import RunLock
+from rto_fast.system.run_lock import RunLock
 RunLock(sys.argv[1]).take()
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -204,7 +204,6 @@ class RunLock:
         Raises:
             ConfigError: another run has it. OSError: the folder cannot be written to.
         """
-        refuse_if_in_use(self.path.parent)
         with self._written() as written:
             self._take(self.path, written)
         self._sweep()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rto_fast.evaluation.estimates import (
+from rto_fast.estimates import (
     Z,
     length_controlled_win_rate,
     logistic_regression,

@@ -1,0 +1,103 @@
+"""Reward models: sequence classifiers with one label."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.batch import pack_whole
+from rto_fast.data.encoding import ConversationEncoder
+from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.errors import RewardError
+from rto_fast.models.context import context_of
+from rto_fast.models.directory import same_vocabulary
+from rto_fast.models.loading import read_position, token_scores
+from rto_fast.models.model import Model
+from rto_fast.rewards.completions import Completion, check_finite
+from rto_fast.training import ranks
+
+
+class RewardModel:
+    """Scores whole conversations with a sequence classifier of one label.
+
+    The score is read where the model's own forward pass reads it: at the last token that is not its config's padding token.
+    A response is tokenised anew from its text if the reward model has another vocabulary or chat template than the policy.
+
+    Args:
+        model: A sequence classifier with one label.
+        tokenizer: The reward model's tokenizer.
+        policy_tokenizer: The tokenizer that the completions' token ids come from.
+        prompt_format: `data.prompt_format`.
+        max_tokens: The most tokens in one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: str,
+        max_tokens: int,
+    ):
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.same_vocabulary = same_vocabulary(tokenizer, policy_tokenizer)
+        self.same_tokens = same_tokens(tokenizer, policy_tokenizer)
+        stop_ids = [] if self.same_tokens else stop_token_ids(tokenizer)
+        self.encoder = None if self.same_tokens else ConversationEncoder(tokenizer, prompt_format, stop_ids, None)
+
+    def _ids(self, completion: Completion) -> list[int]:
+        prompt = completion.prompt
+        if self.encoder is None:
+            return prompt.prompt_ids + completion.response_ids
+        # Not strict: the policy may sample a response that this template could not have been a prompt of.
+        row = [self.encoder.read(prompt.prompt, [completion.text], prompt.tools, strict=False)]
+        return self.encoder.prompt_ids(row)[0] + self.encoder.response_ids(row, 0, completion.finished)[0]
+
+    def __call__(self, completions: list[Completion]) -> torch.Tensor:
+        """Returns the scores, [N] float32 on the model's device.
+
+        Raises:
+            RewardError: A conversation is longer than the model's context, or a score is not finite.
+        """
+        sequences, context = [self._ids(c) for c in completions], context_of(self.model.config)
+        longest = max(map(len, sequences), default=0)
+        if context and longest > context:
+            raise RewardError(
+                f"reward model: {longest} of its tokens for a prompt and its response, its context is "
+                f"{context}; lower max_prompt_tokens or rollout.max_new_tokens"
+            )
+        read = [read_position(ids, self.model.config) for ids in sequences]
+        scores = score_sequences(self.model, sequences, self.max_tokens, read)
+        return check_finite(scores, completions, "reward model")
+
+
+def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a reward model reads the policy's token ids as they are meant."""
+    own_template = tokenizer.chat_template not in (None, policy_tokenizer.chat_template)
+    return same_vocabulary(tokenizer, policy_tokenizer) and not own_template
+
+
+@torch.no_grad()
+def score_sequences(
+    model: Model, sequences: list[list[int]], max_tokens: int, read: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Returns the scores of N sequences, [N] float32.
+
+    Args:
+        model: A sequence classifier with one label.
+        sequences: The token ids.
+        max_tokens: The most tokens in one forward pass.
+        read: The position in each sequence where its score is read; the last by default.
+    """
+    with model.resident():
+        device = model.device
+
+        def scores(indices: list[int]) -> torch.Tensor:
+            batch = pack_whole([sequences[i] for i in indices], device)
+            last = batch.last
+            if read is not None:
+                last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in indices], device=device)
+            return model.forward(token_scores, batch)[last]
+
+        return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)

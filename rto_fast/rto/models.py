@@ -1,0 +1,99 @@
+"""The models of the RTO stage: how they are loaded, and what the critic predicts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rto_fast.batch import PackedBatch, pack_whole
+from rto_fast.config import Config
+from rto_fast.models.loading import token_scores
+from rto_fast.models.model import Model, ScoreStatistics
+from rto_fast.rewards import Judge, NormalizedScores
+from rto_fast.training.loader import Loader
+from rto_fast.training.ranks import map_items
+
+
+@dataclass
+class Models:
+    """The policy and the critic are trained; the others are frozen."""
+
+    policy: Model
+    reference: Model  # π_ref of the KL penalty
+    dpo: Model | None  # None: no dense reward
+    dpo_reference: Model | None  # None: the same as `reference`
+    critic: Model | None  # None: advantages without a baseline
+    scorer: Judge | None  # completions → [N] scores; None: every score is 0
+    origins: tuple[str, str] | None = None  # where the policy and the reference were loaded from
+
+
+def load_models(
+    config: Config, sft: str, dpo: str | None, critic: str, scorer: NormalizedScores | None, loader: Loader
+) -> Models:
+    """Loads every model of the stage.
+
+    Args:
+        sft, dpo, critic: directories or hub ids of the models that the stages before it trained or the user supplied.
+        scorer: the source of the sentence scores, loaded already.
+    """
+    rto = config.rto
+
+    def frozen(path: str) -> Model:
+        return loader.frozen("causal_lm", path)
+
+    start, reference = dpo if dpo and rto.init_from == "dpo" else sft, rto.ref_model or sft
+    pays = config.pays_dense_reward
+    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
+    return Models(
+        policy=loader.trained("causal_lm", start),
+        reference=frozen(reference),
+        dpo=frozen(dpo) if dpo and pays else None,
+        dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
+        critic=load_critic(critic, scorer, loader, new_head=critic == sft and not rto.critic)
+        if rto.advantage == "gae"
+        else None,
+        scorer=scorer,
+        origins=(start, reference),
+    )
+
+
+def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_head: bool) -> Model:
+    """Loads a critic that predicts in the units of the scores.
+
+    A critic that starts from the reward model takes over the mean and the standard deviation by which the scores are
+    normalised, and keeps them in its config.
+
+    Args:
+        new_head: the model at `path` is a language model, and the critic's head starts at 0.
+    """
+    critic = loader.trained("scorer", path, new_head)
+    if scorer is not None and path == scorer.path:
+        critic.scores = ScoreStatistics(scorer.mean, scorer.std)
+    return critic
+
+
+def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
+    """The value of each state of a packed batch, [T], in the units of the normalised scores."""
+    mean, std = critic.scores or ScoreStatistics()
+    return (critic.forward(token_scores, batch) - mean) / std
+
+
+@torch.no_grad()
+def rollout_values(
+    critic: Model, prompt_ids: list[list[int]], response_ids: list[list[int]], max_tokens: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Evaluates the critic on a rollout, `max_tokens` at a time.
+
+    Returns:
+        The value of each state, [T] in the alignment of `pack`, and the value after the last token of each response, [N].
+    """
+    sequences = [p + r for p, r in zip(prompt_ids, response_ids)]
+
+    def values(rows: list[int]) -> Tensor:
+        return critic_values(critic, pack_whole([sequences[i] for i in rows], device))
+
+    lengths = [len(s) for s in sequences]
+    whole = map_items(values, lengths, lengths, max_tokens)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, last, False)
+    return whole[is_state], whole[last]

@@ -1,0 +1,191 @@
+"""PPO on an experience: epochs of optimizer steps, each the sum of its micro-batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rto_fast.batch import PackedBatch, pack
+from rto_fast.config import Config, RTOConfig
+from rto_fast.models.loading import forward_hidden, output_head
+from rto_fast.models.model import Model
+from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
+from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
+from rto_fast.rto.experience import Experience
+from rto_fast.rto.models import Models, critic_values
+from rto_fast.rto.token_rewards import TokenRewards
+from rto_fast.system.progress import progress
+from rto_fast.training import ranks
+from rto_fast.training.accumulate import Accumulator, add_to
+from rto_fast.training.optimizer import Schedule
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some responses of an optimizer step: [T] float32 tensors in the alignment of `batch`."""
+
+    batch: PackedBatch
+    num_items: float  # the denominator of the losses, that of the whole optimizer step
+    old_logps: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    policy_weights: Tensor | None = None  # of the tokens in the policy's loss; None: 1
+    value_weights: Tensor | None = None
+
+
+def update(
+    config: Config,
+    models: Models,
+    optimizers: Mapping[str, Schedule],
+    experience: Experience,
+    rewards: TokenRewards,
+    seed: int,
+    accumulator: Accumulator,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the PPO epochs over an experience.
+
+    Args:
+        optimizers: of the "policy" and, where there is one, of the "critic".
+        seed: of the order in which the responses are visited.
+        check: called with the metrics of the first optimizer step's passes, before that step is taken.
+    Returns:
+        The metrics, averaged over the optimizer steps.
+    """
+    columns = split_by_response(config.rto, experience, rewards)
+    minibatches = shuffled_minibatches(config.rto, len(experience.response_ids), seed)
+    lengths = experience.lengths
+    totals: dict[str, Any] = {}
+    with progress("rto: update", len(minibatches), "optimizer steps") as phase:
+        for number, minibatch in enumerate(minibatches):
+            num_items = loss_denominator(config.rto, experience, minibatch)
+            step = accumulator.step(minibatch, lengths, optimizers.values())
+            for rows, factor in step:
+                with step:
+                    micro_batch = pack_micro_batch(experience, columns, rows, num_items)
+                    sums = policy_pass(config, models.policy, optimizers["policy"], micro_batch, factor)
+                    if models.critic is not None:
+                        sums |= value_pass(config.rto, models.critic, optimizers["critic"], micro_batch, factor)
+                    step.add(sums)
+            metrics: dict[str, Any] = step.metrics()
+            if check and number == 0:
+                check(metrics)
+            if ranks.world_size() > 1:
+                metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
+            metrics |= optimizers["policy"].step()
+            if models.critic is not None:
+                metrics |= {f"critic_{name}": value for name, value in optimizers["critic"].step().items()}
+            add_to(totals, metrics)
+            phase.advance()
+    return {name: value / len(minibatches) for name, value in totals.items()}
+
+
+def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int]]:
+    """The responses of each optimizer step, of all epochs: each epoch visits every response once."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (torch.randperm(count, generator=generator) for _ in range(rto.ppo_epochs))
+    return [minibatch.tolist() for epoch in epochs for minibatch in epoch.split(rto.batch_size)]
+
+
+def is_per_sequence(rto: RTOConfig) -> bool:
+    """Whether the losses are means over responses of their means over tokens, and not means over tokens."""
+    return rto.loss_normalization == "sequence" or rto.compat == "paper_code"
+
+
+def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence[int]) -> float:
+    """What the means of an optimizer step are over. Known before its first micro-batch, so that their gradients add up
+    exactly."""
+    if is_per_sequence(rto):
+        return float(len(minibatch))
+    return float(sum(len(experience.response_ids[i]) for i in minibatch))
+
+
+def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of a `MicroBatch`, {name: one part for each response}."""
+    columns = {
+        "old_logps": experience.old_logps,
+        "old_values": experience.old_values,
+        "advantages": rewards.advantages,
+        "returns": rewards.returns,
+    }
+    if is_per_sequence(rto):
+        counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
+        weights = (1.0 / counts).repeat_interleave(
+            experience.batch.cu_seqlens.diff(), output_size=experience.batch.num_tokens
+        )
+        columns |= {"policy_weights": weights, "value_weights": weights}
+    if experience.importance is not None:
+        columns["policy_weights"] = experience.importance * columns.get("policy_weights", 1.0)
+    return {name: values.split(experience.lengths) for name, values in columns.items()}
+
+
+def pack_micro_batch(
+    experience: Experience, columns: Mapping[str, tuple[Tensor, ...]], rows: Sequence[int], num_items: float
+) -> MicroBatch:
+    """Packs the responses of `rows`."""
+    prompt_ids, response_ids = ([ids[i] for i in rows] for ids in (experience.prompt_ids, experience.response_ids))
+    batch = pack(prompt_ids, response_ids, experience.old_logps.device)
+    tensors = {name: torch.cat([parts[i] for i in rows]) for name, parts in columns.items()}
+    return MicroBatch(batch, num_items, **tensors)
+
+
+def policy_pass(
+    config: Config, policy: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+) -> dict[str, Tensor]:
+    """Forward and backward pass of the policy; returns metrics that add up over micro-batches."""
+    loss, metrics = policy.forward(policy_loss, micro_batch, config.rto, config.rollout.temperature)
+    optimizer.backward(factor * loss)
+    return metrics
+
+
+def policy_loss(
+    module: PreTrainedModel, micro_batch: MicroBatch, rto: RTOConfig, temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss straight from the hidden states; see `rto_fast.ops.linear_ppo_loss`."""
+    batch, mask = micro_batch.batch, micro_batch.batch.response_mask
+    hidden, head = forward_hidden(module, batch), output_head(module)
+    options: dict[str, Any] = {
+        "weights": micro_batch.policy_weights,
+        "num_items": micro_batch.num_items,
+        "clip_eps": rto.clip_eps,
+        "clip_eps_high": rto.clip_eps_high,
+        "dual_clip": rto.dual_clip,
+    }
+    if head.bias is None:
+        return head.run(
+            linear_ppo_loss,
+            hidden,
+            batch.labels,
+            micro_batch.old_logps,
+            micro_batch.advantages,
+            mask,
+            entropy_coef=rto.entropy_coef,
+            temperature=temperature,
+            **options,
+        )
+    logps, entropy = head.run(linear_token_logps, hidden, batch.labels, temperature=temperature, return_entropy=True)
+    loss, metrics = ppo_policy_loss(logps, micro_batch.old_logps, micro_batch.advantages, mask, **options)
+    weights = mask if micro_batch.policy_weights is None else micro_batch.policy_weights * mask
+    mean_entropy = (entropy * weights).sum() / micro_batch.num_items
+    return loss - rto.entropy_coef * mean_entropy, metrics | {ENTROPY: mean_entropy.detach()}
+
+
+def value_pass(
+    rto: RTOConfig, critic: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+) -> dict[str, Tensor]:
+    """Forward and backward pass of the critic; returns metrics that add up over micro-batches."""
+    loss, metrics = ppo_value_loss(
+        critic_values(critic, micro_batch.batch),
+        micro_batch.old_values,
+        micro_batch.returns,
+        micro_batch.batch.response_mask,
+        weights=micro_batch.value_weights,
+        num_items=micro_batch.num_items,
+        value_clip_eps=rto.value_clip_eps,
+    )
+    optimizer.backward(factor * rto.value_coef * loss)
+    return metrics

@@ -1,0 +1,185 @@
+"""What the stages of a run, and an evaluation, share: configuration, device, tokenizer, data, log, checkpoints."""
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from rto_fast.config import Config, dump_config
+from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.errors import ConfigError
+from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.loading import resolve_dtype
+from rto_fast.models.model import Model
+from rto_fast.models.supplied import Supplied, check_models, supplied_models
+from rto_fast.reporting.log import Finding, RunLog
+from rto_fast.reporting.public import public
+from rto_fast.reporting.trackers import Service, TensorBoard
+from rto_fast.rollout import Sampling
+from rto_fast.system import deepspeed_import
+from rto_fast.system.run_lock import RunLock
+from rto_fast.system.threads import use_threads
+from rto_fast.training import ranks
+from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.launch import local_rank
+from rto_fast.training.output_folder import prepare_output
+from rto_fast.training.saving import save_model
+from rto_fast.training.state_files import write_text
+from rto_fast.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Session:
+    """What commands that load models and data have in common; an evaluation has this much."""
+
+    config: Config
+    models: tuple[Supplied, ...]  # that the configuration names, the policy's start first
+    device: str
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase  # the policy's
+    stop_ids: list[int]  # tokens that end a response, EOS first
+    sampling: Sampling
+    data: RunData  # loads what is asked of it
+
+    @property
+    def base(self) -> str:
+        """The directory or hub id of the model that the policy starts from."""
+        return self.models[0].path
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """The keyword arguments of `load_causal_lm` and `load_scorer` that are the same for all models."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "trust_remote_code": self.config.model.trust_remote_code,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingSession(Session):
+    """What the stages of a training run have in common."""
+
+    folder: Path  # the run's output
+    log: RunLog
+    checkpoints: Checkpoints
+
+    def warn_of_model(self, finding: Finding) -> None:
+        self.log.warning("models", 0, *finding)
+
+    def done(self, stage: str) -> str | None:
+        """The model of a stage that was trained before this run was resumed; None if the stage is still to be trained."""
+        if not self.checkpoints.is_done(stage):
+            return None
+        self.log.say(f"{stage}: done before")
+        return str(self.folder / stage)
+
+    def finish(self, stage: str, path: str) -> str:
+        """Records that a stage has trained the model at `path`; returns `path`."""
+        gc.collect()  # DeepSpeed's engines are reference cycles that hold a model's weights and moments
+        self.checkpoints.finish(stage)
+        return path
+
+
+def open_session(
+    config: Config, models: Sequence[Supplied], device: str, dtype: torch.dtype, say: Callable[[str], object]
+) -> Session:
+    """Loads the tokenizer, checks the models' files and prepares the data.
+
+    Args:
+        config: The configuration.
+        models: The models that it names, the policy's start first.
+        device: From `resolve_device`.
+        dtype: Of the models' weights.
+        say: Is called with a line of text for each report of the data.
+
+    Raises:
+        ModelError: A model or the tokenizer cannot be used.
+    """
+    trust, base = config.model.trust_remote_code, models[0].path
+    if trust:
+        deepspeed_import.reveal()  # a model's own code may want it
+    tokenizer = load_tokenizer(config.model.tokenizer or base, trust_remote_code=trust)
+    check_models(models, tokenizer, trust_remote_code=trust)
+    stop_ids = stop_token_ids(tokenizer, generation_config(base, trust_remote_code=trust))
+    size = vocabulary_size(base, trust_remote_code=trust)
+    check_stop_ids(stop_ids, base, size)
+    sampling = Sampling.of(config.rollout, stop_ids)
+    data = RunData(config.data, tokenizer, stop_ids, say, size)
+    return Session(config, tuple(models), device, dtype, tokenizer, stop_ids, sampling, data)
+
+
+def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None) -> TrainingSession:
+    """Creates or reopens the run's folder, and opens the session in it.
+
+    Args:
+        config: The configuration.
+        stop: Asks the run to end.
+        lock: The run's lock on its folder.
+
+    Raises:
+        UserError: The folder, the device or a model cannot be used.
+    """
+    folder = Path(config.resume or config.output_dir)
+    if ranks.is_main() and not config.resume:
+        prepare_output(folder)
+        write_text(folder / "config.yaml", dump_config(config))
+    ranks.barrier()
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"output_dir: {folder} is not the same folder on every node; give one that all nodes see")
+    log = RunLog(folder, silent=not ranks.is_main())
+    log.take_notices()
+    resume = bool(config.resume)
+    checkpoints = Checkpoints(folder, log, keep=config.keep_checkpoints, resume=resume, stop=stop, lock=lock)
+    if ranks.is_main():
+        log.trackers = _trackers(config, folder, checkpoints)
+    device = resolve_device(config.device)
+    prepare_process(device, config.threads)
+    torch.manual_seed(config.seed)
+    base = config.sft.model or config.model.path
+    assert base  # a configuration without one is refused when it is read
+    if base == "embedded" and not config.sft.model:
+        base = save_model(Model(build_model(config.seed)), build_tokenizer(), folder / "base")
+    dtype = resolve_dtype(config.model.dtype, device)
+    session = open_session(config, supplied_models(config, base), device, dtype, log.say)
+    return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)
+
+
+def resolve_device(name: str) -> str:
+    """The device that the setting `device` (auto, cpu or cuda) means in this process."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for and there is none; use --device cpu")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if use_cuda and local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: process {local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}"
+        )
+    return f"cuda:{local_rank()}" if use_cuda else "cpu"
+
+
+def prepare_process(device: str, threads: int | None) -> None:
+    """Sets the number of CPU threads and turns off what libraries print about files and a missing GPU."""
+    logging.disable_progress_bar()
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    use_threads(threads)
+
+
+def _trackers(config: Config, folder: Path, checkpoints: Checkpoints) -> list[TensorBoard | Service]:
+    track = config.track
+    trackers: list[TensorBoard | Service] = [
+        TensorBoard(folder / "tensorboard", folder / "metrics.jsonl", checkpoints.run)
+    ]
+    if track.service:
+        settings = public(dataclasses.asdict(config))
+        trackers.append(Service(track.service, track.project, folder.resolve().name, settings))
+    return trackers

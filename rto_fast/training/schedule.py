@@ -1,0 +1,104 @@
+"""What every optimizer has: the course of the learning rate, parameter groups, and the count of steps done and skipped."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.errors import TrainingError
+from rto_fast.training import ranks
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+# Optimizer steps in a row with a non-finite gradient, after which nothing good can follow; in a short stage, half of all.
+MAX_SKIPPED = 10
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
+    warmup = round(warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def parameter_groups(parameters: list[Tensor], weight_decay: float) -> list[dict]:
+    """AdamW's groups. Norm weights and biases are vectors; decay would only shrink them."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Schedule:
+    """What every optimizer has: the learning rate's course, and the count of steps done and skipped.
+
+    Args:
+        total_steps: length of the schedule; a resumed stage may set another one.
+        lr: peak learning rate, default the stage's.
+    """
+
+    def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
+        self.stage, self.total_steps = stage, total_steps
+        self.peak_lr = stage.lr if lr is None else lr
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+
+    def step(self) -> dict[str, float]:
+        """Clips, updates and clears the gradients. A non-finite gradient skips the update and is counted.
+
+        Returns:
+            {"lr", "grad_norm", "skipped"}, the last 0 or 1.
+        Raises:
+            TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
+        """
+        lr = self.peak_lr * learning_rate_factor(
+            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
+        )
+        norm = self._update(lr)
+        skipped = not math.isfinite(norm)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= min(MAX_SKIPPED, max(1, self.total_steps // 2)):
+            raise TrainingError(
+                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
+                "learning rate, or look for NaN in the weights it started from"
+            )
+        self.steps += 1
+        return {"lr": lr, "grad_norm": norm, "skipped": int(skipped)}
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients that were added up."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changes: float32 weights and moments by parameter name, and the position in the schedule."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`, of any number of ranks and with or without DeepSpeed."""
+        raise NotImplementedError
+
+    def _update(self, lr: float) -> float:
+        """Clips the gradients, takes the step if they are finite, clears them; returns their norm."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Gives back what would outlive the optimizer; the model is not trained any further."""
+
+    def _counts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
+
+    def _load_counts(self, state: dict[str, Any]) -> None:
+        for name in self._counts():
+            setattr(self, name, state[name])
+
+
+def zero_stage(deepspeed: DeepSpeedConfig) -> int:
+    """The stage that a `DeepSpeedConfig` means here; 0: no DeepSpeed."""
+    return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
