@@ -55,9 +55,7 @@ class VLLMEngine:
         ModelError: this process does not hold the whole weights.
     """
 
-    def __init__(
-        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
-    ) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         try:
             import vllm
             from vllm.exceptions import VLLMValidationError
