@@ -43,28 +43,21 @@ def changed(config: Config, changes: dict[str, object]) -> Config:
 def _choices(config: Config, plan: Plan) -> list[list[dict[str, object]]]:
     """Of each kind, the changes that need less memory; each list begins with no change."""
     setting, ranks = plan.setting, plan.machine.count
-    kinds: list[list[dict[str, object]]] = [[{}], [{}], [{}], [{}], [{}], [{}]]
-    trained = [stage.name for stage in plan.stages]
+    kinds: list[list[dict[str, object]]] = [[{}], [{}], [{}], [{}], [{}]]
     for divisor in (2, 4, 8):
-        smaller = {}
-        for name in trained:
-            stage = getattr(config, name)
-            smaller[f"{name}.micro_batch_tokens"] = stage.micro_batch_tokens // divisor
-        if all(tokens >= 1024 for tokens in smaller.values()):
-            kinds[0].append(smaller)
+        tokens = config.model.micro_batch_tokens // divisor
+        if tokens >= 1024:
+            kinds[0].append({"model.micro_batch_tokens": tokens})
     if not setting.checkpointing:
         kinds[1].append({"model.gradient_checkpointing": True})
     if config.rto.enabled:
-        kinds[2] += [{"rollout.prefill_tokens": 4096}] * (config.rollout.prefill_tokens > 4096)
         for frozen in ("offloaded", "sharded")[: 1 + (ranks > 1)] if setting.gpu else ():
             if config.deepspeed.frozen != frozen:
-                kinds[3].append({"deepspeed.frozen": frozen})
-    kinds[4] += [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if ranks > 1]
+                kinds[2].append({"deepspeed.frozen": frozen})
+    kinds[3] += [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if ranks > 1]
     if setting.gpu and not setting.offload_optimizer:
-        kinds[5].append({"deepspeed.offload_optimizer": True} | ({} if setting.zero else {"deepspeed.zero_stage": 2}))
-        kinds[5].append(
-            {"deepspeed.offload_optimizer": True, "deepspeed.offload_parameters": True, "deepspeed.zero_stage": 3}
-        )
+        kinds[4].append({"deepspeed.offload": "optimizer"} | ({} if setting.zero else {"deepspeed.zero_stage": 2}))
+        kinds[4].append({"deepspeed.offload": "all", "deepspeed.zero_stage": 3})
     return kinds
 
 

@@ -283,12 +283,10 @@ def _of_head(shape, setting, work):
 # Rollouts
 
 
-def cache_bytes(
-    shape: Shape, longest: int, sequences: int, samples_a_prompt: int, setting: Setting, page_size
-) -> float:
+def cache_bytes(shape: Shape, longest: int, sequences: int, samples_a_prompt: int, setting: Setting) -> float:
     """The native engine's pages for `sequences` of `longest` tokens, and one more; a page is 64 tokens, on a CPU a
     sequence. See `NativeEngine._scheduler`."""
-    page = page_size or (64 if setting.gpu else -(-longest // 16) * 16)
+    page = 64 if setting.gpu else -(-longest // 16) * 16
     blocks = -(-longest // page)
     pages = sequences * blocks + (samples_a_prompt > 1) * blocks + 1
     return pages * page * shape.kv_elements * setting.itemsize

@@ -107,7 +107,7 @@ def configured_items(config: Config, stage: str, examples: int | None = None) ->
 
 def setting_of(config: Config, machine: Machine) -> Setting:
     deepspeed, gpu = config.deepspeed, machine.device is not None
-    zero = deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (machine.count > 1)
+    zero = deepspeed.stage_for(machine.count)
     is_wide = config.model.dtype == "float32" or (config.model.dtype == "auto" and not gpu)
     return Setting(
         machine.count,
@@ -115,7 +115,7 @@ def setting_of(config: Config, machine: Machine) -> Setting:
         4 if is_wide else 2,
         gpu,
         config.model.gradient_checkpointing,
-        deepspeed.offload_optimizer and zero > 0,
-        deepspeed.offload_parameters and zero == 3,
+        deepspeed.offloads_optimizer and zero > 0,
+        deepspeed.offloads_parameters and zero == 3,
         deepspeed.frozen,
     )

@@ -12,6 +12,7 @@ from rto_fast.planning.hardware import GIB, Machine
 from rto_fast.planning.memory import Memory, Work
 from rto_fast.planning.outline import Items, Phase, Plan, StagePlan, configured_items, setting_of
 from rto_fast.planning.shapes import find_shape
+from rto_fast.rollout.scheduler import PREFILL_TOKENS
 from rto_fast.training.steps import count_steps
 
 CACHE_SHARE = {True: 0.85, False: 0.5}  # of a GPU's and a CPU's free memory: see rto_fast/rollout/cache.py
@@ -57,11 +58,11 @@ class _Planner:
 
     def plan(self) -> Plan:
         config, stages = self.config, []
-        if not config.sft.model:
+        if config.trains_sft:
             stages.append(self._supervised("sft", self.shape.parameters, sides=1))
-        if config.needs_reward_model and not config.reward_model.model and not config.reward_model.function:
+        if config.trains_reward_model:
             stages.append(self._supervised("reward_model", self.shape.scorer_parameters, sides=2))
-        if config.needs_dpo_model and not config.dpo.model:
+        if config.trains_dpo:
             stages.append(self._supervised("dpo", self.shape.parameters, sides=2))
         if config.rto.enabled:
             stages.append(self._rto())
@@ -84,7 +85,7 @@ class _Planner:
         labelled = 0.0 if is_scorer else sides * items.response + items.prompt * getattr(stage, "loss_on_prompt", False)
         batch = stage.batch_size / self.machine.count
         longest = sides * items.longest
-        work = self._work(mean, longest, labelled, batch, stage.micro_batch_tokens, "linear_token_logps")
+        work = self._work(mean, longest, labelled, batch, self.config.model.micro_batch_tokens, "linear_token_logps")
         trained = self._trained(self.shape, parameters)
         state = memory.training_state(trained, self.setting) + self._base(self.shape)
         peak = max(
@@ -188,24 +189,21 @@ class _Planner:
         rollout, samples = config.rollout, max(1, round(share))
         slots = min(rollout.batch_size, samples)
         longest = items.longest - round(items.response) + rollout.max_new_tokens
-        kv, least = (
-            memory.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting, rollout.page_size)
-            for n in (slots, 1)
-        )
+        kv, least = (memory.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1))
         weights = setting.itemsize * shape.parameters
         copies = weights if setting.zero == 3 or rollout.engine == "vllm" else 0.0
         budget = CACHE_SHARE[setting.gpu] * (room - copies)
         if rollout.kv_cache_gib is not None:
             budget = rollout.kv_cache_gib * GIB
         given = min(kv, budget) if budget >= least else kv
-        prompts = min(rollout.prefill_tokens, slots * items.prompt)
+        prompts = min(PREFILL_TOKENS, slots * items.prompt)
         decode = memory.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting)
         layers = memory.forward_activations(shape, prompts, setting)
         return Memory(weights=copies, activations=layers, kv=given, workspace=decode), slots * given / kv
 
     def _score_memory(self, frozen, trained, items):
         """Models score one after another, each in micro-batches."""
-        setting, max_tokens = self.setting, self.config.rto.micro_batch_tokens
+        setting, max_tokens = self.setting, self.config.model.micro_batch_tokens
         share = self.config.rto.prompts_per_rollout * self.config.rto.samples_per_prompt / self.machine.count
         mean = items.prompt + items.response
         tokens = min(max(max_tokens, items.longest), share * mean)
@@ -229,7 +227,9 @@ class _Planner:
         config, setting, machine = self.config, self.setting, self.machine
         rto = config.rto
         mean, batch = items.prompt + items.response, rto.batch_size / machine.count
-        work = self._work(mean, items.longest, items.response, batch, rto.micro_batch_tokens, "linear_ppo_loss")
+        work = self._work(
+            mean, items.longest, items.response, batch, config.model.micro_batch_tokens, "linear_ppo_loss"
+        )
         responses = rto.prompts_per_rollout * rto.samples_per_prompt
         updates = rto.ppo_epochs * count_steps(responses, rto.batch_size)
         kept = [memory.gradients(parameters, setting) for _, parameters in trained]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rto_fast.config import Config
+from rto_fast.config import STAGES, Config
 from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError
 from rto_fast.planning.hardware import GIB, local_machine
@@ -19,9 +19,9 @@ from rto_fast.training import ranks
 def data_items(config: Config, data: RunData) -> dict[str, Items]:
     """The lengths of the loaded data, for each stage that this run trains."""
     items = {}
-    if not config.sft.model:
+    if config.trains_sft:
         items["sft"] = _items([len(s.prompt_ids) for s in data.sft], [len(s.response_ids) for s in data.sft])
-    if trains_on_pairs(config):
+    if config.trains_on_pairs:
         prompts = [len(p.prompt_ids) for p in data.pairs]
         longer = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in data.pairs]
         both = [(len(p.chosen_ids) + len(p.rejected_ids)) / 2 for p in data.pairs]
@@ -30,12 +30,6 @@ def data_items(config: Config, data: RunData) -> dict[str, Items]:
         prompts = [len(p.prompt_ids) for p in data.prompts]
         items["rto"] = _items(prompts, [config.rollout.max_new_tokens] * len(prompts))
     return items
-
-
-def trains_on_pairs(config: Config) -> bool:
-    reward = config.reward_model
-    trains_reward_model = config.needs_reward_model and not reward.model and not reward.function
-    return trains_reward_model or (config.needs_dpo_model and not config.dpo.model)
 
 
 def _items(prompts, responses, means=None):
@@ -98,8 +92,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    stages = ("sft", "reward_model", "dpo", "rto")
-    save_every = {name: getattr(config, name).save_every for name in stages}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in STAGES}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (

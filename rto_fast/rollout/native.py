@@ -19,7 +19,7 @@ from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_
 from rto_fast.rollout.cache import PagedCache, memory_budget
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import Request, Scheduler
+from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler
 from rto_fast.rollout.verify import verified_cache
 
 
@@ -29,14 +29,25 @@ class NativeEngine:
     Args:
         model: as it is trained: bare, or in DeepSpeed (ZeRO 0–3), DistributedDataParallel, PEFT.
         tokenizer: encodes prompts that are strings; without one there are none.
+        page_size: tokens in a page of the KV cache, a power of two from 16. Default: 64, and on a CPU a whole sequence.
+        prefill_tokens: prompt tokens computed at once.
     Raises:
         ConfigError: a setting that cannot be.
         ModelError: an architecture whose attention cannot be paged, or whose decoding does not give the log-probs of
             its own forward pass (checked here, on a few tokens).
     """
 
-    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
+    def __init__(
+        self,
+        model: Model | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: RolloutConfig,
+        *,
+        page_size: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ):
         check_rollout(config)
+        self.page_size, self.prefill_tokens = page_size, prefill_tokens
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None
         self.step: DecodeStep | None = None
@@ -89,7 +100,7 @@ class NativeEngine:
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             except torch.OutOfMemoryError as error:
                 raise RolloutError(
-                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
+                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower "
                     "rollout.kv_cache_gib or rollout.batch_size"
                 ) from error
             finally:
@@ -111,7 +122,7 @@ class NativeEngine:
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
         # A CPU reads a sequence in place if it is one page, and memory is paged by the system anyway.
-        page_size = config.page_size or (64 if is_cuda else -(-totals[0] // 16) * 16)
+        page_size = self.page_size or (64 if is_cuda else -(-totals[0] // 16) * 16)
         if page_size != self.cache.page_size:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None
@@ -138,7 +149,7 @@ class NativeEngine:
             limits,
             slots=slots,
             ahead=8 if is_cuda else 4,
-            prefill_tokens=config.prefill_tokens,
+            prefill_tokens=self.prefill_tokens,
         )
 
     def _uniforms(self, seed, sample_ids, limits):
@@ -162,5 +173,5 @@ class NativeEngine:
 
     def _check(self) -> None:
         self.state = None
-        self.cache = verified_cache(self.model, self.config)
+        self.cache = verified_cache(self.model, self.page_size or 64)
         self.kind = self.model.kind

@@ -11,6 +11,8 @@ from rto_fast.rollout.base import nan_logits
 from rto_fast.rollout.cache import to_device
 from rto_fast.system.progress import advance
 
+PREFILL_TOKENS = 16384  # prompt tokens computed at once
+
 
 @dataclass(eq=False)
 class Request:

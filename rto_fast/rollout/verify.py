@@ -5,7 +5,6 @@ from typing import cast
 import torch
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.agreement import compare_logits
 from rto_fast.models.directory import first_line
@@ -21,7 +20,7 @@ DECODED = 6  # log-probs compared of each: the prompt's last token, and those de
 
 
 @torch.no_grad()
-def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
+def verified_cache(model: RolloutModel, page_size: int = 64) -> PagedCache:
     """The cache that the model's layers need, when decoding with it was found to compute the model.
 
     Prompts are prefilled in two pieces and some tokens decoded, in one batch. See `rto_fast.models.agreement` for the limit.
@@ -37,7 +36,7 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
     try:
         with model.decoding(max(map(len, sequences))):
             layers, dtype = _probe(model, sequences[-1], name)
-            cache = PagedCache(layers, config.page_size or 64, dtype, model.device)
+            cache = PagedCache(layers, page_size, dtype, model.device)
             decoded = _decoded_logits(model, cache, sequences)
         own = model.packed_logits(batch)[rows]
         precision = model.kind[1]

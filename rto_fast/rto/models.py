@@ -43,7 +43,7 @@ def load_models(
 
     start, reference = dpo if dpo and rto.init_from == "dpo" else sft, rto.ref_model or sft
     pays = config.pays_dense_reward
-    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
+    dpo_reference = config.dpo_reference or sft
     return Models(
         policy=loader.trained("causal_lm", start),
         reference=frozen(reference),

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.reporting.metric_names import GRAD_NORM, LR, SKIPPED
-from rto_fast.training import ranks
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 # Optimizer steps in a row with a non-finite gradient after which the stage ends; in a short stage it is half of all steps.
@@ -38,14 +37,15 @@ class ScheduledOptimizer:
     """One model's optimizer with its learning-rate schedule; see `Optimizer` and `ZeroOptimizer`.
 
     Args:
-        stage: the configuration of the stage.
+        stage: the stage's section of the configuration.
+        settings: the section `optimizer`.
         total_steps: the length of the schedule; a resumed stage may set another one.
         lr: the peak learning rate; default: the stage's.
     """
 
-    def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        self.stage, self.total_steps = stage, total_steps
-        self.peak_lr = stage.lr if lr is None else lr
+    def __init__(self, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None):
+        self.settings, self.total_steps = settings, total_steps
+        self.peak_lr, self.schedule = stage.lr if lr is None else lr, settings.schedule(stage.stage)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def step(self) -> dict[str, float]:
@@ -58,9 +58,7 @@ class ScheduledOptimizer:
         Raises:
             TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
         """
-        lr = self.peak_lr * learning_rate_factor(
-            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
-        )
+        lr = self.peak_lr * learning_rate_factor(self.steps, self.total_steps, *self.schedule)
         norm = self._update(lr)
         skipped = not math.isfinite(norm)
         self.skipped += skipped
@@ -100,8 +98,3 @@ class ScheduledOptimizer:
     def _load_counts(self, state: Mapping[str, Any]) -> None:
         for name in self._counts():
             setattr(self, name, state[name])
-
-
-def zero_stage(deepspeed: DeepSpeedConfig) -> int:
-    """The ZeRO stage that the configuration means with this number of ranks; 0 is no DeepSpeed."""
-    return deepspeed.zero_stage if deepspeed.zero_stage is not None else 2 * (ranks.world_size() > 1)
