@@ -17,7 +17,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
-from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
@@ -105,14 +105,14 @@ def open_session(
     Raises:
         ModelError: A model or the tokenizer cannot be used.
     """
-    trust, base = config.model.trust_remote_code, models[0].path
+    base, trust = models[0], config.model.trust_remote_code
     if trust:
         deepspeed_import.reveal()  # a model's own code may want it
-    tokenizer = load_tokenizer(config.model.tokenizer or base, trust_remote_code=trust)
-    check_models(models, tokenizer, trust_remote_code=trust)
-    stop_ids = stop_token_ids(tokenizer, generation_config(base, trust_remote_code=trust))
-    size = vocabulary_size(base, trust_remote_code=trust)
-    check_stop_ids(stop_ids, base, size)
+    tokenizer = load_tokenizer(config.model.tokenizer or base.path, trust_remote_code=trust)
+    check_models(models, tokenizer)
+    stop_ids = stop_token_ids(tokenizer, base.generation_config())
+    size = base.config().get_text_config().vocab_size
+    check_stop_ids(stop_ids, base.path, size)
     sampling = Sampling.of(config.rollout, stop_ids)
     data = RunData(config.data, tokenizer, stop_ids, say, size)
     return Session(config, tuple(models), device, dtype, tokenizer, stop_ids, sampling, data)

@@ -39,9 +39,15 @@ def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> In
     prepare_process(device, options.threads)
     function = RewardFunction(options.reward, "--reward", device) if options.reward else None
     models = [
-        Supplied(f"--{key}", path, "causal_lm" if key != "reward_model" else "scorer", key != "reward_model")
-        for key in ("model", "reference", "dpo_model", "dpo_reference", "reward_model")
-        if (path := getattr(options, key))
+        Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
+        for key, path, kind in (
+            ("model", options.model, "causal_lm"),
+            ("reference", options.reference, "causal_lm"),
+            ("dpo_model", options.dpo_model, "causal_lm"),
+            ("dpo_reference", options.dpo_reference, "causal_lm"),
+            ("reward_model", options.reward_model, "scorer"),
+        )
+        if path
     ]
     session = open_session(config, models, device, resolve_dtype(options.dtype, device), say)
     sampling = dataclasses.replace(session.sampling, temperature=0.0) if options.greedy else session.sampling
