@@ -109,6 +109,8 @@ class EvaluateConfig:
                 trust_remote_code=self.trust_remote_code,
             ),
             data=data,
+            device=self.device,
+            threads=self.threads,
             rollout=self.rollout,
             rto=RTOConfig(micro_batch_tokens=self.micro_batch_tokens),
         )
