@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import Config, DataConfig, ModelConfig
 from rto_fast.config.fields import CountOr0, Location, check_fields
+from rto_fast.config.help import Command
 from rto_fast.config.options import parse as parse_options
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
@@ -69,15 +70,22 @@ class InspectConfig:
         Config(model=ModelConfig(path="any"), data=self.data)
 
 
+DATA = Command(
+    "rto_fast.data",
+    "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and examples as "
+    "the model will see them.",
+    {
+        "pairs.jsonl": "a file as it is detected, with lengths in words",
+        "pairs.jsonl --tokenizer DIR": "lengths in tokens, what the limits cut, and the loss mask",
+        "HuggingFaceH4/ultrafeedback_binarized[test_prefs] --data.limit 1000": "the first rows of a split of an HF dataset",
+    },
+    positional="source",
+)
+
+
 def parse(arguments: list[str]) -> tuple[InspectConfig, DataConfig]:
     """Returns the options, and those of the data."""
-    description = (
-        "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and "
-        "examples as the model will see them."
-    )
-    options = parse_options(
-        InspectConfig, arguments, prog="python -m rto_fast.data", description=description, positional="source"
-    )
+    options = parse_options(InspectConfig, arguments, DATA)
     return options, options.data
 
 
@@ -94,7 +102,7 @@ def load_tokenizer_and_stops(path: str, trust_remote_code: bool) -> tuple[PreTra
 
 def look(options: InspectConfig, config: DataConfig, page: Page, say: Callable[..., None]) -> None:
     """Prints all that is known of `options.source`."""
-    name, split = split_of_source(options.source, config.split)
+    name, split = split_of_source(options.source)
     layout, rows = open_examples(
         name,
         split=split,
@@ -107,8 +115,6 @@ def look(options: InspectConfig, config: DataConfig, page: Page, say: Callable[.
     say("\n".join(columns_table(layout, row, config.columns, first)))
 
     given: dict[str, Any] = {"preferences": None, "sft": None, "prompts": None, kind.field: options.source}
-    if kind is not PAIRS and split != "train":  # data.split is of data.preferences; here the split is part of the name
-        given[kind.field] = f"{name}[{split}]"
     path = options.tokenizer or ("embedded" if name.startswith("embedded:") else None)
     tokenizer, stop_ids = load_tokenizer_and_stops(path, options.trust_remote_code) if path else (None, [])
 
