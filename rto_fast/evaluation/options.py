@@ -10,23 +10,23 @@ from rto_fast.errors import ConfigError
 
 @dataclass
 class EvaluateConfig:
-    """What is measured, and how."""
+    """What an evaluation measures, and how."""
 
     model: Location | None = None
     """Directory or hub id of the policy that is evaluated."""
     data: Location | None = None
     """Prompts: a file, a folder, the name of an HF dataset or `embedded:eval_prompts`; `name[test]` names a split."""
     prompts: Count = 256
-    """Prompts used, the first of the data."""
+    """Number of prompts used: the first of the data."""
     reward: Word | None = None
     """`module:function`, called with (prompts, responses) and the columns of the data that it names; GSM8K's exact-answer
     reward is rto_fast.rewards:gsm8k."""
     reward_model: Location | None = None
-    """HF sequence classification model with one label, of any tokenizer. May be given beside `reward`."""
+    """Hugging Face sequence classifier with one label and any tokenizer. It may be given beside `reward`."""
     reference: Location | None = None
-    """The policy to win against, and of the KL; a model of the same vocabulary."""
+    """The policy that `model` is compared with (win rate, KL); it has the same vocabulary."""
     preferences: Location | None = None
-    """Pairs (as `data`) on which the rewards' rankings are judged: such as no model was trained on."""
+    """Preference pairs that the rewards rank, given as `data` is; no model should have been trained on them."""
     held_out: CountOr0 = 0
     """Use only the pairs that a training run with this data.held_out kept out of `preferences`; 0: all pairs."""
     dpo_model: Location | None = None
@@ -37,13 +37,13 @@ class EvaluateConfig:
     greedy: bool = False
     """Take the most likely token instead of sampling (temperature 0). The KL is then not estimated: it needs samples."""
     seed: Seed | None = None
-    """Of sampling; default: that of the evaluations during training, the same for every policy."""
+    """Seed of the sampling; by default that of the evaluations during training, the same for every policy."""
     output: Location | None = None
     """JSON file to write; `-` is stdout, and what is printed goes to stderr."""
     show: CountOr0 = 2
-    """Responses printed."""
+    """Number of responses that are printed."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of your columns where they are not detected, e.g. {"prompt": "question"}."""
+    """Names of your data's columns where they are not detected, e.g. {"prompt": "question"}."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """See data.prompt_format of rto_fast.train."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -55,17 +55,17 @@ class EvaluateConfig:
     limit: Count | None = None
     """Read at most this many rows of `data` and of `preferences`."""
     tokenizer: Location | None = None
-    """Directory or hub id of the tokenizer; default: the model's."""
+    """Directory or hub id of the tokenizer; by default the model's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU when there is one."""
+    """auto is the GPU if there is one."""
     threads: Threads | None = None
-    """CPU threads; default: torch's choice."""
+    """Number of CPU threads; by default torch's choice."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 on a GPU, float32 on a CPU."""
     micro_batch_tokens: Count = 16384
-    """Tokens in one forward pass."""
+    """The most tokens in one forward pass."""
     trust_remote_code: bool = False
-    """Allow a model directory to run its own Python code. Leave off for models you did not write."""
+    """Allow a model's directory to run its own Python code. Leave this off for models that you did not write."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,5 +110,7 @@ class EvaluateConfig:
                 trust_remote_code=self.trust_remote_code,
             ),
             data=data,
+            device=self.device,
+            threads=self.threads,
             rollout=self.rollout,
         )

@@ -20,12 +20,11 @@ def check_before_training(session: TrainingSession, functions: Functions) -> Non
         UserError: A mistake in the models, the data or the user's functions, or too little room on the disk.
     """
     config, log, models = session.config, session.log, session.models
-    trust = config.model.trust_remote_code
     say_sources(config, log)
     trained = [model for model in models if model.key == "rto.critic" or model is models[0]]
-    say_dropout(trained, log.say, trust)
+    say_dropout(trained, log.say)
     if config.trains_reward_model or config.critic_starts_from_policy:
-        check_becomes_scorer(session.base, trust_remote_code=trust)
+        check_becomes_scorer(session.base, trust_remote_code=config.model.trust_remote_code)
     check_endings(config, models[1:], session.tokenizer, session.stop_ids, session.warn_of_model)
     load_data(config, session.data)
     check_columns(config, session.data, functions)

@@ -188,7 +188,7 @@ def test_dropout_that_is_turned_off_is_told(tmp_path):
     build_model(0).save_pretrained(tmp_path / "none")
     lines: list[str] = []
     models = [Supplied("model.path", str(path), "causal_lm", False) for path in (tmp_path, tmp_path / "none")]
-    say_dropout(models, lines.append, False)
+    say_dropout(models, lines.append)
     assert len(lines) == 1 and lines[0].startswith(f"model.path: {tmp_path}: config.json's ")
     assert "dropout (0.2)" in lines[0] and "layerdrop (0.25)" in lines[0] and "attention_dropout" not in lines[0]
 
