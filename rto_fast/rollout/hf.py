@@ -33,7 +33,9 @@ class HFEngine:
         ModelError: `generate` fails on a few tokens, which are tried here.
     """
 
-    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(
+        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
+    ) -> None:
         self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.model = self.wrapped.causal_lm
         try:

@@ -37,7 +37,9 @@ class NativeEngine:
             pass. A few tokens are decoded here to check this.
     """
 
-    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(
+        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
+    ) -> None:
         check_rollout(config)
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None

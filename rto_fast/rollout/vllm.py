@@ -59,7 +59,9 @@ class VLLMEngine:
         ModelError: this process does not hold the whole weights.
     """
 
-    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> None:
+    def __init__(
+        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
+    ) -> None:
         try:
             import vllm
             from vllm.exceptions import VLLMValidationError
