@@ -71,12 +71,11 @@ def measure(device, *, small, iterations):
     config = Config(
         output_dir="unused",
         device=torch.device(device).type,
-        model=ModelConfig(path="random weights"),
+        model=ModelConfig(path="random weights", micro_batch_tokens=16384),
         rto=RTOConfig(
             prompts_per_rollout=prompts_per_rollout,
             batch_size=prompts_per_rollout // 2,
             iterations=iterations + 1,
-            micro_batch_tokens=16384,
         ),
         rollout=RolloutConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=128),
     )

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rto_fast.config.help import Command
 from rto_fast.config.options import parse
 from rto_fast.errors import ConfigError, UserError
 from rto_fast.evaluation.options import EvaluateConfig
@@ -30,11 +31,22 @@ from rto_fast.system.command_line import as_command
 from rto_fast.system.terminal import say
 from rto_fast.system.writing import check_target, own_descriptor, write_file
 
+EVALUATE = Command(
+    "rto_fast.evaluate",
+    "Measures how good a policy is on held-out prompts: scores, win rates, preference accuracies and KL, each with its 95 % "
+    "confidence interval.",
+    {
+        "--model runs/own/rto --reference runs/own/sft --data prompts.jsonl --reward_model runs/own/reward_model": "mean "
+        "score, win rate over the SFT model and KL to it",
+        "--model DIR --data questions.jsonl --reward rto_fast.rewards:gsm8k": "exact answers, judged by a function",
+        "--preferences pairs.jsonl --model DIR --reward_model DIR": "the share of pairs that a reward model ranks right",
+    },
+)
+
 
 def load_options(arguments: list[str]) -> EvaluateConfig:
     """Parses and validates command-line `arguments`."""
-    description = "Scores, win rates, preference accuracies and KL of a policy, with 95 % confidence intervals."
-    return parse(EvaluateConfig, arguments, prog="python -m rto_fast.evaluate", description=description)
+    return parse(EvaluateConfig, arguments, EVALUATE)
 
 
 def check_output(path: str | Path) -> None:

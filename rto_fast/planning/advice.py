@@ -23,13 +23,7 @@ class Alternative:
     plan: Plan
 
     def __str__(self) -> str:
-        grouped: dict[tuple[str, object], list[str]] = {}
-        for key, value in self.changes.items():
-            section, name = key.split(".")
-            grouped.setdefault((name, value), []).append(section)
-        return ", ".join(
-            f"{'|'.join(sections)}.{name}: {str(value).lower()}" for (name, value), sections in grouped.items()
-        )
+        return ", ".join(f"{key}: {str(value).lower()}" for key, value in self.changes.items())
 
 
 def changed(config: Config, changes: Changes) -> Config:
@@ -49,18 +43,12 @@ def changed(config: Config, changes: Changes) -> Config:
 def _choices(config: Config, plan: Plan) -> list[list[Changes]]:
     """The changes that need less memory, of each kind; what costs the least time comes first."""
     setting, has_several = plan.setting, plan.machine.count > 1
-    tokens = {
-        f"{stage.name}.micro_batch_tokens": getattr(config, stage.name).micro_batch_tokens for stage in plan.stages
-    }
-    smaller = [{key: value // divisor for key, value in tokens.items()} for divisor in (2, 4, 8)]
-    smaller = [changes for changes in smaller if min(changes.values()) >= 1024]
-    prefill = config.rto.enabled and config.rollout.prefill_tokens > 4096
+    tokens = [config.model.micro_batch_tokens // divisor for divisor in (2, 4, 8)]
     frozen = ["offloaded", "sharded"][: 1 + has_several] if config.rto.enabled and setting.gpu else []
-    offload: Changes = {"deepspeed.offload_optimizer": True} | ({} if setting.zero else {"deepspeed.zero_stage": 2})
-    offload_all = offload | {"deepspeed.offload_parameters": True, "deepspeed.zero_stage": 3}
+    offload: Changes = {"deepspeed.offload": "optimizer"} | ({} if setting.zero else {"deepspeed.zero_stage": 2})
+    offload_all: Changes = {"deepspeed.offload": "all", "deepspeed.zero_stage": 3}
     return [
-        [dict(changes) for changes in smaller],
-        [{"rollout.prefill_tokens": 4096}] * prefill,
+        [{"model.micro_batch_tokens": value} for value in tokens if value >= 1024],
         [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if has_several],
         [{"deepspeed.frozen": value} for value in frozen if value != config.deepspeed.frozen],
         [{"model.gradient_checkpointing": True}] * (not setting.checkpointing),

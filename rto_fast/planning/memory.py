@@ -61,8 +61,8 @@ def setting_of(config: Config, machine: Machine) -> Setting:
         itemsize=resolve_dtype(config.model.dtype, "cuda" if has_gpu else "cpu").itemsize,
         gpu=has_gpu,
         checkpointing=config.model.gradient_checkpointing,
-        offload_optimizer=deepspeed.offload_optimizer and zero > 0,
-        offload_parameters=deepspeed.offload_parameters and zero == 3,
+        offload_optimizer=deepspeed.offloads_optimizer and zero > 0,
+        offload_parameters=deepspeed.offloads_parameters and zero == 3,
         frozen=deepspeed.frozen,
         lora=config.lora,
     )

@@ -182,15 +182,9 @@ def training_moments(shape: Shape, parameters: float, work: Work, setting: Setti
 # Rollouts
 
 
-def cache_bytes(
-    shape: Shape, longest: int, sequences: int, samples_per_prompt: int, page_size: int | None, setting: Setting
-) -> float:
-    """The native engine's pool of pages for `sequences` of `longest` tokens.
-
-    Args:
-        page_size: `rollout.page_size`.
-    """
-    page = choose_page_size(page_size, longest, setting.gpu)
+def cache_bytes(shape: Shape, longest: int, sequences: int, samples_per_prompt: int, setting: Setting) -> float:
+    """The native engine's pool of pages for `sequences` of `longest` tokens."""
+    page = choose_page_size(longest, setting.gpu)
     pages = wanted_pages([longest] * sequences, longest, samples_per_prompt, page) + 1  # one for what idle slots write
     return pages * page * shape.kv_elements * setting.itemsize
 

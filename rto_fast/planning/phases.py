@@ -52,7 +52,9 @@ def _supervised(name: str, config: Config, setting: Setting, shape: Shape, items
     if name == "reward_model":
         labelled, parameters = 0.0, shape.scorer_parameters
     mean, longest = sides * (items.prompt + items.response), sides * items.longest
-    work = step_work(mean, longest, labelled, stage.batch_size / setting.ranks, stage.micro_batch_tokens, setting)
+    work = step_work(
+        mean, longest, labelled, stage.batch_size / setting.ranks, config.model.micro_batch_tokens, setting
+    )
     trained = trained_parameters(shape, parameters, setting)
     state = training_state(trained, setting) + shared_base(shape, setting)
     moments = training_moments(shape, trained, work, setting).values()

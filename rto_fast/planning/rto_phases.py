@@ -10,6 +10,7 @@ from rto_fast.planning.memory import Memory, Setting
 from rto_fast.planning.outline import Items, Phase, StagePlan
 from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
+from rto_fast.rollout.scheduler import PREFILL_TOKENS
 from rto_fast.rto.models import frozen_paths
 from rto_fast.training.steps import count_steps
 
@@ -118,8 +119,7 @@ class RTOPlanner:
         slots = min(rollout.batch_size, samples)
         longest = items.longest - round(items.response) + rollout.max_new_tokens
         wanted, least = (
-            passes.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, rollout.page_size, setting)
-            for n in (slots, 1)
+            passes.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1)
         )
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
@@ -129,7 +129,7 @@ class RTOPlanner:
             budget = rollout.kv_cache_gib * GIB
         return Memory(
             weights=copy,
-            activations=passes.forward_activations(shape, min(rollout.prefill_tokens, slots * items.prompt), setting),
+            activations=passes.forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
             kv=min(wanted, budget) if budget >= least else wanted,
             workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
@@ -138,7 +138,7 @@ class RTOPlanner:
         """The models score one after another, each in micro-batches; the largest of them counts."""
         setting = self.setting
         share = self._responses / setting.ranks * self._mean
-        tokens = min(max(self.config.rto.micro_batch_tokens, self.items.longest), share)
+        tokens = min(max(self.config.model.micro_batch_tokens, self.items.longest), share)
         labelled = tokens * self.items.response / self._mean
         uses = []
         for shape, parameters, is_scorer in self._frozen:
@@ -160,8 +160,9 @@ class RTOPlanner:
         """
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
+        max_tokens = self.config.model.micro_batch_tokens
         policy = passes.step_work(
-            self._mean, items.longest, items.response, batch, rto.micro_batch_tokens, setting, "linear_ppo_loss"
+            self._mean, items.longest, items.response, batch, max_tokens, setting, "linear_ppo_loss"
         )
         kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
         candidates = []

@@ -21,7 +21,7 @@ from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_
 from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import Request, Scheduler
+from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler
 from rto_fast.rollout.verify import verified_cache
 
 
@@ -31,6 +31,8 @@ class NativeEngine:
     Args:
         model: the model that is trained, bare or inside DeepSpeed (ZeRO 0–3), DistributedDataParallel or PEFT.
         tokenizer: encodes prompts that are strings. Without a tokenizer, prompts must be token ids.
+        page_size: tokens in a page of the KV cache, a power of two from 16. Default: see `choose_page_size`.
+        prefill_tokens: prompt tokens that are computed at once.
     Raises:
         ConfigError: a setting is invalid.
         ModelError: the model's attention cannot use a paged cache, or decoded log-probs differ from those of its forward
@@ -38,9 +40,16 @@ class NativeEngine:
     """
 
     def __init__(
-        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
+        self,
+        model: Model | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: RolloutConfig,
+        *,
+        page_size: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         check_rollout(config)
+        self.page_size, self.prefill_tokens = page_size, prefill_tokens
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None
         self.step: DecodeStep | None = None
@@ -94,7 +103,7 @@ class NativeEngine:
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             except torch.OutOfMemoryError as error:
                 raise RolloutError(
-                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
+                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower "
                     "rollout.kv_cache_gib or rollout.batch_size"
                 ) from error
             finally:
@@ -113,7 +122,7 @@ class NativeEngine:
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
-        page_size = choose_page_size(config.page_size, totals[0], is_cuda)
+        page_size = self.page_size or choose_page_size(totals[0], is_cuda)
         if page_size != self.cache.page_size:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None
@@ -140,7 +149,7 @@ class NativeEngine:
             limits,
             slots=slots,
             ahead=8 if is_cuda else 4,
-            prefill_tokens=config.prefill_tokens,
+            prefill_tokens=self.prefill_tokens,
         )
 
     def _uniforms(self, seed: int, sample_ids: list[int], limits: list[int]) -> Tensor:
@@ -164,5 +173,5 @@ class NativeEngine:
 
     def _check(self) -> None:
         self.state = None
-        self.cache = verified_cache(self.model, self.config)
+        self.cache = verified_cache(self.model, self.page_size or 64)
         self.kind = self.model.kind

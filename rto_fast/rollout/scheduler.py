@@ -15,6 +15,8 @@ from rto_fast.rollout.decode import DecodeState, DecodeStep
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.system.progress import advance
 
+PREFILL_TOKENS = 16384  # prompt tokens computed at once
+
 
 @dataclass(eq=False)
 class Request:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.agreement import compare_logits
 from rto_fast.models.directory import first_line
@@ -20,7 +19,7 @@ DECODED = 6  # positions compared of each: the prompt's last token and the token
 
 
 @torch.no_grad()
-def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
+def verified_cache(model: RolloutModel, page_size: int = 64) -> PagedCache:
     """The cache that the model's layers need, after a check that decoding with it computes the model.
 
     Prompts are prefilled in two pieces and some tokens are decoded, in one batch. See `rto_fast.models.agreement`.
@@ -36,7 +35,7 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
     try:
         with model.decoding(max(map(len, sequences))):
             layers, dtype = _probe(model, sequences[-1], name)
-            cache = PagedCache(layers, config.page_size or 64, dtype, model.device)
+            cache = PagedCache(layers, page_size, dtype, model.device)
             decoded = _decoded_logits(model, cache, sequences)
         own = model.packed_logits(batch)[rows]
         precision = model.kind[1]

@@ -62,7 +62,7 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
     def logps(precise: bool) -> Tensor:
-        max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
+        max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
         return response_logps(policy, prompt_ids, response_ids, max_tokens, temperature, precise=precise)[mask]
 
     own, truth, again = logps(False), logps(True), logps(True)
@@ -188,6 +188,6 @@ def check_dpo_model(session: TrainingSession, models: Models) -> None:
     logps = []
     for model in (models.dpo, models.dpo_reference or models.reference):
         with model.resident():
-            logps.append(pair_logps(model, pairs, session.config.rto.micro_batch_tokens))
+            logps.append(pair_logps(model, pairs, session.config.model.micro_batch_tokens))
     if finding := preference_finding(logps[0] - logps[1], supplied=True):
         session.log.warning("dpo", 0, *finding)

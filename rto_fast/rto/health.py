@@ -230,12 +230,12 @@ def ranks_are_uneven(history: History, config: Config) -> Advice | None:
 
 
 def micro_batches_shrank(history: History, config: Config) -> Advice | None:
-    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.rto.micro_batch_tokens
-    if tokens >= config.rto.micro_batch_tokens:
+    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.model.micro_batch_tokens
+    if tokens >= config.model.micro_batch_tokens:
         return None
     return (
-        f"memory ran out: micro-batches went from {config.rto.micro_batch_tokens:,} tokens to {tokens:,}",
-        f"set rto.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
+        f"memory ran out: micro-batches went from {config.model.micro_batch_tokens:,} tokens to {tokens:,}",
+        f"set model.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
     )
 
 

@@ -37,7 +37,16 @@ def train_rto(
             evaluate(models, trainer.engine, iteration)
 
     health = Health(config, log)
-    train("rto", trainer, log, session.checkpoints, config.rto.save_every, SHOWN, health.check, evaluate_policy)
+    train(
+        "rto",
+        trainer,
+        log,
+        session.checkpoints,
+        config.checkpoint_interval("rto"),
+        SHOWN,
+        health.check,
+        evaluate_policy,
+    )
     if models.critic is not None:
         save_model(models.critic, session.tokenizer, session.folder / "rto_critic", session.stop_ids)
     path = save_model(models.policy, session.tokenizer, session.folder / "rto", session.stop_ids)

@@ -91,15 +91,10 @@ def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int
     return [minibatch.tolist() for epoch in epochs for minibatch in epoch.split(rto.batch_size)]
 
 
-def is_per_sequence(rto: RTOConfig) -> bool:
-    """Whether the losses are means over responses of their means over tokens, and not means over tokens."""
-    return rto.loss_normalization == "sequence" or rto.compat == "paper_code"
-
-
 def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence[int]) -> float:
     """What the means of an optimizer step are over. Known before its first micro-batch, so that their gradients add up
     exactly."""
-    if is_per_sequence(rto):
+    if rto.loss_per_sequence:
         return float(len(minibatch))
     return float(sum(len(experience.response_ids[i]) for i in minibatch))
 
@@ -112,7 +107,7 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
         "advantages": rewards.advantages,
         "returns": rewards.returns,
     }
-    if is_per_sequence(rto):
+    if rto.loss_per_sequence:
         counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
         weights = (1.0 / counts).repeat_interleave(
             experience.batch.cu_seqlens.diff(), output_size=experience.batch.num_tokens
@@ -187,5 +182,5 @@ def value_pass(
         num_items=micro_batch.num_items,
         value_clip_eps=rto.value_clip_eps,
     )
-    optimizer.backward(factor * rto.value_coef * loss)
+    optimizer.backward(factor * loss)
     return metrics

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import Config, OptimizerConfig, TrainingConfig
 from rto_fast.models.model import Model
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero_stage
+from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups
 from rto_fast.training.zero import ZeroOptimizer
 
 
@@ -23,16 +23,18 @@ class Optimizer(Schedule):
     Args: model, and those of `Schedule`.
     """
 
-    def __init__(self, model: Model, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        super().__init__(stage, total_steps, lr)
+    def __init__(
+        self, model: Model, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None
+    ):
+        super().__init__(stage, settings, total_steps, lr)
         named = model.trainable()
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(self._collect(master))
-        groups = parameter_groups(self.masters, stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups(self.masters, settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=settings.adam_betas, eps=1e-8, fused=True)
 
     @staticmethod
     def _collect(master):
@@ -56,7 +58,7 @@ class Optimizer(Schedule):
             gradients = [m.grad for m in self.masters if m.grad is not None]
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm).item()
         for group in self.adam.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -94,9 +96,14 @@ class Optimizer(Schedule):
 
 
 def build_optimizer(
-    model: Model, stage: TrainingConfig, total_steps: int, deepspeed: DeepSpeedConfig, lr: float | None = None
+    model: Model, stage: TrainingConfig, total_steps: int, config: Config, lr: float | None = None
 ) -> Optimizer | ZeroOptimizer:
-    """`ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else `Optimizer`."""
-    if zero_stage(deepspeed):
-        return ZeroOptimizer(model, stage, total_steps, deepspeed, lr)
-    return Optimizer(model, stage, total_steps, lr)
+    """`ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else `Optimizer`.
+
+    Args:
+        stage: the stage's section of the configuration.
+        lr: peak learning rate, default the stage's.
+    """
+    if config.deepspeed.stage_for(ranks.world_size()):
+        return ZeroOptimizer(model, stage, config.optimizer, total_steps, config.deepspeed, lr)
+    return Optimizer(model, stage, config.optimizer, total_steps, lr)

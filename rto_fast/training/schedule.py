@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
-from rto_fast.training import ranks
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 # Optimizer steps in a row with a non-finite gradient, after which nothing good can follow; in a short stage, half of all.
@@ -40,9 +39,9 @@ class Schedule:
         lr: peak learning rate, default the stage's.
     """
 
-    def __init__(self, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        self.stage, self.total_steps = stage, total_steps
-        self.peak_lr = stage.lr if lr is None else lr
+    def __init__(self, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None):
+        self.settings, self.total_steps = settings, total_steps
+        self.peak_lr, self.schedule = stage.lr if lr is None else lr, settings.schedule(stage.stage)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def step(self) -> dict[str, float]:
@@ -53,9 +52,7 @@ class Schedule:
         Raises:
             TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
         """
-        lr = self.peak_lr * learning_rate_factor(
-            self.steps, self.total_steps, self.stage.warmup_ratio, self.stage.min_lr_ratio
-        )
+        lr = self.peak_lr * learning_rate_factor(self.steps, self.total_steps, *self.schedule)
         norm = self._update(lr)
         skipped = not math.isfinite(norm)
         self.skipped += skipped
@@ -97,8 +94,3 @@ class Schedule:
     def _load_counts(self, state: dict[str, Any]) -> None:
         for name in self._counts():
             setattr(self, name, state[name])
-
-
-def zero_stage(deepspeed: DeepSpeedConfig) -> int:
-    """The ZeRO stage of this run; 0: no DeepSpeed."""
-    return deepspeed.stage_for(ranks.world_size())

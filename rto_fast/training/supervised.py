@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rto_fast.config import Config, StageConfig
+from rto_fast.config import Config, SupervisedConfig
 from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
@@ -29,7 +29,7 @@ class SupervisedTrainer:
     def __init__(
         self,
         model: Model,
-        stage: StageConfig,
+        stage: SupervisedConfig,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
@@ -38,9 +38,9 @@ class SupervisedTrainer:
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = stage_steps(stage, len(lengths))
-        self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)
+        self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
-        self.accumulator = Accumulator(stage.micro_batch_tokens, say)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
 
     @property
     def step_count(self) -> int:

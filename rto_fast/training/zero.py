@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero_stage
+from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups
 
 BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
 
@@ -36,9 +36,9 @@ def engine_config(
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if settings.offload_optimizer and elements:
+    if settings.offloads_optimizer and elements:
         zero["offload_optimizer"] = host
-    if settings.offload_parameters:
+    if settings.offloads_parameters:
         zero["offload_param"] = host
     is_bf16 = dtype == torch.bfloat16
     return {
@@ -110,21 +110,27 @@ class ZeroOptimizer(Schedule):
     """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
     from then on.
 
-    Args: as of `Optimizer`. settings: `DeepSpeedConfig`.
+    Args: as of `Optimizer`, and `deepspeed`.
     """
 
     def __init__(
-        self, model: Model, stage: TrainingConfig, total_steps: int, settings: DeepSpeedConfig, lr: float | None = None
+        self,
+        model: Model,
+        stage: TrainingConfig,
+        settings: OptimizerConfig,
+        total_steps: int,
+        deepspeed: DeepSpeedConfig,
+        lr: float | None = None,
     ):
-        super().__init__(stage, total_steps, lr)
-        level = zero_stage(settings)
+        super().__init__(stage, settings, total_steps, lr)
+        level = deepspeed.stage_for(ranks.world_size())
         if level == 3:
             use_op_linear(model.module)
         self.model, self.named, self.is_zero3 = model, model.trainable(), level == 3
-        groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
-        config = engine_config(settings, level, model.dtype, elements, stage.max_grad_norm)
+        config = engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm)
         _initialize(model, config, self.adam)
         self.engine = model.engine
 
@@ -132,7 +138,9 @@ class ZeroOptimizer(Schedule):
         self.engine.backward(loss * ranks.world_size())
 
     def zero_grad(self) -> None:
-        raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
+        raise TrainingError(
+            "out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot be begun anew)"
+        )
 
     def _update(self, lr: float) -> float:
         for group in self.adam.param_groups:

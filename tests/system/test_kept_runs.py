@@ -87,7 +87,7 @@ ENDS = {
     SystemExit(0): "the run was ended by SystemExit: 0",
     GeneratorExit(): "the run was ended by GeneratorExit",
     asyncio.CancelledError("late"): "the run was ended by CancelledError: late",
-    MemoryError(): "sft: out of memory: of the CPU. Lower sft.micro_batch_tokens",
+    MemoryError(): "sft: out of memory: of the CPU. Lower model.micro_batch_tokens",
 }
 
 
@@ -313,7 +313,7 @@ def full_disk(size):
 
 FULL = {  # a model has 450 KB, a checkpoint 1.4 MB
     "model": (200_000, [], "out/sft: the model could not be written: "),
-    "checkpoint": (600_000, ["--sft.save_every", "1"], "sft-00000001: the checkpoint could not be written: "),
+    "checkpoint": (600_000, ["--save_every", "1"], "sft-00000001: the checkpoint could not be written: "),
     "log": (6_000, ["--sft.max_steps", "100", "--sft.epochs", "99"], "metrics.jsonl could not be written: "),
 }
 
