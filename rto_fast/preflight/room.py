@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def _items(prompts: Sequence[int], responses: Sequence[int], means: Sequence[flo
     return Items(sum(prompts) / count, sum(means or responses) / count, longest, count)
 
 
-def disk_bytes(plan: Plan, save_every: Mapping[str, int], keep: int) -> float:
+def disk_bytes(plan: Plan, save_every: dict[str, int], keep: int) -> float:
     """The least that models and checkpoints take on the disk at one time.
 
     These are the models of the stages done and, of the present stage, the checkpoints that are kept, or its model and those.
@@ -106,7 +106,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    save_every = {stage: config.checkpoint_interval(stage) for stage in STAGES}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in STAGES}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (

@@ -1,6 +1,6 @@
 """How many steps a stage takes."""
 
-from rto_fast.config import StageConfig
+from rto_fast.config import SupervisedConfig
 
 
 def count_steps(examples: float, batch_size: int, max_steps: int | None = None) -> int:
@@ -13,6 +13,6 @@ def count_steps(examples: float, batch_size: int, max_steps: int | None = None) 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def stage_steps(stage: StageConfig, examples: int) -> int:
+def stage_steps(stage: SupervisedConfig, examples: int) -> int:
     """Optimizer steps of a stage that learns from `examples`."""
     return count_steps(examples * stage.epochs, stage.batch_size, stage.max_steps)
