@@ -64,7 +64,7 @@ class _Range(NamedTuple):
     low: float
     high: float
     is_optional: bool = False  # may be None
-    kind: tuple[type, ...] = (float, int, Real)  # the usual types first, because isinstance finds them fast
+    kind: Any = (float, int, Real)  # the usual types first, because isinstance finds them fast
 
 
 # Kernels compute in float32. A number that float32 rounds to 0 or to infinity is refused like these.

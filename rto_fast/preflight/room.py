@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rto_fast.config import STAGES, Config
+from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError
 from rto_fast.planning.machine import GIB, local_machine
@@ -44,7 +45,7 @@ def _items(prompts: Sequence[int], responses: Sequence[int], means: Sequence[flo
     return Items(sum(prompts) / count, sum(means or responses) / count, longest, count)
 
 
-def disk_bytes(plan: Plan, save_every: dict[str, int], keep: int) -> float:
+def disk_bytes(plan: Plan, save_every: Mapping[Any, int], keep: int) -> float:
     """The least that models and checkpoints take on the disk at one time.
 
     These are the models of the stages done and, of the present stage, the checkpoints that are kept, or its model and those.
@@ -106,7 +107,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in STAGES}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (

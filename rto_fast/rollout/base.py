@@ -105,13 +105,14 @@ class RolloutBatch:
     def pack(self, device: torch.device | str = "cpu") -> tuple[PackedBatch, Tensor | None, Tensor | None]:
         """(batch, logps [T], sampling_logps [T]), aligned as in `rto_fast.batch`; log-probs are 0 outside of responses."""
         batch = pack(self.prompt_ids, self.response_ids, device)
-        return batch, self.aligned(self.logps, batch), self.aligned(self.sampling_logps, batch)
+        logps, sampling_logps = (
+            None if values is None else self.aligned(values, batch) for values in (self.logps, self.sampling_logps)
+        )
+        return batch, logps, sampling_logps
 
     @staticmethod
-    def aligned(values: Tensor | None, batch: PackedBatch) -> Tensor | None:
+    def aligned(values: Tensor, batch: PackedBatch) -> Tensor:
         """Values of response tokens, [total response tokens] → [T] of their packed batch, 0 elsewhere."""
-        if values is None:
-            return None
         out = torch.zeros(batch.num_tokens, dtype=values.dtype, device=batch.labels.device)
         return out.masked_scatter_(batch.response_mask, values.to(out.device))
 

@@ -71,12 +71,11 @@ class PagedCache:
         layers: (kv heads, head_dim) of each layer.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-
     def __init__(self, layers: list[tuple[int, int]], page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layers, self.page_size, self.dtype, self.device = layers, page_size, dtype, device
         self.addresses = torch.zeros(len(layers), 2, dtype=torch.int64, device=device)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.release()
 
     @property
@@ -135,7 +134,7 @@ class PagedCache:
         self.addresses.copy_(to_device(pools, torch.int64, self.device))
 
     def release(self) -> None:
-        held = bool(getattr(self, "keys", []))
+        held = len(self.keys)
         self.keys, self.values, self.free, self.ref_counts, self.num_pages = [], [], [], [], 0
         if held and self.device.type == "cuda":
             torch.cuda.empty_cache()  # or what is allocated next would lie amid this memory and keep all of it

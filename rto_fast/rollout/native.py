@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig, check_rollout
@@ -98,7 +98,9 @@ class NativeEngine:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
                 sample_ids = [number * n + i for number in numbers for i in range(n)]
-                scheduler.state.reset(self._uniforms(seed, sample_ids, limits))
+                ids = torch.tensor(sample_ids, device=self.model.device)[:, None]
+                positions = torch.arange(max(limits), device=self.model.device)
+                scheduler.state.reset(philox_uniforms(seed, ids, positions))
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             except torch.OutOfMemoryError as error:
@@ -151,11 +153,6 @@ class NativeEngine:
             ahead=8 if is_cuda else 4,
             prefill_tokens=self.prefill_tokens,
         )
-
-    def _uniforms(self, seed: int, sample_ids: list[int], limits: list[int]) -> Tensor:
-        device = self.model.device
-        ids = torch.tensor(sample_ids, device=device)[:, None]
-        return philox_uniforms(seed, ids, torch.arange(max(limits), device=device))
 
     @staticmethod
     def _batch(state: DecodeState, prompt_ids: list[list[int]], sampling: Sampling) -> RolloutBatch:

@@ -29,10 +29,14 @@ def generate_shared(engine: Engine, prompt_ids: list[list[int]], n: int, samplin
     lengths = torch.tensor([len(ids) for ids in part.response_ids])[: counts[ranks.rank()]]
     lengths_of = ranks.gather(lengths, counts)
     tokens = [int(lengths.sum()) for lengths in lengths_of]
-    in_order = _Order(shares, n, lengths_of)
+    samples = [prompt * n + i for share in shares for prompt in share for i in range(n)]
+    places = sorted(range(len(samples)), key=samples.__getitem__)
 
     def gathered(values: Tensor) -> list[Tensor]:
-        return in_order(ranks.gather(values[: tokens[ranks.rank()]], tokens))
+        """All ranks' values of responses, in the order of the prompts."""
+        parts = zip(ranks.gather(values[: tokens[ranks.rank()]], tokens), lengths_of)
+        pieces = [piece for part, lengths in parts for piece in part.split(lengths.tolist())]
+        return [pieces[i] for i in places]
 
     ids = gathered(torch.tensor([token for response in part.response_ids for token in response]))
     responses = [response.tolist() for response in ids]
@@ -49,16 +53,3 @@ def generate_shared(engine: Engine, prompt_ids: list[list[int]], n: int, samplin
         part.timings,
         part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
     )
-
-
-class _Order:
-    """Puts the ranks' responses into the order of the prompts."""
-
-    def __init__(self, shares: list[list[int]], n: int, lengths: list[Tensor]) -> None:
-        self.lengths = [part.tolist() for part in lengths]
-        samples = [prompt * n + j for share in shares for prompt in share for j in range(n)]
-        self.places = sorted(range(len(samples)), key=samples.__getitem__)
-
-    def __call__(self, parts: list[Tensor]) -> list[Tensor]:
-        pieces = [piece for part, lengths in zip(parts, self.lengths) for piece in part.split(lengths)]
-        return [pieces[i] for i in self.places]

@@ -60,7 +60,6 @@ def behaviour_logps(
         return recompute(every), None, {}
     device = batch.labels.device
     sampled = rollout.aligned(rollout.logps, batch)
-    assert sampled is not None  # there are log-probs
     rows = monitored_rows(len(response_ids))
     monitored = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], device).response_mask
     parts = rollout.logps.split([len(ids) for ids in response_ids])

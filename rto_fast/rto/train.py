@@ -25,7 +25,7 @@ def train_rto(
         evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
     """
     config, log, prompts = session.config, session.log, session.data.prompts
-    if config.dpo.model and models.dpo is not None:
+    if config.dpo.model:
         check_dpo_model(session, models)
     trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log)
     rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))

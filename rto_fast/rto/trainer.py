@@ -28,8 +28,9 @@ from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewa
 from rto_fast.rto.update import update
 from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.schedule import ScheduledOptimizer
 from rto_fast.training.steps import count_steps
 from rto_fast.training.zero import release
 
@@ -145,7 +146,7 @@ class RTOTrainer:
         for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
             release(frozen)
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
         return {**optimizers, "order": self.order, "accumulator": self.accumulator}
 

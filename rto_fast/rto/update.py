@@ -20,7 +20,7 @@ from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator, add_to
-from rto_fast.training.optimizer import Schedule
+from rto_fast.training.schedule import ScheduledOptimizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MicroBatch:
 def update(
     config: Config,
     models: Models,
-    optimizers: Mapping[str, Schedule],
+    optimizers: Mapping[str, ScheduledOptimizer],
     experience: Experience,
     rewards: TokenRewards,
     seed: int,
@@ -109,9 +109,7 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
     }
     if rto.loss_per_sequence:
         counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
-        weights = (1.0 / counts).repeat_interleave(
-            experience.batch.cu_seqlens.diff(), output_size=experience.batch.num_tokens
-        )
+        weights = (1.0 / counts).repeat_interleave(experience.batch.cu_seqlens.diff())
         columns |= {"policy_weights": weights, "value_weights": weights}
     if experience.importance is not None:
         columns["policy_weights"] = experience.importance * columns.get("policy_weights", 1.0)
@@ -129,7 +127,7 @@ def pack_micro_batch(
 
 
 def policy_pass(
-    config: Config, policy: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    config: Config, policy: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the policy; returns metrics that add up over micro-batches."""
     loss, metrics = policy.forward(policy_loss, micro_batch, config.rto, config.rollout.temperature)
@@ -170,7 +168,7 @@ def policy_loss(
 
 
 def value_pass(
-    rto: RTOConfig, critic: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    rto: RTOConfig, critic: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the critic; returns metrics that add up over micro-batches."""
     loss, metrics = ppo_value_loss(

@@ -27,8 +27,8 @@ CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wr
 
 def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected responses, EOS included: [N] each, nats."""
-    prompts, device = [p.prompt_ids for p in pairs], model.device
-    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
+    prompts = [p.prompt_ids for p in pairs]
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
     chosen, rejected = segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
     return chosen, rejected
 

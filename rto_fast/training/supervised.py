@@ -10,8 +10,9 @@ from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
+from rto_fast.training.schedule import ScheduledOptimizer
 from rto_fast.training.steps import count_steps, stage_steps
 
 
@@ -72,7 +73,7 @@ class SupervisedTrainer:
         """Gives back what the stage holds beside the model's weights."""
         self.optimizer.release()
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Training on DeepSpeed ZeRO: optimizer states (1), gradients (2) and weights (3) in pieces, one a rank.
 
-Of DeepSpeed's behaviours that would surprise: it divides gradients by the number of ranks (ours add up: their normalisers
-are global), clips at 1.0 unless told otherwise, compiles its own optimizers for minutes (so it is given torch's AdamW).
+DeepSpeed does three things that surprise. It divides gradients by the number of ranks; ours add up, for their denominators
+are global. It clips at 1.0 by default. It compiles its own optimizers for minutes, so it is given torch's AdamW.
 """
 
 import functools
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,20 +20,22 @@ from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups
+from rto_fast.training.schedule import MOMENTS, ScheduledOptimizer, parameter_groups
 
-BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
+BUCKET = 200_000_000  # elements that are reduced at once; each ZeRO-3 engine holds a buffer of this size
 
 
 def engine_config(
     settings: DeepSpeedConfig, stage: int, dtype: torch.dtype, elements: int = 0, max_grad_norm: float = 0.0
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """Makes DeepSpeed's configuration.
 
     Args:
+        settings: of the run.
         stage: of ZeRO.
         dtype: of the weights.
         elements: the number of weights that are trained; 0 if the model is only evaluated.
+        max_grad_norm: see `sft.max_grad_norm`.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -42,7 +45,7 @@ def engine_config(
         zero["offload_param"] = host
     is_bf16 = dtype == torch.bfloat16
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches are packed by tokens
+        "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's bookkeeping: batches are packed by tokens
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step ends where `step` is called, whatever the number of backwards
         "gradient_clipping": max_grad_norm,
@@ -69,14 +72,14 @@ def _initialize(model: Model, config: dict, optimizer: torch.optim.Optimizer | N
 
 
 def _forget(module: torch.nn.Module) -> None:
-    """DeepSpeed's ZeRO 3 keeps every module it ever knew, with its weights, in a list and in a method's cache."""
+    """Removes a module from the list and the cache in which DeepSpeed's ZeRO-3 keeps every module with its weights."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, PartitionedParameterCoordinator
 
     own = set(module.modules())
     FWD_MODULE_STACK[:] = [known for known in FWD_MODULE_STACK if known not in own]
     method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     for cell in method.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):  # under another decorator
+        if hasattr(cell.cell_contents, "cache_clear"):  # the cached function is under another decorator
             cell.cell_contents.cache_clear()
 
 
@@ -106,12 +109,8 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
         model.module.to(device)
 
 
-class ZeroOptimizer(Schedule):
-    """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
-    from then on.
-
-    Args: as of `Optimizer`, and `deepspeed`.
-    """
+class ZeroOptimizer(ScheduledOptimizer):
+    """AdamW in a DeepSpeed engine, through which the model's forward passes go from then on."""
 
     def __init__(
         self,
@@ -151,10 +150,9 @@ class ZeroOptimizer(Schedule):
     def release(self) -> None:
         release(self.model)
 
-    # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
-
     def state_dict(self) -> dict[str, Any]:
-        """See `Schedule`. Each tensor is a function, which every rank has to call to put the tensor together."""
+        """Returns the same state from any number of ranks and any ZeRO stage as `Optimizer` does, but with functions in the
+        place of tensors: every rank has to call them, which gathers the tensor."""
         import deepspeed.utils as ds
 
         state = self._counts()
@@ -168,7 +166,7 @@ class ZeroOptimizer(Schedule):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         import deepspeed
         import deepspeed.utils as ds
 
@@ -188,15 +186,15 @@ class ZeroOptimizer(Schedule):
 
     @torch.enable_grad()
     def _make_moments(self) -> None:
-        """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
+        """Makes AdamW create its state, in a step with gradients of 0 and a learning rate of 0."""
         hidden = self.model.forward(forward_hidden, pack_whole([[0, 1]], self.engine.device))
         self.engine.backward(0.0 * hidden.sum())
         self._update(0.0)
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """DeepSpeed's accessors of ZeRO 1 and 2 learn where the moments are after the first step of the first parameter
-        group, when the other group has none yet."""
+        """Tells DeepSpeed's accessors where the moments are. With ZeRO 1 and 2 they look after the first step of the first
+        parameter group, when the other group has none yet."""
         if not self.is_zero3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
