@@ -54,13 +54,13 @@ class InspectConfig:
     """The command's options."""
 
     source: Location | None = None
-    """File, folder, HF dataset name or embedded:NAME, with a split if need be: x[test]."""
+    """A file, a folder, the name of an HF dataset or `embedded:NAME`; `name[test]` names a split."""
     tokenizer: Location | None = None
-    """Directory or hub id of the model or tokenizer; without one, lengths are in words."""
+    """Directory or hub id of the model or its tokenizer. Without it lengths are in words."""
     trust_remote_code: bool = False
-    """See model.trust_remote_code of rto_fast.train."""
+    """Allow the tokenizer's directory to run its own Python code."""
     examples: CountOr0 = 3
-    """Examples shown."""
+    """Number of examples that are shown."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ DATA = Command(
     {
         "pairs.jsonl": "a file as it is detected, with lengths in words",
         "pairs.jsonl --tokenizer DIR": "lengths in tokens, what the limits cut, and the loss mask",
-        "HuggingFaceH4/ultrafeedback_binarized[test_prefs] --data.limit 1000": "the first rows of a split of an HF dataset",
+        "'HuggingFaceH4/ultrafeedback_binarized[test_prefs]' --data.limit 1000": "a split of an HF dataset",
     },
     positional="source",
 )

@@ -107,7 +107,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    save_every = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (
