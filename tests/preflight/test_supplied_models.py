@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rto_fast import evaluate, train
 from rto_fast.config import LoraConfig, load_config
-from rto_fast.data.__main__ import load_tokenizer_and_stops
+from rto_fast.data.look import load_tokenizer_and_stops
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, RewardError
 from rto_fast.models.directory import check_fit
