@@ -3,6 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rto_fast.config import RolloutConfig
+from rto_fast.rollout import NativeEngine
+
 SIZES = dict(
     vocab_size=97,
     hidden_size=32,
@@ -76,3 +79,9 @@ def state_of(model):
         "weights": [(p.data_ptr(), p._version) for p in model.parameters()],
         "grads": [p.requires_grad for p in model.parameters()],
     }
+
+
+def native_engine(model, *, page_size=None, prefill_tokens=16384, **settings):
+    """The native engine with settings of `RolloutConfig`."""
+    options = {"page_size": page_size, "prefill_tokens": prefill_tokens}
+    return NativeEngine(model, None, RolloutConfig(**settings), **options)

@@ -115,7 +115,8 @@ Word = Annotated[str, NotBlank()]
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
     """A dataclass's fields with their types, rules included."""
-    return typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.cache
@@ -193,7 +194,8 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"[{', '.join(map(describe, parts))}]"
     if origin is dict:
-        return f"{{name: {describe(parts[1])}, …}}"
+        name = "name" if parts[0] is str else describe(parts[0])
+        return f"{{{name}: {describe(parts[1])}, …}}"
     names = {
         int: "a whole number",
         float: "a number",

@@ -5,23 +5,20 @@ begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: exp
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
 import os
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
-from rto_fast.config.yaml_text import Value, read, resolve
+from rto_fast.config.help import Command, print_help
+from rto_fast.config.removed import INSTEAD, refusal
+from rto_fast.config.yaml_text import Given, Value, read, resolve
 from rto_fast.errors import ConfigError, FieldError
-from rto_fast.system.terminal import ArgumentParser
 
 Settings = TypeVar("Settings")
-Given = dict[str, Value]
 
 
 def argument(hint: Any) -> Callable[[str], Any]:
@@ -80,7 +77,10 @@ def split_arguments(
 
 
 def check_known(name: str, where: str, known: Iterable[str]) -> None:
+    """Raises ConfigError unless a key (or option, --key) exists: one that did exist is refused with what replaces it."""
     if name not in known:
+        if name.removeprefix("--") in INSTEAD:
+            raise refusal(name.removeprefix("--"), where)
         leaf = name.lstrip("-").replace("-", "_")
         section, dot, last = name[:100].rpartition(".")
         short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
@@ -99,7 +99,7 @@ def from_option(cls: type, key: str, text: str, place: str = "") -> Given:
 
 def of_command_line(text: str, place: str, hint: Any) -> Value:
     """An option's text: YAML where the field is not a single value; `null` is null where the field can be."""
-    if dataclasses.is_dataclass(hint) or typing.get_origin(base_of(hint)) in (tuple, dict):
+    if dataclasses.is_dataclass(hint) or any(typing.get_origin(option) in (tuple, dict) for option in options_of(hint)):
         return dataclasses.replace(read(text, place), place=place)
     is_null = text == "null" and type(None) in options_of(hint)
     return Value(text, place, None if is_null else text)
@@ -138,22 +138,18 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     return given
 
 
-def parse(
-    cls: type[Settings], arguments: list[str], *, prog: str, description: str, positional: str | None = None
-) -> Settings:
+def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settings:
     """The dataclass that command-line `arguments` describe; `--help` prints its options and exits.
 
-    Args:
-        prog, description: for the help. positional: the key of an argument that is no option.
     Raises:
         ConfigError: a mistake in them.
     """
     if asks_for_help(arguments):
-        print_help(cls, prog, description, {}, positional)
+        print_help(cls, command, arguments)
         raise SystemExit(0)
     given: Given = {}
-    for key, text in split_arguments(arguments, cls, positional=positional):
-        given |= from_option(cls, key, text, key.upper() if key == positional else "")
+    for key, text in split_arguments(arguments, cls, positional=command.positional):
+        given |= from_option(cls, key, text, key.upper() if key == command.positional else "")
     return build(cls, given)
 
 
@@ -173,7 +169,8 @@ def converted(hint: Any, value: Value) -> Any:
     origin, parts = typing.get_origin(base), typing.get_args(base)
     content = value.content
     if isinstance(content, dict):
-        each = parts[1] if origin is dict else Any
+        mappings = [option for option in options_of(hint) if typing.get_origin(option) is dict]
+        each = typing.get_args(mappings[0])[1] if mappings else Any
         return {name: converted(each, item) for name, item in content.items()}
     if isinstance(content, list):
         items = [converted(each, item) for each, item in zip(parts, content)] if origin is tuple else None
@@ -216,50 +213,3 @@ def build(cls: type[Settings], given: Given) -> Settings:
         if error.key not in given:
             raise
         raise ConfigError(named(error.key, given[error.key].place, error.reason)) from None
-
-
-def print_help(cls: type, prog: str, description: str, others: dict[str, str], positional: str | None = None) -> None:
-    """Every option with its text (the string below the field), what it expects, and its default.
-
-    Args:
-        others: options of no dataclass, with their texts.
-    """
-    usage = f"%(prog)s{' ' + positional.upper() if positional else ''} [--key value ...]"
-    parser = ArgumentParser(prog=prog, description=description, usage=usage)
-    for name, text in others.items():
-        parser.add_argument(f"--{name}", help=text, metavar="")
-
-    def add(group: Any, cls: type, prefix: str) -> None:
-        texts = _texts(cls)
-        for field in dataclasses.fields(cls):
-            hint = hints_of(cls)[field.name]
-            if dataclasses.is_dataclass(hint):
-                section = parser.add_argument_group(prefix + field.name, inspect.cleandoc(hint.__doc__ or ""))
-                add(section, typing.cast(type, hint), f"{prefix}{field.name}.")
-                continue
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            kind = "" if base_of(hint) is str else f"{describe(hint)}; "
-            text = f"{texts.get(field.name, '')} ({kind}default: {shown(default)})".replace("%", "%%")
-            if (name := prefix + field.name) == positional:
-                parser.add_argument(name.upper(), help=texts[name].replace("%", "%%"))
-            else:
-                group.add_argument(f"--{name}", help=text, metavar="")
-
-    add(parser, cls, "")
-    parser.print_help()
-
-
-def _texts(cls: type) -> dict[str, str]:
-    """The strings below a dataclass's fields."""
-    texts: dict[str, str] = {}
-    for part in reversed(cls.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-        body = typing.cast(ast.ClassDef, tree).body
-        for line, below in zip(body, body[1:]):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[typing.cast(ast.Name, line.target).id] = " ".join(str(below.value.value).split())
-    return texts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rto_fast.config import Config, DataConfig, ModelConfig
 from rto_fast.config.fields import CountOr0, Location, check_fields
+from rto_fast.config.help import Command
 from rto_fast.config.options import parse as parse_options
 from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
@@ -50,15 +51,22 @@ class InspectConfig:
         Config(model=ModelConfig(path="any"), data=self.data)
 
 
+DATA = Command(
+    "rto_fast.data",
+    "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and examples as "
+    "the model will see them.",
+    {
+        "pairs.jsonl": "a file as it is detected, with lengths in words",
+        "pairs.jsonl --tokenizer DIR": "lengths in tokens, what the limits cut, and the loss mask",
+        "HuggingFaceH4/ultrafeedback_binarized[test_prefs] --data.limit 1000": "the first rows of a split of an HF dataset",
+    },
+    positional="source",
+)
+
+
 def parse(arguments: list[str]) -> tuple[InspectConfig, DataConfig]:
     """(options, those of the data)."""
-    description = (
-        "Shows what a run would load from a source: layout, counts, duplicates, lengths, what the limits cut, and "
-        "examples as the model will see them."
-    )
-    options = parse_options(
-        InspectConfig, arguments, prog="python -m rto_fast.data", description=description, positional="source"
-    )
+    options = parse_options(InspectConfig, arguments, DATA)
     return options, options.data
 
 
@@ -75,7 +83,7 @@ def load_tokenizer_and_stops(path, trust_remote_code):
 
 def look(options, config, page, say):
     """Says everything there is to say about `options.source`."""
-    name, split = split_of_source(options.source, config.split)
+    name, split = split_of_source(options.source)
     reading = {"streaming": config.streaming, "max_unpacked_gib": config.max_unpacked_gib}
     layout, rows = open_examples(name, split=split, columns=config.columns or None, **reading)
     say(page.title("layout"), f"  {layout}")
@@ -84,8 +92,6 @@ def look(options, config, page, say):
 
     field = {"pairs": "preferences", "sft": "sft", "prompts": "prompts"}[kind]
     given = {"preferences": None, "sft": None, "prompts": None, field: options.source}
-    if kind != "pairs" and split != "train":  # data.split is of data.preferences; here the split is part of the name
-        given[field] = f"{name}[{split}]"
     path = options.tokenizer or ("embedded" if name.startswith("embedded:") else None)
     tokenizer, stop_ids = load_tokenizer_and_stops(path, options.trust_remote_code) if path else (None, [])
 

@@ -19,8 +19,8 @@ SFT_ROLES = ("prompt", "response", "completion", "messages", "chosen", "tools")
 PROMPT_ROLES = ("prompt", "messages", "tools")
 
 
-def split_of_source(source, default="train"):
-    """(name, split) of a source that may name its split: `name[test]`, `name[test[:500]]`."""
+def split_of_source(source: str, default: str = "train") -> tuple[str, str]:
+    """(name, split) of a source that may name its split, `name[test]` or `name[test[:500]]`."""
     found = re.fullmatch(r"(.*?)(?:\[([^\[\]]+(?:\[[^\[\]]*\])?)\])?", source, re.S)
     name, split = found.groups()  # type: ignore[union-attr]  # any text matches
     return name, split or default
@@ -43,10 +43,10 @@ class RunData:
         self._noted = set()  # what was warned of
 
     def _examples(
-        self, source: str, split: str = "train", roles: tuple[str, ...] | None = None, demonstrations: bool = False
+        self, source: str, roles: tuple[str, ...] | None = None, demonstrations: bool = False
     ) -> list[Example]:
         config = self.config
-        name, split = split_of_source(source, split)
+        name, split = split_of_source(source)
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
         with progress(f"reading {source}", config.limit, "rows"):
             examples = load_examples(
@@ -137,7 +137,7 @@ class RunData:
     def _preferences(self):
         if not self.config.preferences:
             raise DataError("data.preferences: no preference data is given, and this run needs some")
-        return self._hold_out(self._examples(self.config.preferences, self.config.split), "preferences")
+        return self._hold_out(self._examples(self.config.preferences), "preferences")
 
     @cached_property
     def _prompts(self):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig
+from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig
 from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields
 from rto_fast.errors import ConfigError
 
@@ -106,9 +106,9 @@ class EvaluateConfig:
                 path=self.model,
                 tokenizer=self.tokenizer,
                 dtype=self.dtype,
+                micro_batch_tokens=self.micro_batch_tokens,
                 trust_remote_code=self.trust_remote_code,
             ),
             data=data,
             rollout=self.rollout,
-            rto=RTOConfig(micro_batch_tokens=self.micro_batch_tokens),
         )

@@ -4,7 +4,7 @@ from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
 from rto_fast.models.directory import check_becomes_scorer
 from rto_fast.preflight.contexts import check_contexts
-from rto_fast.preflight.models import check_endings, tell_dropout
+from rto_fast.preflight.models import check_endings, say_dropout
 from rto_fast.preflight.room import check_room
 from rto_fast.preflight.sources import say_sources
 from rto_fast.rewards.choice import Functions
@@ -21,7 +21,7 @@ def check_before_training(session: TrainingSession, functions: Functions) -> Non
     trust = config.model.trust_remote_code
     say_sources(config, log)
     trained = [model for model in models if model.key == "rto.critic" or model is models[0]]
-    tell_dropout(trained, log.say, trust)
+    say_dropout(trained, log.say, trust)
     if config.trains_reward_model or config.critic_starts_from_policy:
         check_becomes_scorer(session.base, trust_remote_code=trust)
     check_endings(config, models[1:], session.tokenizer, session.stop_ids, session.warn_of_model)

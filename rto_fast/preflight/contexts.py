@@ -15,21 +15,28 @@ from rto_fast.rewards import same_tokens
 from rto_fast.session import TrainingSession
 from rto_fast.stages.dpo import CHECKED_PAIRS
 
-# As they are called in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
+# What a message advises, in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
 DATA_LIMITS = "lower max_prompt_tokens or max_response_tokens"
 ROLLOUT_LIMITS = "lower max_prompt_tokens or rollout.max_new_tokens"
 ROLLOUT = "the longest prompt with rollout.max_new_tokens"
 
 
 def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str, trust_remote_code: bool) -> None:
-    """Raises ModelError if one of the models has not the positions for `longest` tokens.
+    """Checks that each model's context holds `longest` tokens.
 
     Args:
-        what: has so many tokens. remedy: what makes it shorter.
+        models: The models.
+        longest: A number of tokens.
+        what: What has that many tokens, for the message.
+        remedy: What makes it shorter, for the message.
+        trust_remote_code: Whether the models may run code of their own.
+
+    Raises:
+        ModelError: A model's context is shorter.
     """
     for model in models:
-        if told := _too_long(model, longest, what, trust_remote_code):
-            raise ModelError(f"{told}; {remedy}")
+        if fault := _too_long(model, longest, what, trust_remote_code):
+            raise ModelError(f"{fault}; {remedy}")
 
 
 def _too_long(model: Supplied, longest: int, what: str, trust_remote_code: bool) -> str | None:
@@ -52,12 +59,17 @@ def longest_written(
     say: Callable[[str], object],
     trust_remote_code: bool,
 ) -> int:
-    """The most tokens, prompt and response together, that one of the policies can write; says where its context ends them.
+    """The tokens of the longest sequence, prompt and response together, that the policies can write.
 
     Args:
-        prompts: that each policy is given. say: called with a line of text.
+        policies: The policies.
+        prompts: The prompts that each of them is given.
+        max_new_tokens: The limit of a response.
+        say: Is called with a line of text where a policy's context is shorter than the prompt and that limit.
+        trust_remote_code: Whether the models may run code of their own.
+
     Raises:
-        ModelError: a prompt leaves no room for a response.
+        ModelError: A prompt leaves no room for a response.
     """
     longest, totals = max((len(p.prompt_ids) for p in prompts), default=0), [0]
     for policy in policies if prompts else ():
@@ -74,13 +86,12 @@ def longest_written(
 
 
 def longest_pair(pairs: Iterable[Pair]) -> int:
-    """Tokens of the longest prompt with one of its responses."""
+    """The tokens of the longest prompt with one of its responses."""
     return max((len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), default=0)
 
 
 def check_contexts(session: TrainingSession) -> None:
-    """Compares each model's context with what it is going to read: the longest data, and the longest responses that can be
-    sampled.
+    """Checks that each model's context holds the longest data and the longest responses that it is going to read.
 
     Raises:
         ModelError: A model's context is too short.
@@ -122,7 +133,7 @@ def check_contexts(session: TrainingSession) -> None:
 
 
 def has_statistics(scorer: Supplied, trust_remote_code: bool) -> bool:
-    """Whether a reward model brings the mean and std of its scores along, as those that are trained here do."""
+    """Whether a reward model's config.json has the mean and std of its scores, as of those that are trained here."""
     config = model_config(scorer.path, trust_remote_code=trust_remote_code)
     return ScoreStatistics.of(config) is not None
 
@@ -134,12 +145,22 @@ def check_judge(
     warn: Callable[[Finding], object],
     trust_remote_code: bool,
 ) -> None:
-    """Raises ModelError if a reward model's context is too short for `longest` tokens of the policy's; only warns where it
-    has a tokenizer of its own, by which there may be fewer."""
-    told = _too_long(model, longest, "the longest text that it may have to score", trust_remote_code)
-    if told is None:
+    """Checks that a reward model's context holds the longest text that it may have to score.
+
+    Args:
+        model: The reward model.
+        tokenizer: The policy's tokenizer.
+        longest: The tokens of that text by the policy's tokenizer.
+        warn: Is called where the text is too long but the reward model has another tokenizer, by which it may be shorter.
+        trust_remote_code: Whether the model may run code of its own.
+
+    Raises:
+        ModelError: The text is too long, and the reward model has the policy's tokenizer.
+    """
+    fault = _too_long(model, longest, "the longest text that it may have to score", trust_remote_code)
+    if fault is None:
         return
     if same_tokens(load_tokenizer(model.path, trust_remote_code=trust_remote_code), tokenizer):
-        raise ModelError(f"{told}; {ROLLOUT_LIMITS}")
-    told += " by the policy's tokenizer, and a text that is too long by its own stops the run"
-    warn(Finding("reward_model_context", told, ROLLOUT_LIMITS))
+        raise ModelError(f"{fault}; {ROLLOUT_LIMITS}")
+    fault += " by the policy's tokenizer, and a text that is too long by its own stops the run"
+    warn(Finding("reward_model_context", fault, ROLLOUT_LIMITS))

@@ -1,4 +1,4 @@
-"""What the commands share: a mistake of the user ends in one line, not in a traceback."""
+"""What all commands share: the user's mistakes end them with one line instead of a traceback."""
 
 import contextlib
 import os
@@ -13,25 +13,30 @@ from rto_fast.system.progress import shown
 
 
 def error_line(error: BaseException, kind: bool = False) -> str:
-    """What is said of an error, its notes included. Messages quote data, files and other people's errors: no line breaks,
-    nothing that a terminal would obey. kind: its type's name goes first."""
+    """An error and its notes as one line of text, without characters that a terminal would obey.
+
+    Args:
+        error: The error; its message may quote data, files and other libraries' errors.
+        kind: Whether the line begins with the name of the error's type.
+    """
     parts = [type(error).__name__] if kind or not str(error) else []
     text = ": ".join([*parts, *filter(None, [str(error)])])
     lines = "; ".join([text, *getattr(error, "__notes__", [])]).splitlines()
-    return terminal.one_line(" ".join(filter(None, map(str.strip, lines))))  # spaces inside a line may be a path's
+    return terminal.one_line(" ".join(filter(None, map(str.strip, lines))))  # spaces inside a line may belong to a path
 
 
 def exit_code(stop: Interrupted) -> int:
-    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # a scheduler that asks for an end gets one
+    """0 after SIGTERM, by which a scheduler asks for the end; else the shell's code for the signal."""
+    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal
 
 
-def _tell(text):
+def _tell(text: str) -> None:
     if terminal.speaks():
         terminal.say(f"rto_fast: {text}", err=True)
 
 
 def _end_at_next_signal() -> None:
-    """What is still to be ended, threads and libraries, may hang."""
+    """Threads and libraries that are still to be ended may hang: the next signal ends the process at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 

@@ -60,7 +60,7 @@ def train(
                     what = (str(error).splitlines() or ["of the CPU."])[0]
                     raise with_notes(
                         error,
-                        f"{name}: out of memory: {what} Lower {name}.micro_batch_tokens or "
+                        f"{name}: out of memory: {what} Lower model.micro_batch_tokens or "
                         "rollout.batch_size, or set model.gradient_checkpointing",
                     ) from error
                 if isinstance(error, TrainingError):

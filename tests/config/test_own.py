@@ -312,7 +312,7 @@ def test_a_wheel_knows_the_names(tmp_path):
         target = source / name
         target.parent.mkdir(exist_ok=True)
         os.symlink(ROOT / name, target)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "-q"]
     subprocess.run(build, cwd=source, check=True, capture_output=True)

@@ -38,11 +38,9 @@ SETTINGS = [
     "12",
     "--rto.batch_size",
     "6",
-    "--rto.micro_batch_tokens",
+    "--model.micro_batch_tokens",
     "200",
-    "--sft.micro_batch_tokens",
-    "300",
-    "--sft.weight_decay",
+    "--optimizer.weight_decay",
     "0.1",
 ]
 LORA = ["--lora.rank", "2", "--sft.lr", "1e-2"]
@@ -82,8 +80,8 @@ RUNS = {
         [
             "--deepspeed.zero_stage",
             "1",
-            "--deepspeed.offload_optimizer",
-            "true",
+            "--deepspeed.offload",
+            "optimizer",
             "--model.gradient_checkpointing",
             "true",
         ],
@@ -95,10 +93,8 @@ RUNS = {
         [
             "--deepspeed.zero_stage",
             "3",
-            "--deepspeed.offload_parameters",
-            "true",
-            "--deepspeed.offload_optimizer",
-            "true",
+            "--deepspeed.offload",
+            "all",
             "--deepspeed.frozen",
             "offloaded",
         ],

@@ -17,7 +17,8 @@ from rto_fast.data.tokenizing import Prompt, encode_response
 from rto_fast.data.world import build_model, build_tokenizer, preference_rows, prompt_rows
 from rto_fast.errors import UserError
 from rto_fast.estimates import length_controlled_win_rate, wins
-from rto_fast.evaluate import main, table, write_json
+from rto_fast.evaluate import main
+from rto_fast.evaluation.output import table, write_json
 from rto_fast.evaluation.policies import evaluate, kl_terms, measured_kl
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model

@@ -98,7 +98,7 @@ def test_gradients_of_hidden_states_add_up_in_float32(chunks, dtype, device, mon
             )[1],
         )
     monkeypatch.setattr(linear_token_logps, "MAX_CHUNK_COLS", 384 // chunks)
-    monkeypatch.setattr(linear_ppo_loss, "_chunk_rows", lambda rows, *_: rows // chunks)
+    monkeypatch.setattr(linear_ppo_loss, "rows_per_chunk", lambda rows, *_: rows // chunks)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).to(device, dtype) for n in (6, 384))
     hidden.requires_grad_()

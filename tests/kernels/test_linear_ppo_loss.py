@@ -250,7 +250,7 @@ def test_chunks_do_not_change_the_result(device, monkeypatch):
     inputs = make(40, 300, 16, device)
     whole = evaluate(kernel.linear_ppo_loss, inputs, entropy_coef=0.1)
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 4 * 300 * 7)
-    monkeypatch.setattr(kernel, "_chunk_rows", lambda *_: 7)
+    monkeypatch.setattr(kernel, "rows_per_chunk", lambda *_: 7)
     chunked = evaluate(kernel.linear_ppo_loss, inputs, entropy_coef=0.1)
     torch.testing.assert_close(chunked[0], whole[0])
     for gradients in (whole[2], chunked[2]):
@@ -325,10 +325,10 @@ def test_bitwise_repeatable(dtype, device, small_chunks):
 @pytest.mark.parametrize("vocab, hidden_size", [(1, 8), (32000, 2048), (128256, 4096), (151936, 1024), (262144, 640)])
 @pytest.mark.parametrize("rows", [0, 1, 63, 8192, 100_000])
 def test_chunks_fit_the_workspace(rows, vocab, hidden_size):
-    chunk = kernel._chunk_rows(rows, vocab, hidden_size, True)
+    chunk = kernel.rows_per_chunk(rows, vocab, hidden_size, True)
     accumulator = 4 * vocab * hidden_size
     assert 4 * chunk * vocab + accumulator * (chunk < rows) <= kernel.WORKSPACE_BYTES + accumulator
-    chunk = kernel._chunk_rows(rows, vocab, hidden_size, False)
+    chunk = kernel.rows_per_chunk(rows, vocab, hidden_size, False)
     assert min(rows, 1) <= chunk <= rows and 4 * chunk * vocab <= kernel.WORKSPACE_BYTES
 
 

@@ -220,7 +220,7 @@ def test_bitwise_repeatable(device, small_tiles):
 @pytest.mark.parametrize("vocab", [1, 128, 900, 32000, 128256, 151936, 262144])
 @pytest.mark.parametrize("rows", [1, 63, 8192, 100_000])
 def test_chunks_fit_the_workspace(rows, vocab):
-    columns = kernel._chunk_cols(rows, vocab)
+    columns = kernel.columns_per_chunk(rows, vocab)
     assert columns % 128 == 0 and columns <= kernel.MAX_CHUNK_COLS
     assert rows * columns * 4 <= kernel.WORKSPACE_BYTES
 

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.batch import pack, pack_whole
-from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models import attention, precision
 from rto_fast.models.agreement import Noise, compare_logits, compare_values, k3_limit, mismatch, ppo_notices
@@ -134,7 +133,7 @@ def made(name, seed, auto_class=AutoModelForCausalLM, **settings):
 def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(seed):
     check_causal_lm(made("mixtral", seed), "mixtral")
     check_scorer(made("mixtral", seed, AutoModelForSequenceClassification, num_labels=1), "mixtral")
-    verified_cache(RolloutModel(made("mixtral", seed)), RolloutConfig())
+    verified_cache(RolloutModel(made("mixtral", seed)))
 
 
 def test_the_rounding_of_scores_is_no_fault():

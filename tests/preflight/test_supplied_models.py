@@ -18,7 +18,7 @@ from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.preflight.models import check_endings, tell_dropout
+from rto_fast.preflight.models import check_endings, say_dropout
 from rto_fast.training.saving import save_model
 from tests.preflight.supplied import GOLD, PLACEMENT, RTO, SFT, config_of, write
 
@@ -188,7 +188,7 @@ def test_dropout_that_is_turned_off_is_told(tmp_path):
     build_model(0).save_pretrained(tmp_path / "none")
     lines: list[str] = []
     models = [Supplied("model.path", str(path), "causal_lm", False) for path in (tmp_path, tmp_path / "none")]
-    tell_dropout(models, lines.append, False)
+    say_dropout(models, lines.append, False)
     assert len(lines) == 1 and lines[0].startswith(f"model.path: {tmp_path}: config.json's ")
     assert "dropout (0.2)" in lines[0] and "layerdrop (0.25)" in lines[0] and "attention_dropout" not in lines[0]
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from rto_fast.config import ConfigError, dump_config, load_config
+from rto_fast.config import dump_config, load_config
 from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.errors import ConfigError
 from rto_fast.push import command
 from rto_fast.reporting import model_card
 from rto_fast.reporting.finish import publish_run

@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rto_fast.config import ConfigError
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response
 from rto_fast.data.world import build_tokenizer
-from rto_fast.errors import RewardError
+from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rewards import (

@@ -8,9 +8,9 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import check_causal_lm
-from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
+from rto_fast.rollout import HFEngine, Sampling, build_engine
 from rto_fast.rollout.attention import DenseDecode
-from tests.tiny_models import ARCHITECTURES, SIZES, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, SIZES, native_engine, prompts, tiny
 
 GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
 
@@ -31,7 +31,7 @@ def test_greedy_tokens_are_those_of_generate(name):
     model = tiny(name)
     expected = [generate_alone(model, prompt, 24) for prompt in prompts()]
     for way in WAYS:
-        rollout = NativeEngine(model, None, RolloutConfig(**way)).generate(prompts(), 1, GREEDY)
+        rollout = native_engine(model, **way).generate(prompts(), 1, GREEDY)
         assert rollout.response_ids == expected, way
 
 

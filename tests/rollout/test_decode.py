@@ -11,16 +11,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import costs
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.planning import costs
 from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, verify
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
-from tests.tiny_models import ARCHITECTURES, SIZES, assert_same, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, SIZES, assert_same, native_engine, prompts, tiny
 
 
 class Shapes:
@@ -160,11 +160,11 @@ def float64_logps(model, rollout):
 )
 def test_the_triton_kernels_decode_as_the_plain_path_does(name, top_k, triton_decode, device, monkeypatch):
     sampling = Sampling(6, stop_ids=(1, 7), top_k=top_k)
-    config = RolloutConfig(batch_size=3, page_size=16)
-    found = NativeEngine(tiny(name).to(device), None, config).generate(prompts(), 1, sampling, 0)
+    config = dict(batch_size=3, page_size=16)
+    found = native_engine(tiny(name).to(device), **config).generate(prompts(), 1, sampling, 0)
     monkeypatch.undo()
     plain = tiny(name)  # on a CPU, where plain torch decodes
-    expected = NativeEngine(plain, None, config).generate(prompts(), 1, sampling, 0)
+    expected = native_engine(plain, **config).generate(prompts(), 1, sampling, 0)
     assert found.response_ids == expected.response_ids
     exact = float64_logps(plain, expected)
     # float32 in another order: a few times what the plain path's own float32 errs.
@@ -179,7 +179,7 @@ class TestGraphs:
     """What is captured when, on a CPU: a graph runs the captured call again, with the captured arguments."""
 
     sampling = Sampling(20, stop_ids=(1, 7, 8, 9))
-    config = RolloutConfig(page_size=16, batch_size=16)
+    config = dict(page_size=16, batch_size=16)
 
     @pytest.fixture
     def captures(self, monkeypatch):
@@ -208,7 +208,7 @@ class TestGraphs:
         return buckets
 
     def test_each_bucket_is_captured_once_and_kept_while_the_shapes_fit(self, captures):
-        engine = NativeEngine(tiny(), None, self.config)
+        engine = native_engine(tiny(), **self.config)
         first = engine.generate(prompts(), 3, self.sampling, 0)
         assert captures[0] == 16 and len(set(captures)) == len(captures)
         again = engine.generate(prompts(), 3, self.sampling, 0)
@@ -219,7 +219,7 @@ class TestGraphs:
         assert len(set(captures)) < len(captures)
 
     def test_idle_slots_change_nothing(self, captures, monkeypatch):
-        found = NativeEngine(tiny(), None, self.config).generate(prompts(), 3, self.sampling, 0)
+        found = native_engine(tiny(), **self.config).generate(prompts(), 3, self.sampling, 0)
         assert captures
         monkeypatch.undo()
         assert_same(
@@ -239,8 +239,8 @@ class TestGraphs:
             self.device = Device()
 
         monkeypatch.setattr(Scheduler, "__init__", late)
-        config = RolloutConfig(**{"page_size": 16, "batch_size": 16} | way)
-        assert_same(NativeEngine(tiny(), None, config).generate(prompts(), 3, self.sampling, 0), expected)
+        engine = native_engine(tiny(), **self.config | way)
+        assert_same(engine.generate(prompts(), 3, self.sampling, 0), expected)
 
     @pytest.fixture
     def sync_modes(self, monkeypatch):

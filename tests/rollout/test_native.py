@@ -14,15 +14,13 @@ from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import causal_logps
 from rto_fast.rollout import NativeEngine, Sampling, cache, native, scheduler
-from tests.tiny_models import assert_same, prompts, state_of, tiny
+from tests.tiny_models import assert_same, native_engine, prompts, state_of, tiny
 
 SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
 
 
 def generate(model, way=None, sampling=SAMPLING, seed=0, n=3, ids=None, **options):
-    return NativeEngine(model, None, RolloutConfig(**way or {})).generate(
-        ids or prompts(), n, sampling, seed, **options
-    )
+    return native_engine(model, **way or {}).generate(ids or prompts(), n, sampling, seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,7 @@ def test_prompts_that_fill_their_pages_wait_for_room(pages, limit):
 
 
 def test_all_pages_come_back(monkeypatch):
-    engine = NativeEngine(tiny(), None, RolloutConfig(batch_size=4, page_size=16))
+    engine = native_engine(tiny(), batch_size=4, page_size=16)
     seen = {}
     release = engine.cache.__class__.release
 
@@ -348,7 +346,7 @@ def test_out_of_memory_shrinks_the_cache_and_says_so(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return zeros(*args, **options)
 
-    engine = NativeEngine(model, None, RolloutConfig(page_size=16))
+    engine = native_engine(model, page_size=16)
     monkeypatch.setattr(cache.torch, "zeros", scarce)
     with pytest.warns(UserWarning, match="no memory for a KV cache of .* GiB; trying .* GiB"):
         rollout = engine.generate(prompts(), 3, SAMPLING, 0)
@@ -382,7 +380,7 @@ def test_out_of_memory_later_on_tells_what_to_lower(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(scheduler, "prefill_chunk", fail)
-    with pytest.raises(RolloutError, match="out of memory .CUDA out of memory.*; lower rollout.prefill_tokens, "):
+    with pytest.raises(RolloutError, match="out of memory .CUDA out of memory.*; lower rollout.kv_cache_gib "):
         engine.generate(prompts(), 3, SAMPLING, 0)
     assert engine.cache.keys == []
 
@@ -443,7 +441,7 @@ def test_sampling_that_cannot_be_is_refused(name, value):
         Sampling(**{"max_new_tokens": 4} | {name: value})
 
 
-@pytest.mark.parametrize("name, value", [("batch_size", 0), ("page_size", 8), ("page_size", 24), ("prefill_tokens", 0)])
+@pytest.mark.parametrize("name, value", [("batch_size", 0), ("kv_cache_gib", 0.0)])
 def test_settings_that_cannot_be_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"rollout.{name}: expected .*, got {value}"):
         NativeEngine(tiny(), None, RolloutConfig(**{name: value}))

@@ -11,7 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.rollout import NativeEngine, fuse, verify
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.verify import verified_cache
-from tests.tiny_models import ARCHITECTURES, tiny
+from tests.tiny_models import ARCHITECTURES, native_engine, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,7 +29,7 @@ def made(name, dtype, device="cpu"):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, SMOLLM2])
 def test_right_decoding_passes_in_every_dtype(name, dtype):
     for page_size in (None, 16):  # of 16: sequences cross pages
-        NativeEngine(made(name, dtype), None, RolloutConfig(page_size=page_size))
+        native_engine(made(name, dtype), page_size=page_size)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -110,4 +110,4 @@ def test_planted_faults_of_decoding_are_found_in_every_dtype(name, dtype, fault,
     model = made(name, dtype)
     fault(monkeypatch, model)
     with pytest.raises(ModelError, match="decoded log-probs differ from those of its forward pass by"):
-        verified_cache(RolloutModel(model.eval()), RolloutConfig())
+        verified_cache(RolloutModel(model.eval()))

@@ -71,7 +71,7 @@ OPTIONS = [
     "true",
     "--keep_checkpoints",
     "2",
-    *(f"--{stage}.save_every=1" for stage in STAGES),
+    "--save_every=1",
     *(f"--{stage}.max_steps=3" for stage in STAGES[:3]),
 ]
 MODELS = {*STAGES, "rto_critic", "rto_best"}

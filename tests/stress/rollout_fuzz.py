@@ -58,11 +58,11 @@ def request(r, vocabulary, context):
 def settings(r, engine, prompts, n, sampling, page_sizes):
     """Slots, pages and pieces at random, and often hardly any memory."""
     config = engine.config
-    config.batch_size, config.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
-    config.page_size, config.kv_cache_gib = r.choice(page_sizes), None
+    config.batch_size, engine.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
+    engine.page_size, config.kv_cache_gib = r.choice(page_sizes), None
     if r.random() < 0.5:
         longest = min(max(map(len, prompts)) + sampling.max_new_tokens, engine.model.context)
-        page = config.page_size or -(-longest // 16) * 16
+        page = engine.page_size or -(-longest // 16) * 16
         page_bytes = engine.cache.page_bytes // engine.cache.page_size * page
         pages = -(-longest // page) + r.randint(0, 6)
         config.kv_cache_gib = (pages + 1.5) * page_bytes / GIB

@@ -51,7 +51,7 @@ OPTIONS = [
     "100",
     "--eval.keep_best",
     "true",
-    "--rto.save_every",
+    "--save_every",
     "100",
 ]
 
