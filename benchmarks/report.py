@@ -3,9 +3,9 @@
     python -m benchmarks.report [--static] [--cpu]
 
 Writes the sections between markers of benchmarks/README.md: predictions of kernels and rollouts; results, if there are
-any; with --static, the machine-code table of `python -m benchmarks.static`; with --cpu, what the CPU path and rollouts
-take on this machine. Also a short table into docs/benchmarks.md, where it has the marker `kernel-results`, and plots beside
-the results.
+any; with --static the machine-code table of `python -m benchmarks.static`; with --cpu the times of the CPU path and of
+rollouts on this machine. Also writes a short table to docs/benchmarks.md at its marker `kernel-results`, and
+plots beside the results.
 """
 
 import platform
@@ -151,7 +151,7 @@ def cpu_rollout_section():
 
 
 def headline(results):
-    """The short table of docs/benchmarks.md: ours and the best peer, at the three models' shapes."""
+    """The short table of docs/benchmarks.md: our function and the best peer, for the shapes of the three models."""
     lines = []
     for result in results:
         lines += [f"{result['gpu']}, commit {result['commit']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
