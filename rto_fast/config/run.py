@@ -98,9 +98,9 @@ class Config:
         return self.trains_reward_model or self.trains_dpo
 
     @property
-    def trained_stages(self) -> tuple[str, ...]:
+    def trained_stages(self) -> tuple[Stage, ...]:
         """The names of the stages that this run trains, in their order; a stage left out is supplied or not needed."""
-        trained = {
+        trained: dict[Stage, bool] = {
             "sft": self.trains_sft,
             "reward_model": self.trains_reward_model,
             "dpo": self.trains_dpo,

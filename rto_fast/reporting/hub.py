@@ -1,4 +1,4 @@
-"""Pushing a run's final model to the Hugging Face Hub."""
+"""Uploads a run's final model to the Hugging Face Hub."""
 
 import glob
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from rto_fast.system.terminal import one_line, say
 from rto_fast.system.writing import write_own
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
-# Nothing else leaves the machine: no pickle, no code, no file that somebody put beside the model.
+# Only these files are uploaded: no pickle, no code, no file that somebody put beside the model.
 ALLOWED = [
     "README.md",
     "images/*.png",
@@ -35,22 +35,25 @@ LARGEST_CARD = 2**24  # bytes
 
 
 def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bool = False) -> str | None:
-    """Uploads a finished run's model with its card, which is written where it is missing.
+    """Uploads a finished run's model with its card, which is written if it is missing.
 
     Args:
-        repo: OWNER/NAME; made if it is not there. private: a public repository is refused. dry_run: only list what would
-            be uploaded; no network is used and nothing is written.
+        run_folder: the output_dir of a finished run.
+        repo: the repository, OWNER/NAME, which is created where it does not exist.
+        private: refuse a public repository.
+        dry_run: only list what would be uploaded, without the network and without writing anything.
     Returns:
-        The repository's address, None after a dry run.
+        The repository's address; None after a dry run.
     Raises:
-        ConfigError: not a name for a repository, or the run is under way. DataError: no finished model. ModelError: weights
-        that cannot be read.
-        HubError: no token, no network, or a refusal of the Hub's.
+        ConfigError: the repository's name is not valid, or the run is in progress.
+        DataError: the run has no finished model.
+        ModelError: its weights cannot be read.
+        HubError: there is no token or no network, or the Hub refuses.
     """
     check_repo(repo, "--repo")
     from rto_fast.reporting.model_card import count_parameters, final_model, model_card, name_in_card, write_model_card
 
-    refuse_if_in_use(run_folder, by_others=True)  # it may be about to write another model, or card
+    refuse_if_in_use(run_folder, by_others=True)  # a run under way may be about to write another model or card
     _, folder = final_model(run_folder)
     count_parameters(folder)  # weights that cannot be read are not pushed
     card = folder / "README.md"
@@ -76,7 +79,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
 
 
 def _allowed(folder: Path) -> list[str]:
-    """The files that are uploaded; the others are named."""
+    """The files that are uploaded; prints the names of the others."""
     files, left_out = split_files(folder)
     if left_out:
         say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
@@ -84,7 +87,11 @@ def _allowed(folder: Path) -> list[str]:
 
 
 def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> None:
-    """Prints what would be uploaded. written: {name: bytes} of the files that the push would write before."""
+    """Prints what would be uploaded.
+
+    Args:
+        written: {name: bytes} of the files that the push would write first.
+    """
     sizes = {name: (folder / name).stat().st_size for name in _allowed(folder)} | written
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
     for name in sorted(sizes):
@@ -95,12 +102,12 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
 
 
 def split_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of the files that are uploaded, names of the others), relative to `folder`."""
+    """The names of the files that are uploaded, and those of the other files, relative to `folder`."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     root = folder.resolve()
 
-    def is_allowed(name):
-        # A pattern's * goes into folders, its depth does not; a link may point at anything on the disk.
+    def is_allowed(name: str) -> bool:
+        # A pattern's * matches slashes, so the depth is compared too. A link may point at any file of this machine.
         fits = any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in ALLOWED)
         return fits and (folder / name).is_file() and (folder / name).resolve() == root / name
 
@@ -108,7 +115,7 @@ def split_files(folder: Path) -> tuple[list[str], list[str]]:
     return files, [name for name in names if name not in files]
 
 
-def _upload(folder, files, repo, private):
+def _upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
     from huggingface_hub import HfApi, get_token
 
     token = get_token()
@@ -124,11 +131,11 @@ def _upload(folder, files, repo, private):
                     repo_id=repo,
                     folder_path=folder,
                     allow_patterns=[glob.escape(name) for name in files],
-                    delete_patterns=WEIGHTS,  # of an earlier push: loaded instead of these, if they are cut otherwise
+                    delete_patterns=WEIGHTS,  # of an earlier push, which could be loaded in place of these
                     commit_message="Push from rto-fast",
                 )
-    except Exception as error:  # those of the client, of HTTP and of the storage have no common base
-        # An HTTP library repeats a header that it does not like.
+    except Exception as error:  # errors of the client, of HTTP and of the storage have no common base
+        # An HTTP library's error may quote the header with the token.
         reason = " ".join(str(error).replace(token, "…").split())[:300]
         raise HubError(
             f"{repo}: not uploaded ({type(error).__name__}: {reason}); see the name, the token's rights and the network"

@@ -26,6 +26,7 @@ from rto_fast.rto.models import Models
 from rto_fast.rto.token_records import recorded_iterations, token_records
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
+from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices, fingerprint
@@ -95,7 +96,8 @@ class RTOTrainer:
         prompts, rollout = self._sample(seed)
         sampled = time.perf_counter()
         try:
-            experience = score_rollout(self.config, self.models, rollout, prompts, self.tokenizer, self.device)
+            with progress("rto: score"):
+                experience = score_rollout(self.config, self.models, rollout, prompts, self.tokenizer, self.device)
         except RewardError:
             self.order.load_state_dict(order)
             raise

@@ -52,17 +52,11 @@ def train(
                 if evaluate:
                     evaluate(trainer.step_count)
             except BaseException as error:
-                save_what_is_whole(error, name, trainer, checkpoints, recorded)
-                if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                    what = (str(error).splitlines() or ["of the CPU."])[0]
-                    raise with_notes(
-                        error,
-                        f"{name}: out of memory: {what} Lower model.micro_batch_tokens or "
-                        "rollout.batch_size, or set model.gradient_checkpointing",
-                    ) from error
-                if isinstance(error, TrainingError):
-                    raise with_notes(error, f"{name}: {error}") from error
-                raise
+                fault = _stage_error(error, name)
+                save_what_is_whole(fault, name, trainer, checkpoints, recorded)
+                if fault is error:
+                    raise
+                raise fault from error
             checkpoints.check_lock(look=False)
             if ranks.any_rank(stop.signal is not None):
                 checkpoints.save(name, trainer)
@@ -92,9 +86,12 @@ def save_what_is_whole(
         error.add_note(f"what {name} trained after its last checkpoint is not saved: {fault}")
 
 
-def with_notes(error: BaseException, message: str) -> TrainingError:
-    """Returns a `TrainingError` with the notes of `error`."""
-    fault = TrainingError(message)
-    for note in getattr(error, "__notes__", []):
-        fault.add_note(note)
-    return fault
+def _stage_error(error: BaseException, name: str) -> BaseException:
+    """A `TrainingError` that names the stage where memory ran out or training failed; any other error as it is."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        reason = (str(error).splitlines() or ["of the CPU."])[0]
+        return TrainingError(
+            f"{name}: out of memory: {reason} Lower model.micro_batch_tokens or rollout.batch_size, or set "
+            "model.gradient_checkpointing"
+        )
+    return TrainingError(f"{name}: {error}") if isinstance(error, TrainingError) else error

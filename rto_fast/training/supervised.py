@@ -13,7 +13,7 @@ from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.schedule import ScheduledOptimizer
-from rto_fast.training.steps import count_steps
+from rto_fast.training.steps import count_steps, stage_steps
 
 
 class SupervisedTrainer:
@@ -38,7 +38,7 @@ class SupervisedTrainer:
         fingerprint: str = "",
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
-        self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
+        self.steps = stage_steps(stage, len(lengths))
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, say)

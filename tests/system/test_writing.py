@@ -323,8 +323,8 @@ OTHERS = {
     "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/reporting/trackers.py": {"open"},
-    "rto_fast/planning/measure.py": {"write_text", "TemporaryDirectory"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
+    "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
     "benchmarks/gpu.py": {"open", "mkdtemp"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},
