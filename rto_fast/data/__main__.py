@@ -102,6 +102,7 @@ def load_tokenizer_and_stops(path: str, trust_remote_code: bool) -> tuple[PreTra
 
 def look(options: InspectConfig, config: DataConfig, page: Page, say: Callable[..., None]) -> None:
     """Prints all that is known of `options.source`."""
+    assert options.source  # options without one are refused
     name, split = split_of_source(options.source)
     layout, rows = open_examples(
         name,
