@@ -137,7 +137,15 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     log = RunLog(folder, silent=not ranks.is_main())
     log.take_notices()
     resume = bool(config.resume)
-    checkpoints = Checkpoints(folder, log, keep=config.keep_checkpoints, resume=resume, stop=stop, lock=lock)
+    checkpoints = Checkpoints(
+        folder,
+        log,
+        keep=config.keep_checkpoints,
+        resume=resume,
+        stop=stop,
+        lock=lock,
+        interval=config.checkpoint_interval,
+    )
     if ranks.is_main():
         log.trackers = _trackers(config, folder, checkpoints)
     device = prepare_process(config)

@@ -1,7 +1,9 @@
 """All checks of a training run that can be made before its first step."""
 
 from rto_fast.config import Config
+from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import Prompt
 from rto_fast.models.directory import check_becomes_scorer
 from rto_fast.preflight.contexts import check_contexts
 from rto_fast.preflight.models import check_endings, say_dropout
@@ -48,7 +50,7 @@ def check_columns(config: Config, data: RunData, functions: Functions) -> None:
     if functions.judge:
         functions.judge.check_columns(data.eval_prompts[:1])
     if functions.reward and config.needs_reward_model:
-        scored = data.prompts[:1] + ([] if functions.judge else data.eval_prompts[:1])
+        scored: list[Prompt | Example] = [*data.prompts[:1], *([] if functions.judge else data.eval_prompts[:1])]
         if config.rto.normalize_scores and config.data.preferences:  # the scores' statistics are measured on pairs
             scored += [pair.example for pair in (data.held_out_pairs or data.pairs)[:1]]
         functions.reward.check_columns(scored)
