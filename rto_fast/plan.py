@@ -3,17 +3,18 @@
 It needs no network, no GPU and no weights: of models it reads only their shapes.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rto_fast.config import Config, load_config
-from rto_fast.config.fields import Count, Location
-from rto_fast.config.options import argument
+from rto_fast.config.fields import Count, Location, Word, check_fields
+from rto_fast.config.help import Command
+from rto_fast.config.options import own_arguments, parse
 from rto_fast.system.command_line import as_command
-from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
+from rto_fast.system.terminal import Styled, one_line, say, styled, wants_styles
 
 if TYPE_CHECKING:  # imported after the options: --help and mistakes in them need no torch
     from rto_fast.planning.advice import Planner
@@ -22,30 +23,40 @@ if TYPE_CHECKING:  # imported after the options: --help and mistakes in them nee
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 GIB = 1 << 30
 
+PLAN = Command(
+    "rto_fast.plan",
+    "Predicts how much memory each phase of a run takes, and says what to change where it does not fit. It needs no "
+    "network, no GPU and no weights. All options of `python -m rto_fast.train` work here too.",
+    {
+        "--config llama3_8b_ultrafeedback --gpus 8xH200": "the paper's main setting on eight GPUs",
+        "--gpus cpu": "the embedded default on this machine's CPU",
+        "--sft.model DIR --data.preferences pairs.jsonl": "your model and data on this machine",
+    },
+    switches=("json",),
+)
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+
+@dataclass
+class PlanOptions:
+    """What is planned for, beside the run's configuration."""
+
+    gpus: Word | None = None
+    """The GPUs: 8xH200, 1xRTX4090 or cpu. Default: those of this machine."""
+    model_shape: Location | None = None
+    """Directory with a config.json, or known hub id, whose shape stands for models that are not here."""
+    examples: Count | None = None
+    """Examples in the data. Default: data.limit, or what is known of the data."""
+    json: bool = False
+    """Print the plan as JSON."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def parse_options(arguments: list[str]) -> tuple[PlanOptions, list[str]]:
     """(the options of this command, the options of a run)."""
-    parser = ArgumentParser(
-        prog="python -m rto_fast.plan",
-        allow_abbrev=False,
-        description="Predicts how much memory each phase of a run takes, and says what to change where it does not fit.",
-        epilog="All options of `python -m rto_fast.train` work here too.",
-    )
-    parser.add_argument(
-        "--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: the GPUs of this machine"
-    )
-    parser.add_argument(
-        "--model_shape",
-        type=argument(Location),
-        help="directory with a config.json, or known hub id, whose shape is taken for models that are not here",
-    )
-    parser.add_argument(
-        "--examples",
-        type=argument(Count),
-        help="examples in the data; default: data.limit, or what is known of the data",
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    return parser.parse_known_args(arguments)
+    own, others = own_arguments(PlanOptions, arguments, PLAN)
+    return parse(PlanOptions, own, PLAN), others
 
 
 def as_json(plan: "Plan") -> dict:
@@ -131,7 +142,7 @@ def advice(config: Config, plan: "Plan", planner: "Planner") -> str:
 
 def main(arguments: list[str] | None = None) -> "Plan":
     """Prints the plan of a run, and returns it."""
-    options, rest = parse(sys.argv[1:] if arguments is None else list(arguments))
+    options, rest = parse_options(sys.argv[1:] if arguments is None else list(arguments))
     config = load_config(rest, say=lambda text: None if options.json else say(text))
     from rto_fast.planning.machine import Machine, local_machine, parse_machine
     from rto_fast.planning.phases import make_plan

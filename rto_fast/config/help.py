@@ -9,8 +9,9 @@ import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from rto_fast.config.fields import base_of, describe, hints_of, shown
+from rto_fast.config.fields import LARGEST_COUNT, base_of, describe, hints_of, shown
 from rto_fast.errors import ConfigError
 from rto_fast.system.terminal import say
 
@@ -20,8 +21,11 @@ class Command:
     """What `--help` says of a command.
 
     Args:
-        module: after `python -m`. examples: {arguments: what they do}. others: {option: its text} of the options that are
-            no fields. positional: the field that is given without its name.
+        module: what follows `python -m`.
+        examples: {arguments: what they do}.
+        others: {option: its text}, of the options that are no fields.
+        positional: the field that is given without its name; a list takes several values.
+        switches: the fields that are true where they are given, without a value.
     """
 
     module: str
@@ -29,6 +33,7 @@ class Command:
     examples: dict[str, str]
     others: dict[str, str] = field(default_factory=dict)
     positional: str | None = None
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,18 @@ def entries(cls: type, prefix: str = "") -> list[Entry]:
     for item in dataclasses.fields(cls):
         hint = hints_of(cls)[item.name]
         if not dataclasses.is_dataclass(hint):
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            kind = "" if base_of(hint) is str else describe(hint)
-            found.append(Entry(prefix + item.name, texts.get(item.name, ""), kind, shown(default)))
+            default: Any = item.default_factory() if callable(item.default_factory) else item.default
+            is_word = isinstance(default, str) and default.isprintable()
+            text = texts.get(item.name, "")
+            found.append(Entry(prefix + item.name, text, _kind(hint), default if is_word else shown(default)))
     return found
+
+
+def _kind(hint: Any) -> str:
+    """What a field expects, where its text and default do not say so."""
+    if base_of(hint) in (str, bool) or typing.get_origin(hint) is list:
+        return ""
+    return describe(hint).replace(f" to {LARGEST_COUNT:,}", "")
 
 
 def sections(cls: type) -> dict[str, type]:
@@ -105,8 +118,9 @@ def _options(options: list[Entry], command: Command | None = None) -> list[str]:
         lines += [f"  --{name}", *_wrapped(text, 6)]
     for entry in options:
         is_positional = command is not None and entry.key == command.positional
-        facts = [entry.kind] if entry.kind else []
-        facts += [] if is_positional else [f"default: {entry.default}"]
+        is_bare = is_positional or (command is not None and entry.key in command.switches)
+        facts = [entry.kind] * bool(entry.kind)
+        facts += [f"default: {entry.default}"] * (not is_bare and entry.default != "null")
         name = entry.key.upper() if is_positional else f"--{entry.key}"
         lines += [f"  {name}", *_wrapped(entry.text + f" ({'; '.join(facts)})" * bool(facts), 6)]
     return lines

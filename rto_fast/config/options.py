@@ -7,6 +7,7 @@ begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: exp
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,8 @@ def split_arguments(
                     f"command line: unexpected {shown(option)}; options are --key value, and --help shows them"
                 )
             yield positional, option
-            positional = None
+            if not _takes_several(cls, positional):
+                positional = None
             continue
         check_known(name, "command line", known)
         if name[2:] in switches:
@@ -91,9 +93,9 @@ def check_known(name: str, where: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{where}: unknown key {given}{hint}")
 
 
-def from_option(cls: type, key: str, text: str, place: str = "") -> Given:
+def from_option(cls: type, key: str, text: str) -> Given:
     """What one option gives: its value, or those of a section, `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
-    value = of_command_line(text, place or f"--{key}", hint := fields_of(cls)[key])
+    value = of_command_line(text, f"--{key}", hint := fields_of(cls)[key])
     return flattened(cls, value, f"{key}.") if dataclasses.is_dataclass(hint) else {key: value}
 
 
@@ -148,9 +150,30 @@ def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settin
         print_help(cls, command, arguments)
         raise SystemExit(0)
     given: Given = {}
-    for key, text in split_arguments(arguments, cls, positional=command.positional):
-        given |= from_option(cls, key, text, key.upper() if key == command.positional else "")
+    for key, text in split_arguments(arguments, cls, switches=command.switches, positional=command.positional):
+        if key == command.positional:
+            value = Value(text, key.upper(), text)
+            before = [*given[key].content] if key in given else []
+            given[key] = Value([*before, value], key.upper()) if _takes_several(cls, key) else value
+        else:
+            given |= from_option(cls, key, "true" if key in command.switches else text)
     return build(cls, given)
+
+
+def _takes_several(cls: type, key: str) -> bool:
+    return typing.get_origin(fields_of(cls)[key]) is list
+
+
+def own_arguments(cls: type, arguments: list[str], command: Command) -> tuple[list[str], list[str]]:
+    """(the options of `cls`, the others) of a command that takes those of a run too."""
+    own, others, words = [], [], iter(arguments)
+    for word in words:
+        name, has_value, _ = word.removeprefix("--").partition("=")
+        is_own = word.startswith("--") and (name in fields_of(cls) or name == "help")
+        (own if is_own else others).append(word)
+        if is_own and not has_value and name not in {*command.switches, "help"}:
+            own += itertools.islice(words, 1)
+    return own, others
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -173,6 +196,8 @@ def converted(hint: Any, value: Value) -> Any:
         each = typing.get_args(mappings[0])[1] if mappings else Any
         return {name: converted(each, item) for name, item in content.items()}
     if isinstance(content, list):
+        if origin is list:
+            return [converted(parts[0], item) for item in content]
         items = [converted(each, item) for each, item in zip(parts, content)] if origin is tuple else None
         return tuple(items) if items and len(items) == len(content) else value.as_python()
     is_text = base is str or origin is typing.Literal and isinstance(parts[0], str)

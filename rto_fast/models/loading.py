@@ -11,11 +11,11 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack_whole
-from rto_fast.errors import ModelError, UserError
+from rto_fast.errors import ModelError, UserError, error_text
 from rto_fast.kernels import reference
 from rto_fast.models.agreement import Agreement, compare_logits, compare_values
 from rto_fast.models.attention import PACKED
-from rto_fast.models.directory import KINDS, check_fit, check_weights, first_line, from_pretrained, quiet, refuse_misfit
+from rto_fast.models.directory import KINDS, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
 from rto_fast.models.head import OpLinear, score_head
 from rto_fast.models.precision import higher_precision, linear_in, precise
@@ -454,7 +454,7 @@ def _refusing(model: PreTrainedModel, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # from code that we do not know: whatever it is, the model cannot be trained
         layer = failing_layer(model, error) or type(model).__name__
-        reason = "it needs an attention mask, and they have none" if misses_mask(error) else first_line(error)
+        reason = "it needs an attention mask, and they have none" if misses_mask(error) else error_text(error)
         raise ModelError(f"{name}: {layer} cannot run packed sequences: {reason}") from error
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from rto_fast.config import Config, OptimizerConfig, SFTConfig, dump_config, load_config
 from rto_fast.config.fields import fields_of
+from rto_fast.config.reference import reference
 from rto_fast.errors import ConfigError
 
 # An older version's file: a setting of the SFT stage, and that of the others.
@@ -261,3 +262,8 @@ def test_the_reference_of_the_dense_reward():
 def test_the_zero_stage_of_a_run():
     assert [load_config([]).deepspeed.stage_for(n) for n in (1, 2)] == [0, 2]
     assert [load_config(["--deepspeed.zero_stage", "3"]).deepspeed.stage_for(n) for n in (1, 2)] == [3, 3]
+
+
+def test_the_page_of_the_documentation_is_made_from_the_fields():
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == reference(), "python -m rto_fast.config.reference > docs/configuration.md"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rto_fast.config import Config, ModelConfig, dump_config, load_config
-from rto_fast.data.__main__ import parse as load_inspection
+from rto_fast.data.__main__ import load_options as load_inspection
 from rto_fast.errors import ConfigError
 from rto_fast.evaluate import EvaluateConfig, load_options
 from rto_fast.system.command_line import as_command

@@ -154,7 +154,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a stream does not tell"):
         load_examples("org/name", split="train[90%:]", streaming=True)
     with pytest.raises(ConfigError, match="data.limit: expected a number with data.streaming"):
-        data_command.parse(["org/name", "--data.streaming", "true"])
+        data_command.load_options(["org/name", "--data.streaming", "true"])
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
@@ -164,7 +164,9 @@ def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
             raise ConnectionError("gone\nfor good")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
-    with pytest.raises(DataError, match="org/name: .* the hub did not give split 'train': gone; check the name"):
+    with pytest.raises(
+        DataError, match="org/name: .* the hub did not give split 'train': gone for good; check the name"
+    ):
         load_examples("org/name", limit=5, streaming=True)
 
 
@@ -255,7 +257,7 @@ def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
 )
 def test_mistakes_in_the_options_are_named(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        data_command.parse(arguments)
+        data_command.load_options(arguments)
 
 
 def command(*arguments, module="rto_fast.data", **environment):
