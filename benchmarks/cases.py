@@ -1,4 +1,4 @@
-"""One comparison each: an op, a pass (forward, backward or both), a shape, inputs, and the functions that compute it.
+"""The comparisons of kernels. Each case has an op, a pass, a shape, inputs, and the functions that are compared.
 
 `benchmarks/test_kernels.py` and `benchmarks/gpu.py` run the same cases through the same `run`.
 """
@@ -29,18 +29,16 @@ SUSTAINED = "the op's FLOPs in large GEMMs"
 @dataclass
 class Case:
     group: str
-    phase: str  # "forward", "backward" (the forward pass untimed), "forward+backward"
+    phase: str  # "forward", "backward" (its forward pass is not timed) or "forward+backward"
     shape: Shape
     functions: dict
-    inputs: object  # () → tensors
-    differentiable: int = 0  # how many of the first inputs get a gradient
+    inputs: object  # function without arguments that returns tensors
+    differentiable: int = 0  # number of inputs, from the first, that get a gradient
     mask: str = "full"
-    graph: bool = (
-        False  # on a GPU, also time our function as a CUDA graph: what is left when no launch waits for Python
-    )
-    overwritten: bool = False  # the functions may overwrite their first input: each call gets a copy
-    op: str = ""  # of the cost model, if not the group
-    random: bool = False  # results are draws: nothing to compare
+    graph: bool = False  # on a GPU also times our function as a CUDA graph, where no launch waits for Python
+    overwritten: bool = False  # the functions may overwrite their first input, so each call gets a copy
+    op: str = ""  # name in the cost model, if not that of the group
+    random: bool = False  # results are random, so they are not compared
 
     @property
     def name(self):
@@ -48,12 +46,12 @@ class Case:
 
     @property
     def providers(self):
-        """Names, in the order in which they are listed."""
+        """The names of the providers, in the order of the tables."""
         return [*self.functions, *([GRAPH] if self.graph else [])]
 
 
 def _provider(case, function, inputs):
-    """See `benchmarks.timing`: prepares one call of the case's pass."""
+    """A provider (see `benchmarks.timing`) that prepares one call of the case's pass."""
     backward = case.phase != "forward"
 
     def arguments():
@@ -65,7 +63,7 @@ def _provider(case, function, inputs):
 
     def value(args):
         with torch.set_grad_enabled(backward):
-            # A leaf may not be overwritten, a result of it may.
+            # Autograd forbids to overwrite a leaf, but not a result of it.
             return function(args[0].view_as(args[0]) if case.overwritten and backward else args[0], *args[1:])
 
     def gradients(output, args):
@@ -85,7 +83,7 @@ def _provider(case, function, inputs):
 
 
 def _graph(prepare):
-    """A provider that replays one captured call."""
+    """A provider that captures one call and replays it."""
     state = {}
 
     def provider():
@@ -110,7 +108,7 @@ def _graph(prepare):
 
 
 def run(case, clock, ceilings, **options):
-    """Measures a case; returns one record (a dict) a provider."""
+    """Measures a case; returns a record (a dict) for each provider."""
     if clock.is_cuda:
         torch.compiler.reset()  # each case compiles for its own shapes
     inputs = case.inputs()
@@ -125,7 +123,7 @@ def run(case, clock, ceilings, **options):
     bytes_ms = 1e3 * least.bytes / ceilings["copy_bytes_per_s"]
     flops_ms = 1e3 * least.flops / ceilings["gemm_flops_per_s"]
     done = 0.0
-    if flops_ms > bytes_ms:  # in turns with the providers, second, so that slow ones do not take its time
+    if flops_ms > bytes_ms:  # takes turns with the providers, as the second, so that slow ones do not use up its time
         gemm, done = gemms(clock, least.flops)
         providers = {"ours": providers["ours"], SUSTAINED: gemm} | providers
     measured, records = measure(providers, clock, **options), []
@@ -192,7 +190,7 @@ def linear_ppo_cases(shape, device, dtype, masks=("full", "half")):
 
 
 def logits_ppo_cases(shape, device, dtype):
-    """Bounded by what the backward pass of `token_logps` and its forward pass move."""
+    """Cases of both passes of `token_logps`, whose bound is the bytes that both passes move."""
     length = min(shape.sequence_length, shape.tokens)
     count = shape.tokens // length
 
@@ -219,7 +217,7 @@ def vector_cases(tokens, device):
 
 
 def advantages_cases(tokens, sequences, device, slow_peers=True):
-    """`slow_peers`: also the loops in Python, which take seconds at a million tokens."""
+    """slow_peers: also compares loops in Python, which take seconds for a million tokens."""
     shape = Shape(f"N={sequences}", tokens, 0, 0)
     functions = {
         "ours": lambda *args: ops.rto_advantages(*args).advantages,
@@ -258,7 +256,7 @@ def gae_cases(tokens, sequences, device, slow_peers=True):
 
 
 def cpu_cases():
-    """What a CPU finishes in a minute: our reference path beside torch, TRL and OpenRLHF-style functions."""
+    """Cases that a CPU finishes in a minute: our reference beside functions of torch, TRL and OpenRLHF."""
     cpu = torch.device("cpu")
     for shape in CPU_SHAPES:
         for build in (logits_cases, linear_cases):

@@ -1,4 +1,4 @@
-"""`pytest benchmarks` from the repository, installed or not."""
+"""Lets `pytest benchmarks` run from the repository, whether the package is installed or not."""
 
 import sys
 from pathlib import Path

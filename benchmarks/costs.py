@@ -5,22 +5,90 @@ whichever is longer. A prediction adds, step by step, the traffic that our desig
 not overlap, so their times add up. Predictions are arithmetic, not measurements.
 """
 
-from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, CacheShape
+from dataclasses import dataclass
+
+from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, CacheShape, Decoder
 from benchmarks.shapes import MODELS
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
-from rto_fast.planning.costs import Step, decode_step, overhead_seconds, prefill
-from rto_fast.planning.hardware import DEVICES as PLANNED
-from rto_fast.planning.hardware import Device as Device
 
 SAMPLING_OPS = ("sample_tokens", "sample_tokens, top_p 0.9")
 LAYER_OPS = ("add_rms_norm", "rotate_and_store")
 DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, where decode kernels and steps are compared
 
+LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
+GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
+# Kernels of a decode step on a GPU with Liger, of each layer and around the layers, counted by tests/rollout/test_decode.py.
+# A layer has one more where fewer sequences' key heads than FULL leave multiprocessors idle, so that attention is split (two
+# programs for each of an H200's 132).
+KERNELS_A_LAYER, KERNELS_AROUND, FULL = 9, 7, 264
+FUSED = ("llama", "qwen2", "qwen3", "mistral")
+UNFUSED_A_LAYER, UNFUSED_AROUND = 51, 20  # the other architectures run as transformers wrote them: Gemma-2's kernels
 
-# Those for which tables are made.
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's achievable rates."""
+
+    name: str
+    bandwidth: float  # bytes/s of a large copy, read plus written
+    flops: float  # bfloat16 FLOP/s of a large GEMM
+
+
+def _from_datasheet(name: str, terabytes: float, teraflops: float) -> Device:
+    """A GPU that was not measured, with the fractions of its datasheet's rates that an H200 reached."""
+    return Device(name, terabytes * 1e12 * 4.3 / 4.8, teraflops * 1e12 * 790 / 989)
+
+
+# Datasheets of NVIDIA: SXM versions, dense bfloat16 with float32 accumulation. On an H200 a large copy reached 4.3 of
+# 4.8 TB/s and a large GEMM 790 of 989 TFLOP/s in a burst; GEMMs that ran on for tens of milliseconds had 667.
 DEVICES = {
-    name: PLANNED[key] for name, key in (("A100", "A100-80"), ("H100", "H100"), ("H200", "H200"), ("B200", "B200"))
+    "A100": _from_datasheet("A100-80", 2.039, 312),
+    "H100": _from_datasheet("H100", 3.35, 989),
+    "H200": Device("H200", 4.3e12, 790e12),
+    "B200": _from_datasheet("B200", 8.0, 2250),
 }
+
+
+@dataclass(frozen=True)
+class Step:
+    """Work that shares one launch or one loop of launches."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: int = 0
+
+    def seconds(self, device: Device) -> float:
+        return max(self.flops / device.flops, self.bytes / device.bandwidth) + self.launches * LAUNCH_SECONDS
+
+
+def decode_step(decoder: Decoder, sequences: int, tokens: int, itemsize: int = 2) -> Step:
+    """The least work of one decode step.
+
+    Every matrix is read once (of the embedding only rows, unless it is the output layer too), and all keys and values of
+    `sequences` with `tokens` in the cache together.
+    """
+    matrices = decoder.layer_weights + decoder.head_weights
+    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
+    return Step(2.0 * matrices * sequences + attention * tokens, itemsize * (matrices + decoder.kv_elements * tokens))
+
+
+def prefill(decoder: Decoder, prompts: list[int], itemsize: int = 2) -> Step:
+    """The least work of computing prompts of these lengths, causally; the output layer only where a prompt ends."""
+    tokens, pairs = sum(prompts), sum(length * (length + 1) / 2 for length in prompts)
+    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim
+    return Step(
+        2.0 * (decoder.layer_weights * tokens + decoder.head_weights * len(prompts)) + attention * pairs,
+        itemsize * (decoder.layer_weights + decoder.head_weights + decoder.kv_elements * tokens),
+    )
+
+
+def overhead_seconds(decoder: Decoder, sequences: int, device: Device) -> float:
+    """What our decode step has on top: launches in a CUDA graph, and float32 logits that are written and read."""
+    layer, around = KERNELS_A_LAYER, KERNELS_AROUND
+    if decoder.model_type not in FUSED:
+        layer, around = UNFUSED_A_LAYER, UNFUSED_AROUND
+    launches = decoder.layers * (layer + (sequences * decoder.kv_heads < FULL)) + around
+    return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * GRAPH_SECONDS
 
 
 def limit(op, phase, shape, kept=1.0):
@@ -66,16 +134,6 @@ def _linear_forward(tokens, shape):
     return [Step(flops=gemm), Step(bytes=4 * tokens * shape.vocab_size)]
 
 
-def _row_chunks(tokens, shape):
-    rows = linear_ppo_loss.WORKSPACE_BYTES // (4 * shape.vocab_size)
-    return 1 if tokens <= rows + shape.hidden_size else -(-tokens // rows)
-
-
-def _column_chunks(tokens, shape):
-    columns = min(linear_token_logps.MAX_CHUNK_COLS, linear_token_logps.WORKSPACE_BYTES // (4 * tokens))
-    return -(-shape.vocab_size // max(columns, 1))
-
-
 def prediction(op, phase, shape, kept=1.0):
     """The steps of our kernels."""
     if op == "paged_attention":
@@ -98,12 +156,13 @@ def prediction(op, phase, shape, kept=1.0):
     if op == "linear_token_logps":
         # A chunk's float32 logits are written by their GEMM, read by the row kernel, which writes bfloat16 gradients;
         # dhidden accumulates in float32 from the second chunk on.
-        chunks = _column_chunks(tokens, shape)
+        chunks = -(-vocab // linear_token_logps.columns_per_chunk(tokens, vocab))
         traffic = Step(bytes=(4 + 2) * logits + 8 * (chunks - 1) * tokens * hidden)
         return [*_linear_forward(tokens, shape), Step(flops=3 * gemm), traffic]
     if op == "linear_ppo_loss":
         # The row kernel reads a row twice and writes it once; dweight accumulates from the second chunk on.
-        traffic = Step(bytes=(4 + 4 + 2) * logits + 8 * (_row_chunks(tokens, shape) - 1) * vocab * hidden)
+        chunks = -(-tokens // linear_ppo_loss.rows_per_chunk(tokens, vocab, hidden, True))
+        traffic = Step(bytes=(4 + 4 + 2) * logits + 8 * (chunks - 1) * vocab * hidden)
         return [Step(flops=3 * gemm), traffic]
     # Vector ops: a second launch whitens (reads and writes 4 bytes and the mask), or adds up partial sums; the PPO
     # losses' backward reads the derivative and writes the gradient.

@@ -1,4 +1,4 @@
-"""Cases of the decode kernels, with the peers they are timed against."""
+"""Cases of the decode kernels, and the peers with which they are compared."""
 
 import inspect
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from rto_fast.kernels import decode_layer, decode_reference, paged_reference
 from rto_fast.kernels import paged_attention as kernel
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
-PAGE, FLASH_PAGE = 64, 256  # the native engine's default, and what FlashAttention 2 wants
+PAGE, FLASH_PAGE = 64, 256  # tokens of a page: the native engine's default, and FlashAttention 2's
 
 
 @dataclass
 class Cache:
-    """Pages [num_pages, heads, page, D] (`flash`: [num_pages, page, heads, D]) in no order, and where they are."""
+    """A cache of shuffled pages [num_pages, heads, page, D] (for FlashAttention [num_pages, page, heads, D])."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -34,7 +34,7 @@ class Cache:
 
 
 def paged(tokens, lengths, page, flash, generator):
-    """A `Cache` of the keys and values [2, all tokens, heads, D] of sequences that follow each other."""
+    """A `Cache` of keys and values [2, all tokens, heads, D], where sequences follow each other."""
     device, counts = tokens.device, lengths.tolist()
     blocks = [-(-count // page) for count in counts]
     free = torch.randperm(sum(blocks), generator=generator)
@@ -51,8 +51,10 @@ def paged(tokens, lengths, page, flash, generator):
 
 
 def attention_inputs(shape, device, dtype):
-    """(query [B, heads, D], keys, values, tables, addresses, lengths, FlashAttention's keys, values and tables); the
-    sequences have 0.5 to 1.5 times the mean length."""
+    """(query [B, heads, D], keys, values, tables, addresses, lengths, FlashAttention's keys, values and tables).
+
+    Sequences have 0.5 to 1.5 times the mean length.
+    """
     decoder = shape.decoder
     generator = torch.Generator(device).manual_seed(0)
     bounds = packed(shape.tokens, shape.sequences, "cpu")[0]
@@ -79,7 +81,7 @@ def attention_inputs(shape, device, dtype):
 
 
 def gather_sdpa(query, keys, values, tables, addresses, lengths, *flash):
-    """A rectangle of all sequences, copied out of the pages; as transformers' continuous batching without FlashAttention."""
+    """Attention on a rectangle copied out of the pages, as in transformers' continuous batching without FlashAttention."""
     longest = tables.shape[1] * keys.shape[2]
     keys, values = (pool[tables].transpose(1, 2).flatten(2, 3) for pool in (keys, values))
     mask = torch.arange(longest, device=query.device) < lengths[:, None]
@@ -111,7 +113,7 @@ def paged_attention(device):
 
         def call(query, _keys, _values, _tables, _addresses, lengths, keys, values, tables):
             bounds = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-            # Its own choice of splits gives wrong results with pages (torch 2.12, 2.13).
+            # With pages its own choice of splits gives wrong results (torch 2.12 and 2.13).
             return function(
                 query,
                 keys,
@@ -136,7 +138,8 @@ def paged_attention(device):
     }
 
 
-# Kernels between a layer's GEMMs work in place: of nothing added and nothing rotated, every call finds the same values.
+# Kernels between a layer's GEMMs work in place. They add 0 and rotate by 0 here, so that each call finds the same
+# values.
 
 
 def norm_inputs(shape, device, dtype):
@@ -165,7 +168,7 @@ def add_rms_norm(device):
 
 
 def rotate_inputs(shape, device, dtype):
-    """(queries, keys and values [sequences, all heads, head_dim], rope, keys' and values' pages, their addresses, slots)."""
+    """(queries, keys and values [sequences, all heads, head_dim], rope, pages of keys and values, addresses, slots)."""
     decoder, rows = shape.decoder, shape.sequences
     qkv = torch.randn(rows, decoder.heads + 2 * decoder.kv_heads, decoder.head_dim, device=device, dtype=dtype)
     rope = torch.zeros(rows, 2, decoder.head_dim, device=device, dtype=dtype)
@@ -177,7 +180,7 @@ def rotate_inputs(shape, device, dtype):
 
 
 def rotate_and_store(decoder, device):
-    """Of Qwen3, whose heads have norms, these too: with weights of 1, on heads that are normed already."""
+    """Norms of Qwen3's heads, with weights of 1, for heads that are normalised already."""
     heads = [decoder.heads, decoder.kv_heads, decoder.kv_heads]
     with_norms = decoder.model_type == "qwen3"
 
@@ -233,7 +236,7 @@ def torch_sample(logits, uniforms):
 
 
 def top_p_sample(warper):
-    """transformers' way: a sort of the whole vocabulary, and two softmaxes."""
+    """As transformers does it, with a sort of the whole vocabulary and two softmaxes."""
     filtered = warper(0.9)
 
     def sample(logits, uniforms):
@@ -244,7 +247,7 @@ def top_p_sample(warper):
 
 
 def sampling_inputs(shape, device):
-    """(float32 logits [B, V], uniforms [B, 2]): of the logits a few hundred hold nine tenths of the probability."""
+    """(logits [B, V] float32, uniforms [B, 2]); a few hundred logits have nine tenths of the probability."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(shape.tokens, shape.vocab_size, generator=generator, device=device)
     samples = torch.arange(shape.tokens, device=device)
@@ -269,7 +272,7 @@ def layer_cases(shape, device, dtype):
 
 
 def sampling_cases(shape, device):
-    """`shape.tokens` sequences. Results are draws: they differ from one provider to the next."""
+    """Cases of sampling for `shape.tokens` sequences. Results are random and differ between providers."""
     plain = {"ours": ops.sample_tokens, "torch": torch_sample, "torch.compile": compiled(torch_sample, device)}
     filtered = {
         "ours": lambda logits, uniforms: ops.sample_tokens(logits, uniforms, top_p=0.9),
@@ -282,7 +285,7 @@ def sampling_cases(shape, device):
 
 
 def decode_cases(device, small=False):
-    """What a step of 256 sequences asks of the kernels; `small`: for trying it on a CPU."""
+    """The kernels' part of a decode step of 256 sequences. small: shapes for a trial on a CPU."""
     for decoder in (TINY,) if small else (LLAMA3_8B, QWEN3_06B):
         shape = decode_shape(decoder, 5, 40) if small else decode_shape(decoder)
         for build in (attention_cases, layer_cases):
@@ -292,6 +295,6 @@ def decode_cases(device, small=False):
 
 
 def cpu_cases():
-    """What the native engine draws with on a CPU; its attention there is its own (`rto_fast.rollout.attention`)."""
+    """Sampling as the native engine does it on a CPU. Its attention there is in `rto_fast.rollout.attention`."""
     for name, vocab_size in (("20M Llama", 8192), ("embedded", 49)):
         yield from sampling_cases(Shape(name, 64, 0, vocab_size), torch.device("cpu"))

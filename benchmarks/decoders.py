@@ -1,4 +1,4 @@
-"""What the rollout benchmark decodes: the shapes of whole models, and lengths of prompts and responses."""
+"""The models that the rollout benchmark decodes, and the lengths of prompts and responses."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model of Llama's family. Its norms, 10^-4 of the weights, count as nothing."""
+    """The shape of a model of the Llama family, without its norms, which are 10^-4 of the weights."""
 
     name: str
     layers: int
@@ -39,11 +39,11 @@ class Decoder:
 
     @property
     def kv_elements(self):
-        """Of one token, in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-# As their config.json on the Hugging Face hub says: meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-0.6B.
+# From their config.json on the Hugging Face Hub: meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-0.6B.
 LLAMA3_8B = Decoder("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, context=8192, rope_theta=500_000.0)
 QWEN3_06B = Decoder(
     "Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072, 151936, tied=True, context=40960, rope_theta=1e6, model_type="qwen3"
@@ -56,7 +56,7 @@ TINY = Decoder("tiny", 2, 32, 4, 2, 16, 64, 300, context=256)
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One layer's keys and values of a batch of sequences; what `benchmarks.cases` takes for a shape."""
+    """The shape of one layer's keys and values of a batch of sequences, for `benchmarks.cases`."""
 
     decoder: Decoder
     sequences: int
@@ -75,7 +75,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths of prompts, and of the responses that are asked for."""
+    """Lengths of the prompts and of the responses."""
 
     name: str
     prompts: tuple[int, ...]
@@ -106,12 +106,12 @@ def equal(sequences, prompt, response, name):
 
 
 def shortened(workload, by=8, name="short"):
-    """Responses an eighth as long: what transformers' `generate` finishes in the time there is."""
+    """The workload with responses an eighth as long, which transformers' `generate` can finish in time."""
     return Workload(name, workload.prompts, tuple(max(1, length // by) for length in workload.responses))
 
 
 def workloads(small=False):
-    """{name: workload}; `small`: of a few tokens, to try the scripts."""
+    """The workloads by name. small: a few tokens, for a trial of the scripts."""
     full = uniform(6, 4, 24) if small else uniform()
     tailed = log_normal(6, 8, least=4, most=24) if small else log_normal()
     return {w.name: w for w in (full, tailed, shortened(full))}

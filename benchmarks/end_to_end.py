@@ -1,7 +1,7 @@
 """Rollout and RTO-iteration throughput of a Llama with random weights, through `rto_fast.rto.trainer`.
 
-Random weights never learn, but every step costs what it costs: generation, four models' log-probs, values, PPO
-updates of policy and critic. Models are built in memory, so that neither network nor checkpoints are needed.
+A model with random weights does not learn, but each step costs the same: generation, log-probs of four models, values,
+and PPO updates of policy and critic. Models are built in memory, so that neither a network nor checkpoints are needed.
 """
 
 import copy
@@ -21,7 +21,7 @@ from rto_fast.rollout import Sampling
 from rto_fast.rto.models import Models
 from rto_fast.rto.trainer import RTOTrainer
 
-# Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, the output layer half of them.
+# Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, half of them in the output layer.
 GPU_MODEL = dict(
     vocab_size=QWEN3_06B.vocab_size,
     hidden_size=QWEN3_06B.hidden_size,
@@ -49,13 +49,13 @@ def _models(device, sizes):
     scorer = copy.deepcopy(config)
     scorer.num_labels, scorer.pad_token_id = 1, 0
     critic = AutoModelForSequenceClassification.from_config(scorer)
-    # As `load_causal_lm` leaves models on a GPU: float32 master weights are the optimizer's, bfloat16 the model's.
+    # As `load_causal_lm` does on a GPU: the model has bfloat16 weights, the optimizer float32 master weights.
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     for model in (policy, critic):
         model.to(device, dtype).set_attn_implementation(PACKED)
     reference, dpo = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy).requires_grad_(False)
     with torch.no_grad():
-        for p in dpo.parameters():  # not the reference again
+        for p in dpo.parameters():  # so that it differs from the reference
             p.add_(0.01 * torch.randn_like(p) * p.std())
     return Models(policy.train(), reference.eval(), dpo.eval(), None, critic.train(), _length_scores)
 
@@ -65,18 +65,17 @@ def _length_scores(completions):
 
 
 def measure(device, *, small, iterations):
-    """Medians over `iterations` of tokens/s and seconds by phase (the first iteration warms up), and peak memory."""
+    """Medians of tokens/s and of seconds by phase over `iterations`, after one to warm up, and peak memory."""
     prompts_per_rollout, prompt_tokens, new_tokens = (8, 8, 8) if small else (128, 128, 256)
     sizes = CPU_MODEL if small else GPU_MODEL
     config = Config(
         output_dir="unused",
         device=torch.device(device).type,
-        model=ModelConfig(path="random weights"),
+        model=ModelConfig(path="random weights", micro_batch_tokens=16384),
         rto=RTOConfig(
             prompts_per_rollout=prompts_per_rollout,
             batch_size=prompts_per_rollout // 2,
             iterations=iterations + 1,
-            micro_batch_tokens=16384,
         ),
         rollout=RolloutConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=128),
     )

@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, in one command of less than ten minutes, or better in two, whose results add up:
+"""Runs everything that needs a GPU, in one command of less than ten minutes or in two, whose results are merged:
 
     python benchmarks/gpu.py [--out benchmarks/results]
     python benchmarks/gpu.py --only tests kernels scaling advantages
     python benchmarks/gpu.py --only rollout end_to_end
 
-GPU tests, kernel benchmarks beside their peers, scaling in T, N x T grid of the advantages, rollouts, end-to-end
-throughput. The parts of a call share nine minutes: alone with `end_to_end`, `rollout` has six, and also reaches its peers
-that take long. What is measured is written as soon as it is: `<out>/<gpu>.json` is valid after every record.
-`python -m benchmarks.report` makes tables and plots of it. Nothing needs to be installed beyond torch, triton,
-transformers and pytest; peers that are missing are listed as such. `--cpu-smoke` runs all parts on tiny shapes and a
-CPU into a temporary folder: it proves that the script works, its times mean nothing.
+The parts are GPU tests, kernel benchmarks beside their peers, scaling with T, the N x T grid of the advantages,
+rollouts, and end-to-end throughput. The parts of a call share nine minutes. In the second call `rollout` has six of
+them, in which it also reaches its slow peers. `<out>/<gpu>.json` is written and valid after every record. `python -m
+benchmarks.report` makes tables and plots of it. Only torch, triton, transformers and pytest must be installed; missing
+peers are listed as such. `--cpu-smoke` runs all parts on tiny shapes on a CPU into a temporary folder. It proves that
+the script works; its times mean nothing.
 """
 
 import gc
@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# In place of benchmarks/, where a script's own folder would shadow other modules.
+# Replaces benchmarks/, the script's own folder, which would shadow other modules.
 sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
@@ -36,10 +36,10 @@ from rto_fast.system import terminal  # noqa: E402
 from rto_fast.system.terminal import say  # noqa: E402
 from rto_fast.system.writing import write_file  # noqa: E402
 
-# Seconds: together under nine minutes, so that a run with a slow start still ends within ten. A call of fewer parts shares
-# the same seconds out among these.
+# Seconds of each part, together under nine minutes, so that a run with a slow start still ends within ten. A call of
+# fewer parts shares the same seconds among these.
 BUDGETS = {"tests": 120, "kernels": 195, "scaling": 30, "advantages": 20, "rollout": 120, "end_to_end": 50}
-# First what nothing but a GPU can show: time may run out.
+# Time may run out, so first comes what only a GPU can show.
 TESTS = (
     "tests/rollout/test_cuda.py",
     "tests/kernels",
@@ -64,13 +64,13 @@ def versions():
 def commit():
     try:
         process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return "unknown"
     return process.stdout.strip() or "unknown"
 
 
 class Report:
-    """The results so far, on disk after every change. Parts that are not run again are kept from an earlier run."""
+    """The results so far, written to disk after every change. Parts that are not run again are kept from an earlier run."""
 
     def __init__(self, path, device, parts):
         self.path, self.part, self.start = path, None, time.perf_counter()
@@ -109,11 +109,11 @@ class Report:
 
 
 def run_tests(report, deadline, small):
-    """Counts of pytest's outcomes, kept when time runs out before the tests do."""
+    """The counts of pytest's outcomes, which are kept even if time runs out during the tests."""
     tests = ("tests/models/test_models.py",) if small else TESTS
     log = report.path.with_suffix(".tests.log")
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests]
-    # The machine-code facts need no GPU and take minutes of compilation.
+    # The tests of machine code need no GPU and take minutes of compilation.
     command += ["--deselect", "tests/kernels/test_machine_code.py"]
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
@@ -140,7 +140,7 @@ def run_cases(report, selected, clock, deadline, **options):
             continue
         try:
             report.add(cases.run(case, clock, report.data["ceilings"], **options))
-        # One case that cannot be set up must not cost the others their time on the GPU; the exit code tells.
+        # A case that cannot be set up must not cost the others their time on the GPU; the exit code reports it.
         except Exception as error:
             report.data["notes"].append(f"failed: {case.name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
         if clock.is_cuda:
@@ -149,7 +149,7 @@ def run_cases(report, selected, clock, deadline, **options):
 
 
 def kernel_cases(device, small):
-    """The most wanted first: time may run out."""
+    """The most important cases first, because time may run out."""
     dtype = torch.float32 if small else torch.bfloat16
     builders = (
         partial(cases.linear_ppo_cases, masks=("full",)),
@@ -167,7 +167,7 @@ def kernel_cases(device, small):
 
 
 def scaling_cases(device, small):
-    """Time and memory against T. The peer is plain torch: enough to see two slopes."""
+    """Time and memory against T. The only peer is plain torch, which suffices to compare the slopes."""
     dtype = torch.float32 if small else torch.bfloat16
     for shape in (TINY,) if small else (QWEN3_06B, LLAMA3_8B):
         for tokens in (32, 48) if small else (1024, 2048, 4096, 16384):
@@ -186,7 +186,7 @@ def advantages_cases(device, small):
         yield from cases.advantages_cases(256, 4, device)
         yield from cases.gae_cases(256, 4, device)
         return
-    # The loops in Python once, at a size they finish: they are linear in T.
+    # The loops in Python run once, at a size that they finish; their time is linear in T.
     yield from cases.advantages_cases(1 << 14, 32, device)
     yield from cases.advantages_cases(1 << 20, 1024, device, slow_peers=False)
     yield from cases.gae_cases(1 << 20, 1024, device, slow_peers=False)
@@ -201,7 +201,7 @@ def advantages_cases(device, small):
 def run_rollout(report, device, small, deadline):
     try:
         from benchmarks import rollout
-    except ImportError as error:  # a transformers that it does not know must not cost the other parts
+    except ImportError as error:  # an unsupported version of transformers must not stop the other parts
         report.data["notes"].append(f"failed: rollout: {error}")
         return
     for record in rollout.run(device, report.data["ceilings"], deadline, small):
@@ -219,7 +219,7 @@ def run_end_to_end(report, device, small):
         from benchmarks import end_to_end
 
         report.data["end_to_end"] = end_to_end.measure(device, small=small, iterations=2 if small else 3)
-    # Whatever stops the trainer here (a package that is not installed, say) is a result, not an end.
+    # Whatever stops the trainer here, for example a package that is not installed, is a result and no reason to stop.
     except Exception as error:
         report.data["end_to_end"] = {"error": f"{type(error).__name__}: {error}"}
     say(f"end to end: {report.data['end_to_end']}")
@@ -276,7 +276,7 @@ def main():
         ]
     )
     say("\n".join(failed))
-    # A test run that was cut short (exit code None) is told in the results; one that crashed has failed.
+    # The results say if a test run was cut short (exit code None); one that crashed has failed.
     tests_failed = report.data["tests"].get("failures") or report.data["tests"].get("exit_code") not in (0, None)
     return int(bool(failed or tests_failed or "error" in report.data["end_to_end"]))
 

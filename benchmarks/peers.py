@@ -1,6 +1,6 @@
-"""The functions that are timed against each other, by op: ours, plain torch, torch.compile, TRL, Liger, CCE.
+"""The functions that are compared, by op: ours, plain torch, torch.compile, TRL, Liger, CCE.
 
-A peer that cannot be used here is a text, the reason, so that it is listed instead of forgotten.
+A peer that cannot be used is a string with the reason, so that it is listed.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from rto_fast import ops
 
 
 def load(module, attribute):
-    """`module.attribute`, or the reason why it cannot be had."""
+    """`module.attribute`, or the reason why it cannot be imported."""
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: transformers' lazy imports
@@ -20,14 +20,14 @@ def load(module, attribute):
 
 
 def adapt(loaded, wrap, needs_cuda, device):
-    """`wrap(loaded)`, or the reason why not."""
+    """`wrap(loaded)`, or `loaded` if that is a reason why there is nothing to wrap."""
     if isinstance(loaded, str):
         return loaded
     return "needs a GPU" if needs_cuda and device.type != "cuda" else wrap(loaded)
 
 
 def compiled(function, device):
-    """Inductor's C++ build takes longer than the whole CPU group: only on GPUs, and last, lest it take others' time."""
+    """torch.compile, only on GPUs, since Inductor's C++ build takes longer than the whole CPU group; last, for its time."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else "needs a GPU here"
 
 
@@ -52,14 +52,14 @@ def torch_ppo_value_loss(values, old_values, returns, mask):
 
 
 def openrlhf_log_probs(logits, labels):
-    """OpenRLHF's way: the label's logit less a logsumexp taken row by row, as its float32 path does."""
+    """As OpenRLHF's float32 path does it: the label's logit minus a logsumexp taken row by row."""
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return chosen.float() - torch.stack([row.float().logsumexp(-1) for row in logits])
 
 
 def token_logps(device):
     def liger(function):
-        # [1, T + 1, V] is what it takes: the last row is not scored.
+        # It takes [1, T + 1, V], and does not score the last row.
         return lambda logits, labels: function(logits[None], labels[None, :-1], 1.0)[0]
 
     return {
@@ -73,7 +73,7 @@ def token_logps(device):
 
 
 def _per_token_cross_entropies(device):
-    """{name: (hidden, weight, labels) → log-probs}: fused linear cross-entropies as log-prob functions."""
+    """Fused linear cross-entropies as functions (hidden, weight, labels) → log-probs, by name."""
 
     def torch_native(function):
         options = torch.nn.LinearCrossEntropyOptions()
@@ -124,12 +124,12 @@ def linear_ppo_loss(device):
         return ops.ppo_policy_loss(logps, old_logps, advantages, mask)[0]
 
     def liger_mean(cls):
-        # Not a PPO loss, but the same GEMMs with the gradient computed in the forward pass too.
+        # This is no PPO loss, but has the same GEMMs, and also computes the gradient in the forward pass.
         loss = cls()
         return lambda h, w, y, old, adv, mask: loss(w, h, y.masked_fill(~mask, -100))
 
     def liger_grpo(cls):
-        # Its losses are per sequence: advantages [B], tokens [B, L].
+        # Its losses take sequences: advantages [B], tokens [B, L].
         loss = cls(beta=0.0, use_ref_model=False, compiled=True)
 
         def call(hidden, weight, labels, old_logps, advantages, mask):
@@ -185,7 +185,7 @@ def logits_ppo_loss(device):
         return loss
 
     def ours(logits, labels, old_logps, advantages, mask):
-        # The unused row is ignored instead of sliced off: a slice's backward pass would copy all of the gradient.
+        # The unused row is ignored, not sliced off, because the backward pass of a slice would copy the whole gradient.
         logps = ops.token_logps(logits, F.pad(labels, (0, 1), value=-100), inplace_backward=True)[:, :-1]
         advantages = advantages.unsqueeze(1).expand_as(labels)
         return ops.ppo_policy_loss(logps, old_logps, advantages, mask)[0]

@@ -1,10 +1,10 @@
-"""Hands times that were measured before to pytest-benchmark: a group's providers are timed in turns, in one go."""
+"""Gives pytest-benchmark times that were measured before, because the providers of a group are timed in turns."""
 
 import pytest
 
 
 class Replay:
-    """A timer that moves on by a measured time at each call of `round`."""
+    """A timer that advances by a measured time at each call of `round`."""
 
     def __init__(self):
         self.now, self.seconds = 0.0, iter(())
@@ -21,7 +21,7 @@ replayed = pytest.mark.benchmark(timer=REPLAY)
 
 
 def replay(benchmark, group, record, seconds):
-    """Shows `seconds`, the rounds of a record, as a row of a group; skips a peer that was not measured, with its reason."""
+    """Shows `seconds`, the rounds of a record, as a row of a group; skips a peer that was not measured, with the reason."""
     if "error" in record and record["provider"].startswith("ours"):
         pytest.fail(record["error"])
     if not seconds:

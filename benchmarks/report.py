@@ -3,9 +3,9 @@
     python -m benchmarks.report [--static] [--cpu]
 
 Writes the sections between markers of benchmarks/README.md: predictions of kernels and rollouts; results, if there are
-any; with --static, the machine-code table of `python -m benchmarks.static`; with --cpu, what the CPU path and rollouts
-take on this machine. Also a short table into the top README where it has the marker `kernel-results`, and plots beside
-the results.
+any; with --static the machine-code table of `python -m benchmarks.static`; with --cpu the times of the CPU path and of
+rollouts on this machine. Also writes a short table to docs/benchmarks.md at its marker `kernel-results`, and
+plots beside the results.
 """
 
 import platform
@@ -55,7 +55,7 @@ def _cell(record):
 
 
 def _table(records):
-    """Providers down, shapes across: median (% of limit, extra memory)."""
+    """A table with a row a provider and a column a shape: median (% of limit, extra memory)."""
     shapes = list(dict.fromkeys((r["model"], r["tokens"]) for r in records))
     cells = {(r["provider"], r["model"], r["tokens"]): _cell(r) for r in records}
     lines = [
@@ -70,7 +70,7 @@ def _table(records):
 
 
 def _groups(result):
-    """{(group, phase, mask): records}, in the order they were measured."""
+    """Records by (group, phase, mask), in the order of measurement."""
     groups = {}
     for record in result["kernels"]:
         groups.setdefault((record["group"], record["phase"], record["mask"]), []).append(record)
@@ -78,7 +78,7 @@ def _groups(result):
 
 
 def results_section(results):
-    """Markdown of every result file."""
+    """Markdown of all result files."""
     parts = []
     for result in results:
         ceilings, tests = result["ceilings"], result.get("tests", {})
@@ -128,7 +128,7 @@ def cpu_section():
     groups = {}
     for case in chain(cpu_cases(), decode_cases.cpu_cases()):
         records = run(case, clock, rates, rounds=9, seconds=2.5)
-        for record in records:  # limits are those of 16-bit tensors
+        for record in records:  # limits are those of 16-bit tensors on GPUs
             record["percent_of_limit"] = None
             record.pop("percent_of_sustained_limit", None)
         groups.setdefault((case.group, case.phase, case.mask), []).extend(records)
@@ -143,7 +143,7 @@ def cpu_section():
 
 def cpu_rollout_section():
     """Measures the CPU's rollouts now, in one thread."""
-    from benchmarks import rollout_cpu  # brings models of transformers along: not for a table of predictions
+    from benchmarks import rollout_cpu  # here, because it imports models of transformers, which predictions do not need
 
     torch.set_num_threads(1)
     records = [r for case in rollout_cpu.WORKLOADS for r in rollout_cpu.records(*case, rounds=5, seconds=20.0)]
@@ -151,7 +151,7 @@ def cpu_rollout_section():
 
 
 def headline(results):
-    """The short table of the top README: ours and the best peer, at the three models' shapes."""
+    """The short table of docs/benchmarks.md: our function and the best peer, for the shapes of the three models."""
     lines = []
     for result in results:
         lines += [f"{result['gpu']}, commit {result['commit']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
@@ -186,7 +186,7 @@ def _lines(axis, records, x, y):
 
 
 def plot_group(path, title, records):
-    """Time and extra memory against T (the model with most of them) and V (T of most), and % of limit."""
+    """Plots time, extra memory and % of limit against T (of the model with most values) and V (for the T with most)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +195,7 @@ def plot_group(path, title, records):
     records = [r for r in records if "median_ms" in r]
 
     def most(key, other):
-        """The records of the value of `key` that comes with most values of `other`."""
+        """The records with that value of `key` which has most values of `other`."""
         values = {r[key]: {s[other] for s in records if s[key] == r[key]} for r in records}
         chosen = max(values, key=lambda value: len(values[value]))
         return chosen, [r for r in records if r[key] == chosen]
@@ -223,7 +223,7 @@ def plot_group(path, title, records):
 
 
 def write_plots(folder, stem, result):
-    """One PNG a group; returns their paths."""
+    """Draws a PNG for each group; returns their paths."""
     paths = []
     for (group, phase, mask), records in _groups(result).items():
         if group in VECTOR_OPS + DECODE_OPS or mask != "full" or not any("median_ms" in r for r in records):
@@ -257,7 +257,7 @@ def main():
         for png in write_plots(path.parent, path.stem, result):
             say(f"wrote {png}")
     if results:
-        replace_section(FOLDER.parent / "README.md", "kernel-results", headline(results))
+        replace_section(FOLDER.parent / "docs" / "benchmarks.md", "kernel-results", headline(results))
         say(headline(results))
     else:
         say(NO_RESULTS)

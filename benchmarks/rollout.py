@@ -1,8 +1,8 @@
 """Rollouts of whole models with random weights: tokens/s and time a step, as a share of what the hardware allows.
 
-256 sequences whose prompts and responses have 100 to 1024 tokens (seed 0), or log-normal lengths; responses end where
-`limits` say, nowhere else. Every provider runs on the same weights; what it compiles or captures before its timed run
-is not counted. `benchmarks/gpu.py` runs `plan()` as far as time allows, `pytest benchmarks/test_rollout.py` all of it.
+256 sequences have prompts and responses of 100 to 1024 tokens (seed 0), or of log-normal lengths; only `limits` end
+responses. All providers run on the same weights. What they compile or capture before the timed run is not counted.
+`benchmarks/gpu.py` runs `plan()` as far as time allows, `pytest benchmarks/test_rollout.py` runs all of it.
 """
 
 import gc
@@ -32,9 +32,9 @@ from rto_fast.config import RolloutConfig
 from rto_fast.data import world
 from rto_fast.rollout import Sampling
 
-STEP = "step"  # name of the workloads whose decode steps are timed: equal prompts, 32 steps
+STEP = "step"  # name of the workloads whose decode steps are timed, with equal prompts and 32 steps
 STEP_BUCKETS, STEP_CONTEXT, STEP_TOKENS = (1, 8, 32, 64, 128, 256), 512, 33
-COMPILE_SECONDS = 60.0  # the static cache is not begun with less: torch.compile cannot be interrupted
+COMPILE_SECONDS = 60.0  # the static cache needs at least this, because torch.compile cannot be interrupted
 TOKENIZER = SimpleNamespace(pad_token_id=0)
 
 
@@ -53,7 +53,7 @@ class Item:
 
 
 def plan(small=False):
-    """What a GPU is asked for, the most wanted first. `small`: for trying it on a CPU."""
+    """The measurements on a GPU, the most important first. small: for a trial on a CPU."""
     models, lengths = (TINY,) if small else DECODERS, workloads(small)
     full, tailed, short = lengths.values()
     sizes = ((1, 4), 8, 9) if small else (STEP_BUCKETS, STEP_CONTEXT, STEP_TOKENS)
@@ -68,7 +68,7 @@ def plan(small=False):
 
 
 def build_model(decoder, device):
-    """A Hugging Face model of these sizes with random weights, made where it is used: bfloat16 on a GPU, else float32."""
+    """A Hugging Face model of these sizes with random weights, bfloat16 on a GPU, else float32."""
     if decoder is EMBEDDED:
         return world.build_model(0).eval()
     config_type = {"llama": LlamaConfig, "qwen3": Qwen3Config}[decoder.model_type]
@@ -87,7 +87,7 @@ def build_model(decoder, device):
         eos_token_id=None,
         pad_token_id=0,
     )
-    # Made empty and filled in one pass: the initialisation of 8·10^9 weights, module by module, takes a while.
+    # Made empty and filled in one pass, because initialising 8·10^9 weights module by module takes long.
     with torch.device(device), no_init_weights():
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -96,14 +96,14 @@ def build_model(decoder, device):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)  # a norm's
+                parameter.fill_(1.0)  # of a norm
             else:
                 parameter.normal_(std=0.02)
     return model.eval()
 
 
 class MarkedStep:
-    """A `DecodeStep` that notes when each of its steps begins and ends on the device."""
+    """A `DecodeStep` that records when each step begins and ends on the device."""
 
     def __init__(self, step, is_cuda):
         self.step, self.is_cuda, self.marks = step, is_cuda, []
@@ -123,7 +123,7 @@ class MarkedStep:
         self.mark()
 
     def seconds(self, steps):
-        """Of the first `steps`, on average: those after them find all sequences done."""
+        """Mean seconds of the first `steps` steps; after them all sequences are done."""
         first, last = self.marks[0], self.marks[2 * steps - 1]
         if self.is_cuda:
             torch.cuda.synchronize()
@@ -131,7 +131,7 @@ class MarkedStep:
 
 
 class Runner:
-    """Runs items on one device; keeps the model, and its engines, while items of the same model follow each other."""
+    """Runs items on one device; keeps the model and its engines while items of the same model follow each other."""
 
     def __init__(self, device, rates):
         self.device, self.is_cuda = torch.device(device), torch.device(device).type == "cuda"
@@ -154,7 +154,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def run(self, item, deadline=float("inf")):
-        """A record (a dict): what was measured, or why not ("skipped", "error")."""
+        """A record (a dict) with the measurements, or the reason why there are none ("skipped", "error")."""
         workload, start = item.workload, time.perf_counter()
         record = {
             "model": item.decoder.name,
@@ -170,10 +170,10 @@ class Runner:
         try:
             engine = self.engine(item)
             engine.deadline = deadline
-            if not is_ours:  # continuous batching asks the device what is free
+            if not is_ours:  # continuous batching asks the device how much memory is free
                 self.free()
             found = (self._step if workload.name == STEP else self._rollout)(engine, item)
-        # An engine fails in its own way (no memory, a feature that is missing); the reason is the result.
+        # Engines fail for reasons of their own, such as memory or missing features; the reason is the result.
         except Exception as error:
             self.engines.pop(item.provider, None)
             found = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
@@ -191,9 +191,9 @@ class Runner:
     def _rollout(self, engine, item):
         workload, found = item.workload, {}
         prompts, limits = workload.prompt_ids(item.decoder.vocab_size), list(workload.responses)
-        warm_up = getattr(engine, "warm_up_tokens", None)  # None: a whole run
+        warm_up = getattr(engine, "warm_up_tokens", None)  # None for a whole run
         if warm_up != 0:
-            # Compiles kernels and captures graphs.
+            # This compiles kernels and captures graphs.
             found["first_seconds"] = self._timed(engine, prompts, [min(n, warm_up or n) for n in limits])[0]
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -217,7 +217,7 @@ class Runner:
         return found
 
     def _step(self, engine, item):
-        """The prompts of the first run are one prompt, whose prefill is short; it makes the bucket's graph."""
+        """Times decode steps. A first run with one repeated prompt, whose prefill is short, makes the bucket's graph."""
         prompts, limits = item.workload.prompt_ids(item.decoder.vocab_size), list(item.workload.responses)
         self._timed(engine, prompts[:1], limits, n=len(limits))
         step = engine.step
@@ -231,7 +231,7 @@ class Runner:
 
 
 def result(item, seconds, rates, itemsize):
-    """Tokens/s and share of the bound, of a rollout or, for workloads named STEP, of a step."""
+    """Tokens/s and share of the bound, of a rollout, or of a step for workloads named STEP."""
     workload, sequences = item.workload, len(item.workload.prompts)
     if workload.name == STEP:
         tokens = sequences * (workload.prompts[0] + workload.responses[0] / 2)  # in the cache, on average over steps
@@ -247,7 +247,7 @@ def result(item, seconds, rates, itemsize):
 
 
 def run(device, rates, deadline, small=False):
-    """Yields the records of `plan`."""
+    """Yields the records of the items of `plan`."""
     runner = Runner(device, rates)
     for item in plan(small):
         yield runner.run(item, deadline)

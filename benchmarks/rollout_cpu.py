@@ -1,4 +1,4 @@
-"""The rollouts a CPU finishes in seconds: the native engine and transformers' `generate`, in turns."""
+"""Rollouts that a CPU finishes in seconds: the native engine and transformers' `generate` take turns."""
 
 from dataclasses import replace
 from functools import cache
@@ -14,7 +14,7 @@ PROVIDERS = ("ours", "HF generate")
 WORKLOADS = (
     (LLAMA_20M, equal(64, 32, 64, "64 × (32 + 64) tokens")),
     (EMBEDDED, replace(uniform(64, 8, 16, "64 × (12 + 60) tokens"), responses=(60,) * 64)),
-    # As long as the default run's responses are.
+    # The length of the default run's responses.
     (EMBEDDED, replace(uniform(64, 8, 16, "64 × (12 + 4 to 52) tokens"), responses=uniform(64, 4, 52).responses)),
 )
 
@@ -25,14 +25,16 @@ def rates():
 
 
 def records(decoder, workload, *, rounds=3, seconds=20.0):
-    """One record (a dict, as `benchmarks.rollout.Runner` makes them) a provider; "rounds": the seconds of each. In as many
-    threads as torch has."""
+    """A record for each provider, as `benchmarks.rollout.Runner` makes them, with the seconds of each round as "rounds".
+
+    Uses torch's number of threads.
+    """
     runner = Runner("cpu", rates())
     items = [Item(decoder, workload, name) for name in PROVIDERS]
     prompts, limits = workload.prompt_ids(decoder.vocab_size), list(workload.responses)
 
     def provider(engine):
-        def call():  # what is compared: the lengths of the responses
+        def call():  # lengths of the responses, which are compared
             batch = engine.generate(prompts, 1, Sampling(max(limits)), 0, limits=limits)
             return torch.tensor([float(len(ids)) for ids in batch.response_ids])
 

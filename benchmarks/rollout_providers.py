@@ -1,7 +1,7 @@
-"""The engines that the rollout benchmark compares, all called like `rto_fast.rollout.NativeEngine`.
+"""The engines that the rollout benchmark compares. All are called like `rto_fast.rollout.NativeEngine`.
 
-`generate` of transformers knows one limit for all sequences: its batch runs to the longest response, and only the tokens
-that were wanted count. Its continuous batching takes a limit for each request, through its manager.
+transformers' `generate` has one limit for all sequences, so its batch runs up to the longest response, and only the
+wanted tokens count. Its continuous batching takes a limit for each request, through its manager.
 """
 
 import math
@@ -14,7 +14,7 @@ from rto_fast.rollout import HFEngine, NativeEngine, RolloutBatch
 
 
 class DynamicCache(HFEngine):
-    """What `rollout.engine: hf` runs; it gives up at `deadline` (of `time.perf_counter`)."""
+    """transformers' `generate`, as `rollout.engine: hf` runs it; gives up at `deadline` (of `time.perf_counter`)."""
 
     cache, warm_up_tokens, deadline = None, 4, math.inf
 
@@ -27,13 +27,13 @@ class DynamicCache(HFEngine):
 
 
 class StaticCache(DynamicCache):
-    """On a GPU transformers compiles the model's forward pass for it, for this cache's length: warmed up by a whole run."""
+    """The same with a static cache. On a GPU transformers compiles the model for its length, so a whole run warms it up."""
 
     cache, warm_up_tokens = "static", None
 
 
 class ContinuousBatching:
-    """`generate_batch` of transformers, in its parts: a manager, whose memory and CUDA graphs are `timings["setup"]`, and
+    """The parts of transformers' `generate_batch`: a manager, whose memory and CUDA graphs are `timings["setup"]`, and
     requests."""
 
     warm_up_tokens, deadline = 0, math.inf
@@ -47,7 +47,7 @@ class ContinuousBatching:
 
         hints = WorkloadHints(max(map(len, prompts)), sampling.max_new_tokens, len(prompts))
         sizes = {}
-        if self.model.device.type == "cpu":  # it asks a GPU for its memory, and would use up that of this machine
+        if self.model.device.type == "cpu":  # it would use up the memory of this machine
             fields = ContinuousBatchingConfig.__dataclass_fields__
             tokens = sum(map(len, prompts)) + len(prompts) * sampling.max_new_tokens
             page = "page_size" if "page_size" in fields else "block_size"  # transformers 5.23 and 5.17
@@ -58,7 +58,7 @@ class ContinuousBatching:
                 "use_async_batching": False,
                 "use_cuda_graph": False,
             }
-        # Prompts share no prefixes here, and a policy's must not across updates.
+        # Prompts share no prefixes here, and a policy must not share them across updates.
         return {
             "generation_config": GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
@@ -75,7 +75,7 @@ class ContinuousBatching:
 
     def generate(self, prompts, n=1, sampling=None, seed=0, *, limits=None):
         start, found = time.perf_counter(), {}
-        # The manager turns to FlashAttention by itself where that is installed.
+        # The manager uses FlashAttention by itself if that is installed.
         with attention_implementation(self.model, "sdpa"):
             with self.model.continuous_batching_context_manager(
                 block=True, timeout=5, **self._options(prompts, sampling)

@@ -1,9 +1,9 @@
-"""Markdown of the rollout benchmark: bounds on GPUs, results of one, a CPU's."""
+"""Markdown tables of the rollout benchmark: bounds for GPUs, and results of a GPU and of a CPU."""
 
 from benchmarks.costs import DEVICES, rollout_seconds, step_seconds
 from benchmarks.decoders import DECODERS, workloads
 
-STEP = "step"  # as in benchmarks/rollout.py, which needs transformers
+STEP = "step"  # as in benchmarks/rollout.py, which would import transformers
 
 
 def _table(head, rows):
@@ -16,7 +16,7 @@ def _quantity(value, form="{:.3g}"):
 
 
 def bounds():
-    """Bound → prediction of our engine, on each GPU: a step of 256 sequences in ms, whole workloads in tokens/s."""
+    """Bound → prediction of our engine on each GPU: ms for a step of 256 sequences, tokens/s for whole workloads."""
     rows = []
     for decoder in DECODERS:
         cells = []
@@ -34,7 +34,7 @@ def bounds():
 
 
 def results(records):
-    """Tables of a GPU's records; [] without any."""
+    """Tables of the records of a GPU; an empty list if there are none."""
     measured = [r for r in records if "seconds" in r]
     parts, steps = [], [r for r in measured if r["workload"] == STEP]
     rows = [
@@ -77,7 +77,7 @@ def results(records):
 
 
 def cpu(records):
-    """Providers down, models across: tokens/s (seconds)."""
+    """A table with a row a provider and a column a model: tokens/s (seconds)."""
     columns = list(dict.fromkeys((r["model"], r["workload"]) for r in records))
     cells = {
         (r["provider"], r["model"], r["workload"]): f"{r['tokens_per_second']:,.0f} tokens/s ({r['seconds']:.3g} s)"

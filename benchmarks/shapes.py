@@ -1,6 +1,6 @@
-"""What is measured: three models' output layers, smaller shapes for CPUs, and inputs that look like training's.
+"""The shapes that are measured, output layers of three models and smaller ones for CPUs, and inputs as in training.
 
-Random logits of one scale are the easy case for a softmax kernel and for a PPO loss. Here a row's label is likely
+Random logits of one scale are an easy case for a softmax kernel and for a PPO loss. Here the label of a row is likely
 (log-probs of 0 to -12), tokens come in sequences whose first half is a prompt, and old log-probs are the model's own
 plus noise, so that the ratio is clipped for a few percent of the tokens, as in a real update.
 """
@@ -14,7 +14,7 @@ from rto_fast.ops import linear_token_logps
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens of N sequences, hidden size D, vocabulary V."""
+    """T tokens of N sequences, the hidden size D and the vocabulary size V."""
 
     name: str
     tokens: int
@@ -30,7 +30,7 @@ LLAMA3_8B = Shape("Llama-3-8B", 8192, 4096, 128256)
 QWEN3_06B = Shape("Qwen3-0.6B", 8192, 1024, 151936)
 GEMMA3_270M = Shape("Gemma3-270M", 8192, 640, 262144)
 MODELS = (LLAMA3_8B, QWEN3_06B, GEMMA3_270M)
-# What CPUs are asked for: a small model's output layer, and the embedded default's.
+# For CPUs: the output layers of a small model and of the embedded default.
 CPU_SHAPES = (Shape("small", 512, 256, 16000, 128), Shape("embedded", 2048, 64, 49, 64))
 TINY = Shape("tiny", 64, 16, 300, 16)
 
@@ -40,7 +40,7 @@ def _generator(device, seed=0):
 
 
 def packed(tokens, sequences, device):
-    """(cu_seqlens of `sequences` uneven lengths, response mask: the second half of each)."""
+    """(cu_seqlens of sequences of uneven lengths, response mask, which is the second half of each)."""
     generator = _generator("cpu")
     shares = torch.rand(sequences, generator=generator) + 0.5
     bounds = torch.cat([torch.zeros(1), (shares / shares.sum()).cumsum(0) * tokens]).round().int()
@@ -52,7 +52,7 @@ def packed(tokens, sequences, device):
 
 
 def logits_inputs(shape, device, dtype):
-    """(logits [T, V], labels [T]): standard deviation 2, and up to 14 more for the label."""
+    """(logits [T, V] of standard deviation 2, with up to 14 more for the label; labels [T])."""
     generator = _generator(device)
     labels = torch.randint(0, shape.vocab_size, (shape.tokens,), generator=generator, device=device)
     logits = torch.randn(shape.tokens, shape.vocab_size, generator=generator, device=device, dtype=dtype).mul_(2)
@@ -62,7 +62,7 @@ def logits_inputs(shape, device, dtype):
 
 
 def linear_inputs(shape, device, dtype):
-    """(hidden [T, D], weight [V, D], labels [T]) of such logits."""
+    """(hidden [T, D], weight [V, D], labels [T]), which give such logits."""
     generator = _generator(device)
     size = (shape.vocab_size, shape.hidden_size)
     weight = torch.randn(size, generator=generator, device=device).mul_(2 * shape.hidden_size**-0.5)
@@ -73,7 +73,7 @@ def linear_inputs(shape, device, dtype):
 
 
 def ppo_inputs(shape, device, dtype, mask):
-    """(hidden, weight, labels, old_logps, advantages, loss_mask); mask: "half" of the tokens, or "full"."""
+    """(hidden, weight, labels, old_logps, advantages, loss_mask). mask: "half" of the tokens, or "full"."""
     hidden, weight, labels = linear_inputs(shape, device, dtype)
     generator = _generator(device, 1)
     noise, advantages = torch.randn(2, shape.tokens, generator=generator, device=device)

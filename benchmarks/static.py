@@ -1,10 +1,11 @@
-"""Facts about the machine code of every Triton kernel, read on a machine that needs no GPU.
+"""Checks facts about the machine code of every Triton kernel, without a GPU.
 
     python -m benchmarks.static [--json] [substring of a kernel's name]
 
-A case is a call of a kernel module. The call runs on CPU tensors with Triton's launcher replaced by a recorder, so what
-is compiled here is exactly what that call launches on a GPU: dtypes, alignments, constexprs, warps. Each launch is then
-compiled for each architecture and read back with the cuobjdump that Triton ships. Exits with 1 if a fact fails.
+A case is a call of a kernel module. It runs on CPU tensors with a recorder in place of Triton's launcher, so that
+exactly that is compiled which the call launches on a GPU: dtypes, alignments, constexprs, warps. Each launch is
+compiled for each architecture and disassembled with the cuobjdump that comes with Triton. The exit code is 1 if a fact
+is wrong.
 """
 
 import importlib
@@ -31,16 +32,16 @@ from rto_fast.system.terminal import say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536
-# Shared memory in bytes a block may have, and an SM has (a block costs 1 KB more than it asks for); warps an SM holds.
+# Bytes of shared memory of a block and of an SM (a block takes 1 KB more than it asks for), and warps of an SM.
 LIMITS = {80: (163 << 10, 164 << 10, 64), 90: (227 << 10, 228 << 10, 64), 100: (227 << 10, 228 << 10, 64)}
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
-MOVE = r"\bmov\.b(?:16|32)\s+(%\w+), (-?(?:0x)?[0-9A-F]+);"  # of a constant to a register
+MOVE = r"\bmov\.b(?:16|32)\s+(%\w+), (-?(?:0x)?[0-9A-F]+);"  # moves a constant to a register
 
 
 @dataclass
 class Facts:
-    """What one kernel of one case is on one architecture."""
+    """One kernel of one case on one architecture."""
 
     kernel: str
     case: str
@@ -49,7 +50,7 @@ class Facts:
     registers: int
     local_bytes: int
     shared_bytes: int
-    loads: dict[int, int]  # width in bits -> number of instructions
+    loads: dict[int, int]  # number of instructions by width in bits
     stores: dict[int, int]
     tensor_core: int
     inexact: int
@@ -57,7 +58,7 @@ class Facts:
 
     @property
     def occupancy(self):
-        """Share of an SM's warps that fit, by registers (given in units of 256 to a warp) and by shared memory."""
+        """The share of an SM's warps that fit, by registers (a warp takes units of 256) and by shared memory."""
         _, shared_per_sm, warps_per_sm = LIMITS[self.sm]
         by_registers = REGISTERS_PER_SM // (-(-self.registers * 32 // 256) * 256 * self.warps)
         by_shared = shared_per_sm // (self.shared_bytes + 1024)
@@ -85,7 +86,7 @@ class Facts:
 
 
 def record_launches(call, *call_args):
-    """The (kernel, arguments, options) `call` launches; nothing runs, so the tensors it returns hold garbage."""
+    """The (kernel, arguments, options) that `call` launches. Nothing runs, so the tensors that it returns are undefined."""
     launches = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
@@ -97,7 +98,7 @@ def record_launches(call, *call_args):
 
 
 def compile_launch(kernel, args, kwargs, sm):
-    """What `JITFunction.run` does up to the launch, for a GPU that is not there."""
+    """Compiles as `JITFunction.run` does before the launch, for a GPU that is not there."""
     target = GPUTarget("cuda", sm, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -108,7 +109,7 @@ def compile_launch(kernel, args, kwargs, sm):
 
 
 def _widths(sass, instruction):
-    """{bits: count} of the global-memory instruction `instruction` (LDG also counts its asynchronous form)."""
+    """Counts of a global-memory instruction by its bits; LDG includes its asynchronous form."""
     widths = Counter()
     for modifiers in re.findall(rf"\b{instruction}(?:STS)?\.(E[\w.]*)", sass):
         width = re.search(r"\b[US]?(8|16|64|128|256)\b", modifiers.replace(".", " "))
@@ -117,7 +118,7 @@ def _widths(sass, instruction):
 
 
 def _inexact(ptx, sass):
-    """Number of operations that are, or may be, fused into one rounding, and of divisions that do not round correctly.
+    """Counts operations that are or may be fused into one rounding, and divisions that do not round correctly.
 
     bfloat16 has no other instruction than fma on sm_80: a·b is a·b + −0 there, and a ± b is b·±1 + a. Those round once
     anyway. ptxas may fuse what does not say how it rounds (.rn).
@@ -159,9 +160,9 @@ def read_facts(compiled, case, sm):
 
 
 def collect(only=""):
-    """The Facts of every kernel whose name contains `only`, each compiled variant once."""
+    """The Facts of each kernel whose name contains `only`, of each compiled variant once."""
     pending, seen = [], set()
-    with ThreadPoolExecutor() as pool:  # disassembling takes as long as compiling: do both at once
+    with ThreadPoolExecutor() as pool:  # disassembling takes as long as compiling, so both run at once
         for case, (module, call) in CASES.items():
             torch.manual_seed(0)
             launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))

@@ -1,11 +1,11 @@
-"""What `benchmarks.static` compiles: calls that launch every kernel in every form that matters; what is expected."""
+"""The cases of `benchmarks.static`: calls that launch every kernel in every form that matters, and what is expected."""
 
 import torch
 
-# Accesses of 128 bits a kernel must at least have, where it streams rows; whether it must use the tensor cores; whether it
-# must round every operation by itself, as torch's kernels do ("exact").
+# The least number of 128-bit accesses of kernels that stream rows; whether a kernel must use the tensor cores; whether
+# it must round every operation separately, as torch's kernels do ("exact").
 EXPECTED = {
-    # vector_loads have at least 64 bits: four tokens of a 16-bit input.
+    # vector_loads have at least 64 bits, four tokens of a 16-bit input.
     "gae_kernel": {"vector_loads": 2, "wide_stores": 2},
     "rto_advantages_kernel": {"vector_loads": 5, "wide_stores": 4},
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
@@ -70,7 +70,9 @@ def ppo_loss(name, dtype, count=8192, **options):
 
 def token_logps(rows, vocab_size, dtype, entropy=False, inplace=False):
     def call(module):
-        logits = torch.empty(rows, vocab_size, dtype=dtype, requires_grad=True)  # pages no one touches cost nothing
+        logits = torch.empty(
+            rows, vocab_size, dtype=dtype, requires_grad=True
+        )  # memory that is not touched costs nothing
         labels = torch.zeros(rows, dtype=torch.long)
         result = module.token_logps(logits, labels, return_entropy=entropy, inplace_backward=inplace)
         (sum(result) if entropy else result).sum().backward()
@@ -79,7 +81,7 @@ def token_logps(rows, vocab_size, dtype, entropy=False, inplace=False):
 
 
 def linear(name, vocab_size, dtype, **options):
-    """The kernels see rows of logits, whatever the hidden size is: 16 keeps the CPU's GEMMs short."""
+    """A hidden size of 16 keeps the CPU's GEMMs short; the kernels see rows of logits only."""
 
     def call(module):
         hidden, weight = (torch.zeros(n, 16, dtype=dtype, requires_grad=True) for n in (4, vocab_size))
@@ -166,10 +168,10 @@ def decode_step(slots, stops, min_new_tokens, grow):
     return "decode_step", call
 
 
-# Vocabulary sizes of the three models that are benchmarked.
+# Vocabulary sizes of the three benchmarked models.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
-# label -> (module of rto_fast.kernels, a call of it on CPU tensors: the launches are recorded, nothing runs)
+# By label: (module of rto_fast.kernels, a call of it on CPU tensors, of which only the launches are recorded).
 CASES = {
     "gae fp32 short": gae(1000, 10),
     "gae bf16 long masked bootstrap": gae(32768, 2, torch.bfloat16, masked=True),

@@ -1,7 +1,7 @@
-"""Kernel benchmarks for pytest-benchmark, a group a kernel: `pytest benchmarks [--benchmark-json FILE]`.
+"""Kernel benchmarks for pytest-benchmark, a group for each kernel: `pytest benchmarks [--benchmark-json FILE]`.
 
-The providers of a group are timed in turns, in one go, by `benchmarks.timing`; a provider's test then hands its rounds
-to pytest-benchmark (`benchmarks.replay`). Only so can rounds of different tests interleave.
+`benchmarks.timing` times all providers of a group in turns. Then each provider's test passes its rounds to
+pytest-benchmark (`benchmarks.replay`). This is the only way to interleave rounds of different tests.
 """
 
 from functools import cache
@@ -49,7 +49,7 @@ def device_clock(device):
     return clock, ceilings(clock)
 
 
-measured = {}  # of one case at a time: a case's tests follow each other
+measured = {}  # of one case at a time, because the tests of a case follow each other
 
 
 def record_of(case, name, device, **options):

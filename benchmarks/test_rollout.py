@@ -1,6 +1,6 @@
-"""Rollouts for pytest-benchmark: `pytest benchmarks/test_rollout.py`; tokens/s and % of bound are its extra_info.
+"""Rollouts for pytest-benchmark: `pytest benchmarks/test_rollout.py`. Tokens/s and % of the bound are in extra_info.
 
-On a GPU each item of `benchmarks.rollout.plan` is run once, its warm-up aside; that takes some minutes, most of them in
+On a GPU each item of `benchmarks.rollout.plan` runs once after its warm-up. This takes some minutes, most of them in
 transformers' `generate`. On a CPU the native engine and `generate` take turns.
 """
 

@@ -1,8 +1,8 @@
-"""How things are timed: CUDA events, a cold L2, providers taking turns, medians and quantiles, peak memory.
+"""Timing: CUDA events, a cold L2, providers that take turns, medians and quantiles, and peak memory.
 
-A provider is a function without arguments that prepares one call, untimed (inputs, the forward pass before a timed
-backward pass), and returns the call. The call's inputs, or its output when gradients are timed, die with it, so no
-provider's tensors stay alive while another one runs.
+A provider is a function without arguments that prepares one call (its inputs, or the forward pass before a timed
+backward pass) and returns the call; only the call is timed. The inputs of the call, or its output if gradients are
+timed, are freed with it, so that no provider's tensors stay alive while another one runs.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # written before each timed call: more than twice the L2 of any GPU here (B200: 126 MB)
+FLUSH_BYTES = 256 << 20  # written before each timed call; more than twice the L2 of any GPU here (B200: 126 MB)
 
 
 class Clock:
@@ -32,8 +32,8 @@ class Clock:
             call()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The flush empties L2. The sleep (a millisecond or so) keeps the GPU busy while the CPU gets ahead, so that its
-        # part of a launch is hidden as it is in training.
+        # The flush empties L2. The sleep, about a millisecond, keeps the GPU busy while the CPU gets ahead, so that the
+        # CPU's part of a launch is hidden as in training.
         torch.cuda._sleep(2_000_000)
         self.flush.zero_()
         start.record()
@@ -43,7 +43,7 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
     def peak_bytes(self, call):
-        """Most memory that was taken at once during a call, beyond what was there before it; None if not known."""
+        """The most memory taken at once during a call, beyond that before it; None if not known."""
         gc.collect()
         if not self.is_cuda:
             return _peak_resident_bytes(call)
@@ -62,10 +62,10 @@ def _status_bytes(field):
 
 
 def _peak_resident_bytes(call):
-    """The kernel's own account of resident memory (Linux), which sees the temporaries inside torch's operators too."""
+    """Peak resident memory according to Linux, which includes temporaries inside of torch's operators."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError):
         return None
     before = _status_bytes("VmRSS")
@@ -74,7 +74,7 @@ def _peak_resident_bytes(call):
 
 
 def summary(seconds):
-    """Median and 20 % and 80 % quantiles in ms."""
+    """Median, 20 % and 80 % quantiles in ms."""
     ordered = sorted(1e3 * s for s in seconds)
     low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
     return {"median_ms": statistics.median(ordered), "q20_ms": low, "q80_ms": high, "rounds": len(ordered)}
@@ -87,10 +87,10 @@ def _first(output):
 
 
 def _deviation(output, expected):
-    """‖a − b‖ / ‖b‖ of (at most a million elements of) two results: a wrong peer, or ours, must not win unseen."""
+    """‖a − b‖ / ‖b‖ of at most a million elements of two results, so that a wrong function does not win unnoticed."""
     output, expected = (t.reshape(-1)[: 1 << 20].double() for t in (output, expected))
     if output.shape != expected.shape:
-        return None  # a peer whose loss is another one
+        return None  # the peer has a different loss
     return ((output - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
@@ -124,7 +124,7 @@ def measure(providers, clock, *, rounds=20, seconds=5.0, warmup=2, prepare_secon
             peak = clock.peak_bytes(provider())
             results[name] = {"peak_bytes": peak, "deviation": deviation, "seconds": []}
             ready[name] = provider
-        # Peers fail in their own ways (a missing GPU feature, a compile error, no memory); the reason is the result.
+        # Peers fail for reasons of their own, such as GPU features, compile errors or memory; the reason is the result.
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
             if clock.is_cuda:
@@ -138,7 +138,7 @@ def measure(providers, clock, *, rounds=20, seconds=5.0, warmup=2, prepare_secon
         for name in names[done % len(names) :] + names[: done % len(names)]:
             try:
                 results[name]["seconds"].append(clock(ready[name]()))
-            except Exception as error:  # one that fails now (no memory beside the others) must not cost the others
+            except Exception as error:  # one that fails now, for example for lack of memory, must not stop the others
                 results[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
                 del ready[name]
     for name in ready:
@@ -147,9 +147,11 @@ def measure(providers, clock, *, rounds=20, seconds=5.0, warmup=2, prepare_secon
 
 
 def gemms(clock: Clock, flops: float) -> tuple[Callable, float]:
-    """(provider of a call that does about `flops` in large GEMMs, one after the other; the FLOPs it does): what a device
-    reaches for as long as an op of so many runs. A GPU's power limit lowers its clock within milliseconds, so that the
-    rate of one GEMM alone is that of a burst."""
+    """(provider of a call that does about `flops` in large GEMMs, one after the other; the FLOPs that it does).
+
+    This is what a device reaches for as long as an op of this many FLOPs runs. A GPU's power limit lowers its clock
+    within milliseconds, so the rate of a single GEMM is that of a burst.
+    """
     width, dtype = (8192, torch.bfloat16) if clock.is_cuda else (512, torch.float32)
     count = max(1, round(flops / (2.0 * width**3)))
     a, b = (torch.randn(width, width, device=clock.device, dtype=dtype) for _ in range(2))
@@ -164,8 +166,10 @@ def gemms(clock: Clock, flops: float) -> tuple[Callable, float]:
 
 
 def ceilings(clock):
-    """What this device reaches: {"copy_bytes_per_s", "gemm_flops_per_s"} (bfloat16 through cuBLAS; float32 on a CPU); the
-    latter is the rate of one GEMM alone."""
+    """What this device reaches: {"copy_bytes_per_s", "gemm_flops_per_s"}, with bfloat16 in cuBLAS, or float32 on a CPU.
+
+    "gemm_flops_per_s" is the rate of a single GEMM.
+    """
     size = 1 << 30 if clock.is_cuda else 1 << 26
     source = torch.ones(size, dtype=torch.int8, device=clock.device)
     target = torch.empty_like(source)

@@ -1,22 +1,25 @@
-"""RTO's token rewards, their generalised advantage estimation, and whitening, over packed sequences.
+"""RTO's token rewards, their generalised advantage estimation (GAE) and whitening, over packed sequences.
 
-One program a sequence walks its tiles from the end. Each token hands the one before it
+One program walks the tiles of a sequence from its end. Each token hands to the token before it
 
     h_t = γ·V_t + γλ·A_t,    so that    A_t = r_t − V_t + h_{t+1},
 
-and a token that is no action hands on what it was handed: holes need no look-up of the next value. What the last action
-gets on top, the score say, is handed to it. Every program also leaves its sums and (count, mean, M2); a second launch
-merges them in a fixed order (no atomics: bitwise repeatable) and whitens. Nothing is padded and the host never waits.
+and a token that is no action hands on what it was handed, so that gaps need no search for the next value. The last
+action is handed what is added to its reward, for example the score. Each program also stores its sums and (count, mean,
+M2). A second launch merges these in a fixed order, without atomics, so that results are bitwise repeatable, and
+whitens. Nothing is padded and the host never waits.
 
-Tiles are made of groups of four tokens (`token_groups.py`), one group a thread. Their rows are in reversed order, so that
-the recursion runs forward through a tile, and `tl.associative_scan(reverse=True)`, which has open bugs on GPUs, is not
-needed. Within its group a thread walks backward by itself.
+A tile consists of groups of four tokens (`token_groups.py`), one for each thread. Its rows are in reversed order, so
+that the recursion runs forward through a tile and does not need `tl.associative_scan(reverse=True)`, which has open
+bugs on GPUs. Within its group a thread walks backward.
 
-The kernels wait for latency, not for bytes: for every tile two loads, one after the other, a scan and its barriers. So
-what counts is how many programs an SM holds meanwhile. With two tokens a thread and tiles of 1024 it held one program
-(101 registers), and 1M tokens of 1024 sequences took 63 µs on an H200, gae 24; now it holds eight of 512 tokens (64
-registers), which is all of them at once. benchmarks/README.md has the prediction.
+The kernels are bound by latency, not by bandwidth: each tile takes two loads, one after the other, and a scan with its
+barriers. So it matters how many programs an SM holds at once. With two tokens a thread and tiles of 1024 an SM held one
+program (101 registers), and 1M tokens of 1024 sequences took 63 µs on an H200, gae 24. Now an SM holds eight programs
+of 512 tokens (64 registers), which is all of them. benchmarks/README.md has the prediction.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -28,24 +31,25 @@ from rto_fast.kernels.reference import RTOAdvantages
 from rto_fast.kernels.token_groups import GROUP, join_columns, load_groups, split_columns, store_groups, token_groups
 
 BLOCK_WHITEN, BLOCK_N = 2048, 1024
-MAX_TILE = 1024  # tokens: 8 warps. With 16, registers spill
-# Of rto_advantages with 8 warps: left to itself, ptxas may take 64 and spill. 80 still are three programs an SM.
+MAX_TILE = 1024  # tokens, which take 8 warps; with 16, registers spill
+# For rto_advantages with 8 warps, where ptxas by itself may take 64 and spill. With 80 an SM still holds three
+# programs.
 LARGE_TILE_REGISTERS = 80
-# 132 SMs hold 1024 threads of 64 registers each: tokens that all programs together have in their tiles, if none waits.
+# Tokens in the tiles of all programs that run at once: each of 132 SMs holds 1024 threads of 64 registers.
 RESIDENT_TOKENS = 132 * 1024 * GROUP.value
 STATS = ("count", "advantage_mean", "advantage_var", "dpo_reward_sum", "kl_sum", "score_reward_sum", "dpo_clip_count")
 
 
 @triton.jit
 def _compose(a_1, b_1, p_1, q_1, a_2, b_2, p_2, q_2):
-    """Joins two runs of tokens, the first the later in time. A run that is handed h hands on a·h + b, and the earliest
-    of its tokens was itself handed p·h + q."""
+    """Joins two ranges of tokens; the first is later in time. A range that is handed h hands on a·h + b, and its earliest
+    token is handed p·h + q."""
     return a_2 * a_1, a_2 * b_1 + b_2, p_2 * a_1, p_2 * b_1 + q_2
 
 
 @triton.jit
 def _join_sentences(starts_1, sum_1, starts_2, sum_2):
-    """Sums since the last start of a sentence."""
+    """Joins two ranges of tokens: (whether a sentence starts in it, sum since the last start)."""
     return starts_1 | starts_2, tl.where(starts_2 != 0, sum_2, sum_1 + sum_2)
 
 
@@ -56,7 +60,7 @@ def _last(block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _clip(x, limit):
-    """x within ±limit; None is no limit. Selects, since min and max would drop NaN."""
+    """x clipped to ±limit; None is no limit. Uses selects, because min and max would drop NaN."""
     if limit is not None:
         x = tl.where(tl.abs(x) > limit, tl.where(x > 0.0, limit, -limit), x)
     return x
@@ -64,7 +68,7 @@ def _clip(x, limit):
 
 @triton.jit
 def _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma):
-    """(first token of a sequence, one past its last, what its last action is handed)."""
+    """(first token of a sequence, one past its last token, what its last action is handed)."""
     bootstrap = 0.0
     if bootstrap_values_ptr is not None:
         bootstrap = tl.load(bootstrap_values_ptr + pid_n).to(tl.float32)
@@ -73,11 +77,11 @@ def _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma):
 
 @triton.jit
 def _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS: tl.constexpr):
-    """(advantages of a tile, what its earliest token hands on); reward and value are 0 where a token is not valid."""
+    """(advantages of a tile, what its earliest token hands on). reward and value are 0 for tokens that are not valid."""
     delta = reward - value
     a_0, a_1, a_2, a_3 = split_columns(tl.where(valid, gamma_lambda, 1.0), ROWS)
     b_0, b_1, b_2, b_3 = split_columns(gamma * value + gamma_lambda * delta, ROWS)
-    # A thread's four tokens as one, then what every thread is handed, then what every token is.
+    # Joins a thread's four tokens, computes what each thread is handed, then what each of its tokens is handed.
     a_01, b_01 = a_0 * a_1, a_0 * b_1 + b_0
     a_23, b_23 = a_2 * a_3, a_2 * b_3 + b_2
     a, b = a_01 * a_23, a_01 * b_23 + b_01
@@ -133,11 +137,11 @@ def _move_to_delimiters(
     dpo_reward_clip,
     BLOCK_T: tl.constexpr,
 ):
-    """Walks a sequence forward: (sum of its DPO rewards, the part after its last delimiter). With delimiters, leaves
-    each sentence's sum on its delimiter in `token_rewards`."""
+    """(sum of a sequence's DPO rewards, the part after its last delimiter). With delimiters, stores each sentence's sum
+    at its delimiter in `token_rewards`."""
     totals = tl.zeros((BLOCK_T,), tl.float32)
     rest = 0.0
-    # One position past the end: if the last token is a delimiter, the sentence that starts there has the sum 0.
+    # Up to one position past the end: if the last token is a delimiter, the sentence that starts there has the sum 0.
     for done in range(0, end - start + 1, BLOCK_T):
         offs_t = start + done + tl.arange(0, BLOCK_T)
         mask_t = offs_t < end
@@ -160,7 +164,7 @@ def _move_to_delimiters(
 
 @triton.jit
 def _merge(count, mean, m2):
-    """(count, mean, sum of squared deviations) of the union of a block of samples, by Chan's formula."""
+    """(count, mean, sum of squared deviations) of all samples of a block together, by Chan's formula."""
     total = tl.sum(count)
     centre = tl.sum(count * mean) / tl.maximum(total, 1.0)
     return total, centre, tl.sum(m2 + count * (mean - centre) * (mean - centre))
@@ -204,7 +208,7 @@ def rto_advantages_kernel(
     pid_n = tl.program_id(0)
     start, end, handed = _sequence(cu_seqlens_ptr, bootstrap_values_ptr, pid_n, gamma)
 
-    # What the last response token gets on top: the score, and what `sentence`, `sequence` and shaping move there.
+    # What is added to the reward of the last response token: the score, and what granularity and shaping move there.
     score = _clip(tl.load(scores_ptr + pid_n).to(tl.float32), score_clip)
     score = score_scale * score
     moved = 0.0
@@ -219,7 +223,7 @@ def rto_advantages_kernel(
             end,
             dpo_reward_scale,
             dpo_reward_clip,
-            2 * ROWS,  # two tokens a thread: with four, registers spill
+            2 * ROWS,  # two tokens a thread; with four, registers spill
         )
         if SHAPING:
             score -= total
@@ -229,10 +233,12 @@ def rto_advantages_kernel(
             moved = rest
             tl.debug_barrier()  # the sums on delimiters are read back below by other threads of this program
     on_top = moved + score
-    handed += on_top  # tokens after the last response token hand it on untouched
+    handed += on_top  # tokens after the last response token hand it on unchanged
 
-    last = start - 1  # index of the last response token, which is the first one met
-    count = tl.zeros((ROWS,), tl.float32)  # every thread's own statistics: one reduction at the end, none a tile
+    last = start - 1  # index of the last response token, which is found first
+    count = tl.zeros(
+        (ROWS,), tl.float32
+    )  # statistics of each thread; they are reduced once at the end, not once a tile
     mean = tl.zeros((ROWS,), tl.float32)
     m2 = tl.zeros((ROWS,), tl.float32)
     dpo_sum = tl.zeros((ROWS,), tl.float32)
@@ -243,7 +249,7 @@ def rto_advantages_kernel(
         first_t, offs_t, mask_t, group_whole = token_groups(groups - done, start, end, ROWS)
         is_whole = (groups - done) * GROUP <= num_tokens
         valid = mask_t & (load_groups(response_mask_ptr, first_t, mask_t, is_whole) != 0)
-        # Groups without a response token are not read: a prompt costs one byte a token. NaN in one cannot leak.
+        # Groups without a response token are not read, so a prompt costs one byte a token, and its NaN cannot leak.
         old_logp = load_groups(old_logps_ptr, first_t, valid, is_whole).to(tl.float32)
         ref_logp = load_groups(ref_logps_ptr, first_t, valid, is_whole).to(tl.float32)
         dpo_logp = load_groups(dpo_logps_ptr, first_t, valid, is_whole).to(tl.float32)
@@ -259,7 +265,7 @@ def rto_advantages_kernel(
             reward = tl.where(valid, moved_here, 0.0) - kl_coef * kl
         else:
             reward = -kl_coef * kl
-        # What is needed no more is written and summed before the scan: registers limit how many programs an SM holds.
+        # Values are stored and summed before the scan if possible, since registers limit how many programs an SM holds.
         store_groups(kl_ptr, first_t, kl, mask_t, group_whole)
         dpo_sum += tl.sum(clipped, 1)
         kl_sum += tl.sum(kl, 1)
@@ -272,7 +278,7 @@ def rto_advantages_kernel(
         advantage, handed = _gae_tile(reward, value, valid, handed, gamma, gamma_lambda, ROWS)
         store_groups(advantages_ptr, first_t, advantage, mask_t, group_whole)
         store_groups(returns_ptr, first_t, advantage + value, mask_t, group_whole)
-        # Chan's formula, with a thread's four tokens as the second sample.
+        # Chan's formula; the second sample is a thread's four tokens.
         count_here = tl.sum(valid.to(tl.float32), 1)
         mean_here = tl.sum(advantage, 1) / tl.maximum(count_here, 1.0)
         deviation = tl.where(valid, advantage - mean_here[:, None], 0.0)
@@ -327,14 +333,14 @@ def rto_whiten_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every program merges all partials, in the same order; that is cheaper than a launch of its own. The first one
-    writes the statistics."""
+    """Each program merges all partials in the same order, which is cheaper than another launch. The first program
+    stores the statistics."""
     pid_t = tl.program_id(0)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
-    # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+    # A bound would split the accesses into single elements, so whole blocks have code without one.
     is_whole = (pid_t + 1) * BLOCK_T <= num_tokens
-    if WHITEN:  # loaded here, so that they are on their way while the partials are merged
+    if WHITEN:  # loaded first, so that they arrive while the partials are merged
         if is_whole:
             valid = tl.load(response_mask_ptr + offs_t) != 0
             advantage = tl.load(advantages_ptr + offs_t)
@@ -364,7 +370,7 @@ def rto_whiten_kernel(
 
 
 def _tile(num_tokens: int, num_sequences: int) -> dict[str, int]:
-    """The mean sequence in one tile, unless the programs would not all fit on the GPU: then several smaller tiles."""
+    """Launch options: a tile holds the mean sequence, or less of it if the programs would not all fit on the GPU."""
     mean, share = triton.cdiv(num_tokens, max(num_sequences, 1)), RESIDENT_TOKENS // max(num_sequences, 1)
     tile = min(triton.next_power_of_2(mean), triton.next_power_of_2(share + 1) // 2, MAX_TILE)
     rows = max(tile // GROUP.value, 32)
@@ -399,7 +405,7 @@ def _gae(
 
 
 @_gae.register_fake
-def _(rewards, *_):
+def _(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape, dtype=torch.float32), rewards.new_empty(rewards.shape, dtype=torch.float32)
 
 
@@ -426,7 +432,7 @@ def _rto_advantages(
     shaping: bool,
     whiten: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(token_rewards, kl, advantages, returns, the statistics named by STATS)."""
+    """(token_rewards, kl, advantages, returns, the statistics that STATS names)."""
     num_tokens, num_sequences = len(old_logps), len(cu_seqlens) - 1
     outputs = [torch.empty(num_tokens, dtype=torch.float32, device=old_logps.device) for _ in range(4)]
     token_rewards, kl, advantages, returns = outputs
@@ -472,39 +478,48 @@ def _rto_advantages(
 
 
 @_rto_advantages.register_fake
-def _(old_logps, *_):
+def _(old_logps: Tensor, *_: Any) -> tuple[Tensor, ...]:
     new = [old_logps.new_empty(old_logps.shape, dtype=torch.float32) for _ in range(4)]
     return *new, old_logps.new_empty(len(STATS), dtype=torch.float32)
 
 
-def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rto_fast.ops.gae`. Not differentiable: advantages and returns are constants of the losses."""
     return _gae(rewards, values, cu_seqlens, mask, bootstrap_values, gamma, gae_lambda)
 
 
 def rto_advantages(
-    old_logps,
-    ref_logps,
-    dpo_logps,
-    values,
-    scores,
-    cu_seqlens,
-    response_mask,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
     *,
-    dpo_ref_logps=None,
-    dpo_reward_scale=0.05,
-    dpo_reward_clip=0.05,
-    kl_coef=0.01,
-    score_scale=1.0,
-    score_clip=10.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    granularity="token",
-    delimiter_mask=None,
-    shaping=False,
-    bootstrap_values=None,
-    whiten=True,
-):
+    dpo_ref_logps: Tensor | None = None,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05,
+    kl_coef: float = 0.01,
+    score_scale: float = 1.0,
+    score_clip: float = 10.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    granularity: str = "token",
+    delimiter_mask: Tensor | None = None,
+    shaping: bool = False,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+) -> RTOAdvantages:
     """See `rto_fast.ops.rto_advantages`. Not differentiable, like `gae`."""
     token_rewards, kl, advantages, returns, stats = _rto_advantages(
         old_logps,

@@ -1,7 +1,7 @@
-"""What the public ops refuse: each check raises a ValueError that begins with the argument's name.
+"""Checks of the arguments of public ops. Each raises a ValueError that begins with the argument's name.
 
-A tensor's shape, dtype and device cost nothing to look at. What it holds is looked at only where it lies on the CPU: on a
-GPU that would wait for the device.
+Shape, dtype and device of a tensor cost nothing to check. Its values are checked on a CPU only, because on a GPU this
+would wait for the device.
 """
 
 import os
@@ -21,7 +21,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def check_tensor(
     name: str, tensor: Any, shape: tuple[int, ...] | None, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    """shape: None for any."""
+    """Checks a tensor; a `shape` of None allows any."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if shape is not None and tensor.shape != shape:
@@ -33,7 +33,7 @@ def check_tensor(
 
 
 def check_first(name: str, tensor: Any) -> None:
-    """The tensor that the others are held against: any shape and device, a float dtype."""
+    """Checks an op's first tensor, which may have any shape and device and a float dtype. Others are compared with it."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_tensor(name, tensor, None, float_dtypes(tensor.device), tensor.device)
@@ -51,23 +51,23 @@ def check_floats(like: Tensor, shape: tuple[int, ...], **tensors: Any) -> None:
 
 
 def check_optional(like: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], **tensors: Any) -> None:
-    """Tensors that may be None."""
+    """Checks tensors that may be None."""
     for name, tensor in tensors.items():
         if tensor is not None:
             check_tensor(name, tensor, shape, dtypes, like.device)
 
 
 class _Range(NamedTuple):
-    """The numbers that an argument may be: those from `low` to `high`, of which NaN is none."""
+    """The numbers from `low` to `high`, which an argument may be; NaN is not among them."""
 
-    told: str  # in the error's message
+    expected: str  # the range in words, for the error message
     low: float
     high: float
     is_optional: bool = False  # may be None
-    kind: Any = (float, int, Real)  # as isinstance takes it, the usual ones first: they are cheap to find
+    kind: Any = (float, int, Real)  # the usual types first, because isinstance finds them fast
 
 
-# Kernels compute in float32: what it rounds to 0 or to infinity is refused as these are.
+# Kernels compute in float32. A number that float32 rounds to 0 or to infinity is refused like these.
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _FINITE = _Range("a finite number", -_LARGEST, _LARGEST)
 AT_LEAST_0 = _Range("a finite number of at least 0", 0.0, _LARGEST)
@@ -107,10 +107,11 @@ def check_number(name: str, number: Any, allowed: _Range) -> None:
     if not isinstance(number, allowed.kind) or not allowed.low <= number <= allowed.high:
         got = number if isinstance(number, float) or isinstance(number, int) and abs(number) < 1 << 64 else None
         got = f"a {type(number).__name__}" if got is None else got
-        raise ValueError(f"{name}: expected {allowed.told}{' or None' * allowed.is_optional}, got {got}")
+        raise ValueError(f"{name}: expected {allowed.expected}{' or None' * allowed.is_optional}, got {got}")
 
 
 def checked_num_items(num_items: Any) -> float | Tensor | None:
+    """Checks a loss's denominator; a tensor is returned detached."""
     if not isinstance(num_items, Tensor):
         check_numbers(num_items=num_items)
         return num_items
@@ -128,7 +129,7 @@ _PACKED = (
 
 
 def checked_cu_seqlens(cu_seqlens: Any, **tensors: Any) -> Tensor:
-    """cu_seqlens, which marks the sequences of the packed float tensors [T]."""
+    """Checks packed float tensors [T] and the bounds of their sequences; returns `cu_seqlens`."""
     name, first = next(iter(tensors.items()))
     check_first(name, first)
     for name, tensor in tensors.items():

@@ -1,11 +1,13 @@
-"""What the log-prob kernels share: the softmax state of a row of logits, its gradient, and float32-accumulating GEMMs.
+"""Shared by the log-prob kernels: the softmax state of a row of logits, its gradient, and GEMMs that accumulate in float32.
 
-A row's state is (m, s, u) with m = max z, t = (z - m)·log2(e)/temperature, s = Σ 2^t, u = Σ 2^t·t: base 2 because
-ex2 and lg2 are what the hardware has, and u because entropy = ln s - u/s (base e) then needs no second pass and does
-not cancel as lse - E[z] does. `scale` is log2(e)/temperature, `cap` the softcap or None.
+The state of a row is (m, s, u) with m = max z, t = (z - m)·log2(e)/temperature, s = Σ 2^t and u = Σ 2^t·t. It is in
+base 2 because the hardware has ex2 and lg2. With u, entropy = ln s - u/s (base e) needs no second pass and does not
+cancel as lse - E[z] does. `scale` is log2(e)/temperature, and `cap` is the softcap or None.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -13,14 +15,14 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-# 2^t is 0 in float32 below this; but 0·t must not become 0·(-inf), so t is clamped where it is a factor.
+# Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
 
 
-def row_block(num_cols, itemsize):
-    """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes: 64 bytes, 4 loads of 128 bits, a thread.
+def row_block(num_cols: int, itemsize: int) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of elements of `itemsize` bytes; each thread loads 64 bytes, 4 times 128 bits.
 
-    At most 8 warps: with 16, Triton 3.6 spills registers, and an SM holds fewer threads.
+    There are at most 8 warps. With 16, Triton 3.6 spills registers, and an SM holds fewer threads.
     """
     block_v = min(max(triton.next_power_of_2(num_cols), 128), 16384 // itemsize)
     return block_v, max(1, block_v * itemsize // 2048)
@@ -28,7 +30,7 @@ def row_block(num_cols, itemsize):
 
 @triton.jit
 def load_logits(x_ptr, bias_ptr, offs_v, num_cols, cap, MASKED: tl.constexpr):
-    """(logits, their derivative in what was loaded) of one tile in float32, -inf past the end."""
+    """(logits of one tile in float32, -inf past the end; their derivative with respect to what was loaded)."""
     mask_v = offs_v < num_cols
     if MASKED:
         z = tl.load(x_ptr + offs_v, mask=mask_v, other=float("-inf")).to(tl.float32)
@@ -53,7 +55,7 @@ def load_logits(x_ptr, bias_ptr, offs_v, num_cols, cap, MASKED: tl.constexpr):
 @triton.jit
 def fold_tile(z, m, s, u, scale, WITH_ENTROPY: tl.constexpr):
     new_m = tl.maximum(m, tl.max(z, 0))
-    # While all is -inf, measure from 0: -inf - -inf would be NaN. A NaN logit reaches s through t: max drops it.
+    # While all is -inf, measure from 0: -inf - -inf would be NaN. A NaN logit reaches s through t, while max drops it.
     origin = tl.where(new_m == float("-inf"), 0.0, new_m)
     t = (z - origin) * scale
     exp = tl.exp2(t)
@@ -67,7 +69,7 @@ def fold_tile(z, m, s, u, scale, WITH_ENTROPY: tl.constexpr):
 
 @triton.jit
 def fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The state of columns [begin, end); whole tiles run without a mask, whose selects cost an instruction a word."""
+    """The state of columns [begin, end). Whole tiles have no mask, because its selects cost an instruction a word."""
     m = float("-inf")
     s = 0.0
     u = 0.0
@@ -84,7 +86,7 @@ def fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY: tl.constexpr
 
 @triton.jit
 def finish_row(z_label, m, s, u, scale):
-    """(logp, entropy, log2 s). z - m comes first: near p = 1 the difference with lse would cancel."""
+    """(logp, entropy, log2 s). z - m is taken first, because near p = 1 the difference with lse would cancel."""
     log2_s = tl.log2(s)
     return ((z_label - m) * scale - log2_s) * LN2, (log2_s - u / s) * LN2, log2_s
 
@@ -123,7 +125,7 @@ def _write_gradient_tile(
     z, derivative = load_logits(x_ptr, bias_ptr, offs_v, end, cap, MASKED)
     dz = logits_gradient(z, derivative, offs_v, label, m, log2_s, entropy, dlogp, dentropy, scale, WITH_ENTROPY)
     if x_ptr.dtype != dx_ptr.dtype:
-        tl.debug_barrier()  # a tile's gradients may land on its own logits (see gradient_view): all read first
+        tl.debug_barrier()  # gradients may overwrite their own tile's logits (see gradient_view): read all first
     if MASKED:
         tl.store(dx_ptr + offs_v, dz.to(dx_ptr.dtype.element_ty), mask=offs_v < end)
     else:
@@ -148,7 +150,7 @@ def write_gradient(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Gradient of columns [begin, end) of a row, last tile first: what was read last is still in L2. All NaN if m is."""
+    """Writes the gradient of columns [begin, end) of a row, last tile first, since that is still in L2. All NaN if m is."""
     offs_v = tl.arange(0, BLOCK_V)
     tail = begin + (end - begin) // BLOCK_V * BLOCK_V
     if (dlogp == 0.0) & (dentropy == 0.0) & (m == m):
@@ -197,7 +199,7 @@ def write_gradient(
 
 @triton.jit
 def sum_row(partials_ptr, row, num_cols, BLOCK_N: tl.constexpr):
-    """Sum of a row of the float32 matrix [..., num_cols], always in the same order."""
+    """The sum of a row of the float32 matrix [..., num_cols], always in the same order."""
     offs_n = tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_N,), tl.float32)
     for done in range(0, num_cols, BLOCK_N):
@@ -207,7 +209,7 @@ def sum_row(partials_ptr, row, num_cols, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
-    """(loss, dloss/dlogp, k3 estimate of KL, is clipped) of tokens. Selects instead of min and max: those drop NaN."""
+    """(loss, dloss/dlogp, k3 estimate of KL, is clipped) of tokens. Uses selects, because min and max would drop NaN."""
     log_ratio = logp - old_logp
     is_clamped = (log_ratio > 20.0) | (log_ratio < -20.0)
     log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0.0, 20.0, -20.0), log_ratio)
@@ -222,54 +224,56 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
         loss = tl.where(is_bounded, -dual_clip * advantage, loss)
         dlogp = tl.where(is_bounded, 0.0, dlogp)
         is_clipped = is_clipped | is_bounded
-    # e^x - 1 - x cancels where policies are close, which is where it is watched: Taylor there, exact to 1e-7.
+    # e^x - 1 - x cancels where the policies are close, where KL matters most: there a Taylor series, exact to 1e-7.
     series = log_ratio * log_ratio * (0.5 + log_ratio * (1 / 6 + log_ratio * (1 / 24 + log_ratio * (1 / 120))))
     kl = tl.where(tl.abs(log_ratio) < 0.05, series, ratio - 1.0 - log_ratio)
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
-def contiguous(*tensors):
+def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def num_items_tensor(num_items, device):
-    """A loss's denominator, 0-d float32 on the device; a Python number travels as a kernel argument, not as a copy."""
+def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A loss's denominator as a 0-d float32 tensor; a Python number gets there as a kernel argument, without a copy."""
     if num_items is None or isinstance(num_items, torch.Tensor):
         return None if num_items is None else num_items.to(device, torch.float32)
     return torch.full((), num_items, dtype=torch.float32, device=device)
 
 
-def equal_share(total, largest):
-    """Length of the fewest equal parts of `total` that are at most `largest` long, rounded up to a multiple of 128."""
+def equal_share(total: int, largest: int) -> int:
+    """The length of the fewest equal parts of `total` that are at most `largest`, rounded up to a multiple of 128."""
     return triton.cdiv(triton.cdiv(total, triton.cdiv(total, largest)), 128) * 128
 
 
-def logits_buffer(num_rows, num_cols, like):
-    """Uninitialised float32 logits [rows, columns], columns padded so that every row is aligned for 128-bit access."""
+def logits_buffer(num_rows: int, num_cols: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised float32 logits [rows, columns]; columns are padded, so that every row is aligned to 128 bits."""
     return torch.empty(num_rows, triton.cdiv(num_cols, 128) * 128, dtype=torch.float32, device=like.device)
 
 
-def gradient_view(buffer, dtype):
-    """Where `write_gradient` puts the gradients of a logits_buffer: in the buffer itself.
+def gradient_view(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The part of a logits_buffer to which `write_gradient` writes the gradients.
 
-    16-bit gradients take the upper half of their own row. Going from the last tile to the first, the gradients of
-    columns [i, j) land on the logits of columns [(W + i)/2, (W + j)/2) of W, which lie at or above i: already read.
+    16-bit gradients take the upper half of their own row. Tiles are written from the last to the first: the gradients
+    of columns [i, j) overwrite the logits of columns [(W + i)/2, (W + j)/2) of W, which are at or above i, so already
+    read.
     """
     return buffer if dtype == torch.float32 else buffer.view(dtype)[:, buffer.shape[1] :]
 
 
-# cuBLAS splits the sum over K where a product has too few tiles to fill the GPU, and may then add up the parts in the dtype
-# of a 16-bit output. Products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in float32, which is
-# 32 MiB at most, and then rounded. (The largest that an H200 was seen to split had 2^20 elements.)
+# cuBLAS splits the sum over K if a product has too few tiles to fill the GPU, and may then add up the parts in the
+# dtype of a 16-bit output. So products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in
+# float32, at most 32 MiB, and then rounded. (The largest that was seen to be split on an H200 had 2^20 elements.)
 SPLIT_K_ELEMENTS = 1 << 23
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """out (+)= a @ b, accumulated in float32 and rounded to out's dtype once.
+    """out (+)= a @ b, accumulated in float32 and rounded once to the dtype of `out`.
 
-    torch forbids parts in 16 bits by flags only (`allow_bf16_reduced_precision_reduction`), which are the user's.
+    torch can forbid 16-bit parts only by global flags (`allow_bf16_reduced_precision_reduction`), which belong to the
+    user.
     """
-    # Always with `out=`: unlike the functional forms, those take no part in autocast.
+    # Always with `out=`, because autocast changes only the forms without it.
     options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
     if a.dtype != torch.float32 and not a.is_cuda:
         # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
@@ -281,8 +285,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool =
     return out.add_(product) if accumulate else out.copy_(product)
 
 
-def autocast_operands(*tensors):
-    """The operands of a linear layer in the dtype autocast gives them, where it is on."""
+def autocast_operands(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The operands of a linear layer, in autocast's dtype if autocast is on."""
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]

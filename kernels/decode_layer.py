@@ -1,13 +1,14 @@
-"""What a decoder layer of Llama's family does between its GEMMs and its attention, in two kernels instead of ten.
+"""What a decoder layer of the Llama family computes between its GEMMs and its attention, in two kernels instead of ten.
 
-A decode step is short: of 256 sequences a small model's layer reads 10 µs of weights and cache, and each kernel costs
-about 2 µs before it reads a byte. So a residual sum goes with the norm that follows it; and norms of heads, rotary
-embedding and the stores to the cache, which touch the same elements, go together.
+A decode step is short: for 256 sequences a small model's layer reads 10 µs of weights and cache, and each kernel costs
+about 2 µs before it reads a byte. So one kernel does a residual sum and the norm that follows it. Another does the
+norms of heads, the rotary embedding and the stores to the cache, which touch the same elements.
 
-Both kernels round where transformers' modules round on a GPU, so that a token's keys are those of the training forward,
-bit by bit where the GEMMs and the order of a norm's sum are:
-- A product that is added to something is rounded first. The compiler would contract both into one fused multiply-add, also
-  where the product is cast to 16 bits in between: it narrows the product to 16 bits, then contracts. `EXACT` forbids that.
+Both kernels round where transformers' modules round on a GPU. So the keys of a token are those of the training forward,
+bit by bit if the GEMMs and the order of a norm's sum are the same:
+- A product that is added to something is rounded first. The compiler would contract both into one fused multiply-add,
+even
+  if the product is cast to 16 bits in between: it narrows the product to 16 bits, then contracts. `EXACT` forbids this.
 - The mean is the sum times the float32 reciprocal of the size, as torch's CUDA kernel computes it.
 - `tl.rsqrt` is rsqrt.approx, as CUDA's rsqrtf is.
 """
@@ -15,6 +16,7 @@ bit by bit where the GEMMs and the order of a norm's sum are:
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels.paged_attention import cache_pointers
 
@@ -27,7 +29,7 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, num_cols, reci
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < num_cols
     z = tl.load(residual_ptr + row + offs_d, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)  # on its way while the row is summed up
+    weight = tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)  # arrives while the row is summed up
     if x_ptr is not None:
         x = tl.load(x_ptr + row + offs_d, mask=mask, other=0.0)
         z = (z.to(tl.float32) + x.to(tl.float32)).to(z.dtype)
@@ -55,7 +57,7 @@ def rotate_and_store_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_H heads of a token's queries, keys and values, which lie one after the other; BLOCK_D spans half a head."""
+    """Does BLOCK_H heads of a token; its queries, keys and values follow each other. BLOCK_D spans half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     pid_t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -68,7 +70,7 @@ def rotate_and_store_kernel(
     low = tl.load(at, mask=mask, other=0.0)
     high = tl.load(at + HALF, mask=mask, other=0.0)
     dtype = low.dtype
-    # All there is to load is on its way before the first of it is waited for.
+    # All loads are issued before the first is waited for.
     rope_ptr += pid_t * (2 * HEAD_DIM) + HALF
     cos = tl.load(rope_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(rope_ptr + HEAD_DIM + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
@@ -106,10 +108,14 @@ def rotate_and_store_kernel(
         tl.store(v_ptr + offs + HALF, high, mask=mask_v)
 
 
-def add_rms_norm(x, residual, weight, eps):
-    """RMSNorm of residual + x, and the sum in `residual`'s place; as `rto_fast.kernels.decode_reference.add_rms_norm`.
+def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of residual + x, [T, D]; writes the sum to `residual`.
 
-    x [T, D] or None (nothing to add), residual [T, D], both contiguous and of one dtype; weight [D]. Returns [T, D].
+    Args:
+        x: [T, D], contiguous, or None for nothing to add.
+        residual: [T, D], contiguous, of the same dtype.
+        weight: [D], of the norm.
+        eps: of the norm.
     """
     num_rows, num_cols = residual.shape
     out = torch.empty_like(residual)
@@ -125,13 +131,27 @@ def add_rms_norm(x, residual, weight, eps):
 
 
 def rotate_and_store(
-    qkv, rope, addresses, slots, *, num_heads, num_kv_heads, page_size, query_norm=None, key_norm=None, eps=0.0
-):
-    """Norms (if any) and rotates queries and keys of T tokens in place, and writes keys and values to the cache.
+    qkv: Tensor,
+    rope: Tensor,
+    addresses: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Normalises (if there are norms) and rotates the queries and keys of T tokens in place; stores keys and values.
 
-    qkv [T, num_heads + 2·num_kv_heads, head_dim], contiguous: queries, keys, values; rope [T, 2, head_dim], as
-    `rto_fast.kernels.decode_reference.rotate` takes it; addresses, slots and page_size as for
-    `rto_fast.kernels.paged_attention.store_kv`; query_norm, key_norm [head_dim], weights of RMSNorms of `eps`.
+    Args:
+        qkv: [T, num_heads + 2·num_kv_heads, head_dim], contiguous: queries, keys, values.
+        rope: [T, 2, head_dim], as for `rto_fast.kernels.decode_reference.rotate`.
+        addresses, slots, page_size: as for `rto_fast.kernels.paged_attention.store_kv`.
+        query_norm: [head_dim], weight of the RMSNorm of queries, or None.
+        key_norm: the same for keys.
+        eps: of the norms.
     """
     num_tokens, num_rows, head_dim = qkv.shape
     if not num_tokens:

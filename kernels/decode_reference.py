@@ -1,12 +1,16 @@
-"""What surrounds GEMMs, attention and draw in a decode step, in plain torch: the truth the kernels of `decode_layer` and
-`decode_step` are tested against, and (but for `begin_step`, of which a CPU needs less) the path CPU tensors take."""
+"""What a decode step computes besides GEMMs, attention and draw, in plain torch.
+
+The kernels of `decode_layer` and `decode_step` are tested against it. CPU tensors run it, except `begin_step`, of which
+a CPU needs less.
+"""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def rms_norm(x, weight, eps):
-    """As transformers' LlamaRMSNorm: float32 inside, rounded to x's dtype before the product with the weight."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Like transformers' LlamaRMSNorm: computes in float32, and rounds to x's dtype before the product with the weight."""
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], weight, eps)  # one call instead of six
     wide = x.float()
@@ -14,21 +18,34 @@ def rms_norm(x, weight, eps):
     return weight * (wide * scale).to(x.dtype)
 
 
-def add_rms_norm(x, residual, weight, eps):
+def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rto_fast.kernels.decode_layer.add_rms_norm`."""
     if x is not None:
         residual += x
     return rms_norm(residual, weight, eps)
 
 
-def rotate(x, rope):
-    """Rotary embedding of [T, heads, D] by rope [T, 2, D]: cosines (twice the same half), and sines whose first half is
-    negative: halves (a, b) of a head become (a·cos − b·sin, b·cos + a·sin). Both products are rounded before they are added,
-    as in transformers, where `torch.addcmul` would round one of them together with the sum."""
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, D] by rope [T, 2, D], cosines and sines.
+
+    Both halves of the cosines are the same; the first half of the sines is negative. The halves (a, b) of a head become
+    (a·cos − b·sin, b·cos + a·sin). As in transformers, both products are rounded before they are added. `torch.addcmul`
+    would round one of them together with the sum.
+    """
     return (x * rope[:, None, 0]).add_(x.roll(x.shape[-1] // 2, -1).mul_(rope[:, None, 1]))
 
 
-def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):
+def begin_step(
+    lengths: Tensor,
+    active: Tensor,
+    block_tables: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    uniforms: Tensor,
+    *,
+    page_size: int,
+    min_new_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `rto_fast.kernels.decode_step.begin_step`."""
     page = block_tables.gather(1, (lengths // page_size)[:, None])[:, 0].long()
     slots = torch.where(active, page * page_size + lengths % page_size, -1)
@@ -37,22 +54,22 @@ def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page
 
 
 def finish_step(
-    drawn,
-    stop_ids,
-    rows,
-    generated,
-    active,
-    limits,
-    lengths,
-    input_ids,
-    tokens,
-    logps,
-    sampling_logps,
-    counts,
-    done,
+    drawn: tuple[Tensor, Tensor, Tensor],
+    stop_ids: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    active: Tensor,
+    limits: Tensor,
+    lengths: Tensor,
+    input_ids: Tensor,
+    tokens: Tensor,
+    logps: Tensor,
+    sampling_logps: Tensor,
+    counts: Tensor,
+    done: Tensor,
     *,
-    grow,
-):
+    grow: bool,
+) -> None:
     """See `rto_fast.kernels.decode_step.finish_step`."""
     for results, values in zip((tokens, logps, sampling_logps), drawn):
         results.index_put_((rows, generated), values)
@@ -60,7 +77,7 @@ def finish_step(
     if grow:
         lengths += active
     generated += active
-    # One comparison a stop token: fewer calls than a table of all.
+    # One comparison a stop token takes fewer calls than a table of all.
     ended = generated >= limits
     for stop_id in stop_ids:
         ended |= drawn[0] == stop_id

@@ -1,12 +1,14 @@
-"""The bookkeeping of a decode step, a kernel before the forward pass and one after the draw instead of two dozen.
+"""The bookkeeping of a decode step: one kernel before the forward pass and one after the draw, instead of two dozen.
 
-A slot holds a sequence that is being decoded, a row the results of a sample; see `rto_fast.rollout.decode.DecodeState`,
-whose tensors these are: [slots] int64 where nothing else is said. Each kernel is compiled once, whatever the numbers.
+A slot holds a sequence that is being decoded, and a row holds the results of a sample. The tensors are those of
+`rto_fast.rollout.decode.DecodeState`, [slots] int64 unless stated otherwise. Each kernel is compiled once for all
+sizes.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 64
 
@@ -47,7 +49,7 @@ def begin_step_kernel(
 
 @triton.jit(
     do_not_specialize=["num_stops", "stride_rows", "idle_row", "count", "grow"],
-    # New sequences begin at any slot.
+    # Tensors begin at any slot where new sequences begin.
     do_not_specialize_on_alignment=[
         "token_ptr",
         "logp_ptr",
@@ -108,13 +110,31 @@ def finish_step_kernel(
     tl.store(rows_ptr + offs, tl.where(done, idle_row, row), mask=mask)
 
 
-def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page_size, min_new_tokens):
-    """What a step of these slots needs to know.
+def begin_step(
+    lengths: Tensor,
+    active: Tensor,
+    block_tables: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    uniforms: Tensor,
+    *,
+    page_size: int,
+    min_new_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes the inputs of a step.
 
-    lengths: tokens in the cache; active [slots] bool; block_tables [slots, blocks] int32; rows, generated: where each
-    slot's random numbers are in uniforms [rows, tokens, 2] float32.
-    Returns (where the step's keys and values go, -1 of an idle slot; int32 tokens to attend to, 0 of an idle slot; random
-    numbers [slots, 2]; [slots] bool, whether `min_new_tokens` have been generated).
+    Args:
+        lengths: tokens in the cache.
+        active: [slots] bool.
+        block_tables: [slots, blocks] int32.
+        rows: rows of the slots in `uniforms`.
+        generated: tokens generated so far, the columns in `uniforms`.
+        uniforms: [rows, tokens, 2] float32, random numbers.
+    Returns:
+        slots: where the keys and values of this step go, −1 for an idle slot.
+        kv_lengths: [slots] int32, tokens to attend to, 0 for an idle slot.
+        drawn: [slots, 2] float32, the random numbers of this step.
+        allowed: [slots] bool, whether `min_new_tokens` have been generated.
     """
     count = len(lengths)
     slots, kv_lengths = torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.int32)
@@ -143,27 +163,35 @@ def begin_step(lengths, active, block_tables, rows, generated, uniforms, *, page
 
 
 def finish_step(
-    drawn,
-    stop_ids,
-    rows,
-    generated,
-    active,
-    limits,
-    lengths,
-    input_ids,
-    tokens,
-    logps,
-    sampling_logps,
-    counts,
-    done,
+    drawn: tuple[Tensor, Tensor, Tensor],
+    stop_ids: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    active: Tensor,
+    limits: Tensor,
+    lengths: Tensor,
+    input_ids: Tensor,
+    tokens: Tensor,
+    logps: Tensor,
+    sampling_logps: Tensor,
+    counts: Tensor,
+    done: Tensor,
     *,
-    grow,
-):
-    """Records what was drawn, in place; a slot whose sequence is done becomes idle: its row is then the last one.
+    grow: bool,
+) -> None:
+    """Records the tokens drawn, in place. A slot whose sequence is done becomes idle, and its row is then the last one.
 
-    drawn: (tokens, logps, sampling_logps), float32 log-probs; stop_ids [stops]; limits: tokens each may generate; input_ids:
-    the next step's; tokens, logps, sampling_logps [rows, most tokens + 1], counts [rows] and done [rows] bool: results.
-    grow: whether the step put a token into the cache (not so where a prefill's last logits were drawn from).
+    Args:
+        drawn: (tokens, logps, sampling_logps); log-probs are float32.
+        stop_ids: [stops], the stop tokens.
+        active: [slots] bool.
+        limits: maximal number of tokens of each sequence.
+        lengths: tokens in the cache.
+        input_ids: input of the next step.
+        tokens, logps, sampling_logps: [rows, most tokens + 1], results.
+        counts: [rows], number of tokens.
+        done: [rows] bool.
+        grow: whether the step stored a token in the cache, which is not so if prefill logits were drawn from.
     """
     count = len(rows)
     with torch.cuda.device_of(rows):

@@ -1,14 +1,16 @@
 """Clipped PPO loss and all its gradients from hidden states, in one sweep over the tokens.
 
-dL/dlogp of a token is a scalar known as soon as its own logp is: forward and backward need the same logits, so they
-are computed once. A chunk of tokens: logits = mm; one program a row reduces its logits to (logp, entropy), forms the
-loss terms and overwrites the logits with their gradient; dhidden = mm; dweight += mm. 6TVD FLOPs instead of 8TVD.
-Gradients are those of the unnormalised sum (no fp16 underflow by 1/num_items); the backward pass multiplies by
-upstream/num_items, a scalar that never leaves the device. No gradient scaler reaches that far in, so a token whose
-|A·ratio·weight| passes 2^15 saturates in float16: after clipping the norm, such a batch is all but that token anyway.
-Tokens outside the mask are dropped before the GEMMs, for one host sync (`nonzero`): they are half of a batch or more
-where prompts are in it.
+dL/dlogp of a token is known as soon as its own logp is. Forward and backward pass need the same logits, so these are
+computed once, which takes 6TVD FLOPs instead of 8TVD. For each chunk of tokens: logits = mm; one program a row reduces
+its logits to (logp, entropy), computes the loss terms and overwrites the logits with their gradient; dhidden = mm;
+dweight += mm. The gradients are those of the unnormalised sum, so that float16 does not underflow by 1/num_items. The
+backward pass multiplies them by upstream/num_items, a scalar that never leaves the device. No gradient scaler acts on
+the sum, so a token whose |A·ratio·weight| exceeds 2^15 saturates in float16. Once the norm is clipped, that token
+dominates its batch anyway. Tokens outside of the mask are dropped before the GEMMs. This takes one host sync
+(`nonzero`), and they are half of a batch or more if it contains prompts.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -33,9 +35,10 @@ from rto_fast.kernels.common import (
     write_gradient,
 )
 
-# float32 logits of a chunk. dweight's float32 accumulator costs 735/C of a chunk's dweight GEMM to read and write
-# (C tokens, H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V = 262k. It is also
-# what that accumulator takes for an 8B model, which is why a single chunk, needing none, may be larger by its size.
+# Float32 logits of a chunk. Reading and writing dweight's float32 accumulator takes 735/C of the time of the dweight
+# GEMM of a chunk of C tokens (H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V =
+# 262k. An 8B model's accumulator has that size too. A single chunk needs none, so it may be larger by the accumulator's
+# size.
 WORKSPACE_BYTES = 2 << 30
 
 
@@ -61,7 +64,7 @@ def linear_ppo_kernel(
     entropy_coef,
     BLOCK_V: tl.constexpr,
 ):
-    """Row of logits -> its gradient in the same memory (see gradient_view) and its weighted terms of the metrics."""
+    """Overwrites a row of logits with its gradient (see gradient_view), and stores its weighted terms of the metrics."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
     label = tl.load(labels_ptr + token)
@@ -114,16 +117,16 @@ def linear_ppo_kernel(
         )
 
 
-def _chunk_rows(num_rows, vocab_size, hidden_size, need_dweight):
-    """Rows of a chunk: all of them, or equal shares that fit the workspace."""
+def rows_per_chunk(num_rows: int, vocab_size: int, hidden_size: int, need_dweight: bool) -> int:
+    """Rows of a chunk, which is all of them or an equal share that fits the workspace."""
     largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
     if num_rows <= largest + (hidden_size if need_dweight else 0):
         return num_rows
     return min(largest, equal_share(num_rows, largest))
 
 
-def _gradient_dtype(dtype):
-    """Unnormalised sums over tokens leave float16's range; bfloat16 has float32's."""
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16, whose range unnormalised sums over tokens exceed. bfloat16 has the range of float32."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -146,8 +149,8 @@ def linear_ppo_sweep(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden_states [T, D], weight [V, D], the rest [T] -> (loss, metrics [4], 1 / num_items, and the gradients of
-    loss·num_items in hidden_states and weight, empty where not needed)."""
+    """hidden_states [T, D], weight [V, D], other tensors [T] → (loss, metrics [4], 1 / num_items, and the gradients of
+    loss·num_items with respect to hidden_states and weight; those not needed are empty)."""
     rows = loss_mask.nonzero().squeeze(-1)
     num_rows, vocab_size, dtype = len(rows), len(weight), _gradient_dtype(hidden_states.dtype)
     hidden = hidden_states if num_rows == len(hidden_states) else hidden_states.index_select(0, rows)
@@ -155,10 +158,11 @@ def linear_ppo_sweep(
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
-    # float32: see `gemm` on long sums, as those over V are here.
+    # In float32, because of the long sums over V; see `gemm`.
     dhidden = hidden.new_empty(num_rows if need_dhidden else 0, hidden.shape[1], dtype=torch.float32)
-    chunk_rows = _chunk_rows(num_rows, vocab_size, hidden.shape[1], need_dweight)
-    # Sums over several chunks are rounded once, at the end; without rows there is nothing to overwrite zeros with.
+    chunk_rows = rows_per_chunk(num_rows, vocab_size, hidden.shape[1], need_dweight)
+    # Sums over several chunks are rounded once, at the end. Without rows nothing is written, so the buffer must be
+    # zero.
     new, sum_dtype = torch.empty if num_rows else torch.zeros, dtype if chunk_rows == num_rows else torch.float32
     dweight = new(weight.shape if need_dweight else 0, dtype=sum_dtype, device=weight.device)
     block_v, num_warps = row_block(vocab_size, 4)
@@ -209,30 +213,30 @@ def linear_ppo_sweep(
 
 @linear_ppo_sweep.register_fake
 def _(
-    hidden_states,
-    weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
-    weights,
-    num_items,
-    clip_eps,
-    clip_eps_high,
-    dual_clip,
-    entropy_coef,
-    temperature,
-    softcap,
-    need_dhidden,
-    need_dweight,
-):
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    clip_eps: float,
+    clip_eps_high: float | None,
+    dual_clip: float | None,
+    entropy_coef: float,
+    temperature: float,
+    softcap: float | None,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
     loss, dtype = hidden_states.new_empty((), dtype=torch.float32), _gradient_dtype(hidden_states.dtype)
     dhidden = loss.new_empty(len(hidden_states) if need_dhidden else 0, hidden_states.shape[1])
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=dtype)
     return loss, loss.new_empty(4), loss.new_empty(()), dhidden, dweight
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, metrics, inverse, dhidden, dweight = output
     ctx.save_for_backward(inverse, dhidden, dweight)
     ctx.mark_non_differentiable(metrics, inverse, dhidden, dweight)
@@ -241,7 +245,7 @@ def _setup_context(ctx, inputs, output):
     ctx.needed = inputs[-2:]
 
 
-def _backward(ctx, dloss, *_):
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     inverse, *gradients = ctx.saved_tensors
     if dloss is None:
         return (None,) * 16
@@ -256,22 +260,22 @@ linear_ppo_sweep.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_ppo_loss(
-    hidden_states,
-    lm_head_weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-    entropy_coef=0.0,
-    temperature=1.0,
-    softcap=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     needs_grad = torch.is_grad_enabled()

@@ -1,12 +1,14 @@
 """Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
 
-Forward: cuBLAS writes float32 logits a tile at a time, an eighth of them all or 32 MiB, at most 512 MiB, and a row kernel
-folds each tile into a state of 16 bytes a row. Backward: recomputes the logits in vocabulary chunks, so that a chunk's dW is
-written once with all its tokens in one accumulation and only dX, the small one, is accumulated over chunks in float32.
-float32 logits matter: bfloat16 ones cost .03 nats of log-prob at |z| ~ 19, more than PPO's clipping range resolves.
-Ignored rows are dropped before the GEMMs: one host sync (`nonzero`), for a share of the FLOPs that is 50 % and more
-where prompts are in the batch.
+Forward pass: cuBLAS writes a tile of float32 logits at a time, an eighth of all logits but 32 to 512 MiB, and a row
+kernel folds each tile into a state of 16 bytes a row. Backward pass: recomputes the logits in chunks of the vocabulary,
+so that dW of a chunk is written once, with all tokens in one accumulation. Only dX, which is small, is accumulated over
+chunks, in float32. Logits must be float32: bfloat16 costs .03 nats of log-prob at |z| ~ 19, more than PPO's clipping
+range resolves. Ignored rows are dropped before the GEMMs. This takes one host sync (`nonzero`) and saves half of the
+FLOPs or more if prompts are in the batch.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -26,15 +28,15 @@ from rto_fast.kernels.common import (
 )
 from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
-# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do not
-# pay on an H200: short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took 15.22, 6.37 and 8.35 ms
-# in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and 7.98 in 4096 x 32768
-# (512 MiB). Less than the lower bound is not worth saving.
+# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do
+# not pay off on an H200, because short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took
+# 15.22, 6.37 and 8.35 ms in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and
+# 7.98 in 4096 x 32768 (512 MiB). Memory below the lower bound is not worth saving.
 MIN_TILE_BYTES, MAX_TILE_BYTES = 32 << 20, 512 << 20
 MAX_TILE_ROWS = 4096
-# Backward logits live in HBM anyway; what counts is that a chunk of C columns adds a float32 read-modify-write of dX,
-# 735/C of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k rows, and is
-# half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
+# Backward logits are in HBM anyway. What counts is that a chunk of C columns adds a float32 read-modify-write of dX,
+# which takes 735/C of the time of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %)
+# for 64k rows, and is half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
 WORKSPACE_BYTES = 1 << 30
 MAX_CHUNK_COLS = 16384
 
@@ -59,7 +61,7 @@ def logits_gradient_kernel(
     cap,
     BLOCK_V: tl.constexpr,
 ):
-    """Turns row i of a chunk of logits into its gradient in the same memory; see `gradient_view`."""
+    """Overwrites a row of a chunk of logits with its gradient; see `gradient_view`."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
     label = tl.load(labels_ptr + token) - first_col
@@ -90,22 +92,22 @@ def logits_gradient_kernel(
     )
 
 
-def _kept_rows(labels, ignore_index, hidden_states):
-    """(indices, hidden states) of the rows that count."""
+def _kept_rows(labels: Tensor, ignore_index: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices, hidden states) of the rows that are not ignored."""
     rows = (labels != ignore_index).nonzero().squeeze(-1)
     return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
 
 
 def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """(rows, columns) of a forward tile: equal shares of both."""
+    """(rows, columns) of a forward tile, equal shares of both."""
     tile_bytes = min(max(4 * num_rows * vocab_size // 8, MIN_TILE_BYTES), MAX_TILE_BYTES)
     tile_rows = min(num_rows, equal_share(num_rows, MAX_TILE_ROWS))
     largest = triton.cdiv(tile_bytes // (4 * tile_rows), 128) * 128
     return tile_rows, min(vocab_size, equal_share(vocab_size, largest))
 
 
-def _chunk_cols(num_rows, vocab_size):
-    """Columns of a backward chunk: equal shares of the vocabulary that fit the workspace."""
+def columns_per_chunk(num_rows: int, vocab_size: int) -> int:
+    """Columns of a backward chunk, equal shares of the vocabulary that fit the workspace."""
     largest = min(MAX_CHUNK_COLS, max(128, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
     return equal_share(vocab_size, largest)
 
@@ -121,7 +123,7 @@ def linear_token_logps_fwd(
     ignore_index: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states [T, D], weight [V, D], labels [T] -> logps [T], entropy [T or 0], state [2, T]."""
+    """hidden_states [T, D], weight [V, D], labels [T] → logps [T], entropy [T or 0], state [2, T]."""
     logps = hidden_states.new_zeros(len(labels), dtype=torch.float32)
     entropy = logps.new_zeros(len(labels) if with_entropy else 0)
     state = logps.new_zeros(2, len(labels))
@@ -133,7 +135,7 @@ def linear_token_logps_fwd(
     buffer = logits_buffer(tile_rows, tile_cols, hidden)
     partials = logps.new_empty(triton.cdiv(vocab_size, tile_cols), 4, len(rows))
     block_v, num_warps = row_block(tile_cols, 4)
-    # Views cost the host microseconds: they are made once a row of tiles, not once a tile.
+    # Views cost the host microseconds, so they are made once a row of tiles, not once a tile.
     row_tiles = list(zip(hidden.split(tile_rows), labels.split(tile_rows), partials.split(tile_rows, dim=2)))
     with torch.cuda.device_of(hidden):
         for split, tile_weight in enumerate(weight.split(tile_cols)):
@@ -168,7 +170,16 @@ def linear_token_logps_fwd(
 
 
 @linear_token_logps_fwd.register_fake
-def _(hidden_states, weight, bias, labels, temperature, softcap, ignore_index, with_entropy):
+def _(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     logps = hidden_states.new_empty(len(labels), dtype=torch.float32)
     return logps, logps.new_empty(len(labels) if with_entropy else 0), logps.new_empty(2, len(labels))
 
@@ -190,7 +201,7 @@ def linear_token_logps_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, weight and bias; empty where not needed."""
+    """Gradients of hidden_states, weight and bias; those not needed are empty."""
     rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
     vocab_size = len(weight)
     new = torch.empty_like if len(rows) else torch.zeros_like
@@ -199,7 +210,7 @@ def linear_token_logps_bwd(
     if not len(rows):
         return torch.zeros_like(hidden_states) if need_dhidden else hidden.new_empty(0), dweight, dbias
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
-    chunk_cols = _chunk_cols(len(rows), vocab_size)
+    chunk_cols = columns_per_chunk(len(rows), vocab_size)
     buffer = logits_buffer(len(rows), min(chunk_cols, vocab_size), hidden)
     block_v, num_warps = row_block(min(chunk_cols, vocab_size), 4)
     dlogps, dentropy, labels = contiguous(dlogps, dentropy, labels)
@@ -244,31 +255,31 @@ def linear_token_logps_bwd(
 
 @linear_token_logps_bwd.register_fake
 def _(
-    dlogps,
-    dentropy,
-    hidden_states,
-    weight,
-    bias,
-    labels,
-    state,
-    entropy,
-    temperature,
-    softcap,
-    ignore_index,
-    need_dhidden,
-    need_dweight,
-    need_dbias,
-):
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         if need_dhidden
         else hidden_states.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0),
-        torch.empty_like(bias) if need_dbias else weight.new_empty(0),
+        torch.empty_like(bias) if bias is not None and need_dbias else weight.new_empty(0),
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, bias, labels, *ctx.settings = inputs
     _, entropy, state = output
     ctx.save_for_backward(hidden_states, weight, bias, labels, state, entropy)
@@ -276,7 +287,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogps, dentropy, _):
+def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     hidden_states, weight, bias, labels, state, entropy = ctx.saved_tensors
     temperature, softcap, ignore_index, with_entropy = ctx.settings
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
@@ -302,16 +313,16 @@ linear_token_logps_fwd.register_autograd(_backward, setup_context=_setup_context
 
 
 def linear_token_logps(
-    hidden_states,
-    lm_head_weight,
-    labels,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-):
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.linear_token_logps`. Waits for the device once, to count the rows that are not ignored."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     logps, entropy, _ = linear_token_logps_fwd(

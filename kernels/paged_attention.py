@@ -1,32 +1,36 @@
 """Decode attention over a paged key-value cache: one query token a sequence, split over its keys (split-KV).
 
-A layer's cache is two tensors [num_pages, num_kv_heads, page_size, head_dim]. The kernels take their two addresses as
-an int64 tensor [2] and read them on the device, so that a captured CUDA graph of the decode step lives on when the
+A layer's cache is two tensors [num_pages, num_kv_heads, page_size, head_dim]. The kernels take their addresses as an
+int64 tensor [2] and read them on the device, so that a captured CUDA graph of the decode step stays valid when the
 cache is freed and allocated again.
 
-Bytes are all there is: every key and value is read once. Query heads that share a key head are padded to the 16 rows of
-a tensor-core product, MHA's single head too: that is 16 FLOP a byte (16 bits), where an H200 has 200. What counts is
-bytes in flight: 5 MB, 40 KB an SM, cover the latency of its memory. So tiles are 8 KB, and the copies to shared memory
-(LDGSTS, 128 bits) run up to three tiles of keys and of values ahead, 48 KB a program; four programs fit on an SM.
+The kernels are bound by memory: each key and value is read once. Query heads that share a key head are padded to the 16
+rows of a tensor-core product, even MHA's single head. That is 16 FLOP a byte (16 bits), where an H200 can do 200. It
+matters how many bytes are in flight: 5 MB, 40 KB an SM, cover the latency of memory. So tiles are 8 KB, and the copies
+to shared memory (LDGSTS, 128 bits) run up to three tiles of keys and of values ahead, 48 KB a program; four programs
+fit on an SM.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels.common import LOG2E
 
-# The interpreter takes the bits of bfloat16 for integers: there, and only there, operands of products are widened.
+# The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_BYTES = 8192
-# Copies of so many tokens are in flight at once (bf16, head_dim 128, rounded up): less would not keep a program busy.
+# Copies of this many tokens are in flight at once (bf16, head_dim 128, rounded up); fewer do not keep a program busy.
 MIN_SPLIT_TOKENS = 128
-MAX_SPLITS = 64  # the sums of all are combined in registers
+MAX_SPLITS = 64  # because their sums are combined in registers
 
 
 @triton.jit
 def cache_pointers(addresses_ptr, dtype: tl.constexpr):
-    """Base pointers of keys and values; the promise of 16-byte alignment is what makes 128-bit accesses."""
+    """Base pointers of keys and values. The hint that they are aligned to 16 bytes gives accesses of 128 bits."""
     k_ptr = tl.load(addresses_ptr).to(tl.pointer_type(dtype))
     v_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(dtype))
     return tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16)
@@ -64,7 +68,7 @@ def store_kv_kernel(
 
 @triton.jit
 def load_pages(tables_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Page of the block of tokens at `start`, or of each of its tokens where blocks and pages do not nest."""
+    """The page of the block of tokens at `start`, or of each of its tokens if a block may span pages."""
     if PAGE_SIZE % BLOCK_N == 0:
         return tl.load(tables_ptr + start // PAGE_SIZE, mask=start < end, other=0)
     else:
@@ -83,12 +87,12 @@ def block_offsets(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Where the keys (and values) of the block of tokens at `start` lie, int64 [BLOCK_N, BLOCK_D]."""
+    """Offsets of the keys (and values) of the block of tokens at `start`, int64 [BLOCK_N, BLOCK_D]."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     origins = (pages.to(tl.int64) * num_heads + pid_h) * (PAGE_SIZE * HEAD_DIM)
     if PAGE_SIZE % BLOCK_N == 0:
-        # What differs between elements does not depend on the page: the compiler takes it out of the loop.
+        # What differs between elements does not depend on the page, so the compiler moves it out of the loop.
         return (origins + start % PAGE_SIZE * HEAD_DIM) + (offs_n[:, None] * HEAD_DIM + offs_d)
     else:
         return (origins + (start + offs_n) % PAGE_SIZE * HEAD_DIM)[:, None] + offs_d
@@ -126,7 +130,7 @@ def paged_attention_kernel(
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_g < GROUP)[:, None] & mask_d[None, :]
 
-    # Splits share the whole blocks between them, as evenly as that goes; blocks begin at multiples of BLOCK_N.
+    # Splits get whole blocks, as evenly as possible. Blocks begin at multiples of BLOCK_N.
     length = tl.load(lengths_ptr + pid_b)
     first = 0
     if window is not None:
@@ -136,7 +140,8 @@ def paged_attention_kernel(
     begin = (first_block + num_blocks * pid_s // num_splits) * BLOCK_N
     end = tl.minimum((first_block + num_blocks * (pid_s + 1) // num_splits) * BLOCK_N, length)
 
-    # State (m, s) in base 2, as in common.py; s by column: sums across columns, that is across warps, wait for the end.
+    # State (m, s) in base 2, as in common.py. s is kept by column and summed across columns, thus warps, only at the
+    # end.
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -149,12 +154,12 @@ def paged_attention_kernel(
     pages = load_pages(tables_ptr, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         offs_kv = block_offsets(pages, pid_h, num_heads, start, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
-        # Looked up a block ahead: the addresses of copies that run ahead must not wait for it.
+        # Pages are looked up a block ahead, so that the addresses of copies that run ahead do not wait for them.
         pages = load_pages(tables_ptr, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         valid = start + offs_n < end
         if window is not None:
             valid = valid & (start + offs_n >= first)
-        # What is not seen is not read: it may be NaN, and 0·NaN is NaN; pages before the window may be gone.
+        # Only tokens that are attended to are read. Others may be NaN, and 0·NaN is NaN; their pages may be freed.
         mask_kv = valid[:, None] & mask_d[None, :]
         k = tl.load(k_ptr + offs_kv, mask=mask_kv, other=0.0)
         if INTERPRETED:
@@ -190,7 +195,7 @@ def paged_attention_kernel(
 def combine_splits_kernel(
     partials_ptr, state_ptr, out_ptr, num_splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Output of one query head from its splits' sums; all are loaded at once, for each wait costs as much as all."""
+    """Combines the splits of one query head. All are loaded at once, because each wait costs as much as one for all."""
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
@@ -205,41 +210,45 @@ def combine_splits_kernel(
     tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
-def _tiling(group, head_dim, dtype):
-    """Block sizes and launch options; a tile has 8 columns for each of 4 warps at least, as their products have."""
+def _tiling(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Block sizes and launch options. A tile has at least 8 columns for each of 4 warps, as their products need."""
     itemsize = dtype.itemsize
     block_d = max(16, triton.next_power_of_2(head_dim))
-    # float32 products are no tensor-core products: nothing to pad for.
+    # float32 products do not run on tensor cores, so they need no padding.
     block_g = triton.next_power_of_2(group) if itemsize == 4 else max(16, triton.next_power_of_2(group))
     block_n = min(max(TILE_BYTES // (block_d * itemsize), 64 // itemsize), 64)
-    programs = 4 if block_n * block_d * itemsize <= TILE_BYTES else 3  # that an SM's shared memory holds
+    programs = 4 if block_n * block_d * itemsize <= TILE_BYTES else 3  # on an SM, limited by its shared memory
     return {
         "BLOCK_G": block_g,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "num_warps": 4 if block_g <= 64 else 8,
-        "num_stages": programs,  # one tile in work, the others in flight
-        # Left alone, ptxas spills to make room for programs that shared memory has no room for.
+        "num_stages": programs,  # one tile is worked on, the others are in flight
+        # By itself ptxas would spill, to make room for more programs than shared memory has room for.
         "maxnreg": 65536 // (128 * programs) // 8 * 8 if itemsize == 2 and block_g == 16 else None,
     }
 
 
-def _num_splits(num_programs, max_tokens, device):
-    """Splits of a sequence, from shapes alone: the host knows no lengths, and a graph is captured once for all."""
+def _num_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
+    """Splits of a sequence, from shapes only, because the host knows no lengths and a graph is captured only once."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     wanted = triton.cdiv(2 * num_sms, num_programs)
     return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
 
 
-def _dense_rows(x):
+def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def store_kv(key, value, addresses, slots, *, page_size):
-    """Writes the keys and values of T tokens into a layer's cache.
+def store_kv(key: Tensor, value: Tensor, addresses: Tensor, slots: Tensor, *, page_size: int) -> None:
+    """Stores the keys and values of T tokens in a layer's cache.
 
-    key, value [T, num_kv_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64, of the cache's keys
-    and values, both 16-byte aligned; slots [T] int64 = page·page_size + offset; a token of negative slot is not stored.
+    Args:
+        key: [T, num_kv_heads, head_dim] of the cache's dtype, with any strides.
+        value: like `key`.
+        addresses: [2] int64, addresses of the cache's keys and values, both aligned to 16 bytes.
+        slots: [T] int64, page·page_size + offset; a token with a negative slot is not stored.
+        page_size: tokens of a page.
     """
     num_tokens, num_heads, head_dim = key.shape
     if not num_tokens:
@@ -267,27 +276,34 @@ def store_kv(key, value, addresses, slots, *, page_size):
 
 
 def paged_attention(
-    query,
-    addresses,
-    block_tables,
-    lengths,
+    query: Tensor,
+    addresses: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
     *,
-    num_kv_heads,
-    page_size,
-    scale,
-    window=None,
-    softcap=None,
-    num_splits=None,
-):
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
     """Attention of one query token a sequence to the tokens its pages hold, itself included: [B, num_heads, head_dim].
 
-    query [B, num_heads, head_dim], any strides, of the cache's dtype; addresses [2] int64 as for `store_kv`;
-    block_tables [B, max_blocks] int32, pages of a sequence in order; lengths [B] int32, tokens of a sequence in the
-    cache: 0 for an idle slot, which gives 0. page_size: a multiple of 64 costs one look-up a block, others one a token.
-    scores = query·key·scale, softcap·tanh(scores/softcap) with a softcap; with a window only the last `window` tokens
-    count. Tokens beyond the length or before the window are not read, nor are their pages. The weights are rounded to
-    the cache's dtype, their sum is not. Nothing here waits for the device. A sequence's output depends on no other
-    sequence, but on `num_splits`, which follows from the shapes when it is None: another number rounds differently.
+    Tokens beyond the length or before the window are not read, nor are their pages. The weights are rounded to the
+    cache's dtype, their sum is not. Nothing here waits for the device. The output of a sequence does not depend on
+    other sequences, but on `num_splits`, because another number rounds differently.
+
+    Args:
+        query: [B, num_heads, head_dim] of the cache's dtype, with any strides.
+        addresses: [2] int64, as for `store_kv`.
+        block_tables: [B, max_blocks] int32, the pages of each sequence in order.
+        lengths: [B] int32, tokens of each sequence in the cache; 0 for an idle slot, whose output is 0.
+        page_size: tokens of a page. A multiple of 64 needs one look-up a block, others need one a token.
+        scale: scores are query·key·scale.
+        window: only the last `window` tokens count; None for all.
+        softcap: scores become softcap·tanh(scores/softcap); None for no cap.
+        num_splits: parts into which a sequence is split; by default it follows from the shapes.
     """
     batch, num_heads, head_dim = query.shape
     group = num_heads // num_kv_heads
@@ -298,7 +314,7 @@ def paged_attention(
     tiling = _tiling(group, head_dim, query.dtype)
     if num_splits is None:
         num_splits = _num_splits(batch * num_kv_heads, block_tables.shape[1] * page_size, query.device)
-    # One multiplication takes scores to base 2, or to the exponent tanh wants.
+    # One multiplication converts scores to base 2, or to the exponent for tanh.
     cap = None if softcap is None else softcap * LOG2E.value
     scale *= LOG2E.value if softcap is None else 2 * LOG2E.value / softcap
     partials, state = out, None

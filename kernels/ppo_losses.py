@@ -1,10 +1,12 @@
 """PPO's clipped policy and value losses from per-token log-probs and values.
 
-Both have one shape: a per-token loss whose derivative is known as soon as the token is read, over a denominator known
-only when all of them are. So the forward launch writes each token's derivative of the *unnormalised* loss and one
-column of partial sums a block; a second launch of one program adds the columns in a fixed order (no atomics: bitwise
-repeatable) and divides; the backward pass multiplies by a scalar that never leaves the device.
+In both, the derivative of a token's loss is known as soon as the token is read, but the denominator only when all
+tokens are. So the forward launch writes each token's derivative of the *unnormalised* loss and one column of partial
+sums a block. A second launch of one program adds the columns in a fixed order, without atomics, so that results are
+bitwise repeatable, and divides. The backward pass multiplies by a scalar that never leaves the device.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -14,13 +16,13 @@ from torch import Tensor
 from rto_fast.kernels.common import contiguous, num_items_tensor, ppo_terms, sum_row
 
 BLOCK_T = 1024
-NUM_WARPS = 4  # 8 tokens a thread: a 128-bit load of bfloat16, two of float32
+NUM_WARPS = 4  # 8 tokens a thread, one load of 128 bits for bfloat16 and two for float32
 BLOCK_P = 1024
 
 
 @triton.jit
 def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
-    """(is the token in the loss, its weight), both 0 outside."""
+    """(whether a token counts, its weight), both 0 past the end."""
     valid = tl.load(loss_mask_ptr + offs_t, mask=mask_t, other=0) != 0
     weight = valid.to(tl.float32)
     if weights_ptr is not None:
@@ -30,7 +32,7 @@ def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
 
 @triton.jit
 def _load_valid(ptr, offs_t, mask_t, valid):
-    """Selects after the load, not in its mask: a mask read from memory would split it into 32-bit loads."""
+    """Selects after the load. As a mask of the load, `valid`, read from memory, would split it into 32-bit loads."""
     return tl.where(valid, tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32), 0.0)
 
 
@@ -87,7 +89,7 @@ def ppo_policy_fwd_kernel(
 ):
     pid_t = tl.program_id(0).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    # The bound of a ragged tail splits its accesses into single elements, so whole blocks get code without one.
+    # A bound would split the accesses into single elements, so whole blocks have code without one.
     if (pid_t + 1) * BLOCK_T <= num_tokens:
         _policy_block(
             logps_ptr,
@@ -149,7 +151,7 @@ def _value_block(
     else:
         old_value = _load_valid(old_values_ptr, offs_t, mask_t, valid)
         change = value - old_value
-        error = tl.where(change == change, error, change)  # a NaN among the old values must show
+        error = tl.where(change == change, error, change)  # a NaN among the old values must reach the loss
         loss = 0.5 * error * error
         clipped_change = tl.where(change > 0.0, value_clip_eps, -value_clip_eps)
         clipped_error = old_value + clipped_change - target
@@ -222,8 +224,15 @@ def ppo_reduce_kernel(partials_ptr, num_items_ptr, loss_ptr, stats_ptr, num_bloc
     tl.store(stats_ptr + 2, scale)
 
 
-def _forward(kernel, tensors, loss_mask, weights, num_items, *constants):
-    """(loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
+def _forward(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    *constants: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches both kernels: (loss, [metric, metric, 1/denominator], d(unnormalised loss)/d(tensors[0])), all float32."""
     first = tensors[0]
     num_tokens = first.numel()
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
@@ -284,17 +293,17 @@ def _ppo_value_loss(
     return _forward(ppo_value_fwd_kernel, (values, old_values, returns), loss_mask, weights, num_items, value_clip_eps)
 
 
-def _fake(first, *_):
+def _fake(first: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     new = torch.empty((), dtype=torch.float32, device=first.device)
     return new, new.new_empty(3), new.new_empty(first.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     stats, derivative = ctx.saved_tensors
     return (derivative * (grad_loss * stats[2])).to(ctx.dtype), *(None,) * (ctx.num_inputs - 1)
 
@@ -305,17 +314,17 @@ for _op in (_ppo_policy_loss, _ppo_value_loss):
 
 
 def ppo_policy_loss(
-    logps,
-    old_logps,
-    advantages,
-    loss_mask,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_policy_loss`. Differentiable in `logps`."""
     high = clip_eps if clip_eps_high is None else clip_eps_high
     loss, stats, _ = _ppo_policy_loss(
@@ -333,7 +342,16 @@ def ppo_policy_loss(
     return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
-def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_value_loss`. Differentiable in `values`."""
     loss, stats, _ = _ppo_value_loss(
         values, old_values, returns, loss_mask, weights, num_items_tensor(num_items, values.device), value_clip_eps

@@ -1,25 +1,31 @@
-"""Every public op in plain torch: the truth the Triton kernels are tested against, and the path CPU tensors take.
+"""The public ops in plain torch. They run on CPU tensors, and the Triton kernels are tested against them.
 
-The losses and log-probs are differentiable; all compute in float64 when given float64, in float32 otherwise. The two
-functions that would need a [T, V] tensor work through blocks of rows, and keep the logits of so many rows only, so that
-memory stays bounded whatever T is.
+The losses and log-probs are differentiable. All ops compute in float64 if they are given float64, else in float32. The
+two functions that would need a [T, V] tensor work on blocks of rows and keep the logits of a limited number of rows, so
+that memory is bounded for any T.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits of a block: 28 MB of float32. From 32 MB on, glibc gives memory back and every block would fault it in again.
+# Logits of a block, 28 MB of float32. From 32 MB on, glibc returns memory to the system, and each block would fault
+# again.
 BLOCK_ELEMENTS = 7 << 20
-KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 256 MB; those of further rows are computed again
-CACHE_ELEMENTS = 1 << 18  # of these, in work at once: 1 MB, an L2 of today's CPUs
+KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass, 256 MB; those of further rows are recomputed
+CACHE_ELEMENTS = 1 << 18  # logits worked on at once, 1 MB, the L2 cache of today's CPUs
 
 
-def compute_dtype(*tensors):
+def block_sizes(vocab_size: int) -> tuple[int, int]:
+    """(rows of a block of logits, rows whose logits are kept for the backward pass)."""
+    return max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -33,13 +39,14 @@ class RTOAdvantages(NamedTuple):
 
 @torch.library.custom_op("rto_fast::checked_labels", mutates_args=())
 def checked_labels(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
-    """labels, with -1 where they do not count.
+    """Checks labels, and replaces those that do not count by -1.
 
-    An op of its own: `torch.compile` traces it as one node, where a look at values would break the graph.
+    This is an op of its own, which `torch.compile` traces as one node. A look at values would break the graph.
 
     Args:
-        labels: [...] int64. counts: [...] bool.
-        exempt: which labels do not count, for the error's message.
+        labels: [...] int64.
+        counts: [...] bool, whether a label counts.
+        exempt: says which labels do not count, for the error message.
     Raises:
         ValueError: a label that counts is not in [0, vocab_size).
     """
@@ -58,7 +65,7 @@ def _(labels: Tensor, counts: Tensor, vocab_size: int, exempt: str) -> Tensor:
 
 @torch.library.custom_op("rto_fast::checked_num_items", mutates_args=())
 def checked_num_items(num_items: Tensor) -> Tensor:
-    """num_items, a 0-d tensor; an op of its own like `checked_labels`.
+    """Checks num_items, a 0-d tensor; an op of its own like `checked_labels`.
 
     Raises:
         ValueError: it is negative or not finite.
@@ -75,18 +82,18 @@ def _(num_items: Tensor) -> Tensor:
 
 @torch.library.custom_op("rto_fast::checked_bounds", mutates_args=())
 def checked_bounds(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """cu_seqlens, [N+1] int32; an op of its own like `checked_labels`.
+    """Checks cu_seqlens [N+1] int32; an op of its own like `checked_labels`.
 
     Raises:
-        ValueError: it does not rise from 0 to num_tokens (a step of 0 is an empty sequence).
+        ValueError: the bounds do not rise from 0 to num_tokens (a step of 0 is an empty sequence).
     """
     bounds = cu_seqlens.tolist()
     wrong = next((i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1]), None)
     if bounds[0] != 0 or bounds[-1] != num_tokens or wrong is not None:
-        told = f"{bounds[0]} first" if bounds[0] else f"{bounds[-1]} last"
+        got = f"{bounds[0]} first" if bounds[0] else f"{bounds[-1]} last"
         if wrong is not None:
-            told = f"{bounds[wrong]} after {bounds[wrong - 1]} at [{wrong}]"
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the {num_tokens} tokens, got {told}")
+            got = f"{bounds[wrong]} after {bounds[wrong - 1]} at [{wrong}]"
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the {num_tokens} tokens, got {got}")
     return cu_seqlens.clone()
 
 
@@ -100,12 +107,16 @@ def _without_ignored(labels: Tensor, ignore_index: int, vocab_size: int) -> Tens
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Log-probs and entropies of rows of logits, 0 where the label is -1. Forward and backward go through blocks of rows
-    that stay in cache, and nothing as large as the logits is kept: the softmax is cheaper to compute again than to read
-    back."""
+    """Log-probs and entropies of rows of logits, 0 for rows whose label is -1.
+
+    The passes go through blocks of rows that stay in cache. Nothing as large as the logits is kept, because recomputing
+    the softmax is cheaper than reading it back.
+    """
 
     @staticmethod
-    def forward(ctx, logits, labels, temperature, with_entropy):
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(logits)
         logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
         entropy = torch.zeros_like(logps) if with_entropy else None
@@ -122,7 +133,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    def backward(ctx, dlogps, dentropy):
+    def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, entropy = ctx.saved_tensors
         dlogits, dtype = torch.empty_like(logits), compute_dtype(logits)
         valid = labels >= 0
@@ -142,23 +153,31 @@ class _TokenLogps(torch.autograd.Function):
         return dlogits, None, None, None
 
 
-def _row_blocks(matrix, elements):
+def _row_blocks(matrix: Tensor, elements: int) -> list[slice]:
     rows = max(1, elements // max(matrix.shape[-1], 1))
     return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
 
 
-def _scaled(logits, temperature, dtype):
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     logits = logits.to(dtype)
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _finite(log_probs):
-    """p·log p is 0 where p = 0: a logit of -inf must not turn into NaN (which clamp hands on). Overwrites its input."""
+def _finite(log_probs: Tensor) -> Tensor:
+    """Clamps in place, so that p·log p is 0 and not NaN for a logit of -inf. A NaN stays NaN."""
     return log_probs.clamp_(min=-1e4)
 
 
-def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
-    """See `rto_fast.ops.token_logps`. `inplace_backward` is a memory hint that this path has no use for."""
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `rto_fast.ops.token_logps`. `inplace_backward` has no effect here."""
     labels = _without_ignored(labels, ignore_index, logits.shape[-1])
     logps, entropy = _TokenLogps.apply(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature, return_entropy
@@ -167,7 +186,15 @@ def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_en
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
 
 
-def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with_entropy):
+def _block_linear_logps(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits.to(compute_dtype(logits)) / softcap)
@@ -175,16 +202,16 @@ def _block_linear_logps(hidden, labels, weight, bias, temperature, softcap, with
 
 
 def linear_token_logps(
-    hidden_states,
-    lm_head_weight,
-    labels,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-):
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
     flat_labels = _without_ignored(labels, ignore_index, len(lm_head_weight)).reshape(-1)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -192,8 +219,7 @@ def linear_token_logps(
     is_sparse = len(rows) < len(flat_labels)
     if is_sparse:
         hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
-    vocab_size = max(len(lm_head_weight), 1)
-    block_rows, kept_rows = max(1, BLOCK_ELEMENTS // vocab_size), KEPT_ELEMENTS // vocab_size
+    block_rows, kept_rows = block_sizes(max(len(lm_head_weight), 1))
     logps, entropies = [], []
     for first in range(0, max(len(rows), 1), block_rows):
         block = hidden[first : first + block_rows], flat_labels[first : first + block_rows]
@@ -204,39 +230,41 @@ def linear_token_logps(
         logps.append(logp)
         entropies.append(entropy)
 
-    def whole(parts):
+    def whole(parts: list[Tensor]) -> Tensor:
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         if is_sparse:
             values = values.new_zeros(labels.numel()).index_put((rows,), values)
         return values.view(labels.shape)
 
-    return (whole(logps), whole(entropies)) if return_entropy else whole(logps)
+    return (whole(logps), whole(cast(list[Tensor], entropies))) if return_entropy else whole(logps)
 
 
-def _normaliser(loss_mask, weights, num_items, dtype):
-    """(per-token weight, 1/denominator); an empty mask gives a loss of 0, not NaN."""
+def _normaliser(
+    loss_mask: Tensor, weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(weight of each token, 1/denominator). An empty mask gives a loss of 0, not NaN."""
     weight = loss_mask.to(dtype) if weights is None else torch.where(loss_mask, weights.detach().to(dtype), 0.0)
     total = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=dtype, device=weight.device)
     return weight, torch.where(total == 0, 0.0, 1.0 / total.where(total != 0, 1.0))
 
 
 def ppo_policy_loss(
-    logps,
-    old_logps,
-    advantages,
-    loss_mask,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_policy_loss`."""
     dtype = compute_dtype(logps)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    # Masked entries may hold anything, NaN included: select before arithmetic, so that 0·NaN cannot occur.
+    # Entries outside of the mask may be anything, even NaN. They are replaced first, so that 0·NaN cannot occur.
     log_ratio = torch.where(loss_mask, logps.to(dtype) - old_logps.detach().to(dtype), 0.0).clamp(-20.0, 20.0)
     advantages = torch.where(loss_mask, advantages.detach().to(dtype), 0.0)
     ratio = log_ratio.exp()
@@ -258,7 +286,16 @@ def ppo_policy_loss(
     return total, metrics
 
 
-def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_items=None, value_clip_eps=0.2):
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    loss_mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    value_clip_eps: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.ppo_value_loss`."""
     dtype = compute_dtype(values)
     weight, scale = _normaliser(loss_mask, weights, num_items, dtype)
@@ -269,7 +306,7 @@ def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_
     if value_clip_eps is not None:
         clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
         clipped_error = (clipped_values - returns).square()
-        # old + (v − old) is not exactly v: only a change beyond the range counts as clipped.
+        # old + (v − old) is not exactly v, so only a change beyond the range counts as clipped.
         is_clipped = (clipped_error > error) & ((values - old_values).abs() > value_clip_eps)
         error = torch.maximum(error, clipped_error)
     total = 0.5 * (error * weight).sum() * scale
@@ -279,22 +316,22 @@ def ppo_value_loss(values, old_values, returns, loss_mask, *, weights=None, num_
 
 
 def linear_ppo_loss(
-    hidden_states,
-    lm_head_weight,
-    labels,
-    old_logps,
-    advantages,
-    loss_mask,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
-    weights=None,
-    num_items=None,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    dual_clip=None,
-    entropy_coef=0.0,
-    temperature=1.0,
-    softcap=None,
-):
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """See `rto_fast.ops.linear_ppo_loss`. Tokens outside the mask are dropped before the GEMM."""
     labels = checked_labels(labels, loss_mask, len(lm_head_weight), " where loss_mask is True")
     logps, entropy = linear_token_logps(
@@ -324,14 +361,14 @@ def linear_ppo_loss(
     return loss, metrics | {"entropy": mean_entropy.detach()}
 
 
-def _segments(cu_seqlens, total):
-    """Index of the sequence each of `total` packed positions belongs to, [total] int64."""
+def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Index of the sequence of each of `total` packed positions, [total] int64."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=total)
 
 
-def _padded(cu_seqlens, mask):
-    """Places of the masked-in tokens in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
+def _padded(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Places of the M tokens in the mask in an [N, L] grid: (sequence [M], column [M], token index [M], L)."""
     tokens = mask.nonzero().squeeze(-1)
     rows = _segments(cu_seqlens, len(mask))[tokens]
     counts = torch.bincount(rows, minlength=len(cu_seqlens) - 1)
@@ -340,7 +377,16 @@ def _padded(cu_seqlens, mask):
     return rows, columns, tokens, int(counts.max()) if len(counts) else 0
 
 
-def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, bootstrap_values=None):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rto_fast.ops.gae`. Steps backwards through time over all sequences at once."""
     dtype = compute_dtype(rewards, values)
     sequences = len(cu_seqlens) - 1
@@ -357,7 +403,7 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
     next_value, carry = bootstrap, torch.zeros_like(bootstrap)
     for t in reversed(range(length)):
         delta = grid_rewards[:, t] + gamma * next_value - grid_values[:, t]
-        # Past a sequence's end nothing has happened yet: carry and bootstrap stay as they were.
+        # Columns past a sequence's end come first and leave carry and bootstrap as they are.
         carry = torch.where(valid[:, t], delta + gamma * gae_lambda * carry, carry)
         next_value = torch.where(valid[:, t], grid_values[:, t], next_value)
         grid_advantages[:, t] = carry
@@ -367,8 +413,10 @@ def gae(rewards, values, cu_seqlens, *, gamma=1.0, gae_lambda=0.95, mask=None, b
     return advantages, returns
 
 
-def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, delimiter_mask):
-    """Sums each unit's token rewards onto the unit's last response token (`token`: as they are)."""
+def _move_to_delimiters(
+    token_rewards: Tensor, cu_seqlens: Tensor, response_mask: Tensor, granularity: str, delimiter_mask: Tensor | None
+) -> Tensor:
+    """Moves the sum of the token rewards of each sentence or sequence to its last response token."""
     if granularity == "token":
         return token_rewards
     rows, _, tokens, _ = _padded(cu_seqlens, response_mask)
@@ -376,7 +424,7 @@ def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, d
         return token_rewards
     ends = torch.ones_like(rows, dtype=torch.bool)
     ends[:-1] = rows[1:] != rows[:-1]
-    if granularity == "sentence":
+    if granularity == "sentence" and delimiter_mask is not None:
         ends |= delimiter_mask[tokens]
     unit = ends.long().cumsum(0) - ends.long()
     sums = token_rewards.new_zeros(int(unit[-1]) + 1).index_add(0, unit, token_rewards[tokens])
@@ -386,28 +434,28 @@ def _move_to_delimiters(token_rewards, cu_seqlens, response_mask, granularity, d
 
 
 def rto_advantages(
-    old_logps,
-    ref_logps,
-    dpo_logps,
-    values,
-    scores,
-    cu_seqlens,
-    response_mask,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    dpo_logps: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    response_mask: Tensor,
     *,
-    dpo_ref_logps=None,
-    dpo_reward_scale=0.05,
-    dpo_reward_clip=0.05,
-    kl_coef=0.01,
-    score_scale=1.0,
-    score_clip=10.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    granularity="token",
-    delimiter_mask=None,
-    shaping=False,
-    bootstrap_values=None,
-    whiten=True,
-):
+    dpo_ref_logps: Tensor | None = None,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float = 0.05,
+    kl_coef: float = 0.01,
+    score_scale: float = 1.0,
+    score_clip: float = 10.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    granularity: str = "token",
+    delimiter_mask: Tensor | None = None,
+    shaping: bool = False,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+) -> RTOAdvantages:
     """See `rto_fast.ops.rto_advantages`."""
     dtype = compute_dtype(old_logps)
     dpo_ref_logps = ref_logps if dpo_ref_logps is None else dpo_ref_logps

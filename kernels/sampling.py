@@ -1,16 +1,17 @@
-"""Draws a token per row of logits, and its log-probability, in one read of the logits.
+"""Draws a token for each row of logits and computes its log-prob, in one read of the logits.
 
-The draw is an inverse CDF of two levels instead of Gumbel-max: one random number picks a tile of the vocabulary, one a
-token inside it. That takes two random numbers a token instead of V, which a table made once per rollout holds, and
-the sums of tiles come out of the pass that the log-prob needs anyway; only the chosen tile is read again. One program
-owns a row and does all of it, so that a sample depends on its row alone, not on its slot or the size of the batch.
+The draw is an inverse CDF of two levels, not Gumbel-max: one random number picks a tile of the vocabulary, and one
+picks a token of that tile. This takes two random numbers a token instead of V, so a table made once per rollout can
+hold them. The sums of the tiles come from the pass that the log-prob needs anyway, and only the chosen tile is read
+again. One program does all of this for a row, so that a sample depends on its row only, not on its slot or the size of
+the batch.
 
-Bytes are all there is: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. Filters come to one
-threshold a row, found without sorting: a pass collects the row's candidates, those above a bound that costs nothing
-(for top_k the k-th largest maximum of a tile; for top_p the logit below which even V of its like hold less than
-1 - top_p), a bisection among these finds the threshold, bit by bit, and a last pass sums up the tiles that have
-something above it. That is three reads where candidates are few. Of a flat distribution, or for a top_k above the
-number of tiles, all tokens are candidates, and bisecting reads them another 16 times.
+The kernel is bound by memory: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. All filters of a row
+become one threshold, which is found without sorting. A pass collects the candidates of the row, which are above a bound
+that costs nothing (for top_k the k-th largest maximum of a tile; for top_p the logit below which even V of its kind
+hold less than 1 - top_p). A bisection of these finds the threshold bit by bit, and a last pass sums up the tiles that
+have something above it. That is three reads if there are few candidates. In a flat distribution, or for a top_k above
+the number of tiles, all tokens are candidates, and the bisection reads them another 16 times.
 """
 
 import math
@@ -18,12 +19,13 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rto_fast.kernels import sampling_reference
 from rto_fast.kernels.common import LN2, LOG2E, load_logits
 
 TILE = sampling_reference.TILE
-# 16 tiles at a time by 8 warps: 32 KB of float32 in flight, of which two programs on an SM cover HBM's latency.
+# 8 warps read 16 tiles at a time. That is 32 KB of float32 in flight; two programs on an SM cover HBM's latency.
 MAX_BLOCK_TILES = 16
 
 
@@ -51,16 +53,16 @@ def _store_block(
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """State (m, Σ 2^((z - m)·scale)) of each of the tiles [tile, tile + BLOCK_T), of what is ≥ threshold in them."""
-    # A row of this block is what a warp loads at once, 16 bytes a lane, and rows are dealt out to warps in turn. All
-    # rows of a tile, BLOCK_T apart, thus fall to one warp: it sums the tile up without shared memory.
+    """Stores the state (m, Σ 2^((z - m)·scale)) of tiles [tile, tile + BLOCK_T), of logits ≥ threshold."""
+    # A warp loads a row of this block at once, 16 bytes a lane, and rows go to warps in turn. So all rows of a tile,
+    # which are BLOCK_T apart, go to one warp, which sums up the tile without shared memory.
     LANES: tl.constexpr = 4096 // x_ptr.dtype.element_ty.primitive_bitwidth
     PARTS: tl.constexpr = TILE // LANES
     offs_r = tl.arange(0, PARTS * BLOCK_T)
     offs_t = tile + offs_r % BLOCK_T
     offs_v = (offs_t * TILE + offs_r // BLOCK_T * LANES)[:, None] + tl.arange(0, LANES)[None, :]
     end = num_cols
-    if threshold is not None:  # nothing is read of tiles that lie below it
+    if threshold is not None:  # tiles below it are not read
         end = tl.where(tl.load(previous_m_ptr + offs_t) >= threshold, num_cols, 0)[:, None]
     z, _ = load_logits(x_ptr, None, offs_v, end, cap, MASKED)
     if stop_ids_ptr is not None:
@@ -69,7 +71,7 @@ def _store_block(
         z = tl.where(z >= threshold, z, float("-inf"))
     z = tl.reshape(z, (PARTS, BLOCK_T, LANES))
     m = tl.max(tl.max(z, 0), 1)
-    origin = tl.where(m == float("-inf"), 0.0, m)  # as in fold_tile; NaN too reaches the sum
+    origin = tl.where(m == float("-inf"), 0.0, m)  # as in fold_tile; NaN reaches the sum too
     s = tl.sum(tl.sum(tl.exp2((z - origin[None, :, None]) * scale), 0), 1)
     tl.store(m_ptr + tile + tl.arange(0, BLOCK_T), m)
     tl.store(s_ptr + tile + tl.arange(0, BLOCK_T), s)
@@ -77,7 +79,7 @@ def _store_block(
 
 @triton.jit
 def _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES: tl.constexpr):
-    """(the row's m, the tiles' Σ 2^((z - m)·scale), their total, the tiles' own m)."""
+    """(m of the row, Σ 2^((z - m)·scale) of each tile, their total, m of each tile)."""
     tl.debug_barrier()  # the tiles were stored by other threads
     offs_t = tl.arange(0, NUM_TILES)
     tile_m = tl.load(m_ptr + offs_t, mask=offs_t < num_tiles, other=float("-inf"))
@@ -91,7 +93,7 @@ def _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES: tl.constexpr):
 def _invert(weights, offs, uniform):
     """The first index where the running sum exceeds uniform·sum, never one of weight 0; -1 if all are 0.
 
-    A parallel scan is not monotone to the last bit and its end not the sum, so the rule is applied, not implied.
+    A parallel scan is not exactly monotone, and its last element is not exactly the sum, so both are checked here.
     """
     above = (tl.cumsum(weights, 0) > uniform * tl.sum(weights, 0)) & (weights > 0.0)
     first = tl.min(tl.where(above, offs, 2147483647), 0)
@@ -100,7 +102,7 @@ def _invert(weights, offs, uniform):
 
 @triton.jit
 def _to_key(value):
-    """An integer with the order of floats."""
+    """An integer that has the order of the floats."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -113,7 +115,7 @@ def _from_key(key):
 
 @triton.jit
 def _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, floor, num_cols, cap, BLOCK_V: tl.constexpr):
-    """Writes the row's values ≥ floor side by side, in order; their number."""
+    """Stores the row's values ≥ floor side by side, in order; returns their number."""
     offs_v = tl.arange(0, BLOCK_V)
     count = 0
     for start in range(0, num_cols, BLOCK_V):
@@ -130,7 +132,7 @@ def _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, floor, num_cols, cap, B
 
 @triton.jit
 def _weigh(values_ptr, count, a, b, c, m, scale, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """How many values, or how much Σ 2^((value - m)·scale), are ≥ a, ≥ b and ≥ c: summed in the same order always."""
+    """The number, or the mass Σ 2^((value - m)·scale), of values ≥ a, ≥ b and ≥ c, always summed in the same order."""
     offs_v = tl.arange(0, BLOCK_V)
     above_a = tl.zeros((BLOCK_V,), tl.float32)
     above_b = tl.zeros((BLOCK_V,), tl.float32)
@@ -147,7 +149,7 @@ def _weigh(values_ptr, count, a, b, c, m, scale, BY_MASS: tl.constexpr, BLOCK_V:
 
 @triton.jit
 def _bisect(values_ptr, count, low, high, target, m, scale, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The highest key in [low, high) with at least `target` above or at it; low if there is none. Two bits a pass."""
+    """The highest key in [low, high) with at least `target` at or above it, else low. Finds two bits a pass."""
     while high - low > 1:
         width = high - low
         a, b, c = _weigh(
@@ -193,16 +195,17 @@ def sample_tokens_kernel(
     NUM_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """What is off is None. min_p_drop: how far below the highest logit min_p reaches. states [B, 4, NUM_TILES]."""
+    """Filters that are off are None. min_p_drop: distance of min_p's threshold from the highest logit. states: [B, 4,
+    NUM_TILES]."""
     BLOCK_V: tl.constexpr = BLOCK_T * TILE
-    HALF_T: tl.constexpr = (BLOCK_T + 1) // 2  # masks and comparisons take registers
+    HALF_T: tl.constexpr = (BLOCK_T + 1) // 2  # half, because masks and comparisons take registers
     pid_b = tl.program_id(0).to(tl.int64)
     x_ptr += pid_b * stride_x_b
     m_ptr = states_ptr + pid_b * 4 * NUM_TILES
     s_ptr = m_ptr + NUM_TILES
     num_tiles = tl.cdiv(num_cols, TILE)
 
-    # The policy: nothing filtered, nothing forbidden.
+    # The policy, without filters and forbidden tokens.
     whole = num_cols // BLOCK_V * BLOCK_T
     for tile in range(0, whole, BLOCK_T):
         _store_block(x_ptr, m_ptr, s_ptr, None, None, 0, None, tile, num_cols, scale, cap, False, TILE, BLOCK_T)
@@ -248,7 +251,7 @@ def sample_tokens_kernel(
             if top_k is not None:
                 low = _bisect(m_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
             else:
-                # Half of (1 - top_p)·s / V, for what rounding takes.
+                # Half of (1 - top_p)·s / V, as a margin for rounding.
                 low = _to_key(m + (tl.log2((1.0 - top_p) * s / num_cols) - 1.0) / scale)
             values_ptr += pid_b * num_cols
             count = _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, _from_key(low), num_cols, cap, BLOCK_V // 4)
@@ -297,14 +300,14 @@ def sample_tokens_kernel(
     else:
         if threshold is not None:
             drawn_from = tl.where(drawn_from >= threshold, drawn_from, float("-inf"))
-        origin = tl.max(drawn_from, 0)  # the tile's mass counts from its own maximum, however small it is
+        origin = tl.max(drawn_from, 0)  # relative to the tile's own maximum, however small that is
         weights = tl.exp2((drawn_from - tl.where(origin == float("-inf"), 0.0, origin)) * scale)
         token = tl.maximum(_invert(weights, offs_v, tl.load(uniforms_ptr + pid_b * stride_u_b + stride_u_i)), 0)
 
     z_token = tl.sum(tl.where(offs_v == token, z, 0.0), 0)
     logp = ((z_token - policy_m) * scale - tl.log2(policy_s)) * LN2
     sampling_logp = 0.0 if GREEDY else ((z_token - m) * scale - tl.log2(s)) * LN2
-    # Not so with a NaN in the row, with +inf, and where there is nothing to draw.
+    # False with a NaN or +inf in the row, and if there is nothing to draw.
     valid = (policy_s > 0.0) & (s > 0.0)
     tl.store(tokens_ptr + pid_b, tl.where(valid, tile * TILE + token, 0))
     tl.store(logps_ptr + pid_b, tl.where(valid, logp, float("nan")))
@@ -312,8 +315,17 @@ def sample_tokens_kernel(
 
 
 def sample_tokens(
-    logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, stop_ids=None, stop_allowed=None
-):
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    softcap: float | None = None,
+    stop_ids: Tensor | None = None,
+    stop_allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `rto_fast.ops.sample_tokens`."""
     num_rows, num_cols = logits.shape
     num_tiles = triton.cdiv(num_cols, TILE)
@@ -330,8 +342,8 @@ def sample_tokens(
     if stop_allowed is None:
         stop_ids = None
     with torch.cuda.device_of(logits):
-        # Two programs fit an SM with 128 registers a thread, as 256 rows need. Left to itself, ptxas goes for more
-        # programs in some variants and spills.
+        # With 128 registers a thread two programs fit on an SM, which suits 256 rows. By itself ptxas would aim at more
+        # programs in some variants, and spill.
         sample_tokens_kernel[(num_rows,)](
             logits,
             uniforms,

@@ -1,16 +1,19 @@
 """Log-probabilities and entropies of labels from logits, in one read of the logits.
 
-Bytes are all there is: the forward pass reads 2TV bytes (bf16), the backward pass reads and writes them. One program
-owns a row, so that its state stays in registers; when rows are fewer than the GPU needs to be busy, a row is split
-over several programs and a second launch adds up their states in a fixed order.
+The kernels are bound by memory: the forward pass reads 2TV bytes (bf16), the backward pass reads and writes them. One
+program owns a row, so that its state stays in registers. If there are too few rows to keep the GPU busy, a row is split
+over several programs, and a second launch adds up their states in a fixed order.
 
-A label outside of its row is not read, and to look for one would take a host sync: the log-prob is NaN, and so is the row's
-maximum in the state that the backward pass takes, which makes the gradient NaN.
+A label outside of its row is not read, and finding one beforehand would take a host sync. Its log-prob is NaN, and so
+is the row's maximum in the state that the backward pass takes, which makes the gradient NaN.
 
-Rows whose length is no multiple of 16 bytes (GPT-2's 50257) are loaded element by element: 9.3 instructions instead of
-8.7 an element forward, 17 instead of 11 backward (sm_90), where HBM leaves an H200 time for 14 and 27. So no head is
-peeled off to align the rest. The linear ops pad their buffers.
+Rows whose length is not a multiple of 16 bytes (GPT-2's 50257 columns) are loaded element by element. That takes 9.3
+instead of 8.7 instructions an element in the forward pass and 17 instead of 11 in the backward pass (sm_90), where an
+H200's HBM leaves time for 14 and 27. So no head of the row is split off to align the rest. The linear ops pad their
+buffers.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -27,10 +30,12 @@ from rto_fast.kernels.common import (
     write_gradient,
 )
 
-# 132 SMs hold 8 programs of 4 warps each, or 4 of 8 (64 registers); twice as many keep the last wave's loss small.
+# Each of 132 SMs holds 8 programs of 4 warps, or 4 of 8 (64 registers). Twice as many keep the loss of the last wave
+# small.
 MIN_PROGRAMS = 2048
-# Elements of a forward tile at most: 4 warps for 16-bit logits, 8 for float32. On an H200 8192 rows of bfloat16 logits of
-# Llama-3-8B, Qwen3-0.6B and Gemma3-270M take .491, .587 and .966 ms so, and .526, .616 and 1.021 with twice of both.
+# The most elements of a forward tile: 4 warps for 16-bit logits, 8 for float32. On an H200, 8192 rows of bfloat16
+# logits of Llama-3-8B, Qwen3-0.6B and Gemma3-270M take .491, .587 and .966 ms so, and .526, .616 and 1.021 ms with
+# twice of both.
 FORWARD_BLOCK = 4096
 
 
@@ -91,7 +96,7 @@ def partial_state_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """State (m, s, u, z[label]) of a row's columns in one split; x begins at column `first_col`."""
+    """Stores the state (m, s, u, z[label]) of one split of a row's columns; x begins at column `first_col`."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1)
     label = tl.load(labels_ptr + pid_t)
@@ -127,7 +132,7 @@ def combine_states_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Adds the splits' states in order and writes the results of partial row i to row `rows[i]` (i without rows)."""
+    """Adds up the states of the splits in order, and writes the results of row i to `rows[i]`, or to i without rows."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_partial_rows
     label = tl.load(labels_ptr + offs_t, mask=mask_t, other=ignore_index)
@@ -220,15 +225,26 @@ def token_logps_bwd_kernel(
     )
 
 
-def _splits(num_rows, num_cols, block_v):
-    """(number of splits of a row, columns of each), whole tiles each."""
+def _splits(num_rows: int, num_cols: int, block_v: int) -> tuple[int, int]:
+    """(number of splits of a row, columns of each); a split consists of whole tiles."""
     wanted = max(1, MIN_PROGRAMS // num_rows)
     split_cols = triton.cdiv(triton.cdiv(num_cols, wanted), block_v) * block_v
     return triton.cdiv(num_cols, split_cols), split_cols
 
 
-def combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy):
-    """Results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] of T or at all of them."""
+def combine_partials(
+    partials: Tensor,
+    labels: Tensor,
+    rows: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    vocab_size: int,
+    scale: float,
+    ignore_index: int,
+    with_entropy: bool,
+) -> None:
+    """Writes the results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] or at all rows."""
     num_splits, _, num_partial_rows = partials.shape
     combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
         partials,
@@ -253,7 +269,7 @@ def combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, 
 def token_logps_fwd(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, with_entropy: bool, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [B, T, V], labels [B·T] -> logps [B·T], entropy [B·T or 0], state [2, B·T] = (max, log2 of the sum)."""
+    """logits [B, T, V], labels [B·T] → logps [B·T], entropy [B·T or 0], state [2, B·T] = (max, log2 of the sum)."""
     batches, rows_per_batch, num_cols = logits.shape
     num_rows = batches * rows_per_batch
     labels = labels.contiguous()
@@ -310,18 +326,30 @@ def token_logps_fwd(
 
 
 @token_logps_fwd.register_fake
-def _(logits, labels, temperature, ignore_index, with_entropy, inplace_backward):
+def _(
+    logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0] * logits.shape[1]
     logps = logits.new_empty(num_rows, dtype=torch.float32)
     return logps, logps.new_empty(num_rows if with_entropy else 0), logps.new_empty(2, num_rows)
 
 
-def _launch_bwd(dlogps, dentropy, logits, dlogits, labels, state, entropy, temperature, ignore_index):
+def _launch_bwd(
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    dlogits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
     batches, rows_per_batch, num_cols = logits.shape
     num_rows = batches * rows_per_batch
     if not num_rows:
         return
-    # More than 16 elements a thread, all live at once, cost occupancy.
+    # More than 16 elements a thread would cost occupancy, because all are live at once.
     block_v, num_warps = row_block(num_cols, 4)
     splits, split_cols = _splits(num_rows, num_cols, block_v)
     with torch.cuda.device_of(logits):
@@ -365,7 +393,16 @@ def token_logps_bwd(
 
 
 @token_logps_bwd.register_fake
-def _(dlogps, dentropy, logits, labels, state, entropy, temperature, ignore_index):
+def _(
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -383,7 +420,7 @@ def token_logps_bwd_(
     _launch_bwd(dlogps, dentropy, logits, logits, labels, state, entropy, temperature, ignore_index)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *ctx.settings = inputs
     _, entropy, state = output
     ctx.save_for_backward(logits, labels, state, entropy)
@@ -391,7 +428,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogps, dentropy, _):
+def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, state, entropy = ctx.saved_tensors
     temperature, ignore_index, with_entropy, inplace_backward = ctx.settings
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
@@ -404,7 +441,15 @@ def _backward(ctx, dlogps, dentropy, _):
 token_logps_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `rto_fast.ops.token_logps`. Rows may have any stride, so `logits[:, :-1]` of [B, T, V] is not copied."""
     x = logits if logits.stride(-1) == 1 else logits.contiguous()
     x = x if x.dim() == 3 else x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])

@@ -1,8 +1,8 @@
-"""Packed batches, and the one place that defines alignment.
+"""Packed batches, and the definition of how their tensors are aligned.
 
-A sequence of L raw tokens (prompt then response) becomes L − 1 positions: `input_ids = raw[:-1]`, `labels = raw[1:]`.
-Index t is the state s_t and the action `labels[t]`, so log-probs, values, rewards, advantages and returns at t all speak of
-the same action. Sequences lie back to back without padding; `cu_seqlens` marks their bounds.
+A sequence of L raw tokens, the prompt and then the response, becomes L − 1 positions: `input_ids = raw[:-1]` and
+`labels = raw[1:]`. Index t is the state s_t and the action `labels[t]`, so log-probs, values, rewards, advantages and
+returns at t belong to the same action. Sequences lie back to back without padding; `cu_seqlens` marks their bounds.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True)
 class PackedBatch:
     input_ids: torch.Tensor  # [T] int64
-    labels: torch.Tensor  # [T] int64, IGNORE_INDEX where there is no loss
+    labels: torch.Tensor  # [T] int64, IGNORE_INDEX at positions without a loss
     position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32
     max_seqlen: int
@@ -39,7 +39,7 @@ class PackedBatch:
         return self.cu_seqlens[1:].long() - 1
 
 
-def _pack(inputs, labels, device):
+def _pack(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: torch.device | str) -> PackedBatch:
     lengths = torch.tensor([len(ids) for ids in inputs], dtype=torch.int32)
     if not len(lengths) or int(lengths.min()) < 1:
         raise ValueError("pack: every sequence needs at least one position, and there must be one sequence")
@@ -62,7 +62,11 @@ def pack(
     *,
     loss_on_prompt: bool = False,
 ) -> PackedBatch:
-    """Packs prompts and responses (token ids) as states and actions: L − 1 positions each."""
+    """Packs prompts and responses, given as token ids, into L − 1 positions each.
+
+    Args:
+        loss_on_prompt: whether labels of the prompt count too.
+    """
     inputs, labels = [], []
     for prompt, response in zip(prompt_ids, response_ids, strict=True):
         raw = list(prompt) + list(response)
@@ -73,24 +77,26 @@ def pack(
 
 
 def pack_whole(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedBatch:
-    """Packs sequences with all L tokens as inputs (no labels): what a model needs that scores the whole sequence."""
+    """Packs sequences with all their L tokens as inputs and without labels, for models that score whole sequences."""
     return _pack(sequences, [[IGNORE_INDEX] * len(ids) for ids in sequences], device)
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sum of each sequence's values, [T] → [N]; differentiable, in a fixed order."""
+    """Sums the values of each sequence, [T] → [N], differentiably and in a fixed order."""
     return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Splits items of these token counts, in order, into runs (of indices) of at most `max_tokens`; a longer item stands
-    alone."""
-    runs: list[list[int]] = [[]]
+    """Splits items of these lengths, in order, into lists of indices of at most `max_tokens` tokens together.
+
+    An item that is longer is in a list of its own.
+    """
+    batches: list[list[int]] = [[]]
     total = 0
     for index, length in enumerate(lengths):
-        if runs[-1] and total + length > max_tokens:
-            runs.append([])
+        if batches[-1] and total + length > max_tokens:
+            batches.append([])
             total = 0
-        runs[-1].append(index)
+        batches[-1].append(index)
         total += length
-    return runs if runs[-1] else []
+    return batches if batches[-1] else []

@@ -1,7 +1,7 @@
 """Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model.
 
-Who makes a number says of which kind it is, by the function called: `mean` or `rate`. Values do not tell: a KL may be 0
-in all samples, and a score 1, without being outcomes of a trial.
+The caller chooses between `mean` and `rate`; the values do not show which it is: a KL may be 0 in all samples, and a score
+1, without being the outcomes of trials.
 """
 
 import functools
@@ -13,8 +13,8 @@ from statistics import NormalDist
 import torch
 
 Z = NormalDist().inv_cdf(0.975)
-# Of the slope's Gaussian prior, in log-odds: wide (its scale is that of Gelman et al. 2008, arXiv 0901.4011), but a slope
-# stays finite where the length difference happens to separate wins from losses.
+# Standard deviation of the slope's Gaussian prior, in log-odds. It is wide (the scale of Gelman et al. 2008, arXiv
+# 0901.4011), but keeps the slope finite where the length difference separates wins from losses.
 SLOPE_DEVIATION = 2.5
 
 Numbers = torch.Tensor | Sequence[float]
@@ -32,7 +32,7 @@ class Estimate:
 
 @functools.cache
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t: with x = √ν·tan θ its density is cos^(ν−1) θ on a bounded interval."""
+    """The 97.5 % quantile of Student's t: with x = √ν·tan θ its density is cos^(ν−1) θ on a bounded interval."""
     if degrees > 1000:
         return Z
     theta = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
@@ -42,8 +42,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean(values: Numbers) -> Estimate:
-    """Mean of [N] values on any scale (scores, lengths, nats) with Student's t interval, whatever the values happen to be;
-    of outcomes, which are right or wrong, take `rate`."""
+    """The mean of values [N] on any scale (scores, lengths, nats), with Student's t interval; see `rate` for outcomes."""
     values = torch.as_tensor(values, dtype=torch.float64)
     count, value = len(values), values.mean().item()
     if count < 2:
@@ -53,8 +52,10 @@ def mean(values: Numbers) -> Estimate:
 
 
 def rate(outcomes: Numbers) -> Estimate:
-    """Mean of [N] outcomes in [0, 1] with Wilson's score interval (JASA 22, 1927). Outcomes between 0 and 1, such as ties,
-    vary less than a coin of the same mean, which makes the interval conservative."""
+    """The mean of outcomes [N] in [0, 1], with Wilson's score interval (JASA 22, 1927).
+
+    Outcomes between 0 and 1, such as ties, vary less than a coin of the same mean: the interval is then conservative.
+    """
     outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
     count, value = len(outcomes), outcomes.mean().item()
     shrink = 1 + Z**2 / count
@@ -72,21 +73,23 @@ def wins(ours: Numbers, theirs: Numbers) -> torch.Tensor:
 def logistic_regression(
     features: torch.Tensor, outcomes: torch.Tensor, precision: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Penalised maximum likelihood by Newton's method, steps halved until they gain.
+    """Fits a logistic regression by Newton's method; a step is halved until it improves the penalised likelihood.
 
     Args:
-        features: [N, K]. outcomes: [N] in [0, 1]; ½ is half a win. precision: [K] of each coefficient's Gaussian prior, 0
-            for none. All float64.
+        features: [N, K] float64.
+        outcomes: [N] float64 in [0, 1]; ½ is half a win.
+        precision: [K] float64, the precision of each coefficient's Gaussian prior; 0 for no prior.
+
     Returns:
-        (coefficients [K], their covariance [K, K]).
+        The coefficients [K], and their covariance [K, K].
     """
     weights = features.new_zeros(features.shape[1])
 
-    def objective(w):
+    def objective(w: torch.Tensor) -> torch.Tensor:
         logits = features @ w
         return (outcomes * logits - torch.nn.functional.softplus(logits)).sum() - 0.5 * (precision * w * w).sum()
 
-    def curvature(w):
+    def curvature(w: torch.Tensor) -> torch.Tensor:
         p = torch.sigmoid(features @ w)
         return (features * (p * (1 - p))[:, None]).T @ features + torch.diag(precision)
 
@@ -102,12 +105,16 @@ def logistic_regression(
 
 
 def length_controlled_win_rate(outcomes: Numbers, lengths: Numbers, reference_lengths: Numbers) -> Estimate:
-    """The win rate had both answers been of one length: P(win) at no difference in a logistic regression of the win on
-    tanh(Δlength / std Δlength), the length term of length-controlled AlpacaEval 2 (arXiv 2404.04475; its term for each
-    instruction's difficulty is left out: it needs many models on the same instructions).
+    """The win rate between answers of equal length.
+
+    This is P(win) at Δlength = 0 in a logistic regression of the win on tanh(Δlength / std Δlength), the length term of
+    length-controlled AlpacaEval 2 (arXiv 2404.04475). Its term for the difficulty of an instruction is left out: it needs
+    many models on the same instructions.
 
     Args:
-        outcomes: [N] of `wins`. lengths, reference_lengths: [N] numbers.
+        outcomes: [N], from `wins`.
+        lengths: [N], of our answers.
+        reference_lengths: [N], of the answers that they are compared with.
     """
     outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
     if (outcomes == 0).all() or (outcomes == 1).all():  # the log-odds are infinite whatever the lengths

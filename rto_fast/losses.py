@@ -1,4 +1,4 @@
-"""Losses of the stages before RTO. RTO's own are kernels (`rto_fast.ops`)."""
+"""Losses of the reward model and of DPO. Those of RTO are kernels, see `rto_fast.ops`."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bradley_terry(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """−log σ(s_chosen − s_rejected), [N] each → [N]."""
+    """The Bradley-Terry loss −log σ(s_chosen − s_rejected) of scores [N] each → [N]."""
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
@@ -19,14 +19,16 @@ def dpo(
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Direct preference optimisation from log(π/π_ref) of whole responses (summed over tokens, EOS included).
+    """The loss of direct preference optimisation, from log(π/π_ref) of whole responses.
 
     Args:
-        chosen_log_ratios, rejected_log_ratios: [N] float32, nats.
-        loss: "sigmoid" (arXiv 2305.18290, eq. 7; with label smoothing the conservative form) or "ipo"
-            (arXiv 2310.12036, eq. 17).
+        chosen_log_ratios: [N] float32, nats, summed over the tokens of the chosen response, EOS included.
+        rejected_log_ratios: the same of the rejected response.
+        loss: "sigmoid" (arXiv 2305.18290, eq. 7; with label smoothing conservative DPO) or "ipo" (arXiv 2310.12036, eq. 17).
     Returns:
-        [N] losses.
+        losses [N].
+    Raises:
+        ValueError: `loss` is neither.
     """
     margin = chosen_log_ratios - rejected_log_ratios
     if loss == "ipo":

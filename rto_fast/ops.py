@@ -1,29 +1,28 @@
 """The public ops: fused log-probs, RTO advantages, PPO losses and a sampler, for any RLHF loop.
 
-Everything works on packed tensors: T tokens of N sequences back to back, `cu_seqlens [N+1] int32` marks the bounds,
-index t is the state s_t and the action `labels[t]` (labels are already shifted). CUDA tensors run the Triton kernels,
-CPU tensors the plain torch reference; with TRITON_INTERPRET=1 in the environment CPU tensors run the Triton code
-through its interpreter. Log-probs, entropies and KL are in nats; outputs are float32 (float64 from float64 on CPU).
-Wrong shapes, devices or dtypes, and numbers that are not finite or out of their range, raise ValueError naming the
-argument. What `cu_seqlens`, `num_items` and labels hold is checked on a CPU only: on CUDA this would wait for the device, so
-each argument says what holds there. Triton never reads outside of a row for a label outside [0, V): the log-prob of such a
-label is NaN, and so are the loss it is in, the gradient of its row and the whole gradient of `lm_head_weight`. The
-algorithm is arXiv 2404.18922. `sample_tokens` is for decoding: on CUDA it neither waits for the device nor depends on it,
-for CUDA graphs.
+All ops take packed tensors: T tokens of N sequences back to back, where `cu_seqlens [N+1] int32` marks the bounds. Index t
+is the state s_t and the action `labels[t]`; labels are already shifted. The algorithm is that of arXiv 2404.18922.
 
-Gradients flow to the logits, hidden states, weight and bias of log-probs, and to `logps` and `values` of the losses. Every
-other tensor is a constant, also one that requires a gradient: `old_logps` may be `logps` itself. The results of `gae`,
-`rto_advantages` and `sample_tokens` require no gradient.
-
-`torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). In the reference,
-`token_logps` and the PPO losses are traced whole; the others, whose shapes depend on masks, break the graph.
-
-ZeRO-3: outside the forward of its own module `lm_head.weight` is empty, here an error. Run the linear ops as that
-forward, see `rto_fast.models.head`: DeepSpeed then gathers the weight, for a recomputing backward pass too.
-`deepspeed.zero.GatheredParameters` around forward and backward serves as well, but not where the head is tied: the
-embedding lets go of the weight in between.
+- Implementation: CUDA tensors run the Triton kernels, CPU tensors the plain torch reference. With TRITON_INTERPRET=1 in the
+  environment, CPU tensors run the Triton code in its interpreter.
+- Results: log-probs, entropies and KL are in nats. Outputs are float32 (float64 from float64 on a CPU).
+- Errors: wrong shapes, devices and dtypes, and numbers that are not finite or out of range, raise a ValueError with the
+  argument's name. The values of `cu_seqlens`, `num_items` and labels are checked on a CPU only: on CUDA this would wait for
+  the device; each argument says what happens there. Triton never reads outside of a row: a label outside of [0, V) has the
+  log-prob NaN, which also makes NaN of its loss, of the gradient of its row and of the whole gradient of `lm_head_weight`.
+- Gradients flow to the logits, hidden states, weight and bias of log-probs, and to `logps` and `values` of the losses. Every
+  other tensor is a constant, even if it requires a gradient: `old_logps` may be `logps` itself. The results of `gae`,
+  `rto_advantages` and `sample_tokens` require no gradient.
+- `torch.compile`: every Triton op is one node of the graph, with its gradient (fullgraph=True). Of the reference,
+  `token_logps` and the PPO losses are traced whole. The others break the graph, because their shapes depend on masks.
+- CUDA graphs: `sample_tokens` neither waits for the device nor depends on its state, so graphs of decode steps can hold it.
+- ZeRO-3: outside of the forward of its own module `lm_head.weight` is empty, which is an error here. Run the linear ops as
+  that forward, as `rto_fast.models.head` does: DeepSpeed then gathers the weight, also for a recomputing backward pass.
+  `deepspeed.zero.GatheredParameters` around forward and backward works too, except with a tied head, whose weight the
+  embedding releases in between.
 """
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -59,11 +58,11 @@ __all__ = [
 ]
 
 
-def _implementation(module, tensor, reference=reference):
-    """The Triton module of an op for CUDA tensors, the reference otherwise."""
+def _implementation(module: str, tensor: Tensor, reference: ModuleType = reference) -> ModuleType:
+    """The Triton module of that name for CUDA tensors, the reference otherwise."""
     if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
         return reference
-    # Not at the top: CPU tensors do without Triton. By statements: `torch.compile` cannot trace import_module.
+    # Not at the top, because CPU tensors need no Triton. Not by import_module, which `torch.compile` cannot trace.
     import rto_fast.kernels.advantages
     import rto_fast.kernels.linear_ppo_loss
     import rto_fast.kernels.linear_token_logps
@@ -94,17 +93,26 @@ def token_logps(
     return_entropy: Literal[True],
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
-def token_logps(logits, labels, *, temperature=1.0, ignore_index=-100, return_entropy=False, inplace_backward=False):
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(logits / temperature), without a [T, V] log-softmax.
 
     Args:
         logits: [..., V] float32, bfloat16 or float16; accumulated in float32.
-        labels: [...] int64 in [0, V), or `ignore_index` where the result (and its gradient) is 0. Others: ValueError on a
-            CPU, NaN on CUDA.
+        labels: [...] int64 in [0, V), or `ignore_index`, where the result and its gradient are 0. Other labels raise a
+            ValueError on a CPU and give NaN on CUDA.
         temperature: divides the logits; above 0.
-        return_entropy: also return the entropy of each row's distribution, from the same read of the logits.
-        inplace_backward: let the backward pass overwrite `logits` with its gradient (CUDA; saves one [T, V] buffer).
-            The logits must not be used afterwards.
+        ignore_index: the label of rows that do not count.
+        return_entropy: also returns the entropy of each row's distribution, from the same read of the logits.
+        inplace_backward: lets the backward pass overwrite `logits` with their gradient, which saves a [T, V] buffer on
+            CUDA. The logits must not be used afterwards.
     Returns:
         logps [...] float32, or (logps, entropy).
     """
@@ -148,27 +156,31 @@ def linear_token_logps(
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
-    hidden_states,
-    lm_head_weight,
-    labels,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-):
-    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, which are held in tiles.
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, of which only a tile is in memory at a time.
 
-    On CUDA the forward pass holds a float32 tile of them: an eighth of the logits of all rows that are not ignored, but
-    at least 32 and at most 512 MiB (columns are rounded up to a multiple of 128). The backward pass holds at most 1 GiB.
+    On CUDA the forward pass holds a float32 tile: an eighth of the logits of all rows that are not ignored, but at least 32
+    and at most 512 MiB (columns are rounded up to a multiple of 128). The backward pass holds at most 1 GiB.
 
     Args:
-        hidden_states: [..., D], the output of the last layer (after its norm).
-        lm_head_weight: [V, D], same dtype.
-        labels: [...] int64 in [0, V), or `ignore_index`: these rows are dropped before the GEMM. Others: ValueError on a
-            CPU, NaN on CUDA.
-        bias: [V] or None. softcap: c·tanh(logits / c) before the temperature (Gemma-2), or None.
+        hidden_states: [..., D] float, the output of the last layer after its norm.
+        lm_head_weight: [V, D], of the same dtype.
+        labels: [...] int64 in [0, V), or `ignore_index` for rows that are dropped before the GEMM. Other labels raise a
+            ValueError on a CPU and give NaN on CUDA.
+        bias: [V] or None.
+        temperature: divides the logits; above 0.
+        softcap: applies c·tanh(logits / c) before the temperature (Gemma-2), or None.
+        ignore_index: the label of rows that do not count.
+        return_entropy: also returns the entropy of each row's distribution.
     Returns:
         logps [...] float32, or (logps, entropy); differentiable in hidden_states, lm_head_weight and bias.
     """
@@ -208,11 +220,19 @@ def linear_ppo_loss(
     The loss is Σ weights·(policy loss − entropy_coef·entropy) / num_items over `loss_mask`; see `ppo_policy_loss`.
 
     Args:
-        hidden_states: [..., D]. lm_head_weight: [V, D].
-        labels: [...] int64, in [0, V) inside the mask (others: ValueError on a CPU, a loss of NaN on CUDA), any outside.
-        old_logps, advantages: [...] float. loss_mask: [...] bool. The rest as in `ppo_policy_loss`.
+        hidden_states: [..., D] float.
+        lm_head_weight: [V, D], of the same dtype.
+        labels: [...] int64, in [0, V) inside the mask and anything outside. Other labels inside raise a ValueError on a CPU
+            and make the loss NaN on CUDA.
+        old_logps: [...] float, log-probs of the policy that sampled.
+        advantages: [...] float.
+        loss_mask: [...] bool.
+        entropy_coef: factor of the entropy in the loss.
+        temperature: divides the logits; above 0.
+        softcap: applies c·tanh(logits / c) before the temperature (Gemma-2), or None.
+        weights, num_items, clip_eps, clip_eps_high, dual_clip: as in `ppo_policy_loss`.
     Returns:
-        (loss 0-d, metrics): those of `ppo_policy_loss` and `entropy` (mean, nats), 0-d tensors on the device.
+        (loss 0-d, metrics): the metrics of `ppo_policy_loss` and `entropy` (mean, nats), 0-d tensors on the device.
     """
     check_linear(hidden_states, lm_head_weight, labels, None, temperature, softcap)
     check_floats(hidden_states, labels.shape, old_logps=old_logps)
@@ -252,18 +272,21 @@ def ppo_policy_loss(
     """Clipped PPO policy loss (arXiv 1707.06347, eq. 7), with clip-higher and dual clip.
 
     Args:
-        logps, old_logps, advantages: [...] float; log-ratios are clamped to ±20. loss_mask: [...] bool.
-        weights: [...] per-token weights, default 1; with 1/len(sequence) and num_items = number of sequences the loss
-            is the mean over sequences of their token means.
-        num_items: float or 0-d tensor that replaces the denominator Σ weights·loss_mask, so that losses of
-            micro-batches and ranks add up to the loss of the whole batch exactly. At least 0, where 0 makes a loss of 0.
-            In a tensor on CUDA this is not checked: a negative one turns the loss's sign, NaN makes it NaN.
-        clip_eps, clip_eps_high: the ratio is clipped to [1 − clip_eps, 1 + clip_eps_high]; clip_eps in [0, 1),
-            clip_eps_high at least 0, or None for clip_eps.
-        dual_clip: for negative advantages the loss is at most dual_clip·|A| (arXiv 1912.09729); above 1, or None.
+        logps: [...] float, log-probs of the policy. Log-ratios are clamped to ±20.
+        old_logps: [...] float, log-probs of the policy that sampled.
+        advantages: [...] float.
+        loss_mask: [...] bool, the tokens that count.
+        weights: [...] float, weights of tokens, 1 by default. With 1/len(sequence) and num_items = number of sequences, the
+            loss is the mean over sequences of their token means.
+        num_items: float or 0-d tensor that replaces the denominator Σ weights·loss_mask, so that the losses of micro-batches
+            and ranks add up to exactly the loss of the whole batch. It is at least 0, and 0 makes a loss of 0. This is not
+            checked of a tensor on CUDA, where a negative one turns the sign of the loss and NaN makes it NaN.
+        clip_eps: in [0, 1); the ratio is clipped to [1 − clip_eps, 1 + clip_eps_high].
+        clip_eps_high: at least 0; None for `clip_eps`.
+        dual_clip: above 1; for negative advantages the loss is at most dual_clip·|A| (arXiv 1912.09729). None for no bound.
     Returns:
-        (loss 0-d, metrics): policy_loss, approx_kl (k3, mean of ratio − 1 − log ratio), clip_fraction; 0-d tensors on
-        the device with the loss's denominator, so they too add up. An empty mask gives 0.
+        (loss 0-d, metrics): `policy_loss`, `approx_kl` (k3, the mean of ratio − 1 − log ratio) and `clip_fraction`, 0-d
+        tensors on the device. They have the denominator of the loss, so they add up too. An empty mask gives 0.
     """
     check_first("logps", logps)
     check_ppo(logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, old_logps=old_logps, advantages=advantages)
@@ -294,9 +317,14 @@ def ppo_value_loss(
     """Clipped value loss ½·max((v − R)², (clip(v, old ± value_clip_eps) − R)²), averaged like `ppo_policy_loss`.
 
     Args:
-        values, old_values, returns: [...] float. loss_mask: [...] bool. value_clip_eps: above 0, None for no clipping.
+        values: [...] float, of the critic.
+        old_values: [...] float, of the critic at the time of the rollout.
+        returns: [...] float.
+        loss_mask: [...] bool, the tokens that count.
+        weights, num_items: as in `ppo_policy_loss`.
+        value_clip_eps: above 0; None for no clipping.
     Returns:
-        (loss 0-d, metrics): value_loss, value_clip_fraction.
+        (loss 0-d, metrics): `value_loss` and `value_clip_fraction`, 0-d tensors on the device.
     """
     check_first("values", values)
     check_floats(values, values.shape, old_values=old_values, returns=returns)
@@ -323,17 +351,19 @@ def gae(
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over packed sequences.
 
     Args:
-        rewards, values: [T] float.
-        cu_seqlens: [N+1] int32, sequence n is the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]. It rises from 0 to T,
-            and the same bound twice is an empty sequence. Others: ValueError on a CPU. On CUDA this is not checked: bounds
-            outside of [0, T] make the kernel read and write foreign memory, and the results of tokens that are in no
-            sequence are undefined.
-        gamma, gae_lambda: in [0, 1].
-        mask: [T] bool, the tokens that are actions (default all). The others are stepped over: their advantage and
-            return are 0, and the value after an action is that of the next action.
-        bootstrap_values: [N] float, the value after a sequence's last action (default 0: the sequence ended).
+        rewards: [T] float.
+        values: [T] float.
+        cu_seqlens: [N+1] int32; sequence n is the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]. The bounds rise from 0
+            to T, and two equal ones are an empty sequence. Other bounds raise a ValueError on a CPU. On CUDA they are not
+            checked: bounds outside of [0, T] make the kernel read and write foreign memory, and the results of tokens that
+            are in no sequence are undefined.
+        gamma: discount, in [0, 1].
+        gae_lambda: in [0, 1].
+        mask: [T] bool, the tokens that are actions; all by default. Other tokens are skipped: their advantage and return are
+            0, and the value after an action is that of the next action.
+        bootstrap_values: [N] float, the value after the last action of a sequence; by default 0, for sequences that ended.
     Returns:
-        (advantages [T], returns [T]) float32 with returns = advantages + values, without gradients.
+        (advantages [T], returns [T]) float32, without gradients; returns = advantages + values.
     """
     cu_seqlens = checked_cu_seqlens(cu_seqlens, rewards=rewards, values=values)
     check_optional(rewards, (len(cu_seqlens) - 1,), float_dtypes(rewards.device), bootstrap_values=bootstrap_values)
@@ -374,20 +404,34 @@ def rto_advantages(
     − kl_coef·(old_logps − ref_logps) and, on the last response token, + score_scale·clip(score, ±score_clip).
 
     Args:
-        old_logps, ref_logps, dpo_logps, values: [T] float. scores: [N] float.
+        old_logps: [T] float, log-probs of the policy that sampled.
+        ref_logps: [T] float, log-probs of the reference of the KL penalty.
+        dpo_logps: [T] float, log-probs of the DPO model.
+        values: [T] float, of the critic.
+        scores: [N] float, of the reward model.
         cu_seqlens: [N+1] int32, as in `gae`.
-        response_mask: [T] bool, tokens the policy sampled; holes (tool output) are stepped over as in `gae`.
-        dpo_ref_logps: [T], the DPO model's own reference; default ref_logps.
-        dpo_reward_clip, score_clip: at least 0, where 0 turns the clip off. gamma, gae_lambda: in [0, 1].
-        granularity: "token"; "sentence": token rewards are summed onto each response token of `delimiter_mask` [T] bool
-            and the rest onto the last one; "sequence": all onto the last response token.
-        shaping: subtract a sequence's summed (clipped) DPO rewards on its last token (potential-based, RS-PPO).
-        bootstrap_values: [N], value after the last action of truncated sequences, 0 for finished ones.
-        whiten: advantages to mean 0 and variance 1 over all response tokens (population variance, at least 1e-8).
+        response_mask: [T] bool, the tokens that the policy sampled. Others between them, such as the output of tools, are
+            skipped as in `gae`.
+        dpo_ref_logps: [T] float, log-probs of the DPO model's own reference; by default `ref_logps`.
+        dpo_reward_scale: factor of the DPO reward, β in the paper.
+        dpo_reward_clip: at least 0; 0 turns the clip off.
+        kl_coef: factor of the KL penalty.
+        score_scale: factor of the score.
+        score_clip: at least 0; 0 turns the clip off.
+        gamma: discount, in [0, 1].
+        gae_lambda: in [0, 1].
+        granularity: where DPO rewards are paid. "token": on each token. "sentence": their sums on each response token of
+            `delimiter_mask`, and the rest on the last response token. "sequence": all on the last response token.
+        delimiter_mask: [T] bool, for "sentence".
+        shaping: subtracts the sum of a sequence's clipped DPO rewards on its last response token (potential-based shaping,
+            RS-PPO).
+        bootstrap_values: [N] float, the value after the last action of truncated sequences, 0 for finished ones.
+        whiten: scales advantages to mean 0 and variance 1 over all response tokens (population variance, at least 1e-8).
     Returns:
-        RTOAdvantages(token_rewards, kl, advantages, returns, stats), [T] float32 without gradients, 0 outside the mask.
-        `returns` use the unwhitened advantages. `stats`, 0-d: count, advantage_mean, advantage_var (before whitening), and
-        the sums over tokens dpo_reward_sum (clipped), kl_sum, score_reward_sum, dpo_clip_count.
+        RTOAdvantages(token_rewards, kl, advantages, returns, stats). The tensors are [T] float32 without gradients, 0
+        outside of the mask; `returns` are those of the advantages before whitening. `stats` are 0-d: `count`,
+        `advantage_mean` and `advantage_var` before whitening, and the sums over tokens `dpo_reward_sum` (clipped),
+        `kl_sum`, `score_reward_sum` and `dpo_clip_count`.
     """
     optional = {} if dpo_ref_logps is None else {"dpo_ref_logps": dpo_ref_logps}
     cu_seqlens = checked_cu_seqlens(
@@ -446,27 +490,31 @@ def sample_tokens(
     stop_ids: Tensor | None = None,
     stop_allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a token per row from softmax(logits / temperature), filtered, and gives its log-probabilities.
+    """Draws a token for each row from the filtered softmax(logits / temperature), and computes its log-probs.
 
-    Two random numbers a row invert the distribution function, one over tiles of the vocabulary, one over the tokens of
-    the chosen tile: the same token from any device, up to rounding, whatever the batch. A token of probability 0 is
-    never drawn. Filters apply in the order of transformers' warpers, and what equals the last value kept is kept.
+    Two random numbers a row invert the distribution function, one over tiles of the vocabulary and one over the tokens of
+    the chosen tile. The token is the same on any device, up to rounding, and in any batch. A token of probability 0 is
+    never drawn. Filters apply in the order of transformers' warpers, and all logits equal to the last one kept are kept.
 
     Args:
-        logits: [B, V] float32, bfloat16 or float16, rows contiguous and any stride apart.
-        uniforms: [B, 2] float32 multiples of 2^-24 in [0, 1), `rto_fast.kernels.sampling_reference.philox_uniforms`.
-        temperature: divides the logits; 0 takes the highest, the first of equals.
-        top_k: keeps the k highest logits, 0 all.
-        top_p: keeps of these the highest whose probabilities reach top_p together; in (0, 1].
-        min_p: keeps of these what has at least min_p times the probability of the highest; in [0, 1].
-        softcap: c·tanh(logits / c) before anything else (Gemma-2), or None.
-        stop_ids: [K] int64 in [0, V), which rows of which stop_allowed [B] bool is False cannot draw (None: they can).
-            Others: ValueError on a CPU once they would be forbidden, no effect on CUDA.
+        logits: [B, V] float32, bfloat16 or float16. Rows are contiguous and may have any stride.
+        uniforms: [B, 2] float32, multiples of 2^-24 in [0, 1); see `rto_fast.kernels.sampling_reference.philox_uniforms`.
+        temperature: divides the logits; 0 takes the highest logit, the first of equal ones.
+        top_k: keeps the k highest logits; 0 keeps all.
+        top_p: keeps of these the highest ones whose probabilities reach top_p together; in (0, 1].
+        min_p: keeps of these those with at least min_p times the probability of the highest; in [0, 1].
+        softcap: applies c·tanh(logits / c) before anything else (Gemma-2), or None.
+        stop_ids: [K] int64 in [0, V), the stop tokens. Other ids raise a ValueError on a CPU once they would be forbidden,
+            and have no effect on CUDA.
+        stop_allowed: [B] bool, whether a row may draw a stop token; None for all rows.
     Returns:
-        tokens [B] int64; logps [B] float32 under softmax(logits / temperature), nothing filtered or forbidden (at
-        temperature 1 for 0): the policy that PPO optimises; sampling_logps [B] float32 under the distribution drawn
-        from (0 for temperature 0). Where there is none (NaN or +inf in the row, nothing but -inf or stop_ids):
-        token 0, both log-probs NaN.
+        tokens: [B] int64.
+        logps: [B] float32, under softmax(logits / temperature) without filters and forbidden tokens, the policy that PPO
+            optimises. For temperature 0 they are those at temperature 1.
+        sampling_logps: [B] float32, under the distribution from which the token was drawn; 0 for temperature 0.
+
+        If a row has no distribution (it has NaN or +inf, or nothing but −inf and stop tokens), its token is 0 and its
+        log-probs are NaN.
     """
     check_first("logits", logits)
     if logits.dim() != 2 or not logits.shape[1]:

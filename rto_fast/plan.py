@@ -1,201 +1,162 @@
-"""`python -m rto_fast.plan --config X --gpus 8xH200`: memory and time of each phase, before anything is downloaded or run.
+"""`python -m rto_fast.plan`: how much memory each phase of a run takes, before anything is downloaded or run.
 
-Needs no network, no GPU and no weights: of models only their shapes. Options besides these are those of a run.
+It needs no network, no GPU and no weights: of models it reads only their shapes.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rto_fast.config import load_config
-from rto_fast.config.fields import Count, Location
-from rto_fast.config.options import argument
+from rto_fast.config import Config, load_config
+from rto_fast.config.fields import Count, Location, Word, check_fields
+from rto_fast.config.help import Command
+from rto_fast.config.options import own_arguments, parse
 from rto_fast.system.command_line import as_command
-from rto_fast.system.progress import duration
-from rto_fast.system.terminal import ArgumentParser, Styled, one_line, say, styled, wants_styles
+from rto_fast.system.terminal import Styled, one_line, say, styled, wants_styles
+
+if TYPE_CHECKING:  # imported after the options: --help and mistakes in them need no torch
+    from rto_fast.planning.advice import Planner
+    from rto_fast.planning.outline import Plan, StagePlan
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
+GIB = 1 << 30
+
+PLAN = Command(
+    "rto_fast.plan",
+    "Predicts how much memory each phase of a run takes, and says what to change where it does not fit. It needs no "
+    "network, no GPU and no weights. All options of `python -m rto_fast.train` work here too.",
+    {
+        "--config llama3_8b_ultrafeedback --gpus 8xH200": "the paper's main setting on eight GPUs",
+        "--gpus cpu": "the embedded default on this machine's CPU",
+        "--sft.model DIR --data.preferences pairs.jsonl": "your model and data on this machine",
+    },
+    switches=("json",),
+)
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options of this command, those of a run)."""
-    parser = ArgumentParser(
-        prog="python -m rto_fast.plan",
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        epilog="All options of `python -m rto_fast.train` work here too.",
-    )
-    parser.add_argument("--gpus", type=argument(str), help="such as 8xH200, 1xRTX4090 or cpu; default: what is here")
-    parser.add_argument(
-        "--model_shape",
-        type=argument(Location),
-        help="directory with a config.json, or known hub id, whose shape stands for models that are not here",
-    )
-    parser.add_argument(
-        "--examples", type=argument(Count), help="examples in the data; default: data.limit, or what is known of it"
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="run all phases on a small random model here, and compare predicted with measured peaks (minutes)",
-    )
-    return parser.parse_known_args(arguments)
+@dataclass
+class PlanOptions:
+    """What is planned for, beside the run's configuration."""
+
+    gpus: Word | None = None
+    """The GPUs: 8xH200, 1xRTX4090 or cpu. Default: those of this machine."""
+    model_shape: Location | None = None
+    """Directory with a config.json, or known hub id, whose shape stands for models that are not here."""
+    examples: Count | None = None
+    """Examples in the data. Default: data.limit, or what is known of the data."""
+    json: bool = False
+    """Print the plan as JSON."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
-def make(options: argparse.Namespace, config):
-    """(Plan, what else `make_plan` was told)."""
-    from rto_fast.planning.hardware import local_machine, parse_machine
-    from rto_fast.planning.phases import make_plan
-
-    machine = parse_machine(options.gpus) if options.gpus else local_machine(config.device)
-    given = {"model_shape": options.model_shape, "examples": options.examples}
-    return make_plan(config, machine, **given), given
+def parse_options(arguments: list[str]) -> tuple[PlanOptions, list[str]]:
+    """(the options of this command, the options of a run)."""
+    own, others = own_arguments(PlanOptions, arguments, PLAN)
+    return parse(PlanOptions, own, PLAN), others
 
 
-def as_json(plan) -> dict:
-    """The plan as plain values, in bytes and seconds."""
-    setting = dataclasses.asdict(plan.setting)
+def as_json(plan: "Plan") -> dict:
+    """The plan as plain values, sizes in bytes."""
+    machine = plan.machine
     return {
-        "machine": {
-            "gpus": plan.machine.count,
-            "name": plan.machine.device and plan.machine.device.name,
-            "usable_bytes": plan.machine.memory,
-        },
+        "machine": {"gpus": machine.count, "name": machine.gpu, "usable_bytes": machine.memory},
         "model": dataclasses.asdict(plan.shape),
-        "setting": setting,
+        "setting": dataclasses.asdict(plan.setting),
         "fits": plan.fits,
         "peak": plan.peak.title,
         "phases": [
-            {"stage": p.stage, "phase": p.name, "seconds": p.seconds, "total": p.memory.total}
-            | dataclasses.asdict(p.memory)
+            {"stage": p.stage, "phase": p.name, "total": p.memory.total} | dataclasses.asdict(p.memory)
             for p in plan.phases
         ],
         "stages": [
-            {
-                "stage": s.name,
-                "steps": s.steps,
-                "tokens_per_step": s.tokens,
-                "step_seconds": s.step_seconds,
-                "seconds": s.seconds,
-                "checkpoint_bytes": s.state_bytes,
-                "model_bytes": s.model_bytes,
-            }
+            {"stage": s.name, "steps": s.steps, "checkpoint_bytes": s.checkpoint_bytes, "model_bytes": s.model_bytes}
             for s in plan.stages
         ],
     }
 
 
-def _size(value):
-    """GiB."""
-    value /= 1 << 30
-    return "-" if not value else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def _gib(size: float) -> str:
+    size /= GIB
+    return "-" if not size else f"{size:.2f}" if size < 10 else f"{size:.1f}"
 
 
-def _bold(text):
-    return styled(text, "1") if wants_styles() else text
+def _bold(text: str) -> Styled:
+    return styled(text, "1") if wants_styles() else Styled(text)
 
 
-def table(plan) -> str:
+def table(plan: "Plan") -> Styled:
     """The plan as text."""
     setting, shape, machine = plan.setting, plan.shape, plan.machine
     dtype = "float32" if setting.itemsize == 4 else "bfloat16"
-    gpu = "GPU" if setting.gpu else "process"
+    process = "GPU" if setting.gpu else "process"
+    has_host = any(phase.memory.host for phase in plan.phases)
+    titles = [*COLUMNS, "total", *["host"] * has_host]
     lines = [
-        f"{one_line(shape.name)}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_size(machine.memory)} GiB "
+        f"{one_line(shape.name)}: {shape.parameters:,} parameters in {dtype}, on {machine} of {_gib(machine.memory)} GiB "
         "usable",
         f"ZeRO {setting.zero}, frozen models {setting.frozen}, gradient checkpointing "
         + ("on" if setting.checkpointing else "off"),
         "",
-        f"{'GiB a ' + gpu:<19}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total")),
+        f"{'GiB a ' + process:<19}" + "".join(f"{title:>12}" for title in titles),
     ]
-    host = any(phase.memory.host for phase in plan.phases)
-    lines[-1] += f"{'host':>9}" * host
     for phase in plan.phases:
-        values = [getattr(phase.memory, name) for name in COLUMNS] + [phase.memory.total]
-        line = f"{phase.title:<19}" + "".join(f"{_size(value):>12}" for value in values)
-        line += f"{_size(phase.memory.host):>9}" * host
-        lines.append(_bold(line + "  ← peak") if phase is plan.peak else line)
-    total, verdict = plan.peak.memory.total, "fits" if plan.fits else "does NOT fit"
-    share = f"{_size(total)} of {_size(machine.memory)} GiB"
-    lines += ["", _bold(f"{verdict}: {share} a {gpu} in {plan.peak.title}")]
-    return Styled("\n").join(lines + ["", *times(plan)])
+        values = "".join(f"{_gib(getattr(phase.memory, title)):>12}" for title in titles)
+        line = f"{phase.title:<19}{values}"
+        lines.append(_bold(f"{line}  ← peak") if phase is plan.peak else line)
+    verdict = "fits" if plan.fits else "does NOT fit"
+    share = f"{_gib(plan.peak.memory.total)} of {_gib(machine.memory)} GiB"
+    lines += ["", _bold(f"{verdict}: {share} a {process} in {plan.peak.title}"), ""]
+    return Styled("\n").join([*lines, *map(_stage_line, plan.stages)])
 
 
-def times(plan) -> list[str]:
-    """Lines about time, and the disk."""
-    lines = []
-    if plan.seconds is None:
-        why = (
-            "no time is predicted for a CPU" if plan.machine.device is None else "nothing is known of this GPU's speed"
-        )
-        lines.append(f"time: {why}; sequences as long as the configuration allows")
-    else:
-        lines.append("time, by arithmetic, with every sequence as long as the configuration allows:")
-    for stage in plan.stages:
-        what = "iteration" if stage.name == "rto" else "step"
-        line = f"  {stage.name:<13}" + (f"{stage.steps:>7,} {what}s" if stage.steps else f"      ? {what}s")
-        if stage.step_seconds is not None:
-            line += f" of {duration(stage.step_seconds)}, {stage.tokens / stage.step_seconds:,.0f} tokens/s"
-            if len(stage.phases) > 1:
-                line += " (" + ", ".join(f"{p.name} {duration(p.seconds)}" for p in stage.phases) + ")"
-        if stage.seconds is not None:
-            line += f": {duration(stage.seconds)}"
-        lines.append(line)
-    return lines
+def _stage_line(stage: "StagePlan") -> str:
+    unit = "iterations" if stage.name == "rto" else "steps"
+    steps = "?" if stage.steps is None else f"{stage.steps:,}"
+    sizes = f"a checkpoint takes {_gib(stage.checkpoint_bytes)} GiB, the result {_gib(stage.model_bytes)} GiB"
+    return f"{stage.name:<13}{steps:>7} {unit}; on the disk {sizes}"
 
 
-def _whole(plan):
-    if plan.seconds is None:
-        return ""
-    return f": {duration(plan.seconds)}" + (" for a step of each stage" if plan.steps_unknown else "")
-
-
-def advice(config, plan, given) -> str:
-    """What to change where it does not fit."""
+def advice(config: Config, plan: "Plan", planner: "Planner") -> str:
+    """What to change where the run does not fit."""
     from rto_fast.planning.advice import enough_machines, fitting, single_changes
 
     total, lines = plan.peak.memory.total, ["what each change alone saves, in GiB:"]
-    for alternative in single_changes(config, plan, **given):
-        less = total - alternative.plan.peak.memory.total
-        mark = "  fits" if alternative.plan.fits else ""
-        lines.append(f"  {_size(less):>6}  {alternative}{mark}")
-    found = fitting(config, plan, **given)[:4]
-    if found:
-        lines += ["", "what fits, the fastest first (peak, change, all stages):" if plan.seconds else "what fits:"]
-        for alternative in found:
-            lines.append(f"  {_size(alternative.plan.peak.memory.total):>6}  {alternative}{_whole(alternative.plan)}")
-        return "\n".join(lines)
-    more = enough_machines(config, plan, **given) if plan.machine.device else None
-    if more:
+    for alternative in single_changes(config, plan, planner):
+        fits = "  fits" if alternative.plan.fits else ""
+        lines.append(f"  {_gib(total - alternative.plan.peak.memory.total):>6}  {alternative}{fits}")
+    lines.append("")
+    if found := fitting(config, plan, planner):
+        lines.append("what fits, the fewest changes first (GiB at the peak, changes):")
+        lines += [f"  {_gib(other.plan.peak.memory.total):>6}  {other}" for other in found[:4]]
+    elif plan.machine.gpu and (more := enough_machines(config, plan, planner)):
         also = f" with {more}" if more.changes else ""
-        lines += ["", f"nothing fits here; {more.plan.machine} would do{also}{_whole(more.plan)}"]
+        lines.append(f"nothing fits here; {more.plan.machine} would do{also}")
     else:
-        lines += ["", "nothing that is known fits: take a smaller model, or shorter sequences"]
+        lines.append("nothing that is known fits: take a smaller model, or shorter sequences")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None):
-    """Prints the plan; returns it (with --measure: predicted and measured bytes of each phase)."""
-    options, rest = parse(sys.argv[1:] if arguments is None else list(arguments))
-    if options.measure:
-        from rto_fast.planning import measure
-
-        needed, as_it_is = (
-            measure.compare(rest, give_back=give_back, what=f"measuring, run {number} of 2")
-            for number, give_back in enumerate((True, False), 1)
-        )
-        say(json.dumps(needed) if options.json else measure.table(needed, as_it_is))
-        return needed
+def main(arguments: list[str] | None = None) -> "Plan":
+    """Prints the plan of a run, and returns it."""
+    options, rest = parse_options(sys.argv[1:] if arguments is None else list(arguments))
     config = load_config(rest, say=lambda text: None if options.json else say(text))
-    plan, given = make(options, config)
+    from rto_fast.planning.machine import Machine, local_machine, parse_machine
+    from rto_fast.planning.phases import make_plan
+
+    def planner(config: Config, machine: Machine) -> "Plan":
+        return make_plan(config, machine, model_shape=options.model_shape, examples=options.examples)
+
+    plan = planner(config, parse_machine(options.gpus) if options.gpus else local_machine(config.device))
     if options.json:
         say(json.dumps(as_json(plan), indent=2))
         return plan
     say(table(plan))
     if not plan.fits:
-        say("\n" + advice(config, plan, given))
+        say("\n" + advice(config, plan, planner))
     return plan
 
 

@@ -1,35 +1,56 @@
 """`python -m rto_fast.push RUN_DIR --repo OWNER/NAME` uploads a run's final model to the Hugging Face Hub."""
 
 import sys
+from dataclasses import dataclass
 
-from rto_fast.config.fields import Location
-from rto_fast.config.options import argument
+from rto_fast.config.fields import Location, Word, check_fields
+from rto_fast.config.help import Command
+from rto_fast.config.options import parse
+from rto_fast.errors import ConfigError
 from rto_fast.reporting.hub import push
 from rto_fast.system.command_line import as_command
-from rto_fast.system.terminal import ArgumentParser, say
+from rto_fast.system.terminal import say
+
+PUSH = Command(
+    "rto_fast.push",
+    "Uploads the final model of a finished run to the Hugging Face Hub: safetensors, configuration, tokenizer, model card "
+    "and images, and nothing else.",
+    {
+        "runs/own --repo OWNER/NAME --dry_run": "list what would be uploaded",
+        "runs/own --repo OWNER/NAME": "push to a private repository, which is made if it does not exist",
+        "runs/own --repo OWNER/NAME --private false": "push to a public one",
+    },
+    positional="run_dir",
+    switches=("dry_run",),
+)
+
+
+@dataclass
+class PushOptions:
+    """The run, and where its model goes."""
+
+    run_dir: Location | None = None
+    """The output_dir of a finished run."""
+    repo: Word | None = None
+    """OWNER/NAME of the repository. It is made if it does not exist."""
+    private: bool = True
+    """Make the repository private if it does not exist."""
+    dry_run: bool = False
+    """List what would be uploaded. No network is used and nothing is written."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.run_dir:
+            raise ConfigError("RUN_DIR: expected the output_dir of a finished run")
+        if not self.repo:
+            raise ConfigError("--repo: expected OWNER/NAME")
 
 
 def main(arguments: list[str] | None = None) -> str | None:
     """Pushes a run's model; returns the repository's address, None after a dry run."""
-    parser = ArgumentParser(
-        prog="python -m rto_fast.push",
-        description="Uploads a finished run's final model (safetensors, configuration, tokenizer, model card, images) to "
-        "the Hugging Face Hub, and nothing else.",
-    )
-    parser.add_argument("run", type=argument(Location), metavar="RUN_DIR", help="the output_dir of a finished run")
-    parser.add_argument(
-        "--repo",
-        required=True,
-        type=argument(str),
-        metavar="OWNER/NAME",
-        help="the repository; made if it is not there",
-    )
-    parser.add_argument("--private", choices=["true", "false"], default="true", help="default: true")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="list what would be uploaded; no network is used and nothing is written"
-    )
-    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    url = push(options.run, options.repo, private=options.private == "true", dry_run=options.dry_run)
+    options = parse(PushOptions, sys.argv[1:] if arguments is None else list(arguments), PUSH)
+    assert options.run_dir and options.repo
+    url = push(options.run_dir, options.repo, private=options.private, dry_run=options.dry_run)
     if url:
         say(f"pushed: {url}")
     return url

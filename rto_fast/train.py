@@ -1,4 +1,4 @@
-"""`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
+"""`python -m rto_fast.train`: SFT → reward model → DPO → RTO → evaluation → report. Each stage is trained or supplied."""
 
 import functools
 import sys
@@ -32,13 +32,25 @@ def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
 
 
 def _say(text: str) -> None:
-    """Says what comes before the run has its log; of several processes, one speaks."""
+    """Says what comes before the run has its log; of several processes, one prints."""
     if speaks():
         say(text)
 
 
 def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
-    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    """Runs the stages of a configuration in its output folder; in a launched run every rank calls this.
+
+    Args:
+        config: The configuration.
+        stop: Asks the run to end.
+
+    Returns:
+        What was measured of each policy, by its name.
+
+    Raises:
+        UserError: The run cannot start, or cannot go on.
+        Interrupted: `stop` asked for the end.
+    """
     from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
     from rto_fast.preflight.checks import check_before_training
     from rto_fast.preflight.sources import check_pairs_given
@@ -56,7 +68,7 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()
-    # The run's log takes all warnings until the end.
+    # The run's log shows the package's own warnings, until the end.
     with warnings.catch_warnings(), claimed_output(config) as lock:
         with progress("reading models' settings and data"):
             check_pairs_given(config)
@@ -85,7 +97,7 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
                 if not rto:
                     critic = choose_critic(session, sft, reward_model, scorer)
                     evaluate = functools.partial(evaluate_iteration, session, judge) if judge else None
-                    # The models are not named here: what they take is free before the policies are compared.
+                    # The models have no name here: their memory is free before the policies are compared.
                     rto = finish(
                         "rto", train_rto(session, load_models(config, sft, dpo, critic, scorer, loader), evaluate)
                     )

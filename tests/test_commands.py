@@ -127,6 +127,15 @@ def test_a_command_prints_what_rto_fast_says_and_no_librarys_line(name, outcomes
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_what_the_command_does_and_examples(name, tmp_path):
+    process, found = run(name, tmp_path, "--help")
+    lines = process.stdout.splitlines()
+    assert process.returncode == 0 and not found["foreign"] and not process.stderr
+    assert lines[0].startswith(f"usage: python -m rto_fast.{name} ") and len(lines[2]) > 40 and len(lines) < 110
+    assert lines.index("examples:") < 8 and process.stdout.count(f"  python -m rto_fast.{name}") == 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_on_one_cpu_does_not_import_deepspeed(name, outcomes):
     assert outcomes[name][1]["deepspeed"] is False
 

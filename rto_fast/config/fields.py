@@ -115,7 +115,8 @@ Word = Annotated[str, NotBlank()]
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
     """A dataclass's fields with their types, rules included."""
-    return typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.cache
@@ -157,6 +158,8 @@ def fits(hint: Any, value: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in parts)
     if origin is tuple:
         return isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(fits, parts, value))
+    if origin is list:
+        return isinstance(value, list) and all(fits(parts[0], item) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(parts[0], k) and fits(parts[1], v) for k, v in value.items())
     if hint is Any:
@@ -192,8 +195,11 @@ def describe(hint: Any) -> str:
         return " or ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
     if origin is tuple:
         return f"[{', '.join(map(describe, parts))}]"
+    if origin is list:
+        return describe(parts[0])
     if origin is dict:
-        return f"{{name: {describe(parts[1])}, …}}"
+        name = "name" if parts[0] is str else describe(parts[0])
+        return f"{{{name}: {describe(parts[1])}, …}}"
     names = {
         int: "a whole number",
         float: "a number",

@@ -5,23 +5,21 @@ begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: exp
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
+import itertools
 import os
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
-from rto_fast.config.yaml_text import Value, read, resolve
+from rto_fast.config.help import Command, print_help
+from rto_fast.config.removed import INSTEAD, refusal
+from rto_fast.config.yaml_text import Given, Value, read, resolve
 from rto_fast.errors import ConfigError, FieldError
-from rto_fast.system.terminal import ArgumentParser
 
 Settings = TypeVar("Settings")
-Given = dict[str, Value]
 
 
 def argument(hint: Any) -> Callable[[str], Any]:
@@ -66,7 +64,8 @@ def split_arguments(
                     f"command line: unexpected {shown(option)}; options are --key value, and --help shows them"
                 )
             yield positional, option
-            positional = None
+            if not _takes_several(cls, positional):
+                positional = None
             continue
         check_known(name, "command line", known)
         if name[2:] in switches:
@@ -80,7 +79,10 @@ def split_arguments(
 
 
 def check_known(name: str, where: str, known: Iterable[str]) -> None:
+    """Raises ConfigError unless a key (or option, --key) exists: one that did exist is refused with what replaces it."""
     if name not in known:
+        if name.removeprefix("--") in INSTEAD:
+            raise refusal(name.removeprefix("--"), where)
         leaf = name.lstrip("-").replace("-", "_")
         section, dot, last = name[:100].rpartition(".")
         short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
@@ -91,15 +93,15 @@ def check_known(name: str, where: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{where}: unknown key {given}{hint}")
 
 
-def from_option(cls: type, key: str, text: str, place: str = "") -> Given:
+def from_option(cls: type, key: str, text: str) -> Given:
     """What one option gives: its value, or those of a section, `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
-    value = of_command_line(text, place or f"--{key}", hint := fields_of(cls)[key])
+    value = of_command_line(text, f"--{key}", hint := fields_of(cls)[key])
     return flattened(cls, value, f"{key}.") if dataclasses.is_dataclass(hint) else {key: value}
 
 
 def of_command_line(text: str, place: str, hint: Any) -> Value:
     """An option's text: YAML where the field is not a single value; `null` is null where the field can be."""
-    if dataclasses.is_dataclass(hint) or typing.get_origin(base_of(hint)) in (tuple, dict):
+    if dataclasses.is_dataclass(hint) or any(typing.get_origin(option) in (tuple, dict) for option in options_of(hint)):
         return dataclasses.replace(read(text, place), place=place)
     is_null = text == "null" and type(None) in options_of(hint)
     return Value(text, place, None if is_null else text)
@@ -138,23 +140,40 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     return given
 
 
-def parse(
-    cls: type[Settings], arguments: list[str], *, prog: str, description: str, positional: str | None = None
-) -> Settings:
+def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settings:
     """The dataclass that command-line `arguments` describe; `--help` prints its options and exits.
 
-    Args:
-        prog, description: for the help. positional: the key of an argument that is no option.
     Raises:
         ConfigError: a mistake in them.
     """
     if asks_for_help(arguments):
-        print_help(cls, prog, description, {}, positional)
+        print_help(cls, command, arguments)
         raise SystemExit(0)
     given: Given = {}
-    for key, text in split_arguments(arguments, cls, positional=positional):
-        given |= from_option(cls, key, text, key.upper() if key == positional else "")
+    for key, text in split_arguments(arguments, cls, switches=command.switches, positional=command.positional):
+        if key == command.positional:
+            value = Value(text, key.upper(), text)
+            before = [*given[key].content] if key in given else []
+            given[key] = Value([*before, value], key.upper()) if _takes_several(cls, key) else value
+        else:
+            given |= from_option(cls, key, "true" if key in command.switches else text)
     return build(cls, given)
+
+
+def _takes_several(cls: type, key: str) -> bool:
+    return typing.get_origin(fields_of(cls)[key]) is list
+
+
+def own_arguments(cls: type, arguments: list[str], command: Command) -> tuple[list[str], list[str]]:
+    """(the options of `cls`, the others) of a command that takes those of a run too."""
+    own, others, words = [], [], iter(arguments)
+    for word in words:
+        name, has_value, _ = word.removeprefix("--").partition("=")
+        is_own = word.startswith("--") and (name in fields_of(cls) or name == "help")
+        (own if is_own else others).append(word)
+        if is_own and not has_value and name not in {*command.switches, "help"}:
+            own += itertools.islice(words, 1)
+    return own, others
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -173,9 +192,12 @@ def converted(hint: Any, value: Value) -> Any:
     origin, parts = typing.get_origin(base), typing.get_args(base)
     content = value.content
     if isinstance(content, dict):
-        each = parts[1] if origin is dict else Any
+        mappings = [option for option in options_of(hint) if typing.get_origin(option) is dict]
+        each = typing.get_args(mappings[0])[1] if mappings else Any
         return {name: converted(each, item) for name, item in content.items()}
     if isinstance(content, list):
+        if origin is list:
+            return [converted(parts[0], item) for item in content]
         items = [converted(each, item) for each, item in zip(parts, content)] if origin is tuple else None
         return tuple(items) if items and len(items) == len(content) else value.as_python()
     is_text = base is str or origin is typing.Literal and isinstance(parts[0], str)
@@ -216,50 +238,3 @@ def build(cls: type[Settings], given: Given) -> Settings:
         if error.key not in given:
             raise
         raise ConfigError(named(error.key, given[error.key].place, error.reason)) from None
-
-
-def print_help(cls: type, prog: str, description: str, others: dict[str, str], positional: str | None = None) -> None:
-    """Every option with its text (the string below the field), what it expects, and its default.
-
-    Args:
-        others: options of no dataclass, with their texts.
-    """
-    usage = f"%(prog)s{' ' + positional.upper() if positional else ''} [--key value ...]"
-    parser = ArgumentParser(prog=prog, description=description, usage=usage)
-    for name, text in others.items():
-        parser.add_argument(f"--{name}", help=text, metavar="")
-
-    def add(group: Any, cls: type, prefix: str) -> None:
-        texts = _texts(cls)
-        for field in dataclasses.fields(cls):
-            hint = hints_of(cls)[field.name]
-            if dataclasses.is_dataclass(hint):
-                section = parser.add_argument_group(prefix + field.name, inspect.cleandoc(hint.__doc__ or ""))
-                add(section, typing.cast(type, hint), f"{prefix}{field.name}.")
-                continue
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            kind = "" if base_of(hint) is str else f"{describe(hint)}; "
-            text = f"{texts.get(field.name, '')} ({kind}default: {shown(default)})".replace("%", "%%")
-            if (name := prefix + field.name) == positional:
-                parser.add_argument(name.upper(), help=texts[name].replace("%", "%%"))
-            else:
-                group.add_argument(f"--{name}", help=text, metavar="")
-
-    add(parser, cls, "")
-    parser.print_help()
-
-
-def _texts(cls: type) -> dict[str, str]:
-    """The strings below a dataclass's fields."""
-    texts: dict[str, str] = {}
-    for part in reversed(cls.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-        body = typing.cast(ast.ClassDef, tree).body
-        for line, below in zip(body, body[1:]):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[typing.cast(ast.Name, line.target).id] = " ".join(str(below.value.value).split())
-    return texts

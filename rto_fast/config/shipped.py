@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rto_fast import configs
 from rto_fast.errors import ConfigError
 
-FOLDER = Path(__file__).parents[1] / "configs"
+FOLDER = Path(configs.__path__[0])
 DEFAULT, OWN = "default", "own"
 MODELS = (
     "model.path",

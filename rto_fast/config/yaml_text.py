@@ -41,6 +41,9 @@ class Value:
         return self.plain
 
 
+Given = dict[str, Value]  # by key: "rto.gamma"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-4 is a number, and 2026-01-01, 010 (of YAML 1.1: 8) and 1:30 (90) are text."""
 

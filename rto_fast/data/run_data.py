@@ -72,10 +72,10 @@ class RunData:
         self._noted: set[str] = set()  # the warnings that were given
 
     def _examples(
-        self, source: str, split: str = "train", roles: tuple[str, ...] | None = None, demonstrations: bool = False
+        self, source: str, roles: tuple[str, ...] | None = None, demonstrations: bool = False
     ) -> list[Example]:
         config = self.config
-        name, split = split_of_source(source, split)
+        name, split = split_of_source(source)
         columns = {ours: theirs for ours, theirs in config.columns.items() if roles is None or ours in roles}
         with progress(f"reading {source}", config.limit, "rows"):
             examples = load_examples(
@@ -173,7 +173,7 @@ class RunData:
     def _preferences(self) -> tuple[list[Example], list[Example]]:
         if not self.config.preferences:
             raise DataError("data.preferences: no preference data is given, and this run needs some")
-        return self._hold_out(self._examples(self.config.preferences, self.config.split), "preferences")
+        return self._hold_out(self._examples(self.config.preferences), "preferences")
 
     @cached_property
     def _prompts(self) -> tuple[list[Example], list[Example]]:

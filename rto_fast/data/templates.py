@@ -91,7 +91,7 @@ class ChatTemplate:
     # Rendering
 
     def render(self, messages: Sequence[dict], tools: Any, thinking: Thinking, *, generation: bool = False) -> str:
-        """The text that the template renders, with a generation prompt if `generation`. Its errors are raised."""
+        """The text that the template renders, with a generation prompt if `generation`; its errors are raised."""
         tokenizer, tools = self.tokenizer, list(tools) if tools else None
         template = FALLBACK_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template(None, tools)
         switches = {"enable_thinking": thinking.enabled, "thinking": thinking.enabled}

@@ -3,51 +3,53 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, RTOConfig
+from rto_fast.config import Config, DataConfig, ModelConfig, RolloutConfig
 from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields
 from rto_fast.errors import ConfigError
 
 
 @dataclass
 class EvaluateConfig:
-    """What is measured, and how."""
+    """What an evaluation measures, and how."""
 
     model: Location | None = None
     """Directory or hub id of the policy that is evaluated."""
     data: Location | None = None
     """Prompts: a file, a folder, the name of an HF dataset or `embedded:eval_prompts`; `name[test]` names a split."""
     prompts: Count = 256
-    """Prompts used, the first of the data."""
+    """Number of prompts that are used, the first of the data."""
     reward: Word | None = None
-    """`module:function`, called with (prompts, responses) and the columns of the data that it names; GSM8K's exact-answer
-    reward is rto_fast.rewards:gsm8k."""
+    """`module:function`, which is called with (prompts, responses) and with the columns of the data that it names. The
+    exact-answer reward of GSM8K is rto_fast.rewards:gsm8k."""
     reward_model: Location | None = None
-    """HF sequence classification model with one label, of any tokenizer. May be given beside `reward`."""
+    """HF sequence classification model with one label, of any tokenizer. It may be given beside `reward`."""
     reference: Location | None = None
-    """The policy to win against, and of the KL; a model of the same vocabulary."""
+    """The policy to compare with, and the reference of the KL: a model of the same vocabulary."""
     preferences: Location | None = None
-    """Pairs (as `data`) on which the rewards' rankings are judged: such as no model was trained on."""
+    """Preference pairs (a source as `data`) on which the rewards' rankings are judged. No model should have been trained on
+    them."""
     held_out: CountOr0 = 0
-    """Use only the pairs that a training run with this data.held_out kept out of `preferences`; 0: all pairs."""
+    """Use only the pairs that a training run with this data.held_out kept out of `preferences`; 0 uses all pairs."""
     dpo_model: Location | None = None
-    """Model trained with DPO, for its implicit reward."""
+    """A model that was trained with DPO, to judge its implicit reward."""
     dpo_reference: Location | None = None
-    """The reference that `dpo_model` was trained against; default: `reference`."""
+    """The reference against which `dpo_model` was trained. Default: `reference`."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     greedy: bool = False
-    """Take the most likely token instead of sampling (temperature 0). The KL is then not estimated: it needs samples."""
+    """Take the most likely token instead of sampling (temperature 0). The KL, which needs samples, is then not estimated."""
     seed: Seed | None = None
-    """Of sampling; default: that of the evaluations during training, the same for every policy."""
+    """Seed of sampling. Default: that of the evaluations during training, the same for every policy."""
     output: Location | None = None
-    """JSON file to write; `-` is stdout, and what is printed goes to stderr."""
+    """JSON file to write. With `-` the JSON goes to stdout and everything else to stderr."""
     show: CountOr0 = 2
-    """Responses printed."""
+    """Number of responses that are printed."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of your columns where they are not detected, e.g. {"prompt": "question"}."""
+    """Names of your columns where they are not detected: {"prompt": "question"}."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
-    """See data.prompt_format of rto_fast.train."""
+    """How a prompt that is given as text is used, see data.prompt_format of rto_fast.train."""
     thinking: Literal["auto", "on", "off"] = "auto"
-    """See data.thinking of rto_fast.train; auto looks at the responses of `preferences`, else of `data`."""
+    """Whether the model thinks first, see data.thinking of rto_fast.train. auto looks at the responses of `preferences`, or
+    else of `data`."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are left out."""
     max_response_tokens: Count = 1024
@@ -55,17 +57,17 @@ class EvaluateConfig:
     limit: Count | None = None
     """Read at most this many rows of `data` and of `preferences`."""
     tokenizer: Location | None = None
-    """Directory or hub id of the tokenizer; default: the model's."""
+    """Directory or hub id of the tokenizer. Default: the model's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU when there is one."""
+    """auto is the GPU when there is one."""
     threads: Threads | None = None
-    """CPU threads; default: torch's choice."""
+    """CPU threads. Default: torch's choice."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto is bfloat16 on a GPU, float32 on a CPU."""
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
     micro_batch_tokens: Count = 16384
-    """Tokens in one forward pass."""
+    """The most tokens in one forward pass."""
     trust_remote_code: bool = False
-    """Allow a model directory to run its own Python code. Leave off for models you did not write."""
+    """Allow a model directory to run its own Python code. Leave it off for models that you did not write."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -106,9 +108,11 @@ class EvaluateConfig:
                 path=self.model,
                 tokenizer=self.tokenizer,
                 dtype=self.dtype,
+                micro_batch_tokens=self.micro_batch_tokens,
                 trust_remote_code=self.trust_remote_code,
             ),
             data=data,
+            device=self.device,
+            threads=self.threads,
             rollout=self.rollout,
-            rto=RTOConfig(micro_batch_tokens=self.micro_batch_tokens),
         )

@@ -68,7 +68,7 @@ def evaluate_iteration(session: TrainingSession, judge: Judge, models: Models, e
     config, name = session.config, session.config.final_policy
 
     def kl(rollout: RolloutBatch) -> float:  # two forward passes cost little beside the sampling
-        settings = config.rollout.temperature, config.rto.micro_batch_tokens
+        settings = config.rollout.temperature, config.model.micro_batch_tokens
         return measured_kl(models.policy, models.reference, rollout, *settings)
 
     result = _evaluate(session, name, engine, judge, iteration, kl)

@@ -1,38 +1,38 @@
-"""What to change where a plan does not fit: every alternative is planned like the run itself."""
+"""Changes of the configuration that save memory; each is planned like the run itself."""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
-from rto_fast.planning.hardware import Machine
+from rto_fast.planning.machine import Machine
 from rto_fast.planning.outline import Plan
 from rto_fast.planning.phases import make_plan
 
-STAGES = ("sft", "reward_model", "dpo", "rto")
+Changes = dict[str, object]  # {configuration key: value}
+Planner = Callable[[Config, Machine], Plan]
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """`changes`: {configuration key: value}; its plan, and whether the machine is another one."""
+    """Changes, and the plan of the run with them."""
 
-    changes: dict[str, object]
+    changes: Changes
     plan: Plan
 
     def __str__(self) -> str:
-        grouped: dict[tuple, list[str]] = {}
-        for key, value in self.changes.items():
-            section, name = key.split(".")
-            grouped.setdefault((name, value), []).append(section)
-        return ", ".join(
-            f"{'|'.join(sections)}.{name}: {str(value).lower()}" for (name, value), sections in grouped.items()
-        )
+        return ", ".join(f"{key}: {str(value).lower()}" for key, value in self.changes.items())
 
 
-def changed(config: Config, changes: dict[str, object]) -> Config:
-    """A validated copy of `config` with other values."""
-    sections: dict[str, dict] = {}
+def changed(config: Config, changes: Changes) -> Config:
+    """A copy of `config` with other values.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
+    sections: dict[str, Changes] = {}
     for key, value in changes.items():
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
@@ -40,76 +40,62 @@ def changed(config: Config, changes: dict[str, object]) -> Config:
     return dataclasses.replace(config, **new)
 
 
-def _choices(config: Config, plan: Plan) -> list[list[dict[str, object]]]:
-    """Of each kind, the changes that need less memory; each list begins with no change."""
-    setting, ranks = plan.setting, plan.machine.count
-    kinds: list[list[dict[str, object]]] = [[{}], [{}], [{}], [{}], [{}], [{}]]
-    trained = [stage.name for stage in plan.stages]
-    for divisor in (2, 4, 8):
-        smaller = {}
-        for name in trained:
-            stage = getattr(config, name)
-            smaller[f"{name}.micro_batch_tokens"] = stage.micro_batch_tokens // divisor
-        if all(tokens >= 1024 for tokens in smaller.values()):
-            kinds[0].append(smaller)
-    if not setting.checkpointing:
-        kinds[1].append({"model.gradient_checkpointing": True})
-    if config.rto.enabled:
-        kinds[2] += [{"rollout.prefill_tokens": 4096}] * (config.rollout.prefill_tokens > 4096)
-        for frozen in ("offloaded", "sharded")[: 1 + (ranks > 1)] if setting.gpu else ():
-            if config.deepspeed.frozen != frozen:
-                kinds[3].append({"deepspeed.frozen": frozen})
-    kinds[4] += [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if ranks > 1]
-    if setting.gpu and not setting.offload_optimizer:
-        kinds[5].append({"deepspeed.offload_optimizer": True} | ({} if setting.zero else {"deepspeed.zero_stage": 2}))
-        kinds[5].append(
-            {"deepspeed.offload_optimizer": True, "deepspeed.offload_parameters": True, "deepspeed.zero_stage": 3}
-        )
-    return kinds
+def _choices(config: Config, plan: Plan) -> list[list[Changes]]:
+    """The changes that need less memory, of each kind; what costs the least time comes first."""
+    setting, has_several = plan.setting, plan.machine.count > 1
+    tokens = [config.model.micro_batch_tokens // divisor for divisor in (2, 4, 8)]
+    frozen = ["offloaded", "sharded"][: 1 + has_several] if config.rto.enabled and setting.gpu else []
+    offload: Changes = {"deepspeed.offload": "optimizer"} | ({} if setting.zero else {"deepspeed.zero_stage": 2})
+    offload_all: Changes = {"deepspeed.offload": "all", "deepspeed.zero_stage": 3}
+    return [
+        [{"model.micro_batch_tokens": value} for value in tokens if value >= 1024],
+        [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if has_several],
+        [{"deepspeed.frozen": value} for value in frozen if value != config.deepspeed.frozen],
+        [{"model.gradient_checkpointing": True}] * (not setting.checkpointing),
+        [offload, offload_all] * (setting.gpu and not setting.offload_optimizer),
+    ]
 
 
-def _planned(config, machine, changes, options):
+def _planned(config: Config, machine: Machine, changes: Changes, planner: Planner) -> Alternative | None:
     try:
-        return Alternative(changes, make_plan(changed(config, changes), machine, **options))
-    except ConfigError:  # the two do not go together
+        return Alternative(changes, planner(changed(config, changes), machine))
+    except ConfigError:  # the changes do not go together
         return None
 
 
-def single_changes(config: Config, plan: Plan, **options) -> list[Alternative]:
-    """Each change alone that lowers the peak, the most effective first. options: of `make_plan`."""
-    found = [_planned(config, plan.machine, change, options) for kind in _choices(config, plan) for change in kind[1:]]
+def single_changes(config: Config, plan: Plan, planner: Planner = make_plan) -> list[Alternative]:
+    """Each change alone that lowers the peak, the most effective one first."""
+    changes = itertools.chain.from_iterable(_choices(config, plan))
+    found = [_planned(config, plan.machine, change, planner) for change in changes]
     better = [a for a in found if a and a.plan.peak.memory.total < plan.peak.memory.total]
     return sorted(better, key=lambda a: a.plan.peak.memory.total)
 
 
-def fitting(config: Config, plan: Plan, **options) -> list[Alternative]:
-    """Combinations of changes that fit, the fastest first (without predicted times: the fewest changes); none that only adds
-    changes to another one."""
-    found = []
-    for combination in itertools.product(*_choices(config, plan)):
-        changes: dict[str, object] = {}
-        for part in combination:
-            changes |= part
-        alternative = _planned(config, plan.machine, changes, options) if changes else None
-        if alternative and alternative.plan.fits:
-            found.append(alternative)
-    whole = plan.seconds or 1.0
-    found.sort(key=lambda a: (round((a.plan.seconds or 0.0) / whole, 2), len(a.changes), a.plan.peak.memory.total))
-    kept: list[Alternative] = []
-    for alternative in found:
-        if not any(other.changes.items() <= alternative.changes.items() for other in kept):
-            kept.append(alternative)
-    return kept
+def fitting(config: Config, plan: Plan, planner: Planner = make_plan) -> list[Alternative]:
+    """Combinations of changes with which the run fits, the fewest changes first.
+
+    A combination that only adds changes to another one is left out.
+    """
+    found: list[Alternative] = []
+    kinds = _choices(config, plan)
+    for count in range(1, len(kinds) + 1):
+        for chosen in itertools.combinations(kinds, count):
+            for parts in itertools.product(*chosen):
+                changes = {key: value for part in parts for key, value in part.items()}
+                if any(other.changes.items() <= changes.items() for other in found):
+                    continue
+                alternative = _planned(config, plan.machine, changes, planner)
+                if alternative and alternative.plan.fits:
+                    found.append(alternative)
+    return found
 
 
-def enough_machines(config: Config, plan: Plan, **options) -> Alternative | None:
-    """The fewest of the same GPUs, by powers of two, on which something fits."""
+def enough_machines(config: Config, plan: Plan, planner: Planner = make_plan) -> Alternative | None:
+    """The fewest of the same GPUs, by powers of two up to 128 times as many, on which the run fits, perhaps with changes."""
     for doublings in range(1, 8):
-        count = plan.machine.count << doublings
-        machine = Machine(count, plan.machine.device, plan.machine.memory)
-        larger = make_plan(config, machine, **options)
+        larger = planner(config, dataclasses.replace(plan.machine, count=plan.machine.count << doublings))
         if larger.fits:
             return Alternative({}, larger)
-        if found := fitting(config, larger, **options):
+        if found := fitting(config, larger, planner):
             return found[0]
     return None

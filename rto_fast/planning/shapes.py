@@ -1,70 +1,34 @@
-"""What of a model decides its memory and time: sizes, and exact numbers of parameters.
+"""The sizes of a model that decide how much memory it takes.
 
 Parameters are counted on the model itself, built from its configuration on torch's meta device, which holds no data.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from rto_fast.data.world import model_config
 from rto_fast.errors import ConfigError, error_text
 
-# Public models that a configuration may name without having them on disk, as their config.json says.
-_LLAMA3_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 8192,
-}
-_QWEN3_06B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-}
-_SMOLLM2_135M = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
-KNOWN = {
-    "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
-    "OpenRLHF/Llama-3-8b-sft-mixture": _LLAMA3_8B,
-    "Qwen/Qwen3-0.6B": _QWEN3_06B,
-    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
-}
+# Public models that can be planned without their files, with the sizes of their config.json.
+KNOWN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text())
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model; elements, not bytes. `benchmarks.decoders.Decoder` has the same names."""
+    """The sizes of a causal language model, in elements."""
 
     name: str
-    model_type: str
-    parameters: int  # tied ones once
-    layer_weights: int  # of the matrices of all layers
-    largest: int  # parameter
-    tensors: int  # number of parameters as tensors
-    tied: bool
+    parameters: int  # a tied one counts once
+    layer_weights: int  # elements of the matrices of all layers
+    largest: int  # elements of the largest parameter
+    tied: bool  # the output layer is the embedding
     layers: int
     hidden_size: int
     intermediate_size: int
@@ -72,9 +36,17 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab_size: int
-    gated: bool  # MLP
-    head_norms: bool  # of queries and keys, as Qwen3 has
-    linears: tuple[tuple[str, int], ...]  # of the layers: name, inputs plus outputs
+    gated: bool  # the MLP has a gate, as Llama's
+    head_norms: bool  # queries and keys are normalised, as in Qwen3
+    linears: tuple[tuple[str, int], ...]  # linear layers of the backbone: name, inputs plus outputs
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.kv_heads * self.head_dim
 
     @property
     def head_weights(self) -> int:
@@ -82,29 +54,26 @@ class Shape:
 
     @property
     def scorer_parameters(self) -> int:
-        """With a score head of one label in the place of the output layer."""
+        """Parameters with a score head of one label in place of the output layer."""
         return self.parameters - (0 if self.tied else self.head_weights) + self.hidden_size
 
     def adapter_parameters(self, rank: int, targets: str) -> int:
-        """Of LoRA adapters: A is [rank, inputs], B [outputs, rank]."""
+        """Parameters of LoRA adapters: A is [rank, inputs], B is [outputs, rank]."""
         ends = tuple(targets.replace(" ", "").split(","))
         return rank * sum(size for name, size in self.linears if targets == "all-linear" or name.endswith(ends))
 
     @property
     def kv_elements(self) -> int:
-        """Of one token, in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        """Elements of one token's keys and values, in all layers."""
+        return 2 * self.layers * self.key_width
 
 
-def shape_of(config, name: str) -> Shape:
+def shape_of(config: PreTrainedConfig, name: str) -> Shape:
     """The shape of the model that a transformers configuration describes.
 
     Raises:
-        ConfigError: it describes no decoder of attention layers, the only ones that a run trains.
+        ConfigError: the model is not a decoder of attention layers; no other can be trained.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     text = config.get_text_config()
     if not _size(text, "num_attention_heads"):
         raise ConfigError(
@@ -114,7 +83,7 @@ def shape_of(config, name: str) -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # from code that we do not know
+    except Exception as error:  # the model's own code may raise anything
         raise ConfigError(
             f"{name}: {config.model_type} cannot be a causal language model: {error_text(error)}"
         ) from error
@@ -131,11 +100,9 @@ def shape_of(config, name: str) -> Shape:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         name=name,
-        model_type=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         layer_weights=sum(p.numel() for p in matrices),
         largest=max(p.numel() for p in model.parameters()),
-        tensors=sum(1 for _ in model.parameters()),
         tied=head is embeddings,
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -151,7 +118,7 @@ def shape_of(config, name: str) -> Shape:
 
 
 def _size(text: Any, key: str) -> int:
-    """A size that a configuration may leave out (0), or give for each layer: then the largest."""
+    """A size of the configuration: 0 where it is left out, the largest where each layer has its own."""
     try:
         value = getattr(text, key, None)
     except Exception:  # transformers refuses to give one value for layers that differ
@@ -161,20 +128,16 @@ def _size(text: Any, key: str) -> int:
 
 @cache
 def find_shape(path: str, substitute: str | None = None) -> Shape:
-    """The shape of the model at `path`: `embedded`, a local directory, a known hub id, or one in the hub's cache. Nothing is
-    downloaded.
+    """The shape of the model at `path`. Nothing is downloaded.
 
     Args:
-        substitute: directory or known hub id whose shape stands for a model that is none of these.
+        path: `embedded`, a local directory, a hub id that is known or in the hub's cache.
+        substitute: directory or hub id whose shape is taken where the shape of `path` is not known.
     Raises:
-        ConfigError: no such model here.
+        ConfigError: neither is known.
     """
-    from transformers import AutoConfig
-
     name = path.rstrip("/").rpartition("/")[2]
     if path == "embedded":
-        from rto_fast.data.world import model_config
-
         return shape_of(model_config(), path)
     if path in KNOWN and not os.path.isdir(path):
         values = dict(KNOWN[path])

@@ -1,15 +1,17 @@
-"""What a run says before its first step: the peak that is predicted, what is free, and whether the disk has room."""
+"""What a run says before its first step: the peak of its memory, what is free, and whether the disk has room."""
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError, error_text
-from rto_fast.planning.hardware import GIB, local_machine
+from rto_fast.planning.machine import GIB, local_machine
 from rto_fast.planning.outline import Items, Plan
 from rto_fast.planning.phases import make_plan
 from rto_fast.reporting.log import RunLog
@@ -19,9 +21,9 @@ from rto_fast.training import ranks
 def data_items(config: Config, data: RunData) -> dict[str, Items]:
     """The lengths of the loaded data, for each stage that this run trains."""
     items = {}
-    if not config.sft.model:
+    if config.trains_sft:
         items["sft"] = _items([len(s.prompt_ids) for s in data.sft], [len(s.response_ids) for s in data.sft])
-    if trains_on_pairs(config):
+    if config.trains_on_pairs:
         prompts = [len(p.prompt_ids) for p in data.pairs]
         longer = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in data.pairs]
         both = [(len(p.chosen_ids) + len(p.rejected_ids)) / 2 for p in data.pairs]
@@ -32,28 +34,33 @@ def data_items(config: Config, data: RunData) -> dict[str, Items]:
     return items
 
 
-def trains_on_pairs(config: Config) -> bool:
-    reward = config.reward_model
-    trains_reward_model = config.needs_reward_model and not reward.model and not reward.function
-    return trains_reward_model or (config.needs_dpo_model and not config.dpo.model)
-
-
-def _items(prompts, responses, means=None):
-    count, means = len(prompts), responses if means is None else means
+def _items(prompts: Sequence[int], responses: Sequence[int], means: Sequence[float] | None = None) -> Items:
+    """
+    Args:
+        responses: tokens of each response.
+        means: tokens that count in the mean instead.
+    """
+    count = len(prompts)
     longest = max(map(sum, zip(prompts, responses)))
-    return Items(sum(prompts) / count, sum(means) / count, longest, count)
+    return Items(sum(prompts) / count, sum(means or responses) / count, longest, count)
 
 
-def disk_bytes(plan: Plan, save_every: dict[str, int], keep: int) -> float:
-    """The least that the run's models and checkpoints take on the disk at one time: models of the stages done, and of the
-    present one the checkpoints that are kept, or the model that it ends with. (A further checkpoint is written before the
-    oldest goes.)"""
+def disk_bytes(plan: Plan, save_every: Mapping[Any, int], keep: int) -> float:
+    """The least that models and checkpoints take on the disk at one time.
+
+    These are the models of the stages done and, of the present stage, the checkpoints that are kept, or its model and those.
+    (One more checkpoint is written before the oldest is removed.)
+
+    Args:
+        save_every: {stage: steps between its checkpoints}, 0 for none.
+        keep: how many checkpoints are kept.
+    """
     done, most = 0.0, 0.0
     for stage in plan.stages:
         every = save_every[stage.name]
         saved = (stage.steps - 1) // every if every and stage.steps else 0
-        checkpoints = min(saved, keep + 1) * stage.state_bytes
-        most = max(most, done + checkpoints, done + min(saved, keep) * stage.state_bytes + stage.model_bytes)
+        checkpoints = min(saved, keep + 1) * stage.checkpoint_bytes
+        most = max(most, done + checkpoints, done + min(saved, keep) * stage.checkpoint_bytes + stage.model_bytes)
         done += stage.model_bytes
     return most
 
@@ -66,8 +73,9 @@ def free_memory(device: str) -> float:
 
 
 def check_room(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> None:
-    """Says on one line what a run will need, and warns if that is more than there is. The main rank looks, and all ranks
-    stop together.
+    """Says on one line what a run will need, and warns if that is more than there is.
+
+    The main rank looks, and all ranks stop together.
 
     Args:
         config: configuration of the run.
@@ -84,6 +92,7 @@ def check_room(config: Config, data: RunData, device: str, folder: Path, log: Ru
 
 
 def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> str | None:
+    """Returns the message of an error where the disk has not enough room."""
     try:
         machine = local_machine(device, ranks.world_size())
         plan = make_plan(config, machine, data_items(config, data))
@@ -91,15 +100,14 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
         log.say(f"plan: none ({error_text(error, with_type=True)})")
         return None
     free, peak = free_memory(device), plan.peak
-    where = f"the {machine.device.name}'s memory" if machine.device else "memory a process"
+    where = f"the {machine.gpu}'s memory" if machine.gpu else "memory a process"
     log.say(
         f"plan: at most {peak.memory.total / GIB:.3g} GiB of {where} in {peak.title}; {free / GIB:.3g} GiB are free"
     )
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    stages = ("sft", "reward_model", "dpo", "rto")
-    save_every = {name: getattr(config, name).save_every for name in stages}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (

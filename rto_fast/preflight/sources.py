@@ -1,4 +1,4 @@
-"""What each stage of a run is trained or judged on: what is missing, what stands in for what is not named, what is mixed."""
+"""The data of a run's stages: what is missing, what is used in place of a source that is not given, and what is mixed."""
 
 from rto_fast.config import Config
 from rto_fast.config.shipped import DATA, is_embedded
@@ -7,9 +7,10 @@ from rto_fast.reporting.log import RunLog
 
 
 def check_pairs_given(config: Config) -> None:
-    """
+    """Checks that preference data is given if a stage of the run needs it.
+
     Raises:
-        DataError: No preference data is given and stages of the run need some; names them, and what each takes instead.
+        DataError: None is given; names the stages, and what each takes instead.
     """
     data = config.data
     needs = [
@@ -27,7 +28,7 @@ def check_pairs_given(config: Config) -> None:
 
 
 def say_sources(config: Config, log: RunLog) -> None:
-    """Says what stands in for each source and judge that is not named, and warns of the embedded data beside other data."""
+    """Says what is used in place of each source and judge that is not given; warns of embedded data beside other data."""
     data, say, scorer = config.data, log.say, config.reward_model.function or config.reward_model.model
     if config.trains_sft and not data.sft:
         say(f"SFT: on the chosen responses of {data.preferences}, since data.sft is not given")

@@ -35,7 +35,7 @@ LARGEST_CARD = 2**24  # bytes
 
 
 def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bool = False) -> str | None:
-    """Uploads a finished run's model with its card, which is written where it is missing.
+    """Uploads a finished run's model with its card, which is written if it is missing.
 
     Args:
         run_folder: the output_dir of a finished run.
@@ -53,7 +53,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     check_repo(repo, "--repo")
     from rto_fast.reporting.model_card import count_parameters, final_model, model_card, name_in_card, write_model_card
 
-    refuse_if_in_use(run_folder, by_others=True)  # it may be about to write another model, or card
+    refuse_if_in_use(run_folder, by_others=True)  # a run under way may be about to write another model or card
     _, folder = final_model(run_folder)
     count_parameters(folder)  # weights that cannot be read are not pushed
     card = folder / "README.md"

@@ -74,7 +74,7 @@ def _load_reward_model(session: TrainingSession, loader: Loader, path: str) -> R
         load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
         session.tokenizer,
         prompt_format=config.data.prompt_format,
-        max_tokens=config.rto.micro_batch_tokens,
+        max_tokens=config.model.micro_batch_tokens,
     )
 
 

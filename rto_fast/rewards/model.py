@@ -24,7 +24,7 @@ class RewardModel:
     A response is tokenised anew from its text if the reward model has another vocabulary or chat template than the policy.
 
     Args:
-        model: A sequence classifier with one label.
+        model: A scorer.
         tokenizer: The reward model's tokenizer.
         policy_tokenizer: The tokenizer that the completions' token ids come from.
         prompt_format: `data.prompt_format`.

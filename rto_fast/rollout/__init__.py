@@ -1,4 +1,4 @@
-"""Rollouts: sampling responses from the policy's present weights."""
+"""Rollouts: engines that sample responses with the present weights of the policy."""
 
 from typing import cast
 
@@ -18,9 +18,9 @@ __all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "bu
 
 
 def build_engine(model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> Engine:
-    """The engine that `config.engine` names; it decodes with what `model`'s weights are at each call.
+    """The engine that `config.engine` names. It samples with the weights that `model` has at each call.
 
-    A model that the native engine cannot decode gets transformers' `generate`, with a warning.
+    For a model that the native engine cannot decode, this is transformers' `generate`, with a warning.
     """
     if config.engine == "vllm":
         from rto_fast.rollout.vllm import VLLMEngine

@@ -1,12 +1,13 @@
-"""What every rollout engine takes and returns."""
+"""The arguments and results of every rollout engine, and the checks of the arguments."""
 
 import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack
@@ -14,12 +15,12 @@ from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 
 
-def _is_whole(number):
+def _is_whole(number: object) -> bool:
     return isinstance(number, numbers.Integral)
 
 
-def _integers(values, name):
-    """Python's own, of a list, a tensor or an array of integers."""
+def _integers(values: Any, name: str) -> list[int]:
+    """Python integers, from a list, a tensor or an array of integers."""
     try:
         return [operator.index(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
     except TypeError as error:
@@ -37,14 +38,14 @@ def nan_logits(where: str) -> RolloutError:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: from softmax(logits / temperature), filtered in the order top_k, top_p, min_p."""
+    """How tokens are drawn: from softmax(logits / temperature), filtered by top_k, then top_p, then min_p."""
 
     max_new_tokens: int
-    min_new_tokens: int = 1  # before so many tokens a stop token cannot be drawn
-    temperature: float = 1.0  # 0: the most likely token
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0  # share of the most likely token's probability that a token must have
+    min_new_tokens: int = 1  # a stop token can be drawn only after this many tokens
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_p: float = 1.0  # keeps the most likely tokens that have this probability together
+    top_k: int = 0  # keeps this many most likely tokens; 0 keeps all
+    min_p: float = 0.0  # a token needs at least this share of the most likely token's probability
     stop_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -59,11 +60,11 @@ class Sampling:
             tuple(stop_ids),
         )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, valid, expected in (
             ("max_new_tokens", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number from 1"),
             ("min_new_tokens", _is_whole(self.min_new_tokens) and self.min_new_tokens >= 0, "a whole number from 0"),
-            # Beyond, logits / temperature leaves what float32 tells apart.
+            # Outside of this range logits / temperature is not precise in float32.
             ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0 or a number from 1e-4 to 1e4"),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "a whole number from 0"),
@@ -80,18 +81,18 @@ class Sampling:
 
 @dataclass
 class RolloutBatch:
-    """Sampled responses, in the order of the prompts, a prompt's samples side by side.
+    """Sampled responses in the order of the prompts; the samples of a prompt follow each other.
 
-    Log-probs are float32, [total response tokens], response after response; None from an engine that knows none.
+    Log-probs are float32 [total response tokens], response after response. They are None if the engine gives none.
     """
 
     prompt_ids: list[list[int]]
-    response_ids: list[list[int]]  # as sampled, the stop token included
-    finish_reasons: list[str]  # "stop": by a stop token; "length": by a limit
-    logps: torch.Tensor | None = None  # of the policy at the sampling temperature, nothing filtered or forbidden
-    sampling_logps: torch.Tensor | None = None  # of the distribution that was drawn from
-    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase; on a GPU the host's, which runs ahead
-    stats: dict[str, float] = field(default_factory=dict)  # how the engine worked
+    response_ids: list[list[int]]  # including the stop token
+    finish_reasons: list[str]  # "stop" for a stop token, "length" for a limit
+    logps: Tensor | None = None  # of the policy at the sampling temperature, without filters and forbidden tokens
+    sampling_logps: Tensor | None = None  # of the distribution from which the tokens were drawn
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the host, which runs ahead of a GPU
+    stats: dict[str, float] = field(default_factory=dict)  # how well the engine was used
 
     @property
     def finished(self) -> list[bool]:
@@ -101,22 +102,23 @@ class RolloutBatch:
     def num_tokens(self) -> int:
         return sum(map(len, self.response_ids))
 
-    def pack(self, device: torch.device | str = "cpu") -> tuple[PackedBatch, torch.Tensor | None, torch.Tensor | None]:
-        """(PackedBatch, logps [T], sampling_logps [T]) in the alignment of `rto_fast.batch`; 0 outside of responses."""
+    def pack(self, device: torch.device | str = "cpu") -> tuple[PackedBatch, Tensor | None, Tensor | None]:
+        """(batch, logps [T], sampling_logps [T]), aligned as in `rto_fast.batch`; log-probs are 0 outside of responses."""
         batch = pack(self.prompt_ids, self.response_ids, device)
-        return batch, self.aligned(self.logps, batch), self.aligned(self.sampling_logps, batch)
+        logps, sampling_logps = (
+            None if values is None else self.aligned(values, batch) for values in (self.logps, self.sampling_logps)
+        )
+        return batch, logps, sampling_logps
 
     @staticmethod
-    def aligned(values: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor | None:
+    def aligned(values: Tensor, batch: PackedBatch) -> Tensor:
         """Values of response tokens, [total response tokens] → [T] of their packed batch, 0 elsewhere."""
-        if values is None:
-            return None
         out = torch.zeros(batch.num_tokens, dtype=values.dtype, device=batch.labels.device)
         return out.masked_scatter_(batch.response_mask, values.to(out.device))
 
 
 class Engine(Protocol):
-    """What `build_engine` gives; see `NativeEngine.generate`."""
+    """A rollout engine; `NativeEngine.generate` describes the arguments."""
 
     def generate(
         self,
@@ -155,10 +157,14 @@ def check_request(
     prompt_numbers: Sequence[int] | None,
     limits: Sequence[int] | None,
 ) -> tuple[list[int], list[int]]:
-    """(the most tokens of each response, len(prompt_ids)·n numbers; the prompts' numbers).
+    """Checks the arguments of `Engine.generate`.
 
+    Args:
+        context: the longest sequence that the model takes, None for no limit.
+    Returns:
+        (the maximal length of each of the len(prompt_ids)·n responses, the numbers of the prompts).
     Raises:
-        RolloutError: names the prompt or the argument that cannot be.
+        RolloutError: an argument is invalid.
     """
     if n < 1:
         raise RolloutError(f"n: expected at least 1 sample of each prompt, got {n}")

@@ -1,33 +1,44 @@
-"""The backbone of Llama's family with fewer kernels and less Python; weights and results stay the model's.
+"""Backbones of the Llama family with fewer kernels and less Python; the weights and the results are those of the model.
 
 Projections of the same input run as one GEMM, if their weights lie side by side in memory. On a GPU a layer has nine
-kernels: four GEMMs, attention, two residual sums with their norms, head norms with RoPE and the cache's stores, SwiGLU.
-Other architectures run as transformers wrote them.
+kernels: four GEMMs, attention, two residual sums with their norms, head norms with RoPE and the stores to the cache, and
+SwiGLU. Other architectures run as transformers implements them.
 """
 
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rto_fast.kernels import decode_reference
-from rto_fast.rollout.attention import runs_triton
+from rto_fast.rollout.attention import CacheView, Scores, runs_triton
 
-# Embedding, decoder layers, norm; a layer is norm, attention with whole heads rotated, norm, gated MLP (Qwen3 also
-# normalises heads).
+# These consist of embedding, decoder layers and norm. A layer is norm, attention that rotates whole heads (and in Qwen3
+# normalises them), norm and gated MLP.
 FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
 
 
-def _siblings(layer):
-    """Projections of the same input."""
+Projection = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor, Tensor, Tensor, CacheView], Tensor]
+
+
+def _siblings(layer: Any) -> tuple[list[Any], list[Any]]:
+    """The projections of a layer that have the same input: (query, key, value), (gate, up)."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
 
 
-def fusible_layers(backbone, merged=()):
-    """The decoder layers, if the backbone is of the family and all its parts are what transformers made them, but for
-    projections in `merged`, whose weights are known."""
+def fusible_layers(backbone: Any, merged: Collection[nn.Module] = ()) -> list[Any]:
+    """The decoder layers if they can be fused, else an empty list.
+
+    They can be fused if the backbone is of the family and nobody has changed its parts.
+
+    Args:
+        merged: projections with LoRA, which are exempt from this because their merged weights are known.
+    """
     if type(backbone).__name__ not in FAMILY or not type(backbone).__module__.startswith("transformers."):
         return []
     bypassed = [backbone, backbone.norm]
@@ -35,11 +46,11 @@ def fusible_layers(backbone, merged=()):
         norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
         bypassed += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
         bypassed += [norm for norm in norms if norm is not None]
-    # Not what others put in its place, Liger's layers say.
+    # Others, such as Liger, may have replaced a module,
     if any(type(module).__module__ != type(backbone).__module__ for module in bypassed):
         return []
     linears = [linear for layer in backbone.layers for group in _siblings(layer) for linear in group]
-    # Nor where somebody wants to see a part's own forward: hooks, other adapters than LoRA.
+    # or have put hooks or adapters on its forward, which fused layers would not call.
     plain = [linear for linear in linears if linear not in merged]
     if any(m._forward_hooks or m._forward_pre_hooks for m in bypassed + linears):
         return []
@@ -49,16 +60,19 @@ def fusible_layers(backbone, merged=()):
     return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in plain) else []
 
 
-def sibling_groups(backbone, merged=()):
-    """Lists of projections of the same input: what one GEMM can compute."""
+def sibling_groups(backbone: Any, merged: Collection[nn.Module] = ()) -> list[list[Any]]:
+    """Lists of projections of the same input, which one GEMM can compute."""
     return [group for layer in fusible_layers(backbone, merged) for group in _siblings(layer)]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def lay_side_by_side(groups, names=("weight", "bias")):
-    """Moves weights of projections of the same input into one buffer a group. The parameters stay the objects they are,
-    with the same values; where they share their memory with others (an optimizer's flat buffer) they are left alone."""
+def lay_side_by_side(groups: Iterable[list[Any]], names: Sequence[str] = ("weight", "bias")) -> None:
+    """Moves the weights of each group of projections into one buffer.
+
+    The parameters stay the same objects with the same values. Parameters that share their memory with others, such as an
+    optimizer's flat buffer, are left alone.
+    """
     for group in groups:
         for name in names:
             tensors = [getattr(linear, name) for linear in group]
@@ -68,11 +82,11 @@ def lay_side_by_side(groups, names=("weight", "bias")):
                 tensor.data = part
 
 
-def _joined(tensors):
-    """One view of tensors that lie side by side, stacked along the first dimension; None where they do not."""
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    """One view of tensors that lie side by side, stacked along the first dimension; None if they do not."""
     end = tensors[0].data_ptr()
     for tensor in tensors:
-        # Neighbours by chance are in different storages, which no view spans.
+        # Tensors that are neighbours by chance have different storages, which no view can span.
         shared = tensor.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
         if not shared or tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
             return None
@@ -81,8 +95,8 @@ def _joined(tensors):
     return tensors[0].detach().as_strided(shape, tensors[0].stride())
 
 
-def _projection(linears, merged):
-    """A function of x: what all of `linears` make of it, side by side."""
+def _projection(linears: list[Any], merged: Mapping[nn.Module, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that computes the outputs of all `linears` for x, side by side."""
     weights, biases = [merged.get(linear, linear.weight) for linear in linears], [linear.bias for linear in linears]
     weight, bias = _joined(weights), None if None in biases else _joined(biases)
     if weight is not None and (bias is None) == all(b is None for b in biases):
@@ -91,16 +105,19 @@ def _projection(linears, merged):
 
 
 class _Torch:
-    """What a layer does between its GEMMs and its attention."""
+    """What a layer computes between its GEMMs and its attention, in plain torch."""
 
     @staticmethod
-    def add_norm(x, residual, norm):
-        """Norm of residual + x, [T, D] each; `residual` becomes the sum. x may be None."""
+    def add_norm(x: Tensor | None, residual: Tensor, norm: Any) -> Tensor:
+        """Norm of residual + x, [T, D] each; `residual` becomes the sum. x may be None, for nothing to add."""
         return decode_reference.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
 
     @staticmethod
-    def rotate(attention, qkv, heads, rope, paged):
-        """Queries, keys and values of [T, all heads, head_dim], rotated by [T, 2, head_dim]; the latter two stored."""
+    def rotate(attention: Any, qkv: Tensor, heads: list[int], rope: Tensor, paged: Any) -> Sequence[Tensor]:
+        """Rotates the queries and keys of qkv [T, all heads, head_dim] by rope [T, 2, head_dim].
+
+        Stores keys and values in the cache. Returns queries, keys and values.
+        """
         query, key, value = qkv.split(heads, 1)
         if norms := _head_norms(attention):
             query, key = (
@@ -113,16 +130,18 @@ class _Torch:
         return query, key, value
 
     @staticmethod
-    def gated(gate_up):
+    def gated(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
 
 class _Triton:
-    """The same in one kernel each. Of SwiGLU it is Liger's, where that is installed; its norms and RoPE would take a layer
-    four kernels and two copies more."""
+    """The same, in one Triton kernel each.
 
-    def __init__(self):
+    SwiGLU is Liger's kernel, if Liger is installed. Its norms and RoPE would cost a layer four more kernels and two copies.
+    """
+
+    def __init__(self) -> None:
         self.gated = _Torch.gated
         if find_spec("liger_kernel"):
             from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
@@ -130,13 +149,13 @@ class _Triton:
             self.gated = LigerFusedGateUpSiLUMulFunction.apply
 
     @staticmethod
-    def add_norm(x, residual, norm):
+    def add_norm(x: Tensor | None, residual: Tensor, norm: Any) -> Tensor:
         from rto_fast.kernels import decode_layer
 
         return decode_layer.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
 
     @staticmethod
-    def rotate(attention, qkv, heads, rope, paged):
+    def rotate(attention: Any, qkv: Tensor, heads: list[int], rope: Tensor, paged: Any) -> Sequence[Tensor]:
         from rto_fast.kernels import decode_layer
 
         norms = _head_norms(attention)
@@ -156,18 +175,19 @@ class _Triton:
         return qkv.split(heads, 1)
 
 
-def _head_norms(attention):
+def _head_norms(attention: Any) -> tuple[Any, Any] | None:
     """Qwen3's norms of queries and keys, or None."""
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
 
-def rope_table(backbone, layers, longest, table):
-    """[positions, 2, head_dim], cosines and sines (see `decode_reference.rotate`) of at least `longest` positions, as the
-    backbone's own module gives them; `table` itself if it is long enough: CUDA graphs hold its address. None of a backbone
-    that cannot be fused.
+def rope_table(backbone: Any, layers: list[Any], longest: int, table: Tensor | None) -> Tensor | None:
+    """Cosines and sines of at least `longest` positions from the backbone's own module, [positions, 2, head_dim].
+
+    `decode_reference.rotate` describes the layout. Returns None for a backbone that cannot be fused.
 
     Args:
-        layers: of `fusible_layers`.
+        layers: those of `fusible_layers`.
+        table: an earlier table. It is returned if it is long enough, because CUDA graphs hold its address.
     """
     if not layers:
         return None
@@ -176,36 +196,41 @@ def rope_table(backbone, layers, longest, table):
         return table
     positions = torch.arange(1 << (longest - 1).bit_length(), device=weight.device)
     cos, sin = backbone.rotary_emb(weight[:1, None], positions[None])
-    if cos.shape[-1] != head_dim:  # only a part of a head is rotated
+    if cos.shape[-1] != head_dim:  # only a part of each head is rotated
         return None
     half = sin[0, :, : head_dim // 2]
     return torch.stack([cos[0], torch.cat([-half, half], -1)], 1)
 
 
-def _layer_forward(layer, next_norm, qkv, gate_up, kernels):
-    """(x normed, residual [T, D], rope, paged) → the same of the next layer, whose first norm is `next_norm`."""
+def _layer_forward(layer: Any, next_norm: Any, qkv: Projection, gate_up: Projection, kernels: Any) -> Layer:
+    """A function (normed x [T, D], residual [T, D], rope, paged) → normed x of the next layer, by its norm `next_norm`."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     kv_heads = attention.k_proj.out_features // dim
     heads = [attention.q_proj.out_features // dim, kv_heads, kv_heads]
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    scores = Scores(attention.scaling, window, None)
 
-    def forward(x, residual, rope, paged):
+    def forward(x: Tensor, residual: Tensor, rope: Tensor, paged: Any) -> Tensor:
         query, key, value = kernels.rotate(attention, qkv(x).view(len(x), -1, dim), heads, rope, paged)
-        x = paged.attend(attention, query, key, value, attention.scaling, window, None)
+        x = paged.attend(attention, query, key, value, scores)
         x = kernels.add_norm(attention.o_proj(x.reshape(len(x), -1)), residual, layer.post_attention_layernorm)
         return kernels.add_norm(mlp.down_proj(kernels.gated(gate_up(x))), residual, next_norm)
 
     return forward
 
 
-def fused_backbone(backbone, layers, table, merged):
-    """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D], good while the weights stay where
-    they are; None where the backbone has to run as it is.
+def fused_backbone(
+    backbone: Any, layers: list[Any], table: Tensor | None, merged: Mapping[nn.Module, Tensor]
+) -> Callable[..., Tensor] | None:
+    """A function (input_ids [T], position_ids [T], paged) → last hidden states [T, D]; None if there is no `table`.
+
+    The function holds the addresses of the weights, so it is valid only while these are not moved.
 
     Args:
-        layers: of `fusible_layers`. table: of `rope_table`. merged: {projection: its weight}, where that is not
-            `projection.weight`.
+        layers: those of `fusible_layers`.
+        table: that of `rope_table`.
+        merged: the merged weight of each projection with LoRA.
     """
     if table is None:
         return None
@@ -216,7 +241,7 @@ def fused_backbone(backbone, layers, table, merged):
         qkv, gate_up = (_projection(group, merged) for group in _siblings(layer))
         forwards.append(_layer_forward(layer, next_norm, qkv, gate_up, kernels))
 
-    def forward(input_ids, position_ids, paged):
+    def forward(input_ids: Tensor, position_ids: Tensor, paged: Any) -> Tensor:
         residual, rope = backbone.embed_tokens(input_ids), table[position_ids]
         x = kernels.add_norm(None, residual, norms[0])
         for layer in forwards:

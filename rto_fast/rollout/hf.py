@@ -1,11 +1,11 @@
-"""Rollouts by transformers' `generate`: works for every model, pads inside a decoding batch."""
+"""Rollouts by transformers' `generate`. It works for every model, and pads the prompts of a batch."""
 
 import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, UserError, error_text
@@ -17,8 +17,8 @@ from rto_fast.rollout.model import RolloutModel
 from rto_fast.system.progress import advance
 
 
-def _refuse_nan(input_ids, scores):
-    """A logits processor. Without it torch names no cause, and on a GPU not even the place."""
+def _refuse_nan(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor. Without it torch would name no cause and, on a GPU, not even the place."""
     valid = (scores < torch.inf).all(1)
     if not valid.all():
         raise nan_logits(f"sequence {int(valid.int().argmin())} of a batch, position {input_ids.shape[1]}")
@@ -26,12 +26,10 @@ def _refuse_nan(input_ids, scores):
 
 
 class HFEngine:
-    """Samples from a Hugging Face causal LM by its own `generate`.
+    """Samples from a Hugging Face causal LM by its own `generate`. Arguments as those of `NativeEngine`.
 
-    Args:
-        model, tokenizer: see `NativeEngine`.
     Raises:
-        ModelError: `generate` does not run (tried here, on a few tokens).
+        ModelError: `generate` fails on a few tokens, which are tried here.
     """
 
     def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
@@ -41,7 +39,7 @@ class HFEngine:
             self.generate(check_sequences(self.wrapped.vocab_size, [3, 5]), 1, Sampling(2, temperature=0.0))
         except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # from code that we do not know: whatever it is, there will be no rollouts
+        except Exception as error:  # whatever foreign code raises, the model cannot be sampled
             layer = failing_layer(self.model, error) or "it"
             raise ModelError(
                 f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: {error_text(error)}"
@@ -60,7 +58,7 @@ class HFEngine:
     ) -> RolloutBatch:
         """Samples `n` responses to each prompt; see `NativeEngine.generate`.
 
-        Here a sample also depends on the batch it is decoded in, and a response's limit cuts it after the fact.
+        Here a sample also depends on the batch in which it is decoded, and is cut to its limit only afterwards.
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
@@ -69,7 +67,7 @@ class HFEngine:
         )
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
         responses: list[list[int]] = [[] for _ in prompt_ids]
-        # Alike lengths decode together: less padding, and batches that end together.
+        # Prompts of similar length are decoded together, which saves padding.
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
@@ -77,7 +75,7 @@ class HFEngine:
         with self.wrapped.evaluating(), torch.random.fork_rng(devices), attention_implementation(self.model, attention):
             torch.manual_seed(seed + 1_000_003 * (numbers[0] if numbers else 0))  # ranks draw differently
             try:
-                # What we leave unset, `generate` would take from here: a repetition penalty, say.
+                # `generate` takes from here what we leave unset, for example a repetition penalty.
                 self.model.generation_config = self._generation_config(sampling)
                 for i in range(0, len(order), self.config.batch_size):
                     chosen = order[i : i + self.config.batch_size]
@@ -89,7 +87,7 @@ class HFEngine:
         reasons = finish_reasons(responses, sampling.stop_ids)
         return RolloutBatch(prompt_ids, responses, reasons, timings={"rollout": time.perf_counter() - start})
 
-    def _decode(self, prompts, sampling):
+    def _decode(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         device, width = self.model.device, max(map(len, prompts))
         pad = self._pad(sampling)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -98,13 +96,11 @@ class HFEngine:
         out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=checks)[:, width:].tolist()
         return [self._until_stop(row, set(sampling.stop_ids)) for row in out]
 
-    def _pad(self, sampling):
+    def _pad(self, sampling: Sampling) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)  # there may be no tokenizer
         return (sampling.stop_ids or (0,))[0] if pad is None else pad
 
-    def _generation_config(self, sampling):
-        from transformers import GenerationConfig
-
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         drawing = dict(do_sample=False)
         if sampling.temperature > 0:
             drawing = dict(
@@ -124,7 +120,7 @@ class HFEngine:
         )
 
     @staticmethod
-    def _until_stop(row, stops):
+    def _until_stop(row: list[int], stops: set[int]) -> list[int]:
         for index, token in enumerate(row):
             if token in stops:
                 return row[: index + 1]

@@ -1,14 +1,16 @@
-"""The training model as the engine sees it: its own weights, in evaluation mode for the time of a rollout."""
+"""The model that is trained, as rollout engines use it: with its own weights, in evaluation mode during a rollout."""
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
@@ -17,89 +19,90 @@ from rto_fast.models.context import context_of
 from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
-from rto_fast.rollout.attention import PAGED
+from rto_fast.rollout.attention import PAGED, CacheView
 from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
 
-_AT_WORK: WeakKeyDictionary = WeakKeyDictionary()  # model → lock: a rollout changes it, for its time
+_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
 
 
 class RolloutModel:
     """A Hugging Face causal LM, bare or inside DeepSpeed, DistributedDataParallel or PEFT.
 
-    Nothing is copied but LoRA's merged weights, which a rollout needs as one matrix; the training weights stay as they
-    are, for a merge and its undoing would round them.
+    Only LoRA's merged weights are copied, because a rollout needs each as one matrix. The training weights are not touched,
+    because merging into them and undoing it would round them.
     """
 
-    def __init__(self, model: Model | torch.nn.Module):
+    def __init__(self, model: Model | nn.Module):
         self.model = _unwrapped(model)
         self.is_zero3, self.adapter = self.model.is_zero3, self.model.adapter
-        self.causal_lm = self.adapter.base if self.adapter else self.model.module
+        self.causal_lm: PreTrainedModel = self.adapter.base if self.adapter else self.model.module
         if self.causal_lm.get_output_embeddings() is None:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
             )
-        # LoRA layer → its merged weight, at the same address in every rollout; also its neighbours' in a joint GEMM.
-        self.merged = {}
-        self.rope = None  # see `rope_table`
-        self.fused: Callable | None = None
-        self.head: Any = None  # `Head`, while decoding
+        # The merged weight of each LoRA layer, at the same address in every rollout, and the weights of the other layers in
+        # the same GEMM.
+        self.merged: dict[nn.Module, Tensor] = {}
+        self.rope: Tensor | None = None  # see `rope_table`
+        self.fused: Callable[[Tensor, Tensor, CacheView], Tensor] | None = None
+        self.head: Any = None  # a `Head` while decoding
 
     @property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         return self.causal_lm.config
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.model.device
 
     @property
-    def kind(self):
-        """What a cache must fit."""
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype, which a cache must have too."""
         return self.device, self.causal_lm.get_input_embeddings().weight.dtype
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return vocabulary_of(self.causal_lm)
 
     @property
-    def context(self):
-        """Longest sequence the model has positions for, or None."""
+    def context(self) -> int | None:
+        """The longest sequence for which the model has positions, or None."""
         return context_of(self.config)
 
-    def addresses(self):
-        """Where the weights and the table of rotations lie: CUDA graphs hold these."""
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses of the weights and of the table of rotations, which CUDA graphs hold."""
         rope = () if self.rope is None else (self.rope.data_ptr(),)
         return (*(p.data_ptr() for p in self.causal_lm.parameters()), *rope)
 
-    def _groups(self):
-        """(LoRA layers, groups of projections of which some are LoRA layers, groups of which none is)."""
+    def _groups(self) -> tuple[list[Any], list[list[Any]], list[list[Any]]]:
+        """(LoRA layers, groups of projections that contain one, groups that contain none)."""
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
         groups = sibling_groups(self.causal_lm.base_model, adapted)
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 
-    def lay_side_by_side(self):
-        """So that one GEMM can compute what takes the same input; nothing else changes."""
+    def lay_side_by_side(self) -> None:
+        """Moves the weights of projections of the same input next to each other, so that one GEMM can compute them."""
         if not self.is_zero3:
             _, mixed, plain = self._groups()
             lay_side_by_side(plain)
-            lay_side_by_side(mixed, ["bias"])  # their weights are merged ones
+            lay_side_by_side(mixed, ["bias"])  # decoding uses their merged weights
 
     @contextlib.contextmanager
-    def evaluating(self):
-        """Evaluation mode and whole weights, as they were afterwards; whatever mode of torch the caller is in.
+    def evaluating(self) -> Iterator[Self]:
+        """Puts the model into evaluation mode with whole weights, whatever modes of torch the caller uses; restores it.
 
         Raises:
-            RolloutError: another thread has the model at work.
+            RolloutError: another thread is using the model.
         """
         modes = [(module, module.training) for module in self.causal_lm.modules()]
-        # ZeRO-3 would gather once a layer and decode step; so it is once a rollout.
+        # ZeRO-3 would gather the weights once a layer and decode step; this gathers them once a rollout.
         gathered = whole_weights(self.causal_lm) if self.is_zero3 else contextlib.nullcontext()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone(self.causal_lm))
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())  # after it, for leaving inference mode turns gradients on
-            if self.device.type == "cuda":  # streams, events and graphs are those of the current device
+            stack.enter_context(torch.no_grad())  # after inference_mode(False), which turns gradients on
+            if self.device.type == "cuda":  # streams, events and graphs belong to the current device
                 stack.enter_context(torch.cuda.device(self.device))
             if torch.amp.is_autocast_available(self.device.type):
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -114,11 +117,11 @@ class RolloutModel:
                     module.training = training
 
     @contextlib.contextmanager
-    def decoding(self, longest):
-        """Evaluation mode, paged attention, merged adapters and fused layers; all restored whatever happens.
+    def decoding(self, longest: int) -> Iterator[Self]:
+        """Adds paged attention, merged adapters and fused layers to `evaluating`; restores everything.
 
         Args:
-            longest: tokens that a sequence can come to.
+            longest: tokens of the longest sequence possible.
         """
         with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
@@ -137,20 +140,20 @@ class RolloutModel:
                         self.head = replace(self.head, weight=self.merged[linear])
                     yield self
                 finally:
-                    self.fused = self.head = None  # or they would hold weights that are moved elsewhere
+                    self.fused = self.head = None  # else they would keep weights alive that are moved elsewhere
 
-    def hidden(self, input_ids, position_ids, paged):
-        """Last hidden states, [T, D]."""
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
+        """Last hidden states [T, D], while `decoding`."""
         return (self.fused or self.backbone)(input_ids, position_ids, paged)
 
-    def backbone(self, input_ids, position_ids, paged):
-        """The same, as transformers runs it."""
+    def backbone(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
+        """Last hidden states [T, D], computed by transformers' own layers."""
         return self.causal_lm.base_model(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, paged=paged
         ).last_hidden_state[0]
 
-    def packed_logits(self, batch: PackedBatch, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[T, V] of a packed batch, from the model's own forward pass, computed in `dtype` (default: the weights')."""
+    def packed_logits(self, batch: PackedBatch, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits [T, V] of the model's own forward pass, computed in `dtype` (by default that of the weights)."""
         with (
             self.evaluating(),
             attention_implementation(self.causal_lm, PACKED),
@@ -166,18 +169,18 @@ class RolloutModel:
                 use_cache=False,
             ).logits[0]
 
-    def logits(self, hidden):
-        """[T, V] float32, not yet divided or capped (see `Head`)."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] float32, not yet divided or capped (see `Head`)."""
         weight, bias = self.head.weight, self.head.bias
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            # Rounded to 16 bits, logits of 20 would have steps of an eighth.
+            # In bfloat16, logits of 20 would have steps of an eighth.
             logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
             return logits if bias is None else logits.add_(bias)
         return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
     @contextlib.contextmanager
-    def _merged_lora(self):
-        """Linear layers that LoRA adapts run on base weight + adapters, in one matrix of its own."""
+    def _merged_lora(self) -> Iterator[None]:
+        """Runs layers with LoRA on their merged weights."""
         layers, groups, _ = self._groups()
         try:
             self._place(layers, groups)
@@ -190,10 +193,10 @@ class RolloutModel:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
-    def _place(self, layers, groups):
-        """Memory for merged weights, side by side where one GEMM is to read them: of LoRA layers and their neighbours."""
+    def _place(self, layers: list[Any], groups: list[list[Any]]) -> None:
+        """Allocates the merged weights of LoRA layers and of the others in their GEMMs, side by side for each GEMM."""
         for layer in layers:
-            if type(layer.base_layer) is not torch.nn.Linear:
+            if type(layer.base_layer) is not nn.Linear:
                 raise _not_plain(layer)
         grouped = {linear for group in groups for linear in group}
         for group in groups + [[layer] for layer in layers if layer not in grouped]:
@@ -204,12 +207,12 @@ class RolloutModel:
                 self.merged |= zip(group, whole.split(sizes))
 
 
-def _unwrapped(model: Model | torch.nn.Module) -> Model:
+def _unwrapped(model: Model | nn.Module) -> Model:
     """The model inside DeepSpeed, DistributedDataParallel or PEFT."""
     if isinstance(model, Model):
         return model
     engine = model if hasattr(model, "zero_optimization_stage") else None
-    if isinstance(getattr(model, "module", None), torch.nn.Module):
+    if isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT
         settings = getattr(model, "active_peft_config", None)
@@ -219,14 +222,14 @@ def _unwrapped(model: Model | torch.nn.Module) -> Model:
                 "virtual tokens; merge them into the prompts, or train LoRA"
             )
         model = cast(Any, model).get_base_model()
-    unwrapped = Model(cast(torch.nn.Module, model))
+    unwrapped = Model(cast(nn.Module, model))
     unwrapped.engine = engine
     return unwrapped
 
 
 @contextlib.contextmanager
-def _alone(model):
-    lock = _AT_WORK.setdefault(model, threading.Lock())
+def _alone(model: nn.Module) -> Iterator[None]:
+    lock = _LOCKS.setdefault(model, threading.Lock())
     if not lock.acquire(blocking=False):
         raise RolloutError(f"{type(model).__name__} is at work for another thread's rollout; one at a time")
     try:
@@ -236,8 +239,8 @@ def _alone(model):
 
 
 @torch.no_grad()
-def _merge(linear, out):
-    """Writes base weight + active adapters of a LoRA layer, or the weight of a plain one."""
+def _merge(linear: Any, out: Tensor) -> None:
+    """Writes to `out` the weight of a layer, with its active adapters if it has LoRA."""
     if not hasattr(linear, "lora_A"):
         out.copy_(linear.weight)
         return
@@ -249,7 +252,7 @@ def _merge(linear, out):
         out += linear.get_delta_weight(adapter)
 
 
-def _not_plain(layer):
+def _not_plain(layer: Any) -> ModelError:
     return ModelError(
         f"{type(layer).__name__} of {type(layer.base_layer).__name__}: only plain LoRA on linear layers, not "
         "merged, can be decoded natively"
@@ -257,8 +260,8 @@ def _not_plain(layer):
 
 
 @contextlib.contextmanager
-def _unwarned(backbone):
-    """Without the look for padding tokens in every forward pass of some models: the host would wait for the device."""
+def _unwarned(backbone: Any) -> Iterator[None]:
+    """Skips the check for padding tokens that some models do in every forward pass; the host would wait for the device."""
     try:
         backbone.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         yield
@@ -266,5 +269,5 @@ def _unwarned(backbone):
         vars(backbone).pop("warn_if_padding_and_no_attention_mask", None)
 
 
-def _linear_forward(weight, bias):
+def _linear_forward(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     return lambda x, *_, **__: F.linear(x, weight, bias)

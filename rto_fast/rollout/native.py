@@ -1,11 +1,13 @@
 """The native engine: decodes on the training weights, in the training process.
 
-No second copy of the model, no sync, no staleness: each call reads the weights as they are, and the log-probs it returns
-are the behaviour policy's own. Continuous batching over a paged KV cache; on a GPU, Triton kernels in CUDA graphs.
+There is no second copy of the model, so nothing is synchronised or stale: each call reads the present weights, and returns
+the log-probs of the policy that sampled. It batches continuously over a paged KV cache, on a GPU with Triton kernels in CUDA
+graphs.
 """
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +18,10 @@ from rto_fast.errors import RolloutError
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.models.model import Model
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
-from rto_fast.rollout.cache import PagedCache, memory_budget
+from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import Request, Scheduler
+from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler
 from rto_fast.rollout.verify import verified_cache
 
 
@@ -27,20 +29,31 @@ class NativeEngine:
     """Samples from a Hugging Face causal LM.
 
     Args:
-        model: as it is trained: bare, or in DeepSpeed (ZeRO 0–3), DistributedDataParallel, PEFT.
-        tokenizer: encodes prompts that are strings; without one there are none.
+        model: the model that is trained, bare or inside DeepSpeed (ZeRO 0–3), DistributedDataParallel or PEFT.
+        tokenizer: encodes prompts that are strings. Without a tokenizer, prompts must be token ids.
+        page_size: tokens in a page of the KV cache, a power of two from 16. Default: see `choose_page_size`.
+        prefill_tokens: prompt tokens that are computed at once.
     Raises:
-        ConfigError: a setting that cannot be.
-        ModelError: an architecture whose attention cannot be paged, or whose decoding does not give the log-probs of
-            its own forward pass (checked here, on a few tokens).
+        ConfigError: a setting is invalid.
+        ModelError: the model's attention cannot use a paged cache, or decoded log-probs differ from those of its forward
+            pass. A few tokens are decoded here to check this.
     """
 
-    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
+    def __init__(
+        self,
+        model: Model | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: RolloutConfig,
+        *,
+        page_size: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
         check_rollout(config)
+        self.page_size, self.prefill_tokens = page_size, prefill_tokens
         self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None
         self.step: DecodeStep | None = None
-        self.step_key: tuple | None = None
+        self.step_key: tuple[Any, ...] | None = None
         self.cache: PagedCache
         self.model.lay_side_by_side()
         self._check()
@@ -59,15 +72,16 @@ class NativeEngine:
         """Samples `n` responses to each prompt.
 
         Args:
-            prompts: lists of token ids, or strings. n: samples per prompt.
-            seed: with a prompt's number and the sample's among its n, it determines the random numbers of a sample: not
-                the batch, its order or the number of ranks. The global random state is neither used nor changed.
-            prompt_numbers: of the prompts among those of all ranks (default: 0, 1, …).
-            limits: tokens that each of the len(prompts)·n responses may have, where this is less than max_new_tokens.
+            prompts: lists of token ids, or strings.
+            n: samples per prompt.
+            seed: determines the random numbers of a sample, together with the numbers of the prompt and of the sample. They
+                do not depend on the batch, its order or the number of ranks. The global random state is not used.
+            prompt_numbers: numbers of the prompts among those of all ranks, by default 0, 1, …
+            limits: maximal length of each of the len(prompts)·n responses, if less than max_new_tokens.
         Raises:
-            RolloutError: a prompt that leaves no room for a response, a stop token outside of the vocabulary, too little
-                memory for one sequence, NaN logits, a model that another thread has at work. The model is as before, all
-                memory is given back.
+            RolloutError: a prompt leaves no room for a response, a stop token is outside of the vocabulary, memory is too
+                small for one sequence, logits are NaN, or another thread is using the model. The model is as before then,
+                and all memory is freed.
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
@@ -84,49 +98,48 @@ class NativeEngine:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
                 sample_ids = [number * n + i for number in numbers for i in range(n)]
-                scheduler.state.reset(self._uniforms(seed, sample_ids, limits))
+                ids = torch.tensor(sample_ids, device=self.model.device)[:, None]
+                positions = torch.arange(max(limits), device=self.model.device)
+                scheduler.state.reset(philox_uniforms(seed, ids, positions))
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
             except torch.OutOfMemoryError as error:
                 raise RolloutError(
-                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower rollout.prefill_tokens, "
+                    f"rollout: out of memory ({str(error).splitlines()[0]}); lower "
                     "rollout.kv_cache_gib or rollout.batch_size"
                 ) from error
             finally:
                 self.cache.release()
         batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
         batch.stats = {
-            # Of the tokens that decode steps had room for.
+            # The share of the slots of decode steps that gave a token.
             "occupancy": (batch.num_tokens - scheduler.begun) / max(scheduler.slot_steps, 1),
             "preemptions": scheduler.preemptions,
             "capture_seconds": scheduler.step.capture_seconds - captured,
         }
         return batch
 
-    # What one call needs
-
-    def _scheduler(self, prompt_ids, n, limits, sampling):
+    def _scheduler(self, prompt_ids: list[list[int]], n: int, limits: list[int], sampling: Sampling) -> Scheduler:
         device, config = self.model.device, self.config
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
-        # A CPU reads a sequence in place if it is one page, and memory is paged by the system anyway.
-        page_size = config.page_size or (64 if is_cuda else -(-totals[0] // 16) * 16)
+        page_size = self.page_size or choose_page_size(totals[0], is_cuda)
         if page_size != self.cache.page_size:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None
         blocks = self.cache.pages_for(totals[0])
-        # Graphs hold the state: a little more room, and the next rollout need not capture them anew.
+        # CUDA graphs hold the state. It gets a little more room, so that the next rollout need not capture them again.
         size = (slots, samples, max(limits), 1 << (blocks - 1).bit_length())
         if self.state is None or not self.state.fits(*size):
             self.state, self.step = DecodeState(*size, device), None
         key = (sampling, self.model.addresses() if is_cuda else None)
         if self.step is None or key != self.step_key:
             sampler = Sampler(sampling, self.model.head, device)
-            # ZeRO-3 gathers the weights to other addresses every time.
+            # ZeRO-3 gathers the weights to other addresses each time.
             use_graphs = config.cuda_graphs and not self.model.is_zero3
             self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler, use_graphs), key
-        wanted = sum(map(self.cache.pages_for, totals[:slots])) + (n > 1) * blocks
+        wanted = wanted_pages(totals[:slots], totals[0], n, page_size)
         self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
@@ -138,16 +151,11 @@ class NativeEngine:
             limits,
             slots=slots,
             ahead=8 if is_cuda else 4,
-            prefill_tokens=config.prefill_tokens,
+            prefill_tokens=self.prefill_tokens,
         )
 
-    def _uniforms(self, seed, sample_ids, limits):
-        device = self.model.device
-        ids = torch.tensor(sample_ids, device=device)[:, None]
-        return philox_uniforms(seed, ids, torch.arange(max(limits), device=device))
-
     @staticmethod
-    def _batch(state, prompt_ids, sampling):
+    def _batch(state: DecodeState, prompt_ids: list[list[int]], sampling: Sampling) -> RolloutBatch:
         count = len(prompt_ids)
         lengths = state.counts[:count]
         drawn = torch.arange(state.tokens.shape[1], device=lengths.device) < lengths[:, None]
@@ -162,5 +170,5 @@ class NativeEngine:
 
     def _check(self) -> None:
         self.state = None
-        self.cache = verified_cache(self.model, self.config)
+        self.cache = verified_cache(self.model, self.page_size or 64)
         self.kind = self.model.kind

@@ -1,30 +1,45 @@
-"""Continuous batching: which sequences are decoded together, in which slots and on which pages."""
+"""Continuous batching: decides which sequences are decoded together, in which slots and on which pages."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, count
 
 import torch
+from torch import Tensor
 
 from rto_fast.rollout.attention import Prefill
 from rto_fast.rollout.base import nan_logits
-from rto_fast.rollout.cache import to_device
+from rto_fast.rollout.cache import PagedCache, to_device
+from rto_fast.rollout.decode import DecodeState, DecodeStep
+from rto_fast.rollout.model import RolloutModel
 from rto_fast.system.progress import advance
+
+PREFILL_TOKENS = 16384  # prompt tokens computed at once
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with the samples of it that wait. Its keys and values are computed once for all that begin together, and
-    kept while others wait and pages are not short."""
+    """A prompt with those of its samples that wait for a slot.
+
+    The prompt's keys and values are computed once for all samples that begin together. They are kept for those that begin
+    later, unless pages run short.
+    """
 
     ids: list[int]
-    rows: list[int]
-    response: list[int] = field(default_factory=list)  # of a sample that lost its pages and is to go on
-    pages: list[int] | None = None
-    hidden: torch.Tensor | None = None  # [D] of the last token
+    rows: list[int]  # of the samples
+    response: list[int] = field(default_factory=list)  # so far, of a sample that was preempted
+    pages: list[int] = field(default_factory=list)  # of the prompt, while its keys and values are kept
+    hidden: Tensor = field(init=False, repr=False)  # [D], of the prompt's last token, once it is computed
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.tokens = self.ids + self.response
+
+
+# Tokens begin … end of a prompt and the prompt's pages: (prompt, pages, begin, end).
+Piece = tuple[Request, list[int], int, int]
+# (prompt, rows of the samples that begin, their pages, pages to copy, pages to copy them to).
+Admitted = tuple[Request, list[int], list[list[int]], list[int], list[int]]
 
 
 @dataclass(eq=False)
@@ -34,33 +49,48 @@ class Sequence:
     age: int
     row: int
     ids: list[int]
-    capacity: int  # tokens it can come to
+    capacity: int  # tokens of the prompt and the longest response
     pages: list[int]
-    length: int  # tokens in the cache; while steps are under way, at most so many
+    length: int  # tokens in the cache; an upper bound while steps are running
     slot: int
 
 
 class Scheduler:
-    """Decodes prompts with the slots and pages there are; results are in `state` afterwards.
+    """Decodes prompts with the given slots and pages. The results are in `state` afterwards.
 
     Args:
-        model: `RolloutModel` that is `decoding`. step: `DecodeStep`. limits: for each row the most tokens.
-        slots: sequences decoded at once. ahead: steps between two looks at what is done. prefill_tokens: prompt tokens
-            computed at once.
+        model: is `decoding`.
+        requests: the prompts.
+        limits: the maximal number of tokens of each row.
+        slots: sequences decoded at once.
+        ahead: steps between two looks at which sequences are done.
+        prefill_tokens: prompt tokens computed at once.
     """
 
-    def __init__(self, model, cache, state, step, requests, limits, *, slots, ahead, prefill_tokens):
+    def __init__(
+        self,
+        model: RolloutModel,
+        cache: PagedCache,
+        state: DecodeState,
+        step: DecodeStep,
+        requests: list[Request],
+        limits: list[int],
+        *,
+        slots: int,
+        ahead: int,
+        prefill_tokens: int,
+    ):
         self.model, self.cache, self.state, self.step = model, cache, state, step
         self.limits, self.ahead, self.prefill_tokens = limits, ahead, prefill_tokens
-        # Long ones first: begun last, they would decode alone at the end.
+        # Long prompts first. If they began last, they would be decoded alone at the end.
         self.waiting = sorted(requests, key=lambda r: -len(r.ids))
-        self.running = []  # in the order of their slots: 0, 1, …
+        self.running: list[Sequence] = []  # in the order of their slots 0, 1, …
         self.slots, self.device = slots, state.rows.device
         self.ages = count()
         self.preemptions = self.slot_steps = self.begun = 0
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
-    def run(self):
+    def run(self) -> None:
         earlier = None
         while self.waiting or self.running:
             start = time.perf_counter()
@@ -68,14 +98,14 @@ class Scheduler:
             admitted = time.perf_counter()
             self._decode()
             latest = self._look()
-            # On a GPU the look is at what was done before the steps just begun: the host need not wait for those.
+            # On a GPU this is the state before the steps that have just begun, so that the host need not wait for them.
             self._retire(*(earlier or latest)())
             earlier = latest if self.device.type == "cuda" else None
             self.seconds["prefill"] += admitted - start
             self.seconds["decode"] += time.perf_counter() - admitted
 
-    def _look(self):
-        """A function that returns, for every row, whether it is done and whether it is NaN, as of now."""
+    def _look(self) -> Callable[[], list[list[bool]]]:
+        """Copies the present state; the function returned gives (is done, has a NaN) of every row."""
         status = torch.stack([self.state.done, self.state.logps.isnan().any(1)])
         if not status.is_cuda:
             return status.tolist
@@ -84,14 +114,14 @@ class Scheduler:
         event = torch.cuda.Event()
         event.record()
 
-        def wait():
+        def wait() -> list[list[bool]]:
             event.synchronize()
             return host.tolist()
 
         return wait
 
-    def _decode(self):
-        # A sequence that may be as long as it can become needs no more steps, only a look.
+    def _decode(self) -> None:
+        # A sequence that may have reached its capacity needs a look, not more steps.
         steps = min(self.ahead, max(s.capacity - 1 - s.length for s in self.running))
         if not steps:
             return
@@ -99,19 +129,26 @@ class Scheduler:
         bucket = self.step.bucket(len(self.running))
         pages = self._row_of_pages() if bucket == len(self.running) else None
         for step in range(steps):
-            # A graph needs no length; what a CPU reads must end where the longest does: a page may end there too.
-            longest = None if self.device.type == "cuda" else self._longest(step)
+            # A graph needs no length. A CPU must not read beyond the longest sequence, where its pages may end.
+            longest = 0 if self.device.type == "cuda" else self._longest(step)
             self.step(bucket, longest, pages)
         for sequence in self.running:
             sequence.length = min(sequence.length + steps, sequence.capacity - 1)
         self.slot_steps += bucket * steps
 
-    def _longest(self, step):
-        """Tokens to attend to in a step from now, of the longest sequence at most."""
+    def _longest(self, step: int) -> int:
+        """An upper bound of the tokens that any sequence attends to, `step` steps from now."""
         return max(min(s.length + step, s.capacity - 1) for s in self.running) + 1
 
-    def _retire(self, done, invalid):
-        # The last row takes what idle slots write.
+    def _retire(self, done: list[bool], invalid: list[bool]) -> None:
+        """Ends sequences.
+
+        Args:
+            done: of every row, whether its sequence is done.
+            invalid: of every row, whether it has a NaN. The last row belongs to idle slots.
+        Raises:
+            RolloutError: a sequence has a NaN.
+        """
         if True in invalid[:-1]:
             row = invalid.index(True)
             position = int(self.state.logps[row].isnan().int().argmax())
@@ -124,37 +161,37 @@ class Scheduler:
             self.running = [s for s in self.running if not done[s.row]]
             self._compact()
 
-    def _compact(self):
-        """Closes the gaps between slots and, for a CPU, those between pages where each sequence has one."""
+    def _compact(self) -> None:
+        """Closes gaps between slots. On a CPU also closes those between pages, if each sequence has one page."""
         moved = []
         if self.device.type != "cuda" and all(len(s.pages) == 1 for s in self.running):
             holes = [page for page in range(len(self.running)) if not self.cache.ref_counts[page]]
             moved = [s for s in self.running if s.pages[0] >= len(self.running)][: len(holes)]
             self.cache.copy([s.pages[0] for s in moved], holes[: len(moved)])
             for sequence in moved:
-                old, sequence.pages = sequence.pages, self.cache.take(1)  # the lowest free page: the next hole
+                old, sequence.pages = sequence.pages, self.cache.take(1)  # the lowest free page, which is the next hole
                 self.cache.give(old)
             self.running.sort(key=lambda s: s.pages[0])
         self.state.reorder([s.slot for s in self.running])
         for slot, sequence in enumerate(self.running):
             sequence.slot = slot
-        self._tell_pages([(s, 0, s.pages[0]) for s in moved])
+        self._write_pages([(s, 0, s.pages[0]) for s in moved])
 
-    def _tell_pages(self, updates):
+    def _write_pages(self, updates: list[tuple[Sequence, int, int]]) -> None:
         """Writes (sequence, index of the block, page) into the block tables."""
         if updates:
             self.state.add_pages(*zip(*((s.slot, block, page) for s, block, page in updates)))
 
-    def _row_of_pages(self):
-        """(first, last + 1) where each sequence has one page and these follow each other: what a CPU reads in place."""
+    def _row_of_pages(self) -> tuple[int, int] | None:
+        """(first, last + 1) if each sequence has one page and these follow each other: a CPU reads those in place."""
         pages = [s.pages[0] for s in self.running if len(s.pages) == 1]
         first = pages[0] if pages else 0
         return (first, first + len(pages)) if pages == list(range(first, first + len(self.running))) else None
 
     # Pages for the steps to come
 
-    def _reserve(self):
-        """Takes pages for the steps to come; where there are none, from what began last."""
+    def _reserve(self) -> None:
+        """Takes pages for the next steps. If none are free, preempts the sequences that began last."""
         updates, before = [], len(self.running)
         for sequence in sorted(self.running, key=lambda s: s.age):
             needed = self.cache.pages_for(min(sequence.length + self.ahead, sequence.capacity))
@@ -166,18 +203,18 @@ class Scheduler:
                     self._preempt(max(self.running, key=lambda s: s.age))
         if len(self.running) < before:
             self._compact()
-        self._tell_pages([update for update in updates if update[0] in self.running])
+        self._write_pages([update for update in updates if update[0] in self.running])
 
-    def _drop_prompt_pages(self):
-        """Gives back what was kept for samples that wait; their prompt is computed again."""
+    def _drop_prompt_pages(self) -> bool:
+        """Frees the pages kept for waiting samples, whose prompts are then computed again; False if there are none."""
         kept = [prompt for prompt in self.waiting if prompt.pages]
         for prompt in kept:
             self.cache.give(prompt.pages)
-            prompt.pages = prompt.hidden = None
+            prompt.pages = []
         return bool(kept)
 
-    def _preempt(self, sequence):
-        """Takes a sequence's pages; it goes on later, from what it has said."""
+    def _preempt(self, sequence: Sequence) -> None:
+        """Frees a sequence's pages. It continues later from the tokens it has."""
         self.preemptions += 1
         self.running.remove(sequence)
         self.cache.give(sequence.pages)
@@ -186,9 +223,10 @@ class Scheduler:
 
     # Beginning
 
-    def _admit(self):
+    def _admit(self) -> None:
+        """Begins as many waiting samples as slots and pages allow."""
         free, waiting = self.slots - len(self.running), sum(len(p.rows) for p in self.waiting)
-        # A prefill holds up all that is being decoded: not for a single free slot.
+        # A prefill delays all running sequences, so it is not done for a single free slot.
         if not waiting or (self.running and free < min(waiting, max(8, self.slots // 20), (self.slots + 1) // 2)):
             return
         admitted, fresh = [], []
@@ -200,14 +238,14 @@ class Scheduler:
                 if not self.running and not admitted and self._drop_prompt_pages():
                     continue
                 break
-            if prompt.pages is None:
+            if not prompt.pages:
                 prompt.pages = self.cache.take(self.cache.pages_for(len(prompt.tokens)))
                 fresh.append((prompt, prompt.pages))
             rows, prompt.rows = prompt.rows[:number], prompt.rows[number:]
-            # Pages are taken now, so that the next prompt sees what is left; they are filled after the prefill.
-            pages, *copies = self._pages_of_samples(prompt, number, keep)
+            # Pages are taken now, so that the next prompt sees what is left. They are filled after the prefill.
+            pages, sources, targets = self._pages_of_samples(prompt, number, keep)
             growing += sum(self._grows(own, self._capacity(prompt, row)) for own, row in zip(pages, rows))
-            admitted.append((prompt, rows, pages, *copies))
+            admitted.append((prompt, rows, pages, sources, targets))
             free -= number
             if prompt.rows:
                 break
@@ -216,27 +254,29 @@ class Scheduler:
             self._prefill(fresh)
             self._begin(admitted)
 
-    def _capacity(self, prompt, row):
+    def _capacity(self, prompt: Request, row: int) -> int:
         return len(prompt.ids) + self.limits[row]
 
-    def _grows(self, pages, capacity):
+    def _grows(self, pages: list[int], capacity: int) -> bool:
         return len(pages) < self.cache.pages_for(capacity)
 
-    def _fitting(self, prompt, free, growing):
-        """(number of samples there are pages for, whether the prompt can be kept for the others).
+    def _fitting(self, prompt: Request, free: int, growing: int) -> tuple[int, bool]:
+        """(number of samples that can begin, whether the prompt's pages can be kept for the others).
 
-        A page is left to each of the `growing` sequences, which need more: else what begins now is soon preempted.
+        Leaves one page to each of the `growing` sequences, or else what begins now would soon be preempted.
         """
-        own = self.cache.pages_for(len(prompt.tokens)) if prompt.pages is None else 0
+        own = 0 if prompt.pages else self.cache.pages_for(len(prompt.tokens))
         spare = len(self.cache.free) - own - growing
-        # A sample also needs one of its own: a copy of the prompt's last page, if that is not full, or the one after it.
-        # The copy is spared by the last sample, which takes over the prompt's pages.
+        # Each sample also needs a page of its own: a copy of the prompt's last page if that is not full, else a new one.
+        # The last sample needs no copy, because it takes over the prompt's pages.
         partial = bool(len(prompt.tokens) % self.cache.page_size)
         number = max(0, min(free, len(prompt.rows), spare + partial)) if spare >= 0 else 0
         return number, number < len(prompt.rows) and number <= spare
 
-    def _pages_of_samples(self, prompt, number, keep):
-        """(pages of each sample, pages to be copied, where to)."""
+    def _pages_of_samples(
+        self, prompt: Request, number: int, keep: bool
+    ) -> tuple[list[list[int]], list[int], list[int]]:
+        """(pages of each sample, pages to copy, pages to copy them to)."""
         shared, rest = len(prompt.tokens) // self.cache.page_size, prompt.pages[-1:]
         if len(prompt.tokens) % self.cache.page_size == 0:
             rest = []
@@ -248,16 +288,17 @@ class Scheduler:
             sources, targets = sources + rest, targets + own
         if not keep:
             pages.append(list(prompt.pages))
-            prompt.pages = None
+            prompt.pages = []
         return pages, sources, targets
 
-    def _prefill(self, fresh):
-        """Computes (prompt, pages), `prefill_tokens` at a time: a longer prompt goes in pieces."""
-        chunks, room = [[]], self.prefill_tokens
+    def _prefill(self, fresh: list[tuple[Request, list[int]]]) -> None:
+        """Computes the keys and values of prompts on their pages, `prefill_tokens` at a time; longer prompts in pieces."""
+        chunks: list[list[Piece]] = [[]]
+        room = self.prefill_tokens
         for prompt, pages in fresh:
             begin, length = 0, len(prompt.tokens)
             while begin < length:
-                # A prompt that fits a chunk is not split over two: the rest of one needs slower attention.
+                # A prompt that fits into a chunk is not split over two: its second piece would need slower attention.
                 if room < min(length - begin, self.prefill_tokens):
                     chunks.append([])
                     room = self.prefill_tokens
@@ -268,8 +309,8 @@ class Scheduler:
         for chunk in filter(None, chunks):
             prefill_chunk(self.model, self.cache, chunk)
 
-    def _begin(self, admitted):
-        """Draws the first token of each sample and puts it into a slot."""
+    def _begin(self, admitted: list[Admitted]) -> None:
+        """Puts samples into slots and draws their first tokens."""
         hidden, sequences, sources, targets = [], [], [], []
         for prompt, rows, pages, copied, copies in admitted:
             for row, own in zip(rows, pages):
@@ -278,14 +319,8 @@ class Scheduler:
             hidden += [prompt.hidden] * len(rows)
             sources, targets = sources + copied, targets + copies
         self.cache.copy(sources, targets)
-        slots = self.state.start(
-            len(self.running),
-            [s.row for s in sequences],
-            [s.length for s in sequences],
-            [self.limits[s.row] for s in sequences],
-            [s.length - len(s.ids) for s in sequences],
-            [s.pages for s in sequences],
-        )
+        starts = [(s.row, s.length, self.limits[s.row], s.length - len(s.ids), s.pages) for s in sequences]
+        slots = self.state.start(len(self.running), starts)
         self.running += sequences
         self.begun += len(sequences)
         self.state.draw_first(slots, self.model.logits(torch.stack(hidden)), self.step.sampler)
@@ -293,8 +328,8 @@ class Scheduler:
             self._compact()
 
 
-def prefill_chunk(model, cache, pieces):
-    """Runs pieces (prompt, pages, begin, end) of prompts; a prompt's last piece leaves its `hidden`."""
+def prefill_chunk(model: RolloutModel, cache: PagedCache, pieces: list[Piece]) -> None:
+    """Computes the keys and values of pieces of prompts. The last piece of a prompt sets its `hidden`."""
     slot_mapping, ids, positions, lengths, earlier = [], [], [], [], []
     for prompt, pages, begin, end in pieces:
         for page in range(begin // cache.page_size, cache.pages_for(end)):
@@ -305,10 +340,10 @@ def prefill_chunk(model, cache, pieces):
         lengths.append(end - begin)
         used = pages[: cache.pages_for(end)]
         earlier.append((to_device(used, torch.int64, cache.device), end) if begin else None)
-    slot_mapping, ids, positions = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
+    tensors = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
     bounds = list(accumulate(lengths, initial=0))
     cu_seqlens = to_device(bounds, torch.int32, cache.device)
-    hidden = model.hidden(ids, positions, Prefill(cache, slot_mapping, cu_seqlens, lengths, earlier))
+    hidden = model.hidden(tensors[1], tensors[2], Prefill(cache, tensors[0], cu_seqlens, lengths, earlier))
     for (prompt, _, _, end), last in zip(pieces, bounds[1:]):
         if end == len(prompt.tokens):
-            prompt.hidden = hidden[last - 1].clone()  # a view would keep all of them
+            prompt.hidden = hidden[last - 1].clone()  # a view would keep all hidden states

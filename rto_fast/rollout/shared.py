@@ -1,25 +1,27 @@
-"""A rollout shared out among the ranks: each samples some of the prompts, all hold all responses afterwards."""
+"""A rollout that is shared among the ranks: each samples some of the prompts, and all get all responses."""
 
 import torch
+from torch import Tensor
 
-from rto_fast.rollout.base import RolloutBatch, finish_reasons
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 
 
-def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
-    """`engine.generate`, called by every rank with the same arguments and giving the same on each: with the native engine
-    what one rank alone would have sampled.
+def generate_shared(engine: Engine, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int) -> RolloutBatch:
+    """Samples `n` responses to each prompt; every rank calls this with the same arguments and gets the same result.
+
+    With the native engine the result is what one rank alone would have sampled.
 
     Args:
-        engine: the rank's own. prompt_ids: lists of token ids.
+        engine: the rank's own engine.
     """
     size = ranks.world_size()
     if size == 1:
         with progress("sampling", n * len(prompt_ids), "responses"):
             return engine.generate(prompt_ids, n, sampling, seed)
     shares = ranks.share([len(ids) for ids in prompt_ids], size)
-    # A rank without a prompt of its own samples too: sharded weights are gathered by all.
+    # A rank without prompts also samples one, because all ranks must take part in gathering sharded weights.
     own = shares[ranks.rank()] or [0]
     with progress("sampling", n * len(own), "responses"):
         part = engine.generate([prompt_ids[i] for i in own], n, sampling, seed, prompt_numbers=own)
@@ -27,10 +29,14 @@ def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
     lengths = torch.tensor([len(ids) for ids in part.response_ids])[: counts[ranks.rank()]]
     lengths_of = ranks.gather(lengths, counts)
     tokens = [int(lengths.sum()) for lengths in lengths_of]
-    in_order = _Order(shares, n, lengths_of)
+    samples = [prompt * n + i for share in shares for prompt in share for i in range(n)]
+    places = sorted(range(len(samples)), key=samples.__getitem__)
 
-    def gathered(values):
-        return in_order(ranks.gather(values[: tokens[ranks.rank()]], tokens))
+    def gathered(values: Tensor) -> list[Tensor]:
+        """All ranks' values of responses, in the order of the prompts."""
+        parts = zip(ranks.gather(values[: tokens[ranks.rank()]], tokens), lengths_of)
+        pieces = [piece for part, lengths in parts for piece in part.split(lengths.tolist())]
+        return [pieces[i] for i in places]
 
     ids = gathered(torch.tensor([token for response in part.response_ids for token in response]))
     responses = [response.tolist() for response in ids]
@@ -47,16 +53,3 @@ def generate_shared(engine, prompt_ids, n, sampling, seed) -> RolloutBatch:
         part.timings,
         part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
     )
-
-
-class _Order:
-    """Puts the ranks' responses into the order of the prompts."""
-
-    def __init__(self, shares, n, lengths):
-        self.lengths = [part.tolist() for part in lengths]
-        samples = [prompt * n + j for share in shares for prompt in share for j in range(n)]
-        self.places = sorted(range(len(samples)), key=samples.__getitem__)
-
-    def __call__(self, parts):
-        pieces = [piece for part, lengths in zip(parts, self.lengths) for piece in part.split(lengths)]
-        return [pieces[i] for i in self.places]

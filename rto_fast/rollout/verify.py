@@ -1,11 +1,9 @@
-"""Whether a model can be decoded: its cached keys and values, found and compared with its own forward pass."""
-
-from typing import cast
+"""Checks whether a model can be decoded, by comparing decoded logits with those of its own forward pass."""
 
 import torch
+from torch import Tensor
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, RolloutError, error_text
 from rto_fast.models.agreement import compare_logits
 from rto_fast.models.loading import check_sequences
@@ -15,18 +13,18 @@ from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Request, prefill_chunk
 
-PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are compared: decoded together, each at a place of its own
-DECODED = 6  # log-probs compared of each: the prompt's last token, and those decoded after it
+PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are decoded together and compared
+DECODED = 6  # positions compared of each: the prompt's last token and the tokens decoded after it
 
 
 @torch.no_grad()
-def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
-    """The cache that the model's layers need, when decoding with it was found to compute the model.
+def verified_cache(model: RolloutModel, page_size: int = 64) -> PagedCache:
+    """The cache that the model's layers need, after a check that decoding with it computes the model.
 
-    Prompts are prefilled in two pieces and some tokens decoded, in one batch. See `rto_fast.models.agreement` for the limit.
+    Prompts are prefilled in two pieces and some tokens are decoded, in one batch. See `rto_fast.models.agreement`.
 
     Raises:
-        ModelError: the model cannot be decoded, or further from its own forward pass than rounding explains.
+        ModelError: the model cannot be decoded, or its decoded logits differ by more than rounding explains.
     """
     name = type(model.causal_lm).__name__
     sequences = check_sequences(model.vocab_size, [length + DECODED for length in PROMPT_LENGTHS])
@@ -36,7 +34,7 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
     try:
         with model.decoding(max(map(len, sequences))):
             layers, dtype = _probe(model, sequences[-1], name)
-            cache = PagedCache(layers, config.page_size or 64, dtype, model.device)
+            cache = PagedCache(layers, page_size, dtype, model.device)
             decoded = _decoded_logits(model, cache, sequences)
         own = model.packed_logits(batch)[rows]
         precision = model.kind[1]
@@ -55,7 +53,7 @@ def verified_cache(model: RolloutModel, config: RolloutConfig) -> PagedCache:
 
 
 def _probe(model: RolloutModel, ids: list[int], name: str) -> tuple[list[tuple[int, int]], torch.dtype]:
-    """([(kv heads, head_dim)] of the layers, dtype), from a forward pass."""
+    """((kv heads, head_dim) of each layer, dtype of the hidden states), from a forward pass."""
     batch = pack_whole([ids], model.device)
     probe = Probe(batch.cu_seqlens, batch.max_seqlen)
     for module in model.causal_lm.modules():
@@ -68,22 +66,24 @@ def _probe(model: RolloutModel, ids: list[int], name: str) -> tuple[list[tuple[i
     hidden = model.backbone(batch.input_ids, batch.position_ids, probe)
     if sorted(probe.layers) != list(range(model.config.get_text_config().num_hidden_layers)):
         raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
-    return [tuple(probe.layers[i]) for i in sorted(probe.layers)], hidden.dtype
+    return [probe.layers[i] for i in sorted(probe.layers)], hidden.dtype
 
 
-def _decoded_logits(model: RolloutModel, cache: PagedCache, sequences: list[list[int]]) -> torch.Tensor:
-    """[len(sequences) · DECODED, V], sequence after sequence."""
+def _decoded_logits(model: RolloutModel, cache: PagedCache, sequences: list[list[int]]) -> Tensor:
+    """Logits [len(sequences) · DECODED, V], sequence after sequence."""
     pages = cache.pages_for(max(map(len, sequences)))
     count = pages * len(sequences)
-    cache.allocate(count, count, (count + 1) * cache.page_bytes)  # a few tokens: rollout.kv_cache_gib is for rollouts
+    cache.allocate(
+        count, count, (count + 1) * cache.page_bytes
+    )  # these few tokens do not count as rollout.kv_cache_gib
     try:
         return model.head.logits(model.logits(_decode(model, cache, sequences, pages)))
     finally:
         cache.release()
 
 
-def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], pages: int) -> torch.Tensor:
-    """[len(sequences) · DECODED, D] last hidden states: prompts in two pieces, then all sequences a token at a time."""
+def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], pages: int) -> Tensor:
+    """Last hidden states [len(sequences) · DECODED, D]: of prompts in two pieces, then of all sequences token by token."""
     count, device = len(sequences), model.device
     table = torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages)
     prompts = [Request(ids[:length], [row]) for row, (ids, length) in enumerate(zip(sequences, PROMPT_LENGTHS))]
@@ -91,7 +91,7 @@ def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], 
     own = table.tolist()
     prefill_chunk(model, cache, [(p, own[row], 0, middles[row]) for row, p in enumerate(prompts)])
     prefill_chunk(model, cache, [(p, own[row], middles[row], len(p.ids)) for row, p in enumerate(prompts)])
-    hidden = [torch.stack([cast(torch.Tensor, prompt.hidden) for prompt in prompts])]
+    hidden = [torch.stack([prompt.hidden for prompt in prompts])]
     places = torch.tensor(PROMPT_LENGTHS, device=device)
     for step in range(DECODED - 1):
         positions = places + step

@@ -1,19 +1,20 @@
-"""Rollouts by vLLM: an engine beside the training process, on GPUs of its own, given the policy's weights every time.
+"""Rollouts by vLLM 0.31 or 0.32: an engine beside the training process, which gets the policy's weights before each rollout.
 
-Weights cross as safetensors in memory (/dev/shm), by vLLM's own `reload_weights`. That reaches workers in other processes
-(vLLM's default) and the shards of tensor parallelism, and lays weights out anew for kernels that want them otherwise than
-the checkpoint, where a second `model.load_weights` would garble them. Nothing is pickled. For vLLM 0.31 and 0.32.
+The weights are written as safetensors to memory (/dev/shm) and read by vLLM's own `reload_weights`. This reaches workers in
+other processes (vLLM's default) and the shards of tensor parallelism. It also converts weights for kernels that need another
+layout than that of the checkpoint, where a second `model.load_weights` would garble them. Nothing is pickled.
 """
 
 import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
@@ -27,10 +28,11 @@ INSTALL = 'pip install "vllm>=0.31,<0.33"'
 MASK = 2**64 - 1
 
 
-def request_seed(seed, prompt, sample):
-    """63 bits for one response, whatever it is decoded with.
+def request_seed(seed: int, prompt: int, sample: int) -> int:
+    """A seed of 63 bits for one response, which does not depend on the batch.
 
-    Mixed (SplitMix64): vLLM's own seeds of a request's n samples are seed, seed + 1, …, which the next prompt's would meet.
+    The numbers are mixed (SplitMix64), because vLLM's own seeds of n samples, seed, seed + 1, …, would be those of the next
+    prompt too.
     """
     state = 0
     for number in (seed, prompt, sample):
@@ -45,11 +47,12 @@ class VLLMEngine:
     """Samples from a Hugging Face causal LM by a vLLM instance of its own.
 
     Args:
-        model: as it is trained: bare, or in DistributedDataParallel or DeepSpeed (ZeRO 0–2).
-        tokenizer: encodes prompts that are strings. config: its `vllm` holds further options of `vllm.LLM`.
+        model: the model that is trained, bare or inside DistributedDataParallel or DeepSpeed (ZeRO 0–2).
+        tokenizer: encodes prompts that are strings, and is part of the checkpoint that vLLM reads.
+        config: `config.vllm` holds further options of `vllm.LLM`.
     Raises:
-        ConfigError: vLLM is not installed, refuses the options or is given no tokenizer. ModelError: a policy whose weights
-            are not whole here.
+        ConfigError: vLLM is not installed or refuses the options, or there is no tokenizer.
+        ModelError: this process does not hold the whole weights.
     """
 
     def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
@@ -66,20 +69,22 @@ class VLLMEngine:
         self.policy, self.tokenizer, self.sampling_params = policy, tokenizer, vllm.SamplingParams
         self.model = policy.causal_lm
         self.refusals = (TypeError, ValueError, VLLMValidationError)
-        options = {
-            "dtype": str(self.model.dtype).removeprefix("torch."),  # left to itself vLLM takes 16 bits for 32
+        options: dict[str, Any] = {
+            "dtype": str(self.model.dtype).removeprefix(
+                "torch."
+            ),  # by default vLLM would use 16 bits for float32 weights
             "max_num_seqs": config.batch_size,
             "load_format": "safetensors",
-            "generation_config": "vllm",  # what we leave unset is not to come from the model's defaults
+            "generation_config": "vllm",  # options that we leave unset must not come from the model's defaults
         } | config.vllm
         if "device_ids" in options:
             options["device_ids"] = self._own_devices(options["device_ids"])
         self.sleeps = options.get("enable_sleep_mode", False)
-        self.shared_folder = options.get("download_dir")
-        # With the weights there: vLLM's loader of dummy weights cannot reload.
+        self.shared_folder: str | None = options.get("download_dir")
+        # vLLM is started with the real weights, because its loader of dummy weights cannot reload.
         with self._checkpoint() as folder:
             try:
-                # The logprobs of the distribution drawn from, after temperature and filters.
+                # Log-probs of the distribution drawn from, after temperature and filters.
                 self.llm = vllm.LLM(folder, logprobs_mode="processed_logprobs", **options)
             except self.refusals as error:
                 raise ConfigError(f"rollout.vllm: {error_text(error, with_type=False)}") from error
@@ -97,15 +102,16 @@ class VLLMEngine:
     ) -> RolloutBatch:
         """Samples `n` responses to each prompt, with the weights that the model has now.
 
-        Args: as of `NativeEngine.generate`. A sample's random numbers depend on nothing else here either, but how vLLM's
-            sums are rounded depends on the batch, unless VLLM_BATCH_INVARIANT=1 is set.
+        The arguments are those of `NativeEngine.generate`. The random numbers of a sample do not depend on the batch, but
+        the rounding of vLLM's sums does, unless VLLM_BATCH_INVARIANT=1 is set.
+
         Returns:
-            RolloutBatch. `sampling_logps` are vLLM's; `logps` are the same where nothing is filtered (top_p, top_k and
-            min_p off) and min_new_tokens is at most 1, else None; both are None when greedy. With 1, a response's first
-            log-prob leaves out the stop tokens, which could not be drawn: off by log(1 − their probability).
+            RolloutBatch. `sampling_logps` are vLLM's. `logps` are the same if nothing is filtered (top_p, top_k and min_p
+            are off) and min_new_tokens is at most 1, else None. With min_new_tokens = 1 the first log-prob of a response
+            leaves out the stop tokens, so it is off by log(1 − their probability). Both are None for greedy decoding.
         Raises:
-            RolloutError: a prompt that leaves no room for a response, a stop token outside of the vocabulary; vLLM refuses
-                a request, gave up on a response, or its log-probs are not finite.
+            RolloutError: a prompt leaves no room for a response, a stop token is outside of the vocabulary, vLLM refuses a
+                request or gives up on a response, or its log-probs are not finite.
         """
         start = time.perf_counter()
         prompt_ids = token_ids(prompts, self.tokenizer)
@@ -135,8 +141,8 @@ class VLLMEngine:
             {"rollout": time.perf_counter() - start, "sync": synced - start},
         )
 
-    def _decode(self, prompts, sampling, limits, seeds):
-        # One request a response: what vLLM makes of n > 1 itself, the prompt's keys and values being shared either way.
+    def _decode(self, prompts: list[list[int]], sampling: Sampling, limits: list[int], seeds: list[int]) -> list[Any]:
+        # One request for each response. vLLM does the same for n > 1, and shares the keys and values of prompts anyway.
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         try:
             params = [self._params(sampling, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
@@ -145,7 +151,7 @@ class VLLMEngine:
             raise RolloutError(f"vllm: {error_text(error, with_type=False)}") from error
         return [output.outputs[0] for output in outputs]
 
-    def _params(self, sampling, limit, seed):
+    def _params(self, sampling: Sampling, limit: int, seed: int) -> Any:
         greedy = sampling.temperature == 0
         return self.sampling_params(
             temperature=float(sampling.temperature),
@@ -155,18 +161,18 @@ class VLLMEngine:
             seed=seed,
             max_tokens=limit,
             min_tokens=min(sampling.min_new_tokens, limit),
-            # Only our stop tokens end a response, not what vLLM reads from the tokenizer.
+            # Only our stop tokens end a response, not those that vLLM reads from the tokenizer.
             stop_token_ids=list(sampling.stop_ids),
             ignore_eos=True,
-            # 0: of the sampled token only; flat: lists of numbers, where vLLM else makes a dictionary a token.
+            # 0 gives the log-prob of the sampled token only; flat ones are lists of numbers instead of dictionaries.
             logprobs=None if greedy else 0,
             flat_logprobs=True,
             detokenize=False,
         )
 
     @staticmethod
-    def _logps(outputs, responses):
-        """[total response tokens] float32; the sampled token's is the first of its position."""
+    def _logps(outputs: list[Any], responses: list[list[int]]) -> Tensor:
+        """[total response tokens] float32. Of each position the first log-prob is that of the sampled token."""
         values = [out.logprobs.logprobs[first] for out in outputs for first in out.logprobs.start_indices]
         logps = torch.tensor(values, dtype=torch.float32)
         if len(logps) != sum(map(len, responses)) or not logps.isfinite().all():
@@ -176,43 +182,47 @@ class VLLMEngine:
             )
         return logps
 
-    def _sync(self):
+    def _sync(self) -> None:
+        """Gives vLLM the policy's present weights."""
         # Always: version counters miss writes through `.data`, flat buffers and kernels, and nothing would show that the
-        # responses are an older policy's. Writing and reading a few bytes a parameter is little beside a rollout.
+        # responses come from an older policy. Writing and reading a few bytes a parameter is little beside a rollout.
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         with self._checkpoint() as folder:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
-        # vLLM keeps keys and values of the old weights otherwise, and would serve them for prompts it has seen.
+        # Otherwise vLLM would use keys and values of the old weights for prompts that it has seen.
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vllm: its prefix cache cannot be emptied, requests are still running; start again")
 
-    def _sleep(self):
+    def _sleep(self) -> None:
         if self.sleeps:
-            self.llm.sleep(level=2)  # weights and cache dropped: both come anew with the next rollout
+            self.llm.sleep(level=2)  # drops weights and cache, which the next rollout restores
 
     @contextlib.contextmanager
-    def _checkpoint(self):
-        """A folder of its own with the policy as it is now, tied weights once, under the names that checkpoints have: in the
-        model the experts of a layer are one tensor, say."""
+    def _checkpoint(self) -> Iterator[str]:
+        """A temporary folder with a checkpoint of the present policy: tied weights once, under the names of checkpoints.
+
+        These differ from the names in the model, where for example the experts of a layer are one tensor.
+        """
         with tempfile.TemporaryDirectory(prefix="rto_fast_vllm_", dir=self._place()) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             yield folder
 
-    def _place(self):
-        if self.shared_folder:  # for workers on other nodes
+    def _place(self) -> str | Path | None:
+        """Where checkpoints are written; None for $TMPDIR or /tmp."""
+        if self.shared_folder:  # which workers on other nodes need
             return self.shared_folder
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         memory = Path("/dev/shm")
-        # Containers often have 64 MiB there; None is $TMPDIR or /tmp.
+        # Containers often have only 64 MiB there.
         return memory if memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * size else None
 
     @staticmethod
-    def _own_devices(devices):
-        """This process's share of the node's GPUs that rollout.vllm.device_ids lists."""
+    def _own_devices(devices: list[Any]) -> list[Any]:
+        """This process's share of the GPUs in rollout.vllm.device_ids."""
         rank, ranks = local_rank(), max(1, from_environment("LOCAL_WORLD_SIZE", 1))
         share, rest = divmod(len(devices), ranks)
         if rest or not share:

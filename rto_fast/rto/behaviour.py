@@ -52,7 +52,7 @@ def behaviour_logps(
 
     def recompute(rows: Sequence[int]) -> Tensor:
         prompts, responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
-        return response_logps(policy, prompts, responses, rto.micro_batch_tokens, config.rollout.temperature)
+        return response_logps(policy, prompts, responses, config.model.micro_batch_tokens, config.rollout.temperature)
 
     every = range(len(response_ids))
     # `paper_code` may have put another token in the place of the one that was drawn.
@@ -60,7 +60,6 @@ def behaviour_logps(
         return recompute(every), None, {}
     device = batch.labels.device
     sampled = rollout.aligned(rollout.logps, batch)
-    assert sampled is not None  # there are log-probs
     rows = monitored_rows(len(response_ids))
     monitored = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], device).response_mask
     parts = rollout.logps.split([len(ids) for ids in response_ids])

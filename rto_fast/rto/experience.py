@@ -57,9 +57,9 @@ def score_rollout(
     Raises:
         RewardError: from the source of the scores.
     """
-    max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
+    max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
     prompt_ids, response_ids, finished = rollout.prompt_ids, rollout.response_ids, rollout.finished
-    if config.rto.compat == "paper_code":  # passes a truncated response off as a finished one
+    if config.rto.ends_truncated_responses:
         eos = tokenizer.eos_token_id
         response_ids = [r if done else r[:-1] + [eos] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)

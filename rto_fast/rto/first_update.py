@@ -62,7 +62,7 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
     def logps(precise: bool) -> Tensor:
-        max_tokens, temperature = config.rto.micro_batch_tokens, config.rollout.temperature
+        max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
         return response_logps(policy, prompt_ids, response_ids, max_tokens, temperature, precise=precise)[mask]
 
     own, truth, again = logps(False), logps(True), logps(True)
@@ -182,12 +182,12 @@ def check_reference(config: Config, models: Models, experience: Experience, kl: 
 
 def check_dpo_model(session: TrainingSession, models: Models) -> None:
     """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
-    pairs = session.data.held_out_pairs[:CHECKED_PAIRS]
+    pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.config.model.micro_batch_tokens
     if not pairs or models.dpo is None:
         return
     logps = []
     for model in (models.dpo, models.dpo_reference or models.reference):
         with model.resident():
-            logps.append(pair_logps(model, pairs, session.config.rto.micro_batch_tokens))
+            logps.append(pair_logps(model, pairs, max_tokens))
     if finding := preference_finding(logps[0] - logps[1], supplied=True):
         session.log.warning("dpo", 0, *finding)

@@ -1,8 +1,8 @@
 """The health of an RTO run: rules over its metrics, each with what to do about it.
 
-A rule reads the iterations so far and finds nothing, or says what is wrong and which key to change. Thresholds are rules of
-thumb, their sources beside them; most want several iterations in a row, since one rollout is a small sample, and the shipped
-runs stay far below all of them.
+A rule reads the iterations so far and returns nothing, or what is wrong and which key to change. Thresholds are rules of
+thumb, with their sources beside them. Most need several iterations in a row, since one rollout is a small sample. The
+shipped runs stay far below all of them.
 """
 
 import math
@@ -37,10 +37,10 @@ from rto_fast.reporting.metric_names import (
 )
 from rto_fast.reporting.run_files import number, read_records
 
-QUIET = 10  # iterations without its cause after which a warning is over: one that comes and goes is said once
+QUIET = 10  # iterations without its cause after which a warning is over, so that one that comes and goes is said once
 
 
-History = list[dict[str, Any]]  # an iteration's metrics each, in order; None where a number was not finite
+History = list[dict[str, Any]]  # the metrics of each iteration, in order; None where a number was not finite
 Advice = tuple[str, str]  # what is wrong, and what to do
 Rule = Callable[[History, Config], Advice | None]
 
@@ -57,8 +57,8 @@ def _above(history: History, metric: str, threshold: float, count: int) -> bool:
 
 
 def dense_reward_dominates(history: History, config: Config) -> Advice | None:
-    """β1 is a scale of its own, and the score's is that of another model: nothing but looking tells whether they match. In
-    the shipped runs the dense reward is at most a third of the score's size."""
+    """The scales of the dense reward and of the score come from two models, so only a look at their sizes tells whether they
+    match. In the shipped runs the dense reward is at most a third of the score's size."""
     rto = config.rto
     dense, score = _last(history, DPO_REWARD_SHARE, 5), _last(history, SCORE_REWARD_SHARE, 5)
     if not (dense and score and rto.score_scale and rto.dpo_reward_scale):
@@ -77,7 +77,7 @@ def dense_reward_dominates(history: History, config: Config) -> Advice | None:
 
 
 def dense_reward_is_clipped(history: History, config: Config) -> Advice | None:
-    """The clip is for outliers; beyond half of the tokens the reward that is left is little more than a sign."""
+    """The clip is for outliers. If it cuts more than half of the tokens, little more than a sign of the reward is left."""
     if not _above(history, DPO_CLIP_FRACTION, 0.5, 5):
         return None
     share, rto = history[-1][DPO_CLIP_FRACTION], config.rto
@@ -88,7 +88,7 @@ def dense_reward_is_clipped(history: History, config: Config) -> Advice | None:
 
 
 def dense_reward_contradicts_score(history: History, config: Config) -> Advice | None:
-    """A correlation over 64 responses is off by an eighth, its mean over ten rollouts by a twenty-fifth."""
+    """The standard error of a correlation over 64 responses is 1/8, and that of its mean over ten rollouts 1/25."""
     values = _last(history, DPO_SCORE_CORRELATION, 10)
     if fmean(values or [0.0]) >= -0.2:
         return None
@@ -101,8 +101,8 @@ def dense_reward_contradicts_score(history: History, config: Config) -> Advice |
 
 
 def kl_explodes(history: History, config: Config) -> Advice | None:
-    """A nat a token means another model: language models have one or two nats of entropy a token, and reward models are
-    over-optimised long before (Gao et al., arXiv 2210.10760)."""
+    """A policy that is a nat a token away is another model: language models have one or two nats of entropy a token, and
+    reward models are over-optimised long before (Gao et al., arXiv 2210.10760)."""
     kl, length = _last(history, KL, 3), _last(history, LENGTH, 3)
     if min((k / max(n, 1.0) for k, n in zip(kl, length)), default=0.0) <= 1.0:
         return None
@@ -157,7 +157,8 @@ def responses_are_cut(history: History, config: Config) -> Advice | None:
 
 
 def updates_are_too_large(history: History, config: Config) -> Advice | None:
-    """PPO lives below .2 clipped; Spinning Up stops an epoch at a KL of .015 a step, a tenth of a nat is far out."""
+    """PPO usually clips less than .2 of the tokens, and Spinning Up stops an epoch at a KL of .015; a tenth of a nat is far
+    beyond."""
     if not (_above(history, CLIP_FRACTION, 0.2, 3) or _above(history, APPROX_KL, 0.1, 3)):
         return None
     last, rto = history[-1], config.rto
@@ -169,7 +170,7 @@ def updates_are_too_large(history: History, config: Config) -> Advice | None:
 
 
 def critic_explains_nothing(history: History, config: Config) -> Advice | None:
-    """Below 0 the critic is worse than the mean of the returns; a critic from a reward model starts there and learns."""
+    """Below 0 the critic is worse than the mean of the returns. A critic from a reward model starts there and learns."""
     if max(_last(history, EXPLAINED_VARIANCE, 15), default=0.0) >= -0.05:
         return None
     return (
@@ -180,7 +181,7 @@ def critic_explains_nothing(history: History, config: Config) -> Advice | None:
 
 
 def value_loss_explodes(history: History, config: Config) -> Advice | None:
-    """Against its own start: its unit is that of the scores."""
+    """The value loss is compared with its own start, for its unit is that of the scores."""
     start = _last(history[:3], VALUE_LOSS, 3)
     if len(history) < 8 or not start or not _above(history, VALUE_LOSS, 5 * max(start), 3):
         return None
@@ -191,7 +192,7 @@ def value_loss_explodes(history: History, config: Config) -> Advice | None:
 
 
 def steps_are_skipped(history: History, config: Config) -> Advice | None:
-    """Nothing is scaled here as in float16 training: a gradient that is not finite has a cause."""
+    """There is no loss scaling here as in float16 training, so a gradient that is not finite has a cause."""
     if not any((r.get(SKIPPED) or 0) + (r.get(CRITIC_SKIPPED) or 0) > 0 for r in history[-5:]):
         return None
     return (
@@ -202,7 +203,7 @@ def steps_are_skipped(history: History, config: Config) -> Advice | None:
 
 
 def sampler_disagrees(history: History, config: Config) -> Advice | None:
-    """The limits are those of `rto_fast.models.agreement`."""
+    """The limits come from `rto_fast.models.agreement`."""
     clip = clip_width(config.rto)
     recent = [r for r in history[-3:] if r.get(MISMATCH_K3) is not None and r.get(MISMATCH_BIAS) is not None]
     if len(recent) < 3 or not all(ppo_notices(record, clip) for record in recent):
@@ -230,12 +231,12 @@ def ranks_are_uneven(history: History, config: Config) -> Advice | None:
 
 
 def micro_batches_shrank(history: History, config: Config) -> Advice | None:
-    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.rto.micro_batch_tokens
-    if tokens >= config.rto.micro_batch_tokens:
+    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.model.micro_batch_tokens
+    if tokens >= config.model.micro_batch_tokens:
         return None
     return (
-        f"memory ran out: micro-batches went from {config.rto.micro_batch_tokens:,} tokens to {tokens:,}",
-        f"set rto.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
+        f"memory ran out: micro-batches went from {config.model.micro_batch_tokens:,} tokens to {tokens:,}",
+        f"set model.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
     )
 
 
@@ -259,19 +260,19 @@ RULES: tuple[Rule, ...] = (
 
 
 class Health:
-    """Checks every iteration; a warning is said and recorded when it begins, and recorded when it is over."""
+    """Checks every iteration. A warning is printed and recorded when it begins, and recorded when it is over."""
 
     def __init__(self, config: Config, log: RunLog, stage: str = "rto"):
         self.config, self.log, self.stage = config, log, stage
         self.history: History = []
         self.seen: dict[str, int] = {}  # the last iteration of each warning that is not over
         if not log.silent:
-            (log.folder / "warnings.jsonl").touch()  # the report tells no warnings from no checks
+            (log.folder / "warnings.jsonl").touch()  # its presence tells the report that the run was checked
             for record in self._recorded():
                 list(self._events(record["step"], record))
 
-    def _recorded(self) -> list[dict]:
-        """The iterations of a resumed run so far, whose warnings have been said."""
+    def _recorded(self) -> History:
+        """Reads the iterations of a resumed run so far, whose warnings have been said."""
         notes: list[str] = []
         records = read_records(self.log.folder / "metrics.jsonl", notes)
         for note in notes:
@@ -279,12 +280,12 @@ class Health:
                 f"{self.log.folder / 'metrics.jsonl'}: {note.partition(': ')[2]}; the run goes on without them"
             )
         records = [record for record in records if record.get("stage") == self.stage]
-        # As they were written: None where a metric is no finite number.
+        # None where a metric is no finite number.
         plain = [{k: v if math.isfinite(number(v)) else None for k, v in record.items()} for record in records]
         return [record for record in plain if record.get("step") is not None]
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """The metrics of iteration `step`, as `RunLog.metrics` returns them."""
+        """Checks the metrics of iteration `step`, as `RunLog.metrics` returns them."""
         if self.log.silent:
             return
         for finding, last_step in self._events(step, metrics):
@@ -294,13 +295,14 @@ class Health:
                 self.log.warning_over(self.stage, last_step, finding.name)
 
     def _events(self, step: int, metrics: dict[str, Any]) -> Iterator[tuple[Finding, int]]:
-        """(a finding that begins, `step`) or (the empty finding of one that is over, its last step)."""
+        """Yields each finding that begins, with `step`, and for each that is over a finding without text, with its last
+        step."""
         self.history.append(metrics)
         for rule in RULES:
             name = rule.__name__
             try:
                 found = rule(self.history, self.config)
-            except ArithmeticError:  # over metrics of a damaged file, see `_recorded`
+            except ArithmeticError:  # the metrics come from a damaged file, see `_recorded`
                 found = None
             if found:
                 if name not in self.seen:

@@ -27,6 +27,19 @@ class Models:
     origins: tuple[str, str] | None = None  # where the policy and the reference were loaded from
 
 
+def frozen_paths(config: Config, sft: str, dpo: str | None) -> dict[str, str]:
+    """Where each frozen language model comes from: `reference` and, where they are used, `dpo` and `dpo_reference`.
+
+    Args:
+        sft, dpo: as for `load_models`.
+    """
+    paths = {"reference": config.rto.ref_model or sft}
+    if dpo and config.pays_dense_reward:
+        paths["dpo"] = dpo
+    dpo_reference = config.dpo_reference or sft
+    return paths if dpo_reference == paths["reference"] else paths | {"dpo_reference": dpo_reference}
+
+
 def load_models(
     config: Config, sft: str, dpo: str | None, critic: str, scorer: NormalizedScores | None, loader: Loader
 ) -> Models:
@@ -41,19 +54,17 @@ def load_models(
     def frozen(path: str) -> Model:
         return loader.frozen("causal_lm", path)
 
-    start, reference = dpo if dpo and rto.init_from == "dpo" else sft, rto.ref_model or sft
-    pays = config.pays_dense_reward
-    dpo_reference = config.dpo.ref_model or sft if pays and rto.compat == "none" else reference
+    start, paths = dpo if dpo and rto.init_from == "dpo" else sft, frozen_paths(config, sft, dpo)
     return Models(
         policy=loader.trained("causal_lm", start),
-        reference=frozen(reference),
-        dpo=frozen(dpo) if dpo and pays else None,
-        dpo_reference=frozen(dpo_reference) if dpo_reference != reference else None,
+        reference=frozen(paths["reference"]),
+        dpo=frozen(paths["dpo"]) if "dpo" in paths else None,
+        dpo_reference=frozen(paths["dpo_reference"]) if "dpo_reference" in paths else None,
         critic=load_critic(critic, scorer, loader, new_head=critic == sft and not rto.critic)
         if rto.advantage == "gae"
         else None,
         scorer=scorer,
-        origins=(start, reference),
+        origins=(start, paths["reference"]),
     )
 
 

@@ -53,7 +53,6 @@ def token_rewards(rto: RTOConfig, experience: Experience, kl_coef: float, delimi
     scores, bootstrap_values = scores_of_truncated(rto, experience)
     # Without a reward model all scores are 0, but the penalty of truncation stands.
     score_scale = rto.score_scale or 1.0
-    dpo_reward_scale = 1.0 if rto.compat == "paper_code" and rto.dpo_reward_scale <= 0 else rto.dpo_reward_scale
     result = rto_advantages(
         experience.old_logps,
         experience.ref_logps,
@@ -63,7 +62,7 @@ def token_rewards(rto: RTOConfig, experience: Experience, kl_coef: float, delimi
         batch.cu_seqlens,
         batch.response_mask,
         dpo_ref_logps=experience.dpo_ref_logps,
-        dpo_reward_scale=dpo_reward_scale,  # β1
+        dpo_reward_scale=rto.dense_reward_scale,  # β1
         dpo_reward_clip=rto.dpo_reward_clip,
         kl_coef=kl_coef,  # β2
         score_scale=score_scale,  # β3

@@ -25,7 +25,7 @@ def train_rto(
         evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
     """
     config, log, prompts = session.config, session.log, session.data.prompts
-    if config.dpo.model and models.dpo is not None:
+    if config.dpo.model:
         check_dpo_model(session, models)
     trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log)
     rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
@@ -36,8 +36,7 @@ def train_rto(
         if evaluate and config.eval.every and iteration % config.eval.every == 0:
             evaluate(models, trainer.engine, iteration)
 
-    health = Health(config, log)
-    train("rto", trainer, log, session.checkpoints, config.rto.save_every, SHOWN, health.check, evaluate_policy)
+    train("rto", trainer, session.checkpoints, SHOWN, after_step=Health(config, log).check, evaluate=evaluate_policy)
     if models.critic is not None:
         save_model(models.critic, session.tokenizer, session.folder / "rto_critic", session.stop_ids)
     path = save_model(models.policy, session.tokenizer, session.folder / "rto", session.stop_ids)

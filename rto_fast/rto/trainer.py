@@ -26,11 +26,15 @@ from rto_fast.rto.models import Models
 from rto_fast.rto.token_records import recorded_iterations, token_records
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
+from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.schedule import ScheduledOptimizer
 from rto_fast.training.steps import count_steps
 from rto_fast.training.zero import release
+
+KL_HORIZON = 10_000  # responses over which an adaptive kl_coef reacts
 
 
 class RTOTrainer:
@@ -57,10 +61,10 @@ class RTOTrainer:
         epochs = None if rto.iterations else rto.epochs  # a number of iterations draws on the prompts without end
         self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
         self.steps, updates = self._count_steps()
-        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config.deepspeed)}
+        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:
-            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config.deepspeed, rto.critic_lr)
-        self.accumulator = Accumulator(rto.micro_batch_tokens, log.say)
+            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
@@ -92,7 +96,8 @@ class RTOTrainer:
         prompts, rollout = self._sample(seed)
         sampled = time.perf_counter()
         try:
-            experience = score_rollout(self.config, self.models, rollout, prompts, self.tokenizer, self.device)
+            with progress("rto: score"):
+                experience = score_rollout(self.config, self.models, rollout, prompts, self.tokenizer, self.device)
         except RewardError:
             self.order.load_state_dict(order)
             raise
@@ -132,7 +137,7 @@ class RTOTrainer:
     def _adapt_kl_coef(self, kl: float, responses: int) -> None:
         rto = self.config.rto
         if rto.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, responses, rto.kl_target, rto.kl_horizon)
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, responses, rto.kl_target)
 
     def release(self) -> None:
         """Gives back what the stage holds beside the weights of policy and critic."""
@@ -141,7 +146,7 @@ class RTOTrainer:
         for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
             release(frozen)
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
         return {**optimizers, "order": self.order, "accumulator": self.accumulator}
 
@@ -158,11 +163,11 @@ class RTOTrainer:
             optimizer.total_steps = optimizer.steps + updates
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float, horizon: int) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float) -> float:
     """Proportional controller in log space (arXiv 1909.08593, section 2.2).
 
     Args:
         kl, target: nats a response.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * responses / horizon)
+    return kl_coef * (1.0 + error * responses / KL_HORIZON)

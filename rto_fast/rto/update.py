@@ -20,7 +20,7 @@ from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator, add_to
-from rto_fast.training.optimizer import Schedule
+from rto_fast.training.schedule import ScheduledOptimizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MicroBatch:
 def update(
     config: Config,
     models: Models,
-    optimizers: Mapping[str, Schedule],
+    optimizers: Mapping[str, ScheduledOptimizer],
     experience: Experience,
     rewards: TokenRewards,
     seed: int,
@@ -91,15 +91,10 @@ def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int
     return [minibatch.tolist() for epoch in epochs for minibatch in epoch.split(rto.batch_size)]
 
 
-def is_per_sequence(rto: RTOConfig) -> bool:
-    """Whether the losses are means over responses of their means over tokens, and not means over tokens."""
-    return rto.loss_normalization == "sequence" or rto.compat == "paper_code"
-
-
 def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence[int]) -> float:
     """What the means of an optimizer step are over. Known before its first micro-batch, so that their gradients add up
     exactly."""
-    if is_per_sequence(rto):
+    if rto.loss_per_sequence:
         return float(len(minibatch))
     return float(sum(len(experience.response_ids[i]) for i in minibatch))
 
@@ -112,11 +107,9 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
         "advantages": rewards.advantages,
         "returns": rewards.returns,
     }
-    if is_per_sequence(rto):
+    if rto.loss_per_sequence:
         counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
-        weights = (1.0 / counts).repeat_interleave(
-            experience.batch.cu_seqlens.diff(), output_size=experience.batch.num_tokens
-        )
+        weights = (1.0 / counts).repeat_interleave(experience.batch.cu_seqlens.diff())
         columns |= {"policy_weights": weights, "value_weights": weights}
     if experience.importance is not None:
         columns["policy_weights"] = experience.importance * columns.get("policy_weights", 1.0)
@@ -134,7 +127,7 @@ def pack_micro_batch(
 
 
 def policy_pass(
-    config: Config, policy: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    config: Config, policy: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the policy; returns metrics that add up over micro-batches."""
     loss, metrics = policy.forward(policy_loss, micro_batch, config.rto, config.rollout.temperature)
@@ -175,7 +168,7 @@ def policy_loss(
 
 
 def value_pass(
-    rto: RTOConfig, critic: Model, optimizer: Schedule, micro_batch: MicroBatch, factor: float
+    rto: RTOConfig, critic: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
 ) -> dict[str, Tensor]:
     """Forward and backward pass of the critic; returns metrics that add up over micro-batches."""
     loss, metrics = ppo_value_loss(
@@ -187,5 +180,5 @@ def value_pass(
         num_items=micro_batch.num_items,
         value_clip_eps=rto.value_clip_eps,
     )
-    optimizer.backward(factor * rto.value_coef * loss)
+    optimizer.backward(factor * loss)
     return metrics

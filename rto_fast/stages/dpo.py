@@ -27,8 +27,8 @@ CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wr
 
 def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected responses, EOS included: [N] each, nats."""
-    prompts, device = [p.prompt_ids for p in pairs], model.device
-    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], device)
+    prompts = [p.prompt_ids for p in pairs]
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
     chosen, rejected = segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
     return chosen, rejected
 
@@ -51,8 +51,8 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     # The reference is the model before its first step: no second copy, and each pair is scored once.
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = pair_logps(model, pairs, stage.micro_batch_tokens)
-        held_out_reference = pair_logps(model, held_out, stage.micro_batch_tokens) if held_out else None
+        reference = pair_logps(model, pairs, config.model.micro_batch_tokens)
+        held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         before = reference[rows].to(session.device)
@@ -65,11 +65,11 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND)
-    train("dpo", trainer, log, session.checkpoints, stage.save_every, shown)
+    train("dpo", trainer, session.checkpoints, shown)
     model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):
-            change = pair_logps(model, held_out, stage.micro_batch_tokens) - held_out_reference
+            change = pair_logps(model, held_out, config.model.micro_batch_tokens) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {HELD_OUT_ACCURACY: accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")

@@ -49,12 +49,12 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, LR, TOKENS_PER_SECOND)
-    train("reward_model", trainer, log, session.checkpoints, stage.save_every, shown)
+    train("reward_model", trainer, session.checkpoints, shown)
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
         metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
-    scores = score_sequences(model, _sides(measured), stage.micro_batch_tokens)
+    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
     chosen, rejected = scores.chunk(2)
     model.scores = statistics = score_statistics(scores)
     accuracy = (chosen > rejected).float().mean().item()

@@ -13,7 +13,8 @@ Nothing is shown before a command asks for it (`shown`), and only one of several
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from rto_fast.system.terminal import is_live, last_said, one_line, redraw, say, speaks
 
@@ -117,6 +118,7 @@ class _Display:
 
 
 _DISPLAY = _Display()
+_OBSERVERS: list[Callable[[Progress], AbstractContextManager[object]]] = []
 
 
 @contextlib.contextmanager
@@ -139,9 +141,22 @@ def progress(
     phase = Progress(what or around, total, unit, done, has_line)
     _DISPLAY.begin(phase)
     try:
-        yield phase
+        with contextlib.ExitStack() as observers:
+            for observer in _OBSERVERS:
+                observers.enter_context(observer(phase))
+            yield phase
     finally:
         _DISPLAY.end(phase)
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[Progress], AbstractContextManager[object]]) -> Iterator[None]:
+    """Enters `observer(phase)` around each phase that begins in a `with` block, as a measurement of phases does."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
 
 
 def advance(count: int = 1) -> None:

@@ -11,17 +11,14 @@ metrics = step.metrics()
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
-
-
-class HasGradients(Protocol):
-    def zero_grad(self) -> None: ...
+from rto_fast.training.schedule import ScheduledOptimizer
 
 
 class Accumulator:
@@ -37,7 +34,7 @@ class Accumulator:
         self.say = say
 
     def step(
-        self, items: Sequence[int], lengths: Sequence[int], optimizers: Collection[HasGradients]
+        self, items: Sequence[int], lengths: Sequence[int], optimizers: Collection[ScheduledOptimizer]
     ) -> "AccumulatedStep":
         """Begins an optimizer step.
 
@@ -83,7 +80,11 @@ class AccumulatedStep:
     """
 
     def __init__(
-        self, budget: Accumulator, items: Sequence[int], lengths: Sequence[int], optimizers: Collection[HasGradients]
+        self,
+        budget: Accumulator,
+        items: Sequence[int],
+        lengths: Sequence[int],
+        optimizers: Collection[ScheduledOptimizer],
     ):
         self.budget, self.items, self.lengths, self.optimizers = budget, items, lengths, optimizers
         self.totals: dict[str, Tensor] = {}

@@ -5,12 +5,13 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from rto_fast.config import Stage
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, error_text, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
@@ -61,6 +62,7 @@ class Checkpoints:
         resume: go on with the run that `progress.json` describes.
         stop: asks the run to end.
         lock: the run's lock on its folder, which is checked before anything is saved.
+        interval: returns the number of steps between the checkpoints of a stage; 0 saves only where the run is stopped.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Checkpoints:
         resume: bool = False,
         stop: StopRequest | None = None,
         lock: RunLock | None = None,
+        interval: Callable[[Stage], int] = lambda stage: 0,
     ):
         self.folder, self.log, self.keep, self.stop = Path(folder), log, keep, stop or StopRequest()
-        self.path, self.lock = self.folder / "progress.json", lock
+        self.path, self.lock, self.interval = self.folder / "progress.json", lock, interval
         self.run = new_run()
         self.done: list[str] = []
         self.best: float | None = None  # the best evaluation so far

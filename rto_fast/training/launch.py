@@ -1,7 +1,8 @@
-"""Becoming one of the ranks that torchrun, deepspeed or srun started, and not waiting for one that is gone.
+"""Joins the ranks that torchrun, deepspeed or srun started, and ends the run when one of them is gone.
 
-A rank that dies leaves the others in a collective that never ends. So each writes a heartbeat into the store by which they
-found each other; the main rank looks at all of them, the others at the main rank's and for a failure that somebody reported.
+A rank that dies leaves the others in a collective that never ends. So each rank writes a heartbeat into the store by which
+the ranks found each other. The main rank watches all heartbeats; the others watch the main rank's, and for a failure that a
+rank has reported.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,10 @@ LEFT = "left"
 
 
 def from_environment(name: str, default: int) -> int:
-    """A count or a rank that a launcher sets.
+    """Reads a count or a rank that a launcher sets.
 
     Raises:
-        ConfigError: it is no number of at least 0.
+        ConfigError: it is not a number of at least 0.
     """
     text = os.environ.get(name)
     try:
@@ -52,17 +54,17 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def joined(use_deepspeed=False):
-    """Joins the other ranks for the time of the context.
+def joined(use_deepspeed: bool = False) -> Iterator[None]:
+    """Makes this process one of the ranks in the context.
 
     Args:
-        use_deepspeed: also where this is the only process.
+        use_deepspeed: make a group even if this is the only process.
     Raises:
-        ConfigError: the launcher's environment is incomplete, or nobody answers.
+        ConfigError: the launcher's environment is incomplete, or no other rank answers.
     """
     if not started_by_launcher():
         if use_deepspeed:
-            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to be told
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
             dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield
@@ -71,7 +73,7 @@ def joined(use_deepspeed=False):
                 dist.destroy_process_group()
         return
     rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
-    if rank >= size:  # torch waits for ten minutes, in code that no signal interrupts
+    if rank >= size:  # torch would wait for ten minutes, in code that no signal interrupts
         raise ConfigError(
             f"RANK: expected a number below WORLD_SIZE ({size}), got {rank}; start with torchrun, deepspeed or srun"
         )
@@ -83,9 +85,9 @@ def joined(use_deepspeed=False):
             f"them with torchrun, deepspeed or srun ({error_text(error, with_type=False)})"
         ) from error
     store.set_timeout(WAIT)
-    if local_rank() < torch.cuda.device_count():  # else the run says so, or wants the CPU
+    if local_rank() < torch.cuda.device_count():  # else the run refuses it later, or uses the CPU
         torch.cuda.set_device(local_rank())
-    # A connection of its own: a group's creation waits on the other one for as long as it takes.
+    # The watch has a connection of its own: the creation of a group blocks the other one.
     watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
     try:
         dist.init_process_group(
@@ -105,26 +107,26 @@ def joined(use_deepspeed=False):
     dist.destroy_process_group()
 
 
-def _backend():
+def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def _lost_connection(error):
+def _lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-GOES_ON = "; the run stopped, --resume goes on from its last checkpoint"  # an error says so itself
+GOES_ON = "; the run stopped, --resume goes on from its last checkpoint"  # for a rank that ends without an error
 
 
 class Watch:
     """A thread that ends this process when another rank failed or is gone.
 
     Args:
-        store: of c10d, this class's own keys.
+        store: of c10d, with keys that only this class uses.
     """
 
-    def __init__(self, store, rank, size):
+    def __init__(self, store: dist.Store, rank: int, size: int):
         self.store, self.rank = store, rank
         self.others = [other for other in range(size) if other != rank] if rank == 0 else [0]
         self.stopped, self.patience = threading.Event(), PATIENCE
@@ -132,7 +134,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def _run(self):
+    def _run(self) -> None:
         beats = 0
         while not self.stopped.wait(INTERVAL):
             beats += 1
@@ -145,7 +147,7 @@ class Watch:
             except (RuntimeError, dist.DistError):
                 self._end(f"rank 0 is gone{GOES_ON}", 1, speaker=1)
 
-    def _look_at(self, other):
+    def _look_at(self, other: int) -> None:
         key, now = f"beat{other}", time.monotonic()
         beat = self.store.get(key).decode() if self.store.check([key]) else ""
         if beat == LEFT or beat != self.seen[other][0]:
@@ -155,24 +157,31 @@ class Watch:
             self.store.set("failure", json.dumps(failure))
             self._end(*failure)
 
-    def _end(self, why, code, speaker=0):
-        """Without cleaning up: this process is likely to hang in a collective with the rank that is gone."""
+    def _end(self, why: str, code: int, speaker: int = 0) -> None:
+        """Ends the process without cleaning up: it is likely to hang in a collective with the rank that is gone.
+
+        Args:
+            why: is printed by the rank `speaker`.
+            code: the exit code.
+        """
         if self.stopped.is_set():
             return
         if self.rank == speaker:
             say(f"rto_fast: {why}", err=True)
-        elif speaker == 0:  # the main rank speaks, also to its launcher: it goes first
+        elif speaker == 0:  # the main rank prints and tells its launcher, so it ends first
             time.sleep(5 * INTERVAL)
         release_all()
         os._exit(code)
 
-    def wait(self):
-        """For the thread to find out which rank is gone, or why; it then ends this process. A connection was lost: the rank
-        that misses a few beats now is the one."""
+    def wait(self) -> None:
+        """Waits until the thread knows which rank is gone or why; the thread then ends this process.
+
+        The connection was lost, so a rank that misses a few heartbeats now is gone.
+        """
         self.patience = 5 * INTERVAL
         self.thread.join(PATIENCE + 10 * INTERVAL)
 
-    def fail(self, error):
+    def fail(self, error: BaseException) -> None:
         """Tells the other ranks why this one ends, and with which exit code."""
         self.stopped.set()
         failure = f"rank {self.rank}: {error_line(error, with_type=not isinstance(error, UserError))}", 1
@@ -181,11 +190,11 @@ class Watch:
         with contextlib.suppress(RuntimeError, dist.DistError):
             if not self.store.check(["failure"]):  # the first one is the cause
                 self.store.set("failure", json.dumps(failure))
-        if self.rank == 0:  # the store ends with this process: the others are to read it first
+        if self.rank == 0:  # the store ends with this process, and the others must read it first
             time.sleep(2 * INTERVAL)
 
-    def leave(self):
-        """All ranks are done: after this no sign of life is no bad sign."""
+    def leave(self) -> None:
+        """Ends the watch when all ranks are done: a missing heartbeat then means nothing."""
         dist.barrier()
         self.stopped.set()
         self.thread.join()

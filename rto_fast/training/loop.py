@@ -4,19 +4,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rto_fast.config import Stage
 from rto_fast.errors import RewardError, TrainingError, UserError
-from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 
 def train(
-    name: str,
+    name: Stage,
     trainer: Trainer,
-    log: RunLog,
     checkpoints: Checkpoints,
-    save_every: int,
     show: Sequence[str],
     after_step: Callable[[int, dict], object] | None = None,
     evaluate: Callable[[int], object] | None = None,
@@ -25,7 +23,6 @@ def train(
 
     Args:
         name: of the stage.
-        save_every: the number of steps between checkpoints; 0 saves only where the run is stopped.
         show: the metrics on the live line.
         after_step: is called with the number of steps done and the metrics of the step, before the checkpoint.
         evaluate: is called with the number of steps done, after `after_step`. Where it fails, a resumed run begins with it.
@@ -35,7 +32,7 @@ def train(
         TrainingError: names the stage; also where memory runs out.
         BaseException: any other error, with a note that says what is not saved.
     """
-    stop = checkpoints.stop
+    stop, log, save_every = checkpoints.stop, checkpoints.log, checkpoints.interval(name)
     stop.waits = True  # a signal ends the run after the present step, until the stage has written its model
     if checkpoints.restore(name, trainer) and evaluate:
         evaluate(trainer.step_count)
@@ -94,7 +91,7 @@ def _stage_error(error: BaseException, name: str) -> BaseException:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         reason = (str(error).splitlines() or ["of the CPU."])[0]
         return TrainingError(
-            f"{name}: out of memory: {reason} Lower {name}.micro_batch_tokens or rollout.batch_size, or set "
+            f"{name}: out of memory: {reason} Lower model.micro_batch_tokens or rollout.batch_size, or set "
             "model.gradient_checkpointing"
         )
     return TrainingError(f"{name}: {error}") if isinstance(error, TrainingError) else error

@@ -1,42 +1,44 @@
-"""The optimizer engine: AdamW with float32 master weights and gradient clipping.
+"""The optimizer without DeepSpeed: AdamW with float32 master weights and gradient clipping.
 
-A bfloat16 model takes its steps in float32: at a learning rate of 5e-7 an update is far below half a unit in the last place
-of a bfloat16 weight and would be lost. Gradients are added up in float32 too, as soon as each one is final.
+A bfloat16 model is updated in float32: at a learning rate of 5e-7 an update is far below half a unit in the last place of a
+bfloat16 weight and would be lost. Gradients are added up in float32 too, as soon as each one is final.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import Config, OptimizerConfig, TrainingConfig
 from rto_fast.models.model import Model
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero_stage
+from rto_fast.training.schedule import MOMENTS, ScheduledOptimizer, parameter_groups
 from rto_fast.training.zero import ZeroOptimizer
 
 
-class Optimizer(Schedule):
-    """One model's optimizer: its trainable parameters, on every rank whole.
+class Optimizer(ScheduledOptimizer):
+    """AdamW over a model's trainable parameters, which every rank holds whole."""
 
-    Args: model, and those of `Schedule`.
-    """
-
-    def __init__(self, model: Model, stage: TrainingConfig, total_steps: int, lr: float | None = None):
-        super().__init__(stage, total_steps, lr)
+    def __init__(
+        self, model: Model, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None
+    ):
+        super().__init__(stage, settings, total_steps, lr)
         named = model.trainable()
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(self._collect(master))
-        groups = parameter_groups(self.masters, stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups(self.masters, settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=settings.adam_betas, eps=1e-8, fused=True)
 
     @staticmethod
-    def _collect(master):
-        def hook(parameter):
+    def _collect(master: Tensor) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs after it is accumulated
             gradient = parameter.grad.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
@@ -48,15 +50,15 @@ class Optimizer(Schedule):
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
-        for parameter in self.parameters:  # also of a backward that broke off before it was collected
+        for parameter in self.parameters:  # a backward pass that broke off may have left some
             parameter.grad = None
 
-    def _update(self, lr):
+    def _update(self, lr: float) -> float:
         if ranks.world_size() > 1:
             gradients = [m.grad for m in self.masters if m.grad is not None]
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.stage.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm).item()
         for group in self.adam.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -66,20 +68,18 @@ class Optimizer(Schedule):
         return norm
 
     @torch.no_grad()
-    def _copy_masters(self):
+    def _copy_masters(self) -> None:
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
                 parameter.copy_(master)
 
-    # The weights are in it too, in float32: those of the model are these, rounded.
-
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         state = self._counts() | {"weights": dict(zip(self.names, self.masters))}
         for key in MOMENTS if self.adam.state else ():
             state[key] = {name: self.adam.state[m][key] for name, m in zip(self.names, self.masters)}
         return state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._load_counts(state)
         with torch.no_grad():
             for name, master in zip(self.names, self.masters):
@@ -94,9 +94,15 @@ class Optimizer(Schedule):
 
 
 def build_optimizer(
-    model: Model, stage: TrainingConfig, total_steps: int, deepspeed: DeepSpeedConfig, lr: float | None = None
-) -> Optimizer | ZeroOptimizer:
-    """`ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else `Optimizer`."""
-    if zero_stage(deepspeed):
-        return ZeroOptimizer(model, stage, total_steps, deepspeed, lr)
-    return Optimizer(model, stage, total_steps, lr)
+    model: Model, stage: TrainingConfig, total_steps: int, config: Config, lr: float | None = None
+) -> ScheduledOptimizer:
+    """Builds a `ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else an `Optimizer`.
+
+    Args:
+        stage: the stage's section of the configuration.
+        total_steps: the length of the schedule.
+        lr: the peak learning rate; default: the stage's.
+    """
+    if config.deepspeed.stage_for(ranks.world_size()):
+        return ZeroOptimizer(model, stage, config.optimizer, total_steps, config.deepspeed, lr)
+    return Optimizer(model, stage, config.optimizer, total_steps, lr)

@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from rto_fast.config import Config, StageConfig
+from rto_fast.config import Config, SupervisedConfig
 from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import Schedule, build_optimizer
+from rto_fast.training.optimizer import build_optimizer
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.steps import count_steps
+from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.steps import count_steps, stage_steps
 
 
 class SupervisedTrainer:
@@ -29,7 +30,7 @@ class SupervisedTrainer:
     def __init__(
         self,
         model: Model,
-        stage: StageConfig,
+        stage: SupervisedConfig,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
@@ -37,10 +38,10 @@ class SupervisedTrainer:
         fingerprint: str = "",
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
-        self.steps = count_steps(len(lengths) * stage.epochs, stage.batch_size, stage.max_steps)
-        self.optimizer = build_optimizer(model, stage, self.steps, config.deepspeed)
+        self.steps = stage_steps(stage, len(lengths))
+        self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
-        self.accumulator = Accumulator(stage.micro_batch_tokens, say)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
 
     @property
     def step_count(self) -> int:
@@ -72,7 +73,7 @@ class SupervisedTrainer:
         """Gives back what the stage holds beside the model's weights."""
         self.optimizer.release()
 
-    def _parts(self) -> dict[str, Schedule | ShuffledIndices | Accumulator]:
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
 
     def state_dict(self) -> dict[str, Any]:

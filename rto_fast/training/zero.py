@@ -1,48 +1,51 @@
 """Training on DeepSpeed ZeRO: optimizer states (1), gradients (2) and weights (3) in pieces, one a rank.
 
-Of DeepSpeed's behaviours that would surprise: it divides gradients by the number of ranks (ours add up: their normalisers
-are global), clips at 1.0 unless told otherwise, compiles its own optimizers for minutes (so it is given torch's AdamW).
+DeepSpeed does three things that surprise. It divides gradients by the number of ranks; ours add up, for their denominators
+are global. It clips at 1.0 by default. It compiles its own optimizers for minutes, so it is given torch's AdamW.
 """
 
 import functools
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import DeepSpeedConfig, TrainingConfig
+from rto_fast.config import DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, Schedule, parameter_groups, zero_stage
+from rto_fast.training.schedule import MOMENTS, ScheduledOptimizer, parameter_groups
 
-BUCKET = 200_000_000  # elements that are reduced at once; each engine of ZeRO 3 holds a buffer of this size
+BUCKET = 200_000_000  # elements that are reduced at once; each ZeRO-3 engine holds a buffer of this size
 
 
 def engine_config(
     settings: DeepSpeedConfig, stage: int, dtype: torch.dtype, elements: int = 0, max_grad_norm: float = 0.0
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """Makes DeepSpeed's configuration.
 
     Args:
+        settings: of the run.
         stage: of ZeRO.
         dtype: of the weights.
         elements: the number of weights that are trained; 0 if the model is only evaluated.
+        max_grad_norm: see `sft.max_grad_norm`.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if settings.offload_optimizer and elements:
+    if settings.offloads_optimizer and elements:
         zero["offload_optimizer"] = host
-    if settings.offload_parameters:
+    if settings.offloads_parameters:
         zero["offload_param"] = host
     is_bf16 = dtype == torch.bfloat16
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches are packed by tokens
+        "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's bookkeeping: batches are packed by tokens
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step ends where `step` is called, whatever the number of backwards
         "gradient_clipping": max_grad_norm,
@@ -69,14 +72,14 @@ def _initialize(model: Model, config: dict, optimizer: torch.optim.Optimizer | N
 
 
 def _forget(module: torch.nn.Module) -> None:
-    """DeepSpeed's ZeRO 3 keeps every module it ever knew, with its weights, in a list and in a method's cache."""
+    """Removes a module from the list and the cache in which DeepSpeed's ZeRO-3 keeps every module with its weights."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, PartitionedParameterCoordinator
 
     own = set(module.modules())
     FWD_MODULE_STACK[:] = [known for known in FWD_MODULE_STACK if known not in own]
     method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     for cell in method.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):  # under another decorator
+        if hasattr(cell.cell_contents, "cache_clear"):  # the cached function is under another decorator
             cell.cell_contents.cache_clear()
 
 
@@ -106,25 +109,27 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
         model.module.to(device)
 
 
-class ZeroOptimizer(Schedule):
-    """One model's optimizer, on DeepSpeed; what `Optimizer` is without it. The model's forward passes go through the engine
-    from then on.
-
-    Args: as of `Optimizer`. settings: `DeepSpeedConfig`.
-    """
+class ZeroOptimizer(ScheduledOptimizer):
+    """AdamW in a DeepSpeed engine, through which the model's forward passes go from then on."""
 
     def __init__(
-        self, model: Model, stage: TrainingConfig, total_steps: int, settings: DeepSpeedConfig, lr: float | None = None
+        self,
+        model: Model,
+        stage: TrainingConfig,
+        settings: OptimizerConfig,
+        total_steps: int,
+        deepspeed: DeepSpeedConfig,
+        lr: float | None = None,
     ):
-        super().__init__(stage, total_steps, lr)
-        level = zero_stage(settings)
+        super().__init__(stage, settings, total_steps, lr)
+        level = deepspeed.stage_for(ranks.world_size())
         if level == 3:
             use_op_linear(model.module)
         self.model, self.named, self.is_zero3 = model, model.trainable(), level == 3
-        groups = parameter_groups([p for _, p in self.named], stage.weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=stage.adam_betas, eps=1e-8, fused=True)
+        groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
-        config = engine_config(settings, level, model.dtype, elements, stage.max_grad_norm)
+        config = engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm)
         _initialize(model, config, self.adam)
         self.engine = model.engine
 
@@ -132,7 +137,9 @@ class ZeroOptimizer(Schedule):
         self.engine.backward(loss * ranks.world_size())
 
     def zero_grad(self) -> None:
-        raise TrainingError("out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot be begun anew)")
+        raise TrainingError(
+            "out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot be begun anew)"
+        )
 
     def _update(self, lr: float) -> float:
         for group in self.adam.param_groups:
@@ -143,10 +150,9 @@ class ZeroOptimizer(Schedule):
     def release(self) -> None:
         release(self.model)
 
-    # Whole tensors by parameter name: the same from any number of ranks and any stage, and from `Optimizer`.
-
     def state_dict(self) -> dict[str, Any]:
-        """See `Schedule`. Each tensor is a function, which every rank has to call to put the tensor together."""
+        """Returns the same state from any number of ranks and any ZeRO stage as `Optimizer` does, but with functions in the
+        place of tensors: every rank has to call them, which gathers the tensor."""
         import deepspeed.utils as ds
 
         state = self._counts()
@@ -160,7 +166,7 @@ class ZeroOptimizer(Schedule):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         import deepspeed
         import deepspeed.utils as ds
 
@@ -180,15 +186,15 @@ class ZeroOptimizer(Schedule):
 
     @torch.enable_grad()
     def _make_moments(self) -> None:
-        """AdamW makes its state in its first step: here one with gradients of 0, at a learning rate of 0."""
+        """Makes AdamW create its state, in a step with gradients of 0 and a learning rate of 0."""
         hidden = self.model.forward(forward_hidden, pack_whole([[0, 1]], self.engine.device))
         self.engine.backward(0.0 * hidden.sum())
         self._update(0.0)
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """DeepSpeed's accessors of ZeRO 1 and 2 learn where the moments are after the first step of the first parameter
-        group, when the other group has none yet."""
+        """Tells DeepSpeed's accessors where the moments are. With ZeRO 1 and 2 they look after the first step of the first
+        parameter group, when the other group has none yet."""
         if not self.is_zero3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()

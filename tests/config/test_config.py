@@ -1,11 +1,19 @@
 import dataclasses
+import functools
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from rto_fast.config import ConfigError, SFTConfig, dump_config, load_config
+from rto_fast.config import Config, OptimizerConfig, SFTConfig, dump_config, load_config
+from rto_fast.config.fields import fields_of
+from rto_fast.config.reference import reference
+from rto_fast.errors import ConfigError
 
+# An older version's file: a setting of the SFT stage, and that of the others.
+FOUR = "sft: {{{0}}}\nreward_model: {{{1}}}\ndpo: {{{1}}}\nrto: {{{1}}}\n"
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
@@ -100,12 +108,106 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         load_config(["--config", str(tmp_path / "c.yaml")])
 
 
-def test_help_documents_every_key_with_its_default(capsys):
+def printed(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
-        load_config(["--help"])
+        load_config([*arguments])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--rto.dpo_reward_scale" in text and "β1: scale of the dense reward" in text and "default: 0.05" in text
+    return capsys.readouterr().out
+
+
+def test_help_documents_every_key_with_its_default(capsys):
+    text = " ".join(printed(capsys, "--help", "all").split())
+    assert "--rto.dpo_reward_scale β1, the scale of the dense reward" in text and "default: 0.05" in text
+    assert all(f" --{key} " in text for key, hint in fields_of(Config).items() if not is_dataclass(hint))
+
+
+def test_help_begins_with_what_the_command_does_and_names_its_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    first, *lines = printed(capsys, "--help").splitlines()
+    assert first.startswith("usage: python -m rto_fast.train") and lines[1].startswith("Trains") and len(lines) < 80
+    groups = [line.split()[0] for line in lines if re.match(r"  \w", line) and "python" not in line]
+    assert groups == [name for name, hint in fields_of(Config).items() if is_dataclass(hint)]
+    assert printed(capsys, "--help", "optimizer").count("--optimizer.") == len(dataclasses.fields(OptimizerConfig))
+    assert printed(capsys, "-h") == printed(capsys, "--help", "--seed", "3") == "\n".join([first, *lines]) + "\n"
+    with pytest.raises(ConfigError, match="^--help rtoo: expected one of model, .*, hub, all; did you mean rto?"):
+        load_config(["--help", "rtoo"])
+
+
+# Keys of older versions
+
+
+def test_a_removed_option_is_refused_with_what_replaces_it():
+    for key, instead in {
+        "sft.warmup_ratio": "give optimizer.warmup_ratio, one value for all stages or {sft: …}",
+        "dpo.weight_decay": "give optimizer.weight_decay, one value for all stages",
+        "data.split": "name the split with its source",
+        "deepspeed.offload_optimizer": "give deepspeed.offload",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(f"command line: {key} is no more: {instead}")):
+            load_config([f"--{key}", "1"])
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        (FOUR.format("warmup_ratio: 0.1", "warmup_ratio: 0.1"), "optimizer.warmup_ratio", 0.1),
+        (FOUR.format("warmup_ratio: 0.1", "warmup_ratio: 0.03"), "optimizer.schedule", {"sft": (0.1, 0.1)}),
+        (FOUR.format("weight_decay: 0.1", "weight_decay: 0.1"), "optimizer.weight_decay", 0.1),
+        (FOUR.format("adam_betas: [0.9, 0.95]", "adam_betas: [0.9, 0.95]"), "optimizer.adam_betas", (0.9, 0.95)),
+        (FOUR.format("micro_batch_tokens: 512", "micro_batch_tokens: 512"), "model.micro_batch_tokens", 512),
+        ("rto: {save_every: 10}", "save_every", {"rto": 10}),
+        ("rto: {value_coef: 1.0, kl_horizon: 10000, max_mismatch: 0.02}", "rto.kl_target", None),
+        ("deepspeed: {offload_optimizer: false, offload_parameters: false}", "deepspeed.offload", "none"),
+        ("deepspeed: {offload_optimizer: true, offload_parameters: false}", "deepspeed.offload", "optimizer"),
+        (
+            "deepspeed: {offload_optimizer: true, offload_parameters: true, zero_stage: 3}",
+            "deepspeed.offload",
+            "all",
+        ),
+        ("data: {preferences: x, split: train}", "data.preferences", "x"),
+        ("data: {preferences: x, split: 'test[:9]'}", "data.preferences", "x[test[:9]]"),
+    ],
+)
+def test_a_file_of_an_older_version_says_the_same(text, key, value, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {path: m}\n" + text)
+    config = load_config(["--config", str(tmp_path / "config.yaml")])
+    found = functools.reduce(getattr, key.split("."), config)
+    if callable(found):
+        assert {stage: found(stage) for stage in value} == value and found("dpo") == (0.03, 0.1)
+    else:
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "sft: {weight_decay: 0.1}",
+            "sft.weight_decay is no more: give optimizer.weight_decay, one value for all stages",
+        ),
+        (FOUR.format("max_grad_norm: 2.0", "max_grad_norm: 1.0"), "sft.max_grad_norm is no more"),
+        ("sft: {warmup_ratio: 0.1}\noptimizer: {warmup_ratio: 0.1}", "sft.warmup_ratio is no more"),
+        ("deepspeed: {offload_parameters: true}", "deepspeed.offload_parameters is no more: give deepspeed.offload"),
+        ("data: {preferences: 'x[test]', split: test}", "data.split is no more: name the split with its source"),
+        ("rto: {value_coef: 0.5}", "rto.value_coef is no more: the critic has an optimizer of its own"),
+        ("rto: {value_coef: {a: 1}}", "rto.value_coef is no more: the critic has an optimizer of its own"),
+    ],
+)
+def test_a_file_that_the_present_keys_cannot_say_is_refused(text, message, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {path: m}\n" + text)
+    with pytest.raises(ConfigError, match=rf"config.yaml:\d+: {re.escape(message)}"):
+        load_config(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_the_configuration_has_no_more_keys_than_a_reader_can_take_in(capsys):
+    tree = yaml.safe_load(printed(capsys, "--print_config"))
+    assert (
+        sum(
+            len(value) if key in fields_of(Config) and is_dataclass(fields_of(Config)[key]) else 1
+            for key, value in tree.items()
+        )
+        <= 120
+    )
 
 
 @pytest.mark.parametrize("given", [["--model.path", "mine"], ["--model", "{path: mine}"]], ids=["option", "section"])
@@ -160,3 +262,8 @@ def test_the_reference_of_the_dense_reward():
 def test_the_zero_stage_of_a_run():
     assert [load_config([]).deepspeed.stage_for(n) for n in (1, 2)] == [0, 2]
     assert [load_config(["--deepspeed.zero_stage", "3"]).deepspeed.stage_for(n) for n in (1, 2)] == [3, 3]
+
+
+def test_the_page_of_the_documentation_is_made_from_the_fields():
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == reference(), "python -m rto_fast.config.reference > docs/configuration.md"

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rto_fast.config import Config, ConfigError, ModelConfig, dump_config, load_config
-from rto_fast.data.__main__ import parse as load_inspection
+from rto_fast.config import Config, ModelConfig, dump_config, load_config
+from rto_fast.data.__main__ import load_options as load_inspection
+from rto_fast.errors import ConfigError
 from rto_fast.evaluate import EvaluateConfig, load_options
 from rto_fast.system.command_line import as_command
 from rto_fast.system.threads import use_threads
@@ -56,7 +57,7 @@ NASTY = [
     {"a": {"b": [10**30]}},
     {"a": "\0"},
 ]
-INFINITE = {f"{stage}.max_grad_norm" for stage in ("sft", "reward_model", "dpo", "rto")}
+INFINITE = {"optimizer.max_grad_norm"}
 
 
 def leaves(config, prefix=""):
@@ -105,6 +106,8 @@ def in_range(hint, value):
         return True
     if typing.get_origin(hint) is tuple:
         return all(map(in_range, parts, value))
+    if isinstance(value, dict):
+        return all(in_range(hint, item) for item in value.values())
     ranges = [rule for part in (hint, *parts) for rule in getattr(part, "__metadata__", ()) if hasattr(rule, "low")]
     return all(rule.low <= value <= rule.high or rule.infinite and value == math.inf for rule in ranges)
 
@@ -167,16 +170,19 @@ def test_every_number_declares_its_range(keys):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--sft.weight_decay=.nan", "--sft.weight_decay: expected a number from 0 to 1,000,000, got nan"),
-        ("--sft.weight_decay=-1000", "--sft.weight_decay: expected a number from 0 to 1,000,000, got -1000.0"),
+        ("--optimizer.weight_decay=.nan", "--optimizer.weight_decay: expected a number from 0 to 1,000,000, got nan"),
+        (
+            "--optimizer.weight_decay=-1000",
+            "--optimizer.weight_decay: expected a number from 0 to 1,000,000, got -1000.0",
+        ),
         (
             "--rto.dpo_reward_scale=.inf",
             "--rto.dpo_reward_scale: expected a number from -1,000,000 to 1,000,000, got inf",
         ),
         ("--rto.score_scale=.nan", "--rto.score_scale: expected a number from -1,000,000 to 1,000,000, got nan"),
         (
-            "--rto.adam_betas=[2,2]",
-            "--rto.adam_betas: expected [a number at least 0 and below 1, a number at least 0 and "
+            "--optimizer.adam_betas=[2,2]",
+            "--optimizer.adam_betas: expected [a number at least 0 and below 1, a number at least 0 and "
             "below 1], got (2.0, 2.0)",
         ),
         ("--seed=100000000000000000000", "--seed: expected a whole number from 0 to 4,294,967,295, got 1000"),
@@ -185,7 +191,11 @@ def test_every_number_declares_its_range(keys):
             "--reward_model.timeout=.inf",
             "--reward_model.timeout: expected a number above 0 and at most 1,000,000, or null",
         ),
-        ("--rollout.page_size=24", "--rollout.page_size: expected a whole number that is a power of two, from 16 to "),
+        ("--optimizer.warmup_ratio={sfr: 0.1}", "--optimizer.warmup_ratio: expected a number from 0 to 1, or {sft, "),
+        (
+            "--save_every={rto: -1}",
+            "--save_every: expected a whole number from 0 to 2,147,483,647, or {sft, reward_model",
+        ),
         ("--deepspeed.zero_stage=true", "--deepspeed.zero_stage: expected 0, 1, 2 or 3, or null, got true"),
         (
             "--rto.lr=" + "9" * 6000,
@@ -196,7 +206,7 @@ def test_every_number_declares_its_range(keys):
         ("--rto={lr: 0.1, lr: 0.2}", "--rto: lr: given twice"),
         ("--rto={lrr: 0.1}", "--rto: unknown key rto.lrr; did you mean rto.lr?"),
         ("--rollout.vllm=" + "{a: " * 2000, "--rollout.vllm: not valid YAML: more than 20 levels in a.a"),
-        ("--rto.adam_betas=" + "[" * 2000, "--rto.adam_betas: not valid YAML: more than 20 levels"),
+        ("--optimizer.adam_betas=" + "[" * 2000, "--optimizer.adam_betas: not valid YAML: more than 20 levels"),
         ("--rollout.vllm={a: &a [*a]}", "--rollout.vllm: a[0]"),
         ("--seed", "--seed: expected a value after it"),
         ("--sft.max_steps=010", "--sft.max_steps: expected a whole number from 1 to 2,147,483,647, or null, got '010'"),
@@ -221,14 +231,14 @@ def test_an_option_that_cannot_be(argument, message):
 
 
 def test_a_learning_rate_and_a_decay_that_leave_nothing_of_the_weights():
-    with pytest.raises(ConfigError, match="--rto.weight_decay: expected less than 1 / 0.01: "):
-        load_config(["--rto.weight_decay", "100", "--rto.critic_lr", "0.01"])
+    with pytest.raises(ConfigError, match="--optimizer.weight_decay: expected less than 1 / 0.01: "):
+        load_config(["--optimizer.weight_decay", "100", "--rto.critic_lr", "0.01"])
 
 
 def test_infinity_where_it_means_something(tmp_path):
-    config = load_config(["--sft.max_grad_norm", ".inf"])
+    config = load_config(["--optimizer.max_grad_norm", ".inf"])
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    assert load_config(["--config", str(tmp_path / "c.yaml")]) == config and config.sft.max_grad_norm == math.inf
+    assert load_config(["--config", str(tmp_path / "c.yaml")]) == config and config.optimizer.max_grad_norm == math.inf
 
 
 BOMB = "rollout:\n  vllm:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -318,7 +328,8 @@ def test_yaml_that_is_no_configuration(tmp_path, text, message):
         ("rto: {lr: 1e-4}\n", "rto.lr", 1e-4),
         ("rto: {lr: '1e-4'}\n", "rto.lr", 1e-4),
         ("rto.lr: 0.5\n", "rto.lr", 0.5),
-        ("rto: {adam_betas: [0.5, 0]}\n", "rto.adam_betas", (0.5, 0.0)),
+        ("optimizer: {adam_betas: [0.5, 0]}\n", "optimizer.adam_betas", (0.5, 0.0)),
+        ("optimizer: {warmup_ratio: {sft: 0, rto: 1}}\n", "optimizer.warmup_ratio", {"sft": 0.0, "rto": 1.0}),
         ("rto: {dual_clip: }\n", "rto.dual_clip", None),
         ('rto: {delimiters: "\\n"}\n', "rto.delimiters", "\n"),
         ("rollout: {vllm: {a: {b: [1, x, null]}}}\n", "rollout.vllm", {"a": {"b": [1, "x", None]}}),
@@ -335,7 +346,7 @@ def test_yaml_that_is_one(tmp_path, text, key, value):
 )
 def test_text_that_looks_like_something_else_is_saved_as_text(text, tmp_path):
     config = load_config(
-        ["--rollout.vllm", f"{{a: '{text}', 'k{text}': [1], '{text}': '{text}'}}", "--data.split", text]
+        ["--rollout.vllm", f"{{a: '{text}', 'k{text}': [1], '{text}': '{text}'}}", "--track.project", text]
     )
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(["--config", str(tmp_path / "c.yaml")]) == config

@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rto_fast.config import ConfigError
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import sources
 from rto_fast.data.inspection import Page, histogram
 from rto_fast.data.sources import load_examples
 from rto_fast.data.world import build_tokenizer
-from rto_fast.errors import DataError, UserError
+from rto_fast.errors import ConfigError, DataError, UserError
 from rto_fast.system.terminal import visible, wants_styles
 from tests.data.rows import LINE, PAIR, jsonl, world
 
@@ -80,7 +79,7 @@ def test_a_split_and_mapped_columns(capsys, tmp_path):
     columns = '{"prompt": "q", "response": "a"}'
     out = shown(capsys, f"{source}[train[:4]]", "--data.columns", columns)
     assert "prompt    ← q" in out and "4 read: as data.sft" in out
-    assert "6 read: as data.sft" in shown(capsys, source, "--data.split", "train[40%:]", "--data.columns", columns)
+    assert "6 read: as data.sft" in shown(capsys, f"{source}[train[40%:]]", "--data.columns", columns)
 
 
 def test_colours_only_on_a_terminal_and_never_with_no_color(monkeypatch):
@@ -155,7 +154,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a stream does not tell"):
         load_examples("org/name", split="train[90%:]", streaming=True)
     with pytest.raises(ConfigError, match="data.limit: expected a number with data.streaming"):
-        data_command.parse(["org/name", "--data.streaming", "true"])
+        data_command.load_options(["org/name", "--data.streaming", "true"])
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
@@ -258,7 +257,7 @@ def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
 )
 def test_mistakes_in_the_options_are_named(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        data_command.parse(arguments)
+        data_command.load_options(arguments)
 
 
 def command(*arguments, module="rto_fast.data", **environment):

@@ -107,7 +107,7 @@ def test_a_rank_of_zero_that_runs_out_of_memory_ends_all(outcomes):
     found = outcomes["rank 1 out of memory"]
     (line,) = lines(found["said"])
     assert line.startswith(
-        "rto_fast: rank 1: sft: out of memory: lower micro_batch_tokens (with DeepSpeed a step cannot"
+        "rto_fast: rank 1: sft: out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot"
     )
     assert found["codes"] == [1, 2] and found["seconds"] < 30
 

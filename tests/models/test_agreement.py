@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.batch import pack, pack_whole
-from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models import attention, precision
 from rto_fast.models.agreement import Noise, compare_logits, compare_values, k3_limit, mismatch, ppo_notices
@@ -92,10 +91,7 @@ def test_planted_faults_of_packing_are_found_in_every_dtype(name, dtype, fault, 
 
 
 def scorer(dtype):
-    torch.manual_seed(0)
-    config = tiny("llama").config
-    config.num_labels, config.pad_token_id = 1, 0
-    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
+    model = tiny("llama", AutoModelForSequenceClassification, seed=0, std=None, num_labels=1).to(dtype)
     model.set_attn_implementation(PACKED)
     return model.eval()
 
@@ -119,13 +115,7 @@ def test_scorers_pass_and_their_planted_faults_are_found_in_every_dtype(dtype, m
 
 def made(name, seed, auto_class=AutoModelForCausalLM, **settings):
     """With large weights, in bfloat16."""
-    config = tiny(name, vocab_size=199, **settings).config
-    torch.manual_seed(seed)
-    model = auto_class.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+    model = tiny(name, auto_class, seed, vocab_size=199, **settings)
     model.to(torch.bfloat16).set_attn_implementation(PACKED)
     return model.eval()
 
@@ -134,7 +124,7 @@ def made(name, seed, auto_class=AutoModelForCausalLM, **settings):
 def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(seed):
     check_causal_lm(made("mixtral", seed), "mixtral")
     check_scorer(made("mixtral", seed, AutoModelForSequenceClassification, num_labels=1), "mixtral")
-    verified_cache(RolloutModel(made("mixtral", seed)), RolloutConfig())
+    verified_cache(RolloutModel(made("mixtral", seed)))
 
 
 def test_the_rounding_of_scores_is_no_fault():

@@ -9,22 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM
 
+from benchmarks.peak_memory import compare
 from rto_fast.batch import pack
 from rto_fast.config import load_config
 from rto_fast.data.world import build_model
 from rto_fast.errors import ConfigError
 from rto_fast.models.loading import forward_hidden
 from rto_fast.plan import as_json, main
-from rto_fast.planning import memory
+from rto_fast.planning import passes
 from rto_fast.planning.advice import changed, fitting, single_changes
-from rto_fast.planning.hardware import DEVICES, GIB, parse_machine
-from rto_fast.planning.measure import compare
+from rto_fast.planning.machine import GIB, GPUS, parse_machine, usable_bytes
+from rto_fast.planning.memory import Setting, frozen_state, frozen_use, training_state
 from rto_fast.planning.outline import Items
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.shapes import KNOWN, find_shape, shape_of
 from rto_fast.preflight import room
+from tests.tiny_models import tiny_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LLAMA = load_config(["--config", str(next(path for path in CONFIGS if "llama3" in path.name))])
@@ -36,7 +38,7 @@ def test_parameters_are_exact(tmp_path):
     sizes = {name: find_shape(name).parameters for name in KNOWN}
     assert sizes["meta-llama/Meta-Llama-3-8B"] == 8_030_261_248 and sizes["Qwen/Qwen3-0.6B"] == 596_049_920
     assert sizes["HuggingFaceTB/SmolLM2-135M-Instruct"] == 134_515_008
-    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = tiny_config("llama", **SMALL, tie_word_embeddings=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)  # config.json and nothing else
     shape = find_shape(str(tmp_path))
@@ -49,9 +51,9 @@ def test_parameters_are_exact(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4),
-        LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-        Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+        tiny_config("llama", **SMALL, num_key_value_heads=4),
+        tiny_config("llama", **SMALL),
+        tiny_config("qwen3", **SMALL, head_dim=32),
     ],
     ids=["heads", "grouped heads", "head norms"],
 )
@@ -72,8 +74,8 @@ def test_activations_are_those_that_autograd_keeps(config, dtype):
         hidden = forward_hidden(model, batch)
         (hidden @ model.lm_head.weight.T.detach()).sum()
     measured = sum(size for size, _ in kept.values())
-    setting = memory.Setting(ranks=1, zero=0, itemsize=dtype.itemsize, gpu=False)
-    predicted = memory.kept_activations(shape_of(config, "small"), batch.num_tokens, setting)
+    setting = Setting(ranks=1, zero=0, itemsize=dtype.itemsize, gpu=False)
+    predicted = passes.kept_activations(shape_of(config, "small"), batch.num_tokens, setting)
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
@@ -81,7 +83,7 @@ def test_states_follow_the_optimizer_and_its_partition():
     parameters = 8e9
 
     def state(zero, ranks=8, itemsize=2, gpu=True, **options):
-        return memory.training_state(parameters, memory.Setting(ranks, zero, itemsize, gpu, **options))
+        return training_state(parameters, Setting(ranks, zero, itemsize, gpu, **options))
 
     assert state(0, itemsize=4, gpu=False).total == 12 * parameters  # masters are the weights themselves
     assert state(0).total == (2 + 12) * parameters
@@ -91,28 +93,25 @@ def test_states_follow_the_optimizer_and_its_partition():
     offloaded = state(2, offload_optimizer=True)
     assert offloaded.total == 2 * parameters and offloaded.host > 12 * parameters / 8
     assert state(3, offload_optimizer=True, offload_parameters=True).weights == 0
-    setting = memory.Setting(8, 2, 2, True, frozen="offloaded")
-    assert memory.frozen_state(parameters, setting).total == 0
-    assert memory.frozen_use(parameters, setting) == 2 * parameters
+    setting = Setting(8, 2, 2, True, frozen="offloaded")
+    assert frozen_state(parameters, setting).total == 0
+    assert frozen_use(parameters, setting) == 2 * parameters
 
 
-def test_what_saves_memory_and_what_costs_time():
+def test_what_saves_memory():
     machine = parse_machine("8xH200")
     plan = make_plan(LLAMA, machine)
     assert plan.fits and plan.setting.zero == 2
     by_title = {phase.title: phase.memory for phase in plan.phases}
     assert by_title["rto rollout"].kv == pytest.approx(64 * 2048 * 131072, rel=0.01)
-    single = make_plan(LLAMA, parse_machine("H200"))
-    assert not single.fits and single.seconds > 6 * plan.seconds
+    assert not make_plan(LLAMA, parse_machine("H200")).fits
     no_checkpointing = make_plan(changed(LLAMA, {"model.gradient_checkpointing": False}), machine)
-    assert no_checkpointing.seconds < plan.seconds and not no_checkpointing.fits
+    assert not no_checkpointing.fits
     totals = [
         make_plan(changed(LLAMA, {"deepspeed.zero_stage": zero}), machine).stages[0].phases[0].memory.total
         for zero in range(4)
     ]
     assert totals == sorted(totals, reverse=True)
-    faster = [make_plan(LLAMA, parse_machine(f"8x{name}")).seconds for name in ("A100-80", "H100", "H200", "B200")]
-    assert faster == sorted(faster, reverse=True)
 
 
 def test_adapters_share_one_base():
@@ -133,6 +132,8 @@ def test_advice_fits_when_it_is_taken():
     assert not plan.fits and found
     for alternative in found:
         assert make_plan(changed(LLAMA, alternative.changes), machine).fits
+    counts = [len({key.partition(".")[2] for key in alternative.changes}) for alternative in found]
+    assert counts[0] == min(counts)
     savings = [a.plan.peak.memory.total for a in single_changes(LLAMA, plan)]
     assert savings == sorted(savings) and savings[-1] < plan.peak.memory.total
 
@@ -244,5 +245,5 @@ def test_predicted_peaks_are_those_measured():
 
 
 def test_the_table_of_gpus_is_consistent():
-    for name, device in DEVICES.items():
-        assert 0 < device.usable < device.memory and device.link >= device.host_link, name
+    for name, mebibytes in GPUS.items():
+        assert 0 < usable_bytes(mebibytes * 2**20) < mebibytes * 2**20, name

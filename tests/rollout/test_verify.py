@@ -1,4 +1,4 @@
-"""The engine's own check: it knows rounding from a wrong computation, on any model and in any dtype."""
+"""The engine's own check distinguishes rounding from a wrong computation, for any model and dtype."""
 
 import os
 
@@ -11,7 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.rollout import NativeEngine, fuse, verify
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.verify import verified_cache
-from tests.tiny_models import ARCHITECTURES, tiny
+from tests.tiny_models import ARCHITECTURES, native_engine, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,12 +29,12 @@ def made(name, dtype, device="cpu"):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, SMOLLM2])
 def test_right_decoding_passes_in_every_dtype(name, dtype):
     for page_size in (None, 16):  # of 16: sequences cross pages
-        NativeEngine(made(name, dtype), None, RolloutConfig(page_size=page_size))
+        native_engine(made(name, dtype), page_size=page_size)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_model_with_much_noise_of_its_own_passes(seed):
-    """Logits of ±50: bfloat16 is off by a third of a nat, whoever computes it."""
+    """With logits of ±50, bfloat16 has an error of a third of a nat in any implementation."""
     model = tiny()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def neighbours_page(monkeypatch, model):
 
 
 def stale_weights(monkeypatch, model):
-    """Decoding reads the weights as they were: what an update moves is no rounding."""
+    """Decoding with weights from before an update differs by more than rounding."""
     layer = model.model.layers[0].mlp.down_proj
     before = layer.weight.detach().clone()
     decoding, packed = RolloutModel.hidden, RolloutModel.packed_logits
@@ -110,4 +110,4 @@ def test_planted_faults_of_decoding_are_found_in_every_dtype(name, dtype, fault,
     model = made(name, dtype)
     fault(monkeypatch, model)
     with pytest.raises(ModelError, match="decoded log-probs differ from those of its forward pass by"):
-        verified_cache(RolloutModel(model.eval()), RolloutConfig())
+        verified_cache(RolloutModel(model.eval()))

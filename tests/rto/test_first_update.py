@@ -52,7 +52,8 @@ def packed(model):
 def build(*options, policy=None, reference=None, dtype=torch.float32):
     config = load_config([*SHORT, *options])
     policy, reference = (packed((model or build_model(0)).to(dtype)) for model in (policy, reference))
-    models = Models(Model(policy.train()), Model(reference), None, None, None, lambda c: torch.arange(float(len(c))))
+    scorer = lambda c: torch.arange(float(len(c)))  # noqa: E731
+    models = Models(Model(policy.train()), Model(reference), None, None, None, scorer)
     return RTOTrainer(config, models, TOKENIZER, Sampling(12, stop_ids=(1,)), PROMPTS, "cpu", RecordedLog())
 
 

@@ -59,7 +59,7 @@ SICK = {
 KEYS = {  # what a message must name
     "dense_reward_dominates": ["rto.dpo_reward_scale from 0.1 to 0.013", "rto.dpo_reward_clip from 0.1 to 0.013"],
     "responses_are_cut": ["60%", "rollout.max_new_tokens (60)"],
-    "micro_batches_shrank": ["rto.micro_batch_tokens: 8192"],
+    "micro_batches_shrank": ["model.micro_batch_tokens: 8192"],
     "entropy_collapses": ["from 0.9 to 0.05", "rto.entropy_coef"],
 }
 CONFIG = load_config([])

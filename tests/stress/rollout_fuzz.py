@@ -1,10 +1,11 @@
-"""Random rollouts against an oracle: the model's own eager forward pass in float64, without a cache, and its draws.
+"""Compares random rollouts with an oracle: the model's own eager forward pass in float64, without a cache, and its draws.
 
     python -m tests.stress.rollout_fuzz [--minutes 5] [--seed 0] [--triton]
 
-Architecture, prompts, sampling, limits, slots, pages and memory are random, several rollouts an engine, with other weights
-and interrupted ones in between. Token, log-probs and finish reason of each sample are computed anew. Exits with 1 at the
-first that differs; the seed repeats it. `--triton`: as on a GPU, by Triton's interpreter; slow, so on few short sequences.
+Architecture, prompts, sampling, limits, slots, pages and memory are random. Each engine makes several rollouts; between
+them weights change and rollouts are interrupted. The oracle computes tokens, log-probs and finish reason of each sample.
+The first difference ends the process with code 1, and its seed repeats it. With `--triton` the kernels run through Triton's
+interpreter as they would on a GPU; this is slow, so the sequences are few and short.
 """
 
 import argparse
@@ -58,11 +59,11 @@ def request(r, vocabulary, context):
 def settings(r, engine, prompts, n, sampling, page_sizes):
     """Slots, pages and pieces at random, and often hardly any memory."""
     config = engine.config
-    config.batch_size, config.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
-    config.page_size, config.kv_cache_gib = r.choice(page_sizes), None
+    config.batch_size, engine.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
+    engine.page_size, config.kv_cache_gib = r.choice(page_sizes), None
     if r.random() < 0.5:
         longest = min(max(map(len, prompts)) + sampling.max_new_tokens, engine.model.context)
-        page = config.page_size or -(-longest // 16) * 16
+        page = engine.page_size or -(-longest // 16) * 16
         page_bytes = engine.cache.page_bytes // engine.cache.page_size * page
         pages = -(-longest // page) + r.randint(0, 6)
         config.kv_cache_gib = (pages + 1.5) * page_bytes / GIB

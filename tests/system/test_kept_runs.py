@@ -22,7 +22,7 @@ from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.loading import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
 from rto_fast.system.command_line import as_command
-from rto_fast.training.optimizer import Schedule
+from rto_fast.training.optimizer import ScheduledOptimizer
 from rto_fast.training.supervised import SupervisedTrainer
 from tests.system.faulty_inputs import LENGTHS, RTO, SFT, how_to_go_on
 
@@ -87,7 +87,7 @@ ENDS = {
     SystemExit(0): "the run was ended by SystemExit: 0",
     GeneratorExit(): "the run was ended by GeneratorExit",
     asyncio.CancelledError("late"): "the run was ended by CancelledError: late",
-    MemoryError(): "sft: out of memory: of the CPU. Lower sft.micro_batch_tokens",
+    MemoryError(): "sft: out of memory: of the CPU. Lower model.micro_batch_tokens",
 }
 
 
@@ -266,14 +266,14 @@ def test_a_checkpoint_of_another_run(refused, stopped, tmp_path):
     ids=["SFT", "DPO", "reward model", "critic", "policy", "policy, hf"],
 )
 def test_training_that_diverges(refused, monkeypatch, tmp_path, arguments, message):
-    begin = Schedule.__init__
+    begin = ScheduledOptimizer.__init__
 
     def begin_too_fast(self, *arguments):
         begin(self, *arguments)
         self.peak_lr = 1e30 if self.peak_lr == 1 else self.peak_lr
 
     monkeypatch.setattr(
-        Schedule, "__init__", begin_too_fast
+        ScheduledOptimizer, "__init__", begin_too_fast
     )  # no option can: 1 is the most, and a little model bears it
     line = refused(*arguments)
     assert message in line and "lower the learning rate" in line and line.endswith(how_to_go_on(tmp_path / "out"))
@@ -313,7 +313,7 @@ def full_disk(size):
 
 FULL = {  # a model has 450 KB, a checkpoint 1.4 MB
     "model": (200_000, [], "out/sft: the model could not be written: "),
-    "checkpoint": (600_000, ["--sft.save_every", "1"], "sft-00000001: the checkpoint could not be written: "),
+    "checkpoint": (600_000, ["--save_every", "1"], "sft-00000001: the checkpoint could not be written: "),
     "log": (6_000, ["--sft.max_steps", "100", "--sft.epochs", "99"], "metrics.jsonl could not be written: "),
 }
 

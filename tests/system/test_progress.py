@@ -15,14 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rto_fast import plan
 from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.evaluation.policies import evaluate
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.models.model import Model
-from rto_fast.planning import measure
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
 from rto_fast.stages import dpo
@@ -146,8 +144,8 @@ def test_a_long_step_says_how_much_of_it_is_done(capsys):
     said = []
     with progress_module.progress("sft", 2, "steps") as phase:
         phase.advance()
-        passes = lambda indices, factor: said.append(phase.line()) or {}  # noqa: E731
-        Accumulator(10, print).run(passes, [6, 6, 6, 6], [])
+        for _ in Accumulator(10, print).step(range(4), [6, 6, 6, 6], []):
+            said.append(phase.line())
         phase.start -= 60
         said.append(phase.line())
         phase.advance()
@@ -232,39 +230,29 @@ def test_nothing_is_shown_unasked_and_no_thread_is_left(monkeypatch, capsys):
     assert threading.active_count() == before and not capsys.readouterr().err
 
 
-def test_a_measurement_tells_how_far_its_runs_are(quick, tmp_path, monkeypatch, capsys):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'sft 1/2  7 s'; echo 'sft 2/2  9 s, 0 s left'\nsleep 0.5\necho '{}' > \"$3\"\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(measure, "write_model", lambda folder, **sizes: None)
-    assert plan.main(["--measure"]) == {}
-    lines = capsys.readouterr().err.splitlines()
-    for number in (1, 2):
-        shown = rf"measuring, run {number} of 2: 1 of 4 stages, .* s, about .* s left \(sft 2/2 9 s, 0 s left\)"
-        assert any(re.fullmatch(shown, line) for line in lines), lines
-
-
-def test_work_of_models_is_a_phase(tmp_path, monkeypatch):
+def test_work_of_models_is_a_phase(tmp_path):
     """Loading, sampling, judging, log-probs, writing: each with its count where it has one."""
     phases = []
-    monkeypatch.setattr(
-        progress_module._DISPLAY,
-        "end",
-        lambda phase, end=progress_module._DISPLAY.end: (
-            phases.append((phase.what, phase.count, phase.total)),
-            end(phase),
-        ),
-    )
+
+    @contextlib.contextmanager
+    def record(phase):
+        yield
+        phases.append((phase.what, phase.count, phase.total))
+
     folder, tokenizer = tmp_path / "model", build_tokenizer()
     build_model(0).save_pretrained(folder)
-    model = load_causal_lm(str(folder), device="cpu", dtype=torch.float32, trainable=False)
-    engine = build_engine(model, tokenizer, RolloutConfig(engine="hf"))
-    items = [Prompt([3, 4, 5], "p", {})] * 3
-    stops = stop_token_ids(tokenizer)
-    evaluate(engine, items, Sampling(max_new_tokens=4, stop_ids=tuple(stops)), lambda c: torch.zeros(len(c)), tokenizer)
-    dpo.pair_logps(model, [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8)
-    save_model(Model(model), tokenizer, tmp_path / "saved")
+    with progress_module.observed(record):
+        model = load_causal_lm(str(folder), device="cpu", dtype=torch.float32, trainable=False)
+        engine = build_engine(model, tokenizer, RolloutConfig(engine="hf"))
+        items = [Prompt([3, 4, 5], "p", {})] * 3
+        stops = stop_token_ids(tokenizer)
+        evaluate(
+            engine, items, Sampling(max_new_tokens=4, stop_ids=tuple(stops)), lambda c: torch.zeros(len(c)), tokenizer
+        )
+        dpo.pair_logps(
+            Model(model), [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8
+        )
+        save_model(Model(model), tokenizer, tmp_path / "saved")
     assert [(what.partition(f" {tmp_path}")[0], count, total) for what, count, total in phases] == [
         ("loading and checking", 0, None),
         ("sampling", 3, 3),

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rto_fast import evaluate, report
 from rto_fast.data.cache import CachingTokenizer
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
-from rto_fast.evaluate import check_output, write_json
+from rto_fast.evaluation.output import check_output, write_json
 from rto_fast.models.model import Model
 from rto_fast.reporting import draw
 from rto_fast.reporting.report import write_report
@@ -147,10 +148,15 @@ def test_a_report_to_stdout_is_all_that_is_there(name, capfd):
 
 @pytest.mark.parametrize("name", ["-", "link"])
 def test_an_evaluation_to_stdout_is_all_that_is_there(name, capfd, monkeypatch):
-    def measure(options, say):
-        say("policy: responds to 4 prompts")
+    def measure(inputs):
+        inputs.say("policy: responds to 4 prompts")
         return {"rewards": {}, "kl": {key: {"value": 1.0, "low": 0.5, "high": 2.0, "count": 4} for key in ("k1", "k3")}}
 
+    def opened(options, say):
+        return types.SimpleNamespace(say=say)
+
+    monkeypatch.setattr("rto_fast.evaluation.inputs.open_evaluation", opened)
+    monkeypatch.setattr("rto_fast.preflight.evaluation.check_before_evaluation", lambda inputs: None)
     monkeypatch.setattr("rto_fast.evaluation.measure.measure", measure)
     Path("link").symlink_to("/dev/stdout")
     evaluate.main(["--model", "m", "--data", "embedded:eval_prompts", "--output", name])
@@ -317,8 +323,8 @@ OTHERS = {
     "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/reporting/trackers.py": {"open"},
-    "rto_fast/planning/measure.py": {"write_text", "TemporaryDirectory"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
+    "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
     "benchmarks/gpu.py": {"open", "mkdtemp"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},

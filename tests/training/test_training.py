@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rto_fast.config import DeepSpeedConfig, StageConfig
+from rto_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, SFTConfig
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Demonstration, Pair, Prompt
 from rto_fast.errors import TrainingError
@@ -26,11 +26,11 @@ def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
 
 
-def regression(dtype, steps=20, **options):
+def regression(dtype, steps=20, lr=1e-2, **options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).to(dtype)
-    stage = StageConfig(**{"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_ratio": 0.0} | options)
-    optimizer = Optimizer(Model(model), stage, steps)
+    settings = OptimizerConfig(**{"weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_ratio": 0.0} | options)
+    optimizer = Optimizer(Model(model), SFTConfig(lr=lr), settings, steps)
     data = torch.randn(steps, 4, 8).to(dtype)
     return model, optimizer, data
 
@@ -120,7 +120,7 @@ def test_a_restored_order_goes_on():
     assert order.take(9) == other.take(9)
 
 
-def linear_trainer(say=print, items=10, data="", seen=None, **options):
+def linear_trainer(say=print, items=10, data="", seen=None, micro_batch_tokens=16384, optimizer=None, **options):
     """y = w·x on some items; the loss is the mean over the step's items. seen: takes the items of each step."""
     torch.manual_seed(0)
     model, x, y = torch.nn.Linear(3, 1, bias=False), torch.randn(items, 3), torch.randn(items)
@@ -131,8 +131,10 @@ def linear_trainer(say=print, items=10, data="", seen=None, **options):
         error = model(x[indices])[:, 0] - y[indices]
         return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
 
-    stage = StageConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
-    config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig())
+    stage = SFTConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
+    model_config = ModelConfig(micro_batch_tokens=micro_batch_tokens)
+    optimizer = OptimizerConfig(**optimizer or {})
+    config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer, model=model_config)
     return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, say, data)
 
 
@@ -214,7 +216,9 @@ def test_a_restored_trainer_goes_on_bitwise():
 )
 def test_a_stage_trains_on_all_of_its_data_as_often_as_it_has_epochs(items, epochs, batch_size):
     seen = []
-    trainer = linear_trainer(items=items, epochs=epochs, batch_size=batch_size, min_lr_ratio=0.0, seen=seen)
+    trainer = linear_trainer(
+        items=items, epochs=epochs, batch_size=batch_size, optimizer={"min_lr_ratio": 0.0}, seen=seen
+    )
     metrics = train(trainer)
     assert sorted(index for step in seen for index in step) == sorted([*range(items)] * epochs)
     total, last = len(seen), items * epochs % batch_size or batch_size
@@ -226,7 +230,7 @@ def test_a_stage_trains_on_all_of_its_data_as_often_as_it_has_epochs(items, epoc
 
 
 def test_a_smaller_last_step_is_normalised_by_its_own_number_of_items():
-    trainer = linear_trainer(items=5, epochs=1, batch_size=3, micro_batch_tokens=5, max_grad_norm=1e9)
+    trainer = linear_trainer(items=5, epochs=1, batch_size=3, micro_batch_tokens=5, optimizer={"max_grad_norm": 1e9})
     train(trainer, 1)
     weight = trainer.model.module.weight.detach().clone().requires_grad_()
     left = trainer.order._order[3:]
