@@ -123,7 +123,7 @@ def _items(config: Config) -> dict[str, Items]:
     from rto_fast.session import open_session, resolve_device
 
     device = resolve_device(config.device)
-    models = supplied_models(config, config.model.path)
+    models = supplied_models(config, config.model.path or "")
     session = open_session(config, models, device, resolve_dtype(config.model.dtype, device), say=lambda text: None)
     return data_items(config, session.data)
 

@@ -4,8 +4,8 @@
 
 Writes the sections between markers of benchmarks/README.md: predictions of kernels and rollouts; results, if there are
 any; with --static the machine-code table of `python -m benchmarks.static`; with --cpu the times of the CPU path and of
-rollouts on this machine. Also writes a short table to the README at its marker `kernel-results`, and plots beside the
-results.
+rollouts on this machine. Also writes a short table to docs/benchmarks.md at its marker `kernel-results`, and
+plots beside the results.
 """
 
 import platform
@@ -151,7 +151,7 @@ def cpu_rollout_section():
 
 
 def headline(results):
-    """The README's short table: our function and the best peer, for the shapes of the three models."""
+    """The short table of docs/benchmarks.md: our function and the best peer, for the shapes of the three models."""
     lines = []
     for result in results:
         lines += [f"{result['gpu']}, commit {result['commit']}, T = 8192: ours ms (% of limit) / fastest peer ms", ""]
@@ -257,7 +257,7 @@ def main():
         for png in write_plots(path.parent, path.stem, result):
             say(f"wrote {png}")
     if results:
-        replace_section(FOLDER.parent / "README.md", "kernel-results", headline(results))
+        replace_section(FOLDER.parent / "docs" / "benchmarks.md", "kernel-results", headline(results))
         say(headline(results))
     else:
         say(NO_RESULTS)

@@ -23,15 +23,14 @@ if TYPE_CHECKING:  # imported after the options: --help and mistakes in them nee
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 GIB = 1 << 30
 
-
 PLAN = Command(
     "rto_fast.plan",
     "Predicts how much memory each phase of a run takes, and says what to change where it does not fit. It needs no "
     "network, no GPU and no weights. All options of `python -m rto_fast.train` work here too.",
     {
         "--config llama3_8b_ultrafeedback --gpus 8xH200": "the paper's main setting on eight GPUs",
+        "--gpus cpu": "the embedded default on this machine's CPU",
         "--sft.model DIR --data.preferences pairs.jsonl": "your model and data on this machine",
-        "--gpus 1xRTX4090 --model_shape DIR --json": "a model that is not here yet, as JSON",
     },
     switches=("json",),
 )

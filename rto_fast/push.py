@@ -1,4 +1,4 @@
-"""`python -m rto_fast.push RUN_DIR --repo OWNER/NAME`: a run's final model on the Hugging Face Hub."""
+"""`python -m rto_fast.push RUN_DIR --repo OWNER/NAME` uploads a run's final model to the Hugging Face Hub."""
 
 import sys
 from dataclasses import dataclass

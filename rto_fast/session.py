@@ -17,7 +17,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
-from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer, vocabulary_size
+from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
@@ -90,31 +90,29 @@ class TrainingSession(Session):
         return path
 
 
-def open_session(
-    config: Config, models: Sequence[Supplied], device: str, dtype: torch.dtype, say: Callable[[str], object]
-) -> Session:
+def open_session(config: Config, models: Sequence[Supplied], device: str, say: Callable[[str], object]) -> Session:
     """Loads the tokenizer, checks the models' files and prepares the data.
 
     Args:
         config: The configuration.
         models: The models that it names, the policy's start first.
-        device: From `resolve_device`.
-        dtype: Of the models' weights.
+        device: From `prepare_process`.
         say: Is called with a line of text for each report of the data.
 
     Raises:
         ModelError: A model or the tokenizer cannot be used.
     """
-    trust, base = config.model.trust_remote_code, models[0].path
+    base, trust = models[0], config.model.trust_remote_code
     if trust:
         deepspeed_import.reveal()  # a model's own code may want it
-    tokenizer = load_tokenizer(config.model.tokenizer or base, trust_remote_code=trust)
-    check_models(models, tokenizer, trust_remote_code=trust)
-    stop_ids = stop_token_ids(tokenizer, generation_config(base, trust_remote_code=trust))
-    size = vocabulary_size(base, trust_remote_code=trust)
-    check_stop_ids(stop_ids, base, size)
+    tokenizer = load_tokenizer(config.model.tokenizer or base.path, trust_remote_code=trust)
+    check_models(models, tokenizer)
+    stop_ids = stop_token_ids(tokenizer, base.generation_config())
+    size = base.config().get_text_config().vocab_size
+    check_stop_ids(stop_ids, base.path, size)
     sampling = Sampling.of(config.rollout, stop_ids)
     data = RunData(config.data, tokenizer, stop_ids, say, size)
+    dtype = resolve_dtype(config.model.dtype, device)
     return Session(config, tuple(models), device, dtype, tokenizer, stop_ids, sampling, data)
 
 
@@ -139,22 +137,28 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     log = RunLog(folder, silent=not ranks.is_main())
     log.take_notices()
     resume = bool(config.resume)
-    checkpoints = Checkpoints(folder, log, keep=config.keep_checkpoints, resume=resume, stop=stop, lock=lock)
+    checkpoints = Checkpoints(
+        folder,
+        log,
+        keep=config.keep_checkpoints,
+        resume=resume,
+        stop=stop,
+        lock=lock,
+        interval=config.checkpoint_interval,
+    )
     if ranks.is_main():
         log.trackers = _trackers(config, folder, checkpoints)
-    device = resolve_device(config.device)
-    prepare_process(device, config.threads)
+    device = prepare_process(config)
     torch.manual_seed(config.seed)
     base = config.sft.model or config.model.path
     assert base  # a configuration without one is refused when it is read
     if base == "embedded" and not config.sft.model:
         base = save_model(Model(build_model(config.seed)), build_tokenizer(), folder / "base")
-    dtype = resolve_dtype(config.model.dtype, device)
-    session = open_session(config, supplied_models(config, base), device, dtype, log.say)
+    session = open_session(config, supplied_models(config, base), device, log.say)
     return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)
 
 
-def resolve_device(name: str) -> str:
+def _resolve_device(name: str) -> str:
     """The device that the setting `device` (auto, cpu or cuda) means in this process."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for and there is none; use --device cpu")
@@ -166,12 +170,14 @@ def resolve_device(name: str) -> str:
     return f"cuda:{local_rank()}" if use_cuda else "cpu"
 
 
-def prepare_process(device: str, threads: int | None) -> None:
-    """Sets the number of CPU threads and turns off what libraries print about files and a missing GPU."""
+def prepare_process(config: Config) -> str:
+    """Sets the number of CPU threads, turns off what libraries print about files and a missing GPU; returns the device."""
+    device = _resolve_device(config.device)
     logging.disable_progress_bar()
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    use_threads(threads)
+    use_threads(config.threads)
+    return device
 
 
 def _trackers(config: Config, folder: Path, checkpoints: Checkpoints) -> list[TensorBoard | Service]:

@@ -1,9 +1,11 @@
-"""`python -m rto_fast.train`: SFT → reward model → DPO → RTO, each stage trained or supplied."""
+"""`python -m rto_fast.train`: SFT → reward model → DPO → RTO → evaluation → report. Each stage is trained or supplied."""
 
+import contextlib
 import functools
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rto_fast.config import Config, load_config
@@ -19,6 +21,13 @@ INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if there 
 
 def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
     """Runs the configured stages; returns what was measured of each policy, by its name."""
+    with started(arguments) as (config, stop):
+        return train(config, stop)
+
+
+@contextlib.contextmanager
+def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRequest]]:
+    """Reads the configuration, takes over signals and joins the other ranks, for the time of the context."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
         # deepspeed's launcher adds --local_rank, which says the same as the environment
@@ -28,17 +37,29 @@ def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
-            return train(config, stop)
+            yield config, stop
 
 
 def _say(text: str) -> None:
-    """Says what comes before the run has its log; of several processes, one speaks."""
+    """Says what comes before the run has its log; of several processes, one prints."""
     if speaks():
         say(text)
 
 
 def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
-    """Runs the stages of `config` as one of its ranks, until `stop` asks for an end; no other run can do so meanwhile."""
+    """Runs the stages of a configuration in its output folder; in a launched run every rank calls this.
+
+    Args:
+        config: The configuration.
+        stop: Asks the run to end.
+
+    Returns:
+        What was measured of each policy, by its name.
+
+    Raises:
+        UserError: The run cannot start, or cannot go on.
+        Interrupted: `stop` asked for the end.
+    """
     from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
     from rto_fast.preflight.checks import check_before_training
     from rto_fast.preflight.sources import check_pairs_given
@@ -56,7 +77,7 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()
-    # The run's log takes all warnings until the end.
+    # The run's log shows the package's own warnings, until the end.
     with warnings.catch_warnings(), claimed_output(config) as lock:
         with progress("reading models' settings and data"):
             check_pairs_given(config)
@@ -85,7 +106,7 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
                 if not rto:
                     critic = choose_critic(session, sft, reward_model, scorer)
                     evaluate = functools.partial(evaluate_iteration, session, judge) if judge else None
-                    # The models are not named here: what they take is free before the policies are compared.
+                    # The models have no name here: their memory is free before the policies are compared.
                     rto = finish(
                         "rto", train_rto(session, load_models(config, sft, dpo, critic, scorer, loader), evaluate)
                     )
@@ -107,5 +128,5 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    with as_command(interrupted=INTERRUPTED):
-        main()
+    with as_command(interrupted=INTERRUPTED), started() as (config, stop):
+        train(config, stop)

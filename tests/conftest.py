@@ -1,14 +1,17 @@
-"""Without a GPU the Triton kernels run through Triton's interpreter, and only they do.
+"""Settings of all tests: Triton's interpreter where there is no GPU, the order of the files, and common fixtures.
 
-Triton decides at decoration: its own library functions when it is first imported, ours when a kernel module is. So the
-switch must be thrown before any test module is imported, and stay thrown inside Triton; but not in the environment,
-where `rto_fast.ops` (whose CPU path is the torch reference) and subprocesses would see it.
+Without a GPU the Triton kernels run through Triton's interpreter, and nothing else does. Triton decides when a function is
+decorated: for its own functions at its first import, for ours at the import of a kernel module. So the switch is set before
+any test module is imported, and stays set inside Triton. It is not left in the environment, where subprocesses and
+`rto_fast.ops`, whose CPU path is the torch reference, would see it.
 """
 
 import contextlib
+import gc
 import os
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests run beside each other
 
@@ -24,9 +27,42 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
     del os.environ["TRITON_INTERPRET"]
 
 
+# The files that take longest, longest first: two workers end together if none of these begins last.
+LONGEST = (
+    "tests/distributed/test_ranks.py",
+    "tests/training/test_resume.py",
+    "tests/kernels/test_machine_code.py",
+    "tests/rollout/test_decode.py",
+    "tests/test_commands.py",
+    "tests/planning/test_plan.py",
+    "tests/distributed/test_faults.py",
+    "tests/models/test_saved_models.py",
+    "tests/system/test_kept_runs.py",
+    "tests/stress/test_faults.py",
+    "tests/stress/test_fuzz.py",
+)
+
+
+def pytest_configure(config):
+    """With pytest-xdist, files are given out in the order of collection and not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    root, order = Path(__file__).parent.parent, {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(root).as_posix(), len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Keeps what is imported by now out of garbage collection: a run collects after each stage, over a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def limited():
-    """`with limited(seconds)`: what takes longer, as reading a pipe that nobody writes to, fails."""
+    """`with limited(seconds)` fails where its body takes longer, such as one that reads a pipe nobody writes to."""
 
     def late(*_):
         pytest.fail("it hangs")
@@ -56,7 +92,7 @@ def interpreter():
 
 @pytest.fixture(scope="session")
 def device(request):
-    """Where the Triton kernels run in this process: what a test hands to them must lie there, models too."""
+    """The device on which the Triton kernels run in this process; their inputs, models too, must lie on it."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     request.getfixturevalue("interpreter")

@@ -1,4 +1,4 @@
-"""Two real processes: starts a test's own file as a script, `python FILE rank store`, once a rank."""
+"""Starts a test's own file as a script, `python FILE rank store`, in one process for each of two ranks."""
 
 import os
 import socket
@@ -11,10 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(file, folder, seconds=180, arguments=None, **environment):
-    """Runs the ranks and waits; a rank that fails shows its output, and none is left behind.
+    """Runs the ranks and waits for them. The output of a rank that fails is shown, and no process is left behind.
 
     Args:
-        arguments: of the script instead of `rank store`.
+        file: the script.
+        folder: holds the store by which the ranks find each other.
+        seconds: how long the ranks may take.
+        arguments: the script's arguments instead of `rank store`.
+        environment: more variables of the ranks' environment.
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -46,10 +50,10 @@ def run_ranks(file, folder, seconds=180, arguments=None, **environment):
 
 
 def join_deepspeed(rank, store):
-    """Makes this process one of the ranks, in DeepSpeed's gloo group."""
+    """Lets this process join DeepSpeed's gloo group as one of the ranks."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=rank, world_size=RANKS
     )

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and that their scripts run from start to end on a machine without a GPU."""
+"""The arithmetic of the benchmarks; their scripts run from start to end without a GPU."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_the_bound_of_a_decode_step(decoder):
 
 
 def test_the_bound_of_a_rollout():
-    """Prompts of 3 and 5 tokens, responses of 2 and 4: the first tokens come from the prefill, then three steps."""
+    """Prompts of 3 and 5 tokens and responses of 2 and 4: the prefill gives the first tokens, then there are three steps."""
     decoder, workload = decoders.TINY, decoders.Workload("two", (3, 5), (2, 4))
     device = costs.Device("a byte a second", 1.0, 1e12)
     kv, weights = 2 * 2 * 2 * 16, 2 * 32 * (16 * (2 * 4 + 2 * 2) + 3 * 64) + 32 * 300  # elements
@@ -235,7 +235,7 @@ def test_without_a_gpu_the_gpu_script_says_so():
 
 
 def test_gpu_script_and_report(tmp_path):
-    """All parts but the tests, which would start pytest again."""
+    """All parts except the tests, which would start pytest again."""
     parts = ("kernels", "scaling", "advantages", "rollout", "end_to_end")
     process = run("benchmarks/gpu.py", "--cpu-smoke", "--out", str(tmp_path), "--only", *parts)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -267,11 +267,11 @@ OPTIONAL = ("tests", "seconds", "rollout", "end_to_end", "notes", "ceilings_afte
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_committed_results_are_in_the_readmes(path, tmp_path):
+def test_committed_results_are_in_the_docs(path, tmp_path):
     pytest.importorskip("matplotlib")
     result = json.loads(path.read_text())
     assert report.results_section(roofline.load_results()) in (ROOT / "benchmarks" / "README.md").read_text()
-    assert report.headline(roofline.load_results()).strip() in (ROOT / "README.md").read_text()
+    assert report.headline(roofline.load_results()).strip() in (ROOT / "docs" / "benchmarks.md").read_text()
     names = {png.name for png in report.write_plots(tmp_path, path.stem, result)}
     assert names and names == {png.name for png in path.parent.glob(f"{path.stem}-*.png")}, (
         "run python -m benchmarks.report"
@@ -280,7 +280,7 @@ def test_committed_results_are_in_the_readmes(path, tmp_path):
 
 @pytest.mark.parametrize("absent", [*((name,) for name in OPTIONAL), OPTIONAL], ids="-".join)
 def test_results_without_an_optional_part(tmp_path, absent):
-    """Parts run in calls of their own: a file may lack any of them, for the readers and for a run that goes on from it."""
+    """Parts run in separate calls, so readers, and runs that continue a file, must accept files without some parts."""
     result = {name: part for name, part in json.loads(RESULTS[0].read_text()).items() if name not in absent}
     (tmp_path / "some-gpu.json").write_text(json.dumps(result | {"commit": gpu.commit()}))
     section = report.results_section(roofline.load_results(tmp_path))
@@ -295,7 +295,7 @@ def test_results_without_an_optional_part(tmp_path, absent):
 
 
 def test_a_gemm_bound_op_is_held_against_gemms_that_run_as_long(monkeypatch):
-    """One large GEMM alone runs at the clock of a burst; 10 GEMMs of 2·512³ FLOPs take as long as the op would."""
+    """A single large GEMM runs at the clock of a burst; 10 GEMMs of 2·512³ FLOPs take as long as the op would."""
     calls = []
     monkeypatch.setattr(timing.torch, "mm", lambda a, b, out: calls.append(out.shape))
     provider, flops = timing.gemms(timing.Clock("cpu"), 10.4 * 2 * 512**3)

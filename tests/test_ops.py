@@ -1,4 +1,4 @@
-"""The public face: what is refused and how, what importing it costs, and empty inputs."""
+"""The public ops: which arguments are refused and how, the cost of the import, and empty inputs."""
 
 import inspect
 import math
@@ -161,7 +161,8 @@ def test_errors_name_the_argument(op, name, bad):
         getattr(ops, op)(**ARGUMENTS[op] | {name: bad})
 
 
-# Of every number: what is refused beside NaN, infinities, what float32 cannot hold, and what is no number; and what passes.
+# Of every number: what is refused beside NaN, infinities, what float32 cannot hold, and what is no number; and what
+# passes.
 NUMBERS = {
     "temperature": ([0.0, -1.0, 1e-60], [1e-4, 1, 1e4]),
     "softcap": ([0.0, -30.0], [None, 30]),
@@ -274,7 +275,7 @@ def test_every_tensor_is_a_tensor(op, name):
 
 @pytest.mark.parametrize("op", ["gae", "rto_advantages"])
 def test_padded_tensors_are_told_how_to_pack(op):
-    """The line of code in the message makes what the op takes."""
+    """The line of code in the error message makes valid arguments."""
     mask = torch.tensor([[True, True, True, False], [False, False, False, False], [True, False, False, False]])
     grid = torch.arange(12.0).view(3, 4)
     names = [name for name, x in ARGUMENTS[op].items() if len(x) == T and x.is_floating_point()]
@@ -291,7 +292,7 @@ def test_padded_tensors_are_told_how_to_pack(op):
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_no_check_looks_at_a_value_on_a_gpu(op, monkeypatch):
-    """Tensors on a GPU that hold nothing: a look at a value, which would wait for the device, raises."""
+    """Tensors on a GPU without values: reading a value, which would wait for the device, raises."""
     kernels = SimpleNamespace(**{op: lambda *_, **options: None})
     monkeypatch.setattr(ops, "_implementation", lambda *_: kernels)
     with FakeTensorMode():
@@ -303,7 +304,7 @@ def test_no_check_looks_at_a_value_on_a_gpu(op, monkeypatch):
 
 @pytest.fixture(params=["reference", "triton"])
 def place(request, monkeypatch):
-    """Where the tensors of a path live."""
+    """The device of the tensors of an implementation."""
     if request.param == "reference":
         return torch.device("cpu")
     from rto_fast.kernels import arguments
@@ -350,7 +351,7 @@ def test_what_requires_a_gradient_gets_one_or_is_a_constant(op, place):
 
 @pytest.mark.parametrize("op, same", [("ppo_policy_loss", "old_logps"), ("ppo_value_loss", "old_values")])
 def test_the_first_step_needs_no_detach(op, same, place):
-    """The log-probs that a loss differentiates, given as the old ones too, are those of a constant copy."""
+    """If `old_logps` is `logps` itself, the loss is that of a constant copy."""
     arguments = {name: x.to(place) for name, x in ARGUMENTS[op].items()} | {"advantages": torch.ones(T, device=place)}
     if op == "ppo_value_loss":
         arguments = arguments | {"returns": arguments.pop("advantages")}
@@ -386,7 +387,7 @@ def test_results_are_float32(op, dtype):
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_empty_inputs(op):
-    """No tokens (of two sequences, or of none): empty results, zero losses, no NaN."""
+    """Without tokens, of two sequences or of none, results are empty and losses are 0, not NaN."""
     for sequences in (2, 0):
         arguments = {name: x if name == "lm_head_weight" else x[:0] for name, x in ARGUMENTS[op].items()}
         if "cu_seqlens" in arguments:
@@ -422,7 +423,7 @@ print(seconds, *heavy & {"triton", "transformers", "deepspeed", "datasets", "acc
 
 @pytest.mark.parametrize("interpret, module", [("0", "reference"), ("1", "advantages")])
 def test_cpu_dispatch(interpret, module, request):
-    """CPU tensors take the torch reference, or, when Triton is told to interpret, the Triton code."""
+    """CPU tensors run the torch reference, or the Triton code if TRITON_INTERPRET is set."""
     if interpret == "1":
         request.getfixturevalue("interpreter")
     imported, *advantages = run_python(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from rto_fast.data.world import build_model, build_tokenizer, prompt_rows
+from rto_fast.data.world import build_tokenizer, prompt_rows
 from rto_fast.train import main
+from tests.tiny_models import world_scorer
 
 # Every stage of the embedded default, for a few steps.
 SHORT = [
@@ -83,7 +84,7 @@ def test_every_step_is_recorded(run):
 
 
 def test_the_result_is_an_ordinary_hugging_face_checkpoint(run):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     folder = run[0] / "rto"
     assert not list(run[0].rglob("*.bin")) and not list(run[0].rglob("*.pt"))
@@ -177,9 +178,7 @@ def foreign_reward_model(folder):
     """With its own, other vocabulary."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])
-    config = build_model(0).config
-    config.vocab_size, config.num_labels = len(tokenizer), 1
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    world_scorer(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

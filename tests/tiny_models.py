@@ -1,9 +1,10 @@
-"""Tiny models of every architecture the native engine is known to decode."""
+"""The tests' tiny models: of an architecture, of the embedded world, a scorer, and a directory that holds one."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.config import RolloutConfig
+from rto_fast.data.world import build_model, build_tokenizer, model_config
 from rto_fast.rollout import NativeEngine
 
 SIZES = dict(
@@ -18,6 +19,7 @@ SIZES = dict(
     bos_token_id=2,
     eos_token_id=1,
 )
+# The architectures that the native engine is known to decode.
 ARCHITECTURES = {
     "llama": {},
     "qwen2": {},
@@ -44,16 +46,51 @@ ARCHITECTURES = {
 }
 
 
-def tiny(name="llama", **extra):
-    """A model with weights so large that its greedy choices are not close."""
-    torch.manual_seed(1)
-    options = {k: v for k, v in (SIZES | ARCHITECTURES[name] | extra).items() if v is not None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), dtype=torch.float32)
+def tiny_config(name="llama", **sizes):
+    """The configuration of any architecture; a size of None is left to the architecture."""
+    options = SIZES | ARCHITECTURES.get(name, {}) | sizes
+    return AutoConfig.for_model(name, **{key: value for key, value in options.items() if value is not None})
+
+
+def tiny(name="llama", auto_class=AutoModelForCausalLM, seed=1, std=0.3, **sizes):
+    """A model with weights so large that its greedy choices are not close; with std=None, with those of its own class."""
+    torch.manual_seed(seed)
+    model = auto_class.from_config(tiny_config(name, **sizes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+            if std is not None and parameter.dim() > 1:
+                parameter.normal_(std=std)
     return model.eval()
+
+
+def world_model(auto_class=AutoModelForCausalLM, seed=0, **settings):
+    """The embedded world's model with other settings, as `build_model` of the package makes it without."""
+    config = model_config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    return auto_class.from_config(config)
+
+
+def world_scorer(seed=0, **settings):
+    """A sequence classifier of the embedded world: a reward model or a critic."""
+    return world_model(AutoModelForSequenceClassification, seed, **{"num_labels": 1} | settings)
+
+
+def save_world_model(folder):
+    """Writes the embedded world's model and its tokenizer as transformers does; returns the folder."""
+    build_model(0).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def perturbed(model, size, seed=0):
+    """The model with noise on every parameter, biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
 
 
 def prompts(lengths=(5, 23, 17, 9, 40), seed=0):
@@ -62,14 +99,14 @@ def prompts(lengths=(5, 23, 17, 9, 40), seed=0):
 
 
 def assert_same(found, expected):
-    """Two RolloutBatches, up to the rounding of their log-probs."""
+    """Asserts that two RolloutBatches are equal up to the rounding of their log-probs."""
     assert found.response_ids == expected.response_ids and found.finish_reasons == expected.finish_reasons
     for name in ("logps", "sampling_logps"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=0)
 
 
 def state_of(model):
-    """What a rollout leaves as it was."""
+    """All of a model that a rollout must not change."""
     return {
         "modes": [m.training for m in model.modules()],
         "attention": model.config._attn_implementation,

@@ -66,7 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Notice)
-        look(options, Page(wants_styles()), say)
+        look(
+            options.source or "",
+            options.data,
+            Page(wants_styles()),
+            say,
+            tokenizer_path=options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
+            examples_shown=options.examples,
+        )
     for message in dict.fromkeys(str(warning.message) for warning in caught if isinstance(warning.message, Notice)):
         say("\nnote: ", one_line(message))
 

@@ -1,6 +1,7 @@
-"""What Arrow files unpack to, by their messages alone: `datasets` maps them into memory, but packed ones it unpacks whole.
+"""Reads from the messages of Arrow files how large they are once unpacked.
 
-(https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format, the format's Message.fbs)
+`datasets` maps plain files into memory, but it unpacks packed ones as a whole. The format is described in
+https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format and in its Message.fbs.
 """
 
 import struct
@@ -13,9 +14,11 @@ _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2
 
 
 def check_arrow_files(folder: Path, budget: Budget) -> None:
-    """Takes what the packed messages of all .arrow files in a folder unpack to; DataError where that is too much.
+    """Takes the unpacked size of the packed messages in all .arrow files of a folder from `budget`.
 
-    Raises ValueError, OSError: of pyarrow, a damaged file.
+    Raises:
+        DataError: they are too large.
+        ValueError, OSError: a file is damaged.
     """
     import pyarrow
 
@@ -29,7 +32,7 @@ def check_arrow_files(folder: Path, budget: Budget) -> None:
 
 
 def _unpacked(message: Any) -> int:
-    """Bytes that the packed buffers of a message name as their unpacked size; 0 where nothing is packed."""
+    """The sum of the unpacked sizes that the packed buffers of a message name, in bytes; 0 where nothing is packed."""
     content, body = bytes(message.metadata), message.body
     table = _number("<I", content, 0)
     header_field = _field(content, table, 1)
@@ -46,7 +49,7 @@ def _unpacked(message: Any) -> int:
     for index in range(_number("<I", content, buffers)):
         offset, length = struct.unpack_from("<qq", content, buffers + 4 + 16 * index)
         if length >= 8:
-            total += max(0, _number("<q", bytes(body.slice(offset, 8)), 0))  # -1: not packed after all
+            total += max(0, _number("<q", bytes(body.slice(offset, 8)), 0))  # -1: this buffer is not packed
     return total
 
 
@@ -55,7 +58,7 @@ def _number(kind: str, content: bytes, position: int) -> int:
 
 
 def _field(content: bytes, table: int, index: int) -> int:
-    """Position of a FlatBuffers table's field, or 0 where the table lacks it."""
+    """The position of a field of a FlatBuffers table; 0 where the table does not have it."""
     fields = table - _number("<i", content, table)
     if 4 + 2 * index >= _number("<H", content, fields):
         return 0
@@ -64,5 +67,5 @@ def _field(content: bytes, table: int, index: int) -> int:
 
 
 def _target(content: bytes, position: int) -> int:
-    """What the offset at a position points at."""
+    """The position that the offset at `position` points at."""
     return position + _number("<I", content, position)

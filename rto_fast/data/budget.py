@@ -1,4 +1,4 @@
-"""How much memory the rows of a file may take: a small file can stand for terabytes."""
+"""Limits the memory that the rows of a file may take, because a small file can unpack to terabytes."""
 
 import contextlib
 import sys
@@ -8,14 +8,16 @@ from typing import Any
 
 from rto_fast.errors import DataError
 
-DEEPEST = 100  # dicts and lists in each other; far below where recursion ends
+DEEPEST = 100  # levels of nested dicts and lists, far fewer than Python's limit of recursion
 
 
 class Budget:
-    """Bytes that are left of `data.max_unpacked_gib`.
+    """The bytes that are left of `data.max_unpacked_gib`.
 
     Args:
-        path: for messages. gib: the limit, GiB. more: bytes beside it.
+        path: the file, for messages.
+        gib: the limit in GiB.
+        more: bytes that are allowed in addition.
     """
 
     def __init__(self, path: Path, gib: float, more: int = 0):
@@ -29,22 +31,23 @@ class Budget:
             )
 
     def take(self, size: int) -> None:
-        """As `check`, and they are gone."""
+        """Takes `size` bytes; raises DataError where they are not left."""
         self.check(size)
         self.left -= size
 
     @contextlib.contextmanager
     def set_aside(self, size: int) -> Iterator[None]:
-        """Takes `size` bytes for the time of a `with` block."""
+        """Takes `size` bytes for the duration of a `with` block."""
         self.take(size)
         yield
         self.left += size
 
 
 def size_of(value: Any) -> int:
-    """Bytes that a row takes as Python's objects.
+    """The bytes that a row takes as Python objects.
 
-    Raises ValueError where dicts and lists stand in each other more than `DEEPEST` times.
+    Raises:
+        ValueError: dicts and lists are nested more than `DEEPEST` deep.
     """
     size, level, depth = 0, [value], 0
     while level:

@@ -1,9 +1,9 @@
-"""Token ids on disk by content: what was tokenised once is read the next time.
+"""A cache of token ids on disk: texts that were tokenised once are read the next time.
 
-The key of an entry is a hash of the texts themselves (after the chat template, so a template that prints today's date is
-never stale), of the tokenizer and of the versions that tokenise. Nothing else can make an entry wrong: files, splits,
-limits and options only decide which texts there are. An entry is a safetensors file; one whose checksum or bounds are not
-right is warned of and written again.
+The key of an entry is a hash of the texts (after the chat template, so a template that prints today's date is never
+stale), of the tokenizer and of the libraries' versions. Nothing else can make an entry wrong: files, splits, limits and
+options only decide which texts there are. An entry is a safetensors file. One with a wrong checksum or wrong bounds gives a
+warning and is written again.
 """
 
 import hashlib
@@ -15,30 +15,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import progress
 from rto_fast.system.writing import write_file
 
-FORMAT = 1  # raise it when entries are laid out differently
-FEWEST_TEXTS = 64  # below, tokenising is faster than a file
-TEXTS_AT_ONCE = 1000  # between two looks at how far it is
+FORMAT = 1  # to be raised when the layout of entries changes
+FEWEST_TEXTS = 64  # fewer texts are tokenised faster than a file is read
+TEXTS_AT_ONCE = 1000  # texts between two reports of progress
 
 
 class CachingTokenizer:
-    """A Hugging Face tokenizer whose calls with many texts are answered from `folder`; else the tokenizer itself."""
+    """A Hugging Face tokenizer whose calls with many texts are answered from `folder`. It passes everything else on."""
 
-    def __init__(self, tokenizer, folder):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: str | Path):
         self._tokenizer, self._folder = tokenizer, Path(folder).expanduser()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._tokenizer)
 
-    def __call__(self, texts, **options):
-        # Of a tokenizer written in Python nobody can say what its ids depend on.
+    def __call__(self, texts: str | Sequence[str], **options: Any) -> Any:
+        # The ids of a tokenizer that is written in Python may depend on anything.
         if isinstance(texts, str) or len(texts) < FEWEST_TEXTS or not self._tokenizer.is_fast:
             return self._tokenizer(texts, **options)
         key = self._key(texts, options)
@@ -50,13 +51,13 @@ class CachingTokenizer:
         return SimpleNamespace(input_ids=ids)
 
     @cached_property
-    def _fingerprint(self):
-        """Of everything that turns text into ids."""
+    def _fingerprint(self) -> str:
+        """A hash of everything that turns text into ids."""
         import tokenizers
         import transformers
 
-        tokenizer = self._tokenizer
-        tokenizer("")  # resets padding and truncation, which are part of the text below and of no call here
+        tokenizer: Any = self._tokenizer
+        tokenizer("")  # resets padding and truncation, which `to_str` contains and no call here uses
         parts = (
             FORMAT,
             tokenizers.__version__,
@@ -66,7 +67,7 @@ class CachingTokenizer:
         )
         return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _key(self, texts, options):
+    def _key(self, texts: Sequence[str], options: dict[str, Any]) -> str:
         digest = hashlib.sha256(f"{self._fingerprint}{sorted(options.items())}".encode())
         for text in texts:
             encoded = text.encode("utf-8", "surrogatepass")
@@ -74,8 +75,8 @@ class CachingTokenizer:
             digest.update(encoded)
         return digest.hexdigest()
 
-    def _read(self, path, key, count):
-        """The entry's ids, or None."""
+    def _read(self, path: Path, key: str, count: int) -> list[list[int]] | None:
+        """The ids of the entry; None where there is none, or a damaged one."""
         from safetensors import SafetensorError, safe_open
 
         if not path.exists():
@@ -100,7 +101,7 @@ class CachingTokenizer:
         flat, ends = ids.tolist(), itertools.accumulate(sizes.tolist())
         return [flat[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
 
-    def _write(self, path, key, encoded):
+    def _write(self, path: Path, key: str, encoded: list[list[int]]) -> None:
         from safetensors.numpy import save
 
         sizes = np.array([len(ids) for ids in encoded], np.int32)
@@ -108,14 +109,14 @@ class CachingTokenizer:
         content = save({"ids": ids, "sizes": sizes}, {"key": key, "checksum": _checksum(ids, sizes)})
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)  # a killed run leaves no half of an entry, and runs side by side do not mix
+            write_file(path, content)  # as a whole: the run may be killed, and others may write the same entry
         except OSError as error:  # a full or read-only disk costs the cache, not the run
             reason = error.strerror or error
             notify("data", "not_cached", f"data.cache_dir: {self._folder} cannot be written ({reason}); not cached")
 
 
 def tokenised(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
-    """The ids of texts by a tokenizer or a `CachingTokenizer`, whose progress is shown."""
+    """The ids of texts by a tokenizer or a `CachingTokenizer`; shows the progress."""
     if isinstance(tokenizer, CachingTokenizer):
         return tokenizer(texts, **options).input_ids
     ids: list[list[int]] = []
@@ -126,5 +127,5 @@ def tokenised(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list
     return ids
 
 
-def _checksum(ids, sizes):
+def _checksum(ids: np.ndarray, sizes: np.ndarray) -> str:
     return hashlib.sha256(sizes.tobytes() + ids.tobytes()).hexdigest()

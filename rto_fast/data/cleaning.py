@@ -1,28 +1,29 @@
-"""Examples that occur twice, and the two sides of a split, which share no prompt."""
+"""Drops repeated examples, and splits examples so that no prompt is on both sides."""
 
 import random
+from collections.abc import Iterable, Sequence
 
 from rto_fast.data.layouts import Example
-from rto_fast.data.messages import as_messages, message_text, said
+from rto_fast.data.messages import as_messages, content_of, message_text
 
 
-def prompt_key(prompt):
-    """Equal for prompts that are the same but for case and whitespace; text is the same as one message from the user."""
+def prompt_key(prompt: str | Sequence[dict]) -> tuple[tuple[str, str], ...]:
+    """A key that is equal for prompts that differ only in case and whitespace. A text equals one message from the user."""
     turns = ((message["role"], message_text(message)) for message in as_messages(prompt))
     return tuple((role, " ".join(text.casefold().split())) for role, text in turns)
 
 
-def without_duplicates(examples):
-    """The first of each set of examples whose prompt and responses are equal to the letter."""
-    unique = {}
+def without_duplicates(examples: Iterable[Example]) -> list[Example]:
+    """The first of each set of examples whose prompt and responses are exactly equal."""
+    unique: dict[str, Example] = {}
     for example in examples:
         parts = (example.prompt, example.response, example.chosen, example.rejected)
-        unique.setdefault(repr([*map(said, parts), example.tools]), example)
+        unique.setdefault(repr([*map(content_of, parts), example.tools]), example)
     return list(unique.values())
 
 
-def without_prompts_of(examples, others):
-    """The examples whose prompt (as `prompt_key` sees it) is in none of `others`."""
+def without_prompts_of(examples: Iterable[Example], others: Iterable[Example]) -> list[Example]:
+    """The examples whose prompt (by `prompt_key`) is in none of `others`."""
     taken = {prompt_key(other.prompt) for other in others}
     return [example for example in examples if prompt_key(example.prompt) not in taken]
 
@@ -35,18 +36,18 @@ def _by_prompt(examples: list[Example]) -> dict[tuple, list[Example]]:
 
 
 def draw_prompts(examples: list[Example], count: int) -> list[Example]:
-    """All examples of some prompts, drawn by chance: `count` examples, or about as many where prompts occur repeatedly.
+    """Draws prompts at random and returns all their examples: `count`, or about as many where prompts occur repeatedly.
 
     A prompt is taken if that brings the number of examples nearer to `count`. A prompt with 2·count examples or more is
-    therefore never taken, and fewer than 2·count examples are drawn; none if every prompt has that many.
+    therefore never taken. Fewer than 2·count examples are drawn, and none if every prompt has that many.
 
     Args:
-        examples: their order matters: the same examples in the same order give the same draw, in every run.
-        count: number of examples wanted.
+        examples: the same examples in the same order give the same draw in every run.
+        count: the number of examples wanted.
     """
     groups = list(_by_prompt(examples).values())
     generator = random.Random(0)
-    # Where no prompt is repeated the first `count` are all that is drawn, as versions did that drew examples.
+    # Where no prompt is repeated, exactly these are drawn, as by older versions, which drew examples.
     order = generator.sample(range(len(groups)), min(count, len(groups)))
     others = sorted(set(range(len(groups))) - set(order))
     generator.shuffle(others)

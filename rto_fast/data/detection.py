@@ -1,4 +1,4 @@
-"""The layout of a source, by a vote of its first rows."""
+"""Finds the layout of a source by a vote of its first rows."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,21 +7,22 @@ from typing import Any
 from rto_fast.data.layouts import PAIR_LAYOUTS, layout_of, listing, role_values
 from rto_fast.errors import DataError
 
-# Where as many rows vote for one as for another, the first wins. The prompt can be read of any row that has one; of the
-# others, those first that use more of what the rows hold.
+# Of layouts with equal votes the first one wins: first the prompt alone, which any row with a prompt has, then the layouts
+# that use more of the columns.
 LAYOUTS = ("prompt only", *PAIR_LAYOUTS, "messages", "prompt/response")
 
 
 def find_layout(rows: Sequence[tuple[str, dict | DataError]], columns: Mapping[str, str] | None = None) -> str:
-    """Name of the layout that most rows have (see the table of `rto_fast.data.layouts`).
+    """The name of the layout that most rows have (see the table of `rto_fast.data.layouts`).
 
-    Empty text, and a value that is neither text nor messages, count like a null: a row whose layout depends on one does not
-    vote. Only where no row can vote, they count as values, and nulls like columns that are not there.
+    Empty text, and a value that is neither text nor messages, count as null: a row whose layout depends on one does not
+    vote. Only where no row can vote do they count as values, and nulls as missing columns.
 
     Args:
-        rows: (origin, row) of the first rows; of one that could not be read, the error.
+        rows: the origin and the row of the first rows, or the error of a row that could not be read.
         columns: {our name: the rows' name}.
-    Raises DataError if no row has a known layout.
+    Raises:
+        DataError: no row has a known layout.
     """
     read, errors = [], []
     for origin, row in rows:
@@ -41,13 +42,13 @@ def find_layout(rows: Sequence[tuple[str, dict | DataError]], columns: Mapping[s
 
 
 def _vote(values: Mapping[str, Any], strict: bool) -> str | None:
-    """The layout of a row; strict: unless it depends on a null, or on what counts like one."""
+    """The layout of a row. If `strict`, None where it depends on a null or on a value that counts as one."""
     held = {name: value for name, value in values.items() if (_is_usable(value) if strict else value is not None)}
     return layout_of(held, values.keys() - held.keys() if strict else ())
 
 
 def _is_usable(value: Any) -> bool:
-    """Whether a value is text or messages; blank text is how a csv writes null."""
+    """Whether a value is messages, or text that is not blank: a csv writes null as blank text."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
     return isinstance(value, list) and value != [] and isinstance(value[0], dict)

@@ -1,6 +1,6 @@
-"""Chat messages that were written into a text column: as JSON, or as Python, pandas and numpy print them.
+"""Reads chat messages that a text column spells out, as JSON or as Python, pandas and numpy print them.
 
-A csv has no other way to hold messages. Taken for text, their brackets and keys would be trained on.
+A csv has no other way to hold messages. Read as plain text, their brackets and keys would be trained on.
 """
 
 import ast
@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"""\s*"\s*\[\s*\{\s*\\?["']""")  # a JSON text of a JSON t
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 _SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:""")
 _FIRST_KEYS = ("role", "content", "from", "value")
-# One of either quotes, or one that is cut off. Nothing is tried twice: a long text of quotes takes a moment.
+# A string in either kind of quotes, which may be cut off. Possessive quantifiers never backtrack: long texts are fast.
 _STRING = r"""'[^'\\]*+(?:\\.[^'\\]*+)*+(?:'|\\?\Z)|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)"""
 # numpy prints the objects of an array without commas between them.
 _PYTHON = re.compile(rf"(?P<string>{_STRING})|(?P<word>\b(?:None|True|False)\b)|(?P<gap>\}}\s+(?=\{{))", re.S)
@@ -23,15 +23,15 @@ _WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def decoded(text: str, name: str, origin: str) -> Any:
-    """The list of messages that a text spells out; any other text as it is, also one that only begins with a bracket.
+    """The list of messages that a text spells out; any other text as it is.
 
     Args:
         text: a value of a column.
-        name: of the column, for the error.
+        name: the column, for the error.
         origin: file and line, for the error.
     Returns:
-        The messages or the text; in the place of a list that is damaged or cut off, as spreadsheets cut long cells, the
-        DataError to raise where the value is used.
+        The messages or the text. For a list that is damaged or cut off, as spreadsheets cut long cells, the DataError to
+        raise where the value is used.
     """
     if _QUOTED.match(text):
         inner = parsed(text)
@@ -54,14 +54,14 @@ def decoded(text: str, name: str, origin: str) -> Any:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value has a message's keys; its types are checked where the messages are used."""
+    """Whether a value has the keys of a message. The types of its values are checked where messages are used."""
     if not isinstance(value, dict):
         return False
     return "role" in value and ("content" in value or "tool_calls" in value) or {"from", "value"} <= value.keys()
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, or of its like in Python; None if it is neither."""
+    """The value of a text in JSON, or in Python's notation of the same; None if it is neither."""
     for read in (str, _as_json):
         try:
             return json.loads(read(text))
@@ -71,7 +71,7 @@ def parsed(text: str) -> Any:
 
 
 def _as_json(text: str) -> str:
-    """Python's literals as JSON's, one by one: ast.literal_eval of data from elsewhere could use up all memory."""
+    """Translates Python's literals to JSON one by one, because `ast.literal_eval` of the whole could use up all memory."""
 
     def translated(match: re.Match) -> str:
         if match["string"]:
@@ -82,7 +82,7 @@ def _as_json(text: str) -> str:
 
 
 def _is_one_list(text: str) -> bool:
-    """Whether the brackets outside of strings are never closed, or close at the very end: no prose follows the list."""
+    """Whether no prose follows the list: its brackets outside of strings are never closed, or are closed at the very end."""
     outside = re.sub(_STRING, "", text, flags=re.S).rstrip()
     opened = sum(map(outside.count, "[{"))
     closed = sum(map(outside.count, "]}"))

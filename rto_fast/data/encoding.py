@@ -1,4 +1,4 @@
-"""One conversation as token ids: the formats of prompts, stop tokens in data, and what a chat template leaves unread."""
+"""Turns a conversation into token ids: formats of prompts, stop tokens in data, and what a chat template does not read."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,26 +13,28 @@ from rto_fast.errors import DataError
 from rto_fast.system.notices import notify
 
 FORMATS = ("auto", "chat", "text")
-_STAND_IN = {"role": "user", "content": "question"}  # for a prompt that is text already
+_STAND_IN = {"role": "user", "content": "question"}  # takes the place of a prompt that was rendered before
 
 
 class Row(NamedTuple):
     """A conversation as text that is ready to be tokenised."""
 
-    format: str  # "chat", "text", or "templated": chat as text
+    format: str  # "chat", "text", or "templated" for text that was rendered before
     prompt: str
     responses: list[Response]
     hidden: dict[str, str]  # see `SpecialTokens.hide`
-    has_bos: bool = False  # the prompt's text began with it
-    ignored: frozenset[str] = frozenset()  # what makes no difference to the texts: keys of messages, …
+    has_bos: bool = False  # whether the prompt's text began with BOS
+    ignored: frozenset[str] = frozenset()  # keys of messages and the like that do not change the texts
 
 
 class ConversationEncoder:
     """Turns conversations into ids.
 
     Args:
-        stop_ids: ids that end a response; may be empty if only prompts are read. thinking: how prompts end; None: each as
-            its own responses ask for.
+        tokenizer: the tokenizer, with its chat template.
+        prompt_format: one of `FORMATS`; see `rto_fast.data.tokenizing`.
+        stop_ids: the ids that end a response; may be empty if only prompts are read.
+        thinking: how prompts end; None chooses the way that a conversation's own responses can follow.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class ConversationEncoder:
     def read(
         self, prompt: str | Sequence[dict], responses: Sequence[str | dict], tools: Any = None, *, strict: bool = True
     ) -> Row:
-        """A conversation's texts.
+        """The texts of a conversation.
 
         Args:
-            prompt: text or messages. responses: to that prompt, text or messages. tools: function schemas, or None.
+            prompt: text or messages.
+            responses: the responses to that prompt, each text or a message.
+            tools: function schemas, or None.
             strict: see `ChatTemplate.conversation`.
         Raises:
-            DataError: it cannot be used; the message does not name the row.
+            DataError: the conversation cannot be used. The message does not name the row.
         """
         responses = [self._without_stops(response) for response in responses]
         if isinstance(prompt, str) and self.prompt_format != "chat":
@@ -72,13 +76,11 @@ class ConversationEncoder:
                 row = self._text(prompt, responses, strict)
             if row is not None:
                 return row._replace(ignored=frozenset(_extra_keys(responses, tools)))
-        said_before = [
-            self._without_stops(turn) if turn["role"] == "assistant" else turn for turn in as_messages(prompt)
-        ]
-        return self._chat(said_before, responses, tools, strict)
+        turns = [self._without_stops(turn) if turn["role"] == "assistant" else turn for turn in as_messages(prompt)]
+        return self._chat(turns, responses, tools, strict)
 
     def _without_stops(self, response: Any) -> Any:
-        """Without the stop tokens at its end, as in data made for other trainers, the space around them, and padding."""
+        """The response without the stop tokens, the space around them and the padding at its end, as some data has them."""
         if isinstance(response, dict):
             content = response.get("content")
             return response | {"content": self._without_stops(content)} if content else response
@@ -86,7 +88,7 @@ class ConversationEncoder:
         while text.endswith(self._at_end):
             token = max((token for token in self._at_end if text.endswith(token)), key=len)
             text = text.removesuffix(token).rstrip()
-            kept = text if token in self._stops else kept  # other special tokens behind a stop token are padding
+            kept = text if token in self._stops else kept  # special tokens behind a stop token are padding
         return kept
 
     def _chat(self, messages: list[dict], responses: list, tools: Any, strict: bool) -> Row:
@@ -113,7 +115,7 @@ class ConversationEncoder:
         thinking: Thinking,
         strict: bool,
     ) -> frozenset[str]:
-        """What the template renders the same texts without: keys of messages, tools, and messages by their role."""
+        """The parts that the template does not render: keys of messages, tools, and messages by their role."""
 
         def same_without(names: set[str], among: list[dict] = messages) -> bool:
             def keep(turn: Any) -> Any:
@@ -136,10 +138,10 @@ class ConversationEncoder:
         return frozenset(ignored)
 
     def _templated(self, prompt: str, responses: list, strict: bool) -> Row | None:
-        """A prompt that somebody has rendered before, or None."""
+        """The row of a prompt that was rendered before; None for any other prompt."""
         if self.tokenizer.chat_template is None:
             bare, bos = prompt.strip(), self.tokenizer.bos_token or ""
-            if bare.count(bos) == 1:  # elsewhere it is the mark of each turn
+            if bare.count(bos) == 1:  # where it occurs more often it begins each turn
                 bare = bare.removeprefix(bos).lstrip()
             if not marks_turns(bare, self.special.in_data):
                 return None
@@ -147,7 +149,7 @@ class ConversationEncoder:
         found = self._recogniser.recognise(prompt)
         if found is None:
             return None
-        if found.has_begun:  # the template's rules for a response are those for its beginning
+        if found.has_begun:  # the template's rules for the beginning of a response do not apply
             row, turn = self._text("", responses, strict), self.template.turn
             answers = [Response(answer.text + turn.tail, turn.stop, turn.tail) for answer in row.responses]
             return row._replace(format="templated", prompt=found.text, responses=answers)
@@ -156,7 +158,7 @@ class ConversationEncoder:
         return Row("templated", found.text, answers, hidden)
 
     def _text(self, prompt: str, responses: list, strict: bool) -> Row:
-        """Plain text without any template."""
+        """The row of plain text, without a template."""
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and prompt.startswith(bos)
         texts = [as_message(response)["content"] or "" for response in responses]
@@ -170,7 +172,7 @@ class ConversationEncoder:
     # Ids
 
     def prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Ids of the rows' prompts."""
+        """The ids of the rows' prompts."""
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("").input_ids[:1] == [bos]
         as_is = [{} if row.format == "templated" else row.hidden for row in rows]
@@ -183,7 +185,7 @@ class ConversationEncoder:
         return encoded
 
     def response_ids(self, rows: Sequence[Row], side: int, finished: bool = True) -> list[list[int]]:
-        """Ids of the rows' responses number `side`, one stop token at the end; if not `finished`, without it."""
+        """The ids of each row's response number `side`, with one stop token at the end if `finished`."""
         responses = [row.responses[side] for row in rows]
         texts = [self._up_to_stop(response, finished) for response in responses]
         encoded = self.special.encode(texts, [row.hidden for row in rows], follows=True)
@@ -205,14 +207,14 @@ class ConversationEncoder:
 
 
 def _extra_keys(turns: Sequence[str | dict], tools: Any) -> set[str]:
-    """What a conversation holds beside text."""
+    """The keys of messages beside role and content, and "tools" where there are tools."""
     keys = {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in ("", [], {})}
     keys -= {"role", "content"}
     return keys | {"tools"} if tools else keys
 
 
 def _rest(response: str | dict, prompt: Written) -> str | dict:
-    """A response without the marks that begin an answer, which its templated prompt has already."""
+    """A response without the marks that begin an answer, with which its rendered prompt ends."""
     if isinstance(response, dict):
         return response
     for header in prompt.headers:

@@ -1,10 +1,10 @@
-"""Rows of local files, one by one: json, jsonl, csv, gzipped or not, and parquet.
+"""Reads the rows of local files one by one: json, jsonl and csv, gzipped or not, and parquet.
 
-In the place of a row that cannot be read by itself, such as a malformed line of JSON, stands a `DataError`; what makes
+A row that cannot be read, such as a malformed line of JSON, is a `DataError` in the place of the row. An error that makes
 the rest of a file unreadable is raised.
 
-A small file can stand for terabytes. So what unpacks is bounded before it is unpacked, the rows' objects are counted as they
-are made, and no file is read whole.
+A small packed file can hold terabytes. So its size is bounded before it is unpacked, the sizes of the rows' objects are
+added up as they are made, and no file is read as a whole.
 """
 
 import csv
@@ -13,40 +13,44 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rto_fast.data.budget import Budget, size_of
 from rto_fast.data.json_rows import LONGEST_ROW, Row, json_lines, json_rows, read_lines
-from rto_fast.errors import DataError, said
+from rto_fast.errors import DataError, error_text
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a gzip file, up to a size."""
+    """The content of a gzip file, up to `gib` GiB."""
 
     def __init__(self, path: Path, gib: float):
         self.file, self.budget = gzip.open(path), Budget(path, gib)
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         size = self.file.readinto(buffer)
         self.budget.take(size)
         return size
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
         super().close()
 
 
 def rows_of_file(path: Path, max_unpacked_gib: float) -> Iterator[tuple[str, Row]]:
-    """Iterate over (origin, row) of one local file; of a row that cannot be read, the error.
+    """Yields the origin and the row, or its error, of each row of a local file.
 
     Args:
-        max_unpacked_gib: the most that the rows of a packed file (.gz, .parquet) may take, GiB. Plain text is
-            bounded by the user's own disk.
+        path: the file.
+        max_unpacked_gib: the most GiB that the rows of a packed file (.gz, .parquet) may take. Plain text is bounded by
+            the user's disk.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -57,7 +61,7 @@ def rows_of_file(path: Path, max_unpacked_gib: float) -> Iterator[tuple[str, Row
 
 
 def counted(rows: Iterator[tuple[str, Row]], budget: Budget | None) -> Iterator[tuple[str, Row]]:
-    """The rows, each taken from the budget; in the place of one that is nested too deep, the error."""
+    """Yields the rows and takes their sizes from the budget. A row that is nested too deep becomes an error."""
     for origin, row in rows:
         try:
             size = 0 if isinstance(row, DataError) else size_of(row)
@@ -71,7 +75,7 @@ def counted(rows: Iterator[tuple[str, Row]], budget: Budget | None) -> Iterator[
 def _text_rows(path: Path, name: str, max_unpacked_gib: float) -> Iterator[tuple[str, Row]]:
     try:
         raw = io.BufferedReader(_Unpacked(path, max_unpacked_gib), 2**16) if name.endswith(".gz") else open(path, "rb")
-        # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first column's name
+        # "utf-8-sig" drops the byte-order mark of spreadsheets, which would become part of the first column's name.
         with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if name.endswith(".csv") else None) as file:
             if name.endswith(".csv"):
                 yield from _csv_rows(read_lines(file, path), path)
@@ -82,7 +86,7 @@ def _text_rows(path: Path, name: str, max_unpacked_gib: float) -> Iterator[tuple
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
     except (OSError, EOFError, zlib.error) as error:  # a damaged gzip raises any of them
-        raise DataError(f"{path}: cannot be read: {said(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error_text(error, with_type=False)}") from error
 
 
 def _parquet_rows(path: Path, budget: Budget) -> Iterator[tuple[str, Row]]:
@@ -98,13 +102,13 @@ def _parquet_rows(path: Path, budget: Budget) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); write the file again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {said(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error_text(error)}") from error
     except (ValueError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file: {said(error)}") from error
+        raise DataError(f"{path}: not a readable parquet file: {error_text(error)}") from error
 
 
 def without_filled_keys(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a columnar file, whose dicts within a column have each other's keys too, without a value: those go."""
+    """A row of a columnar file without the keys that have no value: all dicts of a column have the same keys there."""
     return {column: _without_nulls(value) for column, value in row.items()}
 
 
@@ -119,7 +123,7 @@ def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Row]]:
     start, length = 1, 0
 
     def lines_of_a_row() -> Iterator[str]:
-        """One row may have many lines; all of them without end where a quotation mark is missing."""
+        """The lines of a row, which may be the rest of the file where a quotation mark is missing."""
         nonlocal length
         for line in lines:
             length += len(line)
@@ -127,7 +131,7 @@ def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"{path}:{start}: a row of {LONGEST_ROW:,} characters or more; see its quotation marks")
             yield line
 
-    csv.field_size_limit(LONGEST_ROW)  # a whole conversation may stand in one field
+    csv.field_size_limit(LONGEST_ROW)  # a field may hold a whole conversation
     reader = csv.reader(lines_of_a_row(), strict=True)
     try:
         for fields in reader:

@@ -1,4 +1,4 @@
-"""Rows of JSON text, read piece by piece: one object a line, or one list of objects, which need not fit into memory."""
+"""Reads rows of JSON text piece by piece: one object a line, or one list of objects, which need not fit into memory."""
 
 import json
 import re
@@ -9,15 +9,15 @@ from typing import Any, NoReturn, TextIO
 
 from rto_fast.errors import DataError
 
-LONGEST_ROW = 2**23  # characters; the objects of one that is all brackets take 30 times as many bytes
-_PIECE = 2**16  # characters that are read at once
-_LONGEST_WORD = 16  # characters: -Infinity, and an escaped pair of surrogates, which a piece may cut
+LONGEST_ROW = 2**23  # characters; the objects of a row of nothing but brackets take 30 times as many bytes
+_PIECE = 2**16  # characters to read at once
+_LONGEST_WORD = 16  # characters of the longest word that a piece may cut: -Infinity, or an escaped pair of surrogates
 _SPACE = re.compile(r"[ \t\n\r]*")
 Row = dict[str, Any] | DataError
 
 
 def read_lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Iterate over the lines with their ends; DataError for one that is no row's."""
+    """Yields the lines with their ends; raises DataError for a line that is longer than a row."""
     number = 0
     while line := file.readline(LONGEST_ROW):
         number += 1
@@ -27,7 +27,7 @@ def read_lines(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Row]]:
-    """Iterate over (origin, row): one object a line."""
+    """Yields the origin and the row of each line."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"{path}:{number}", _json_line(line.strip(), f"{path}:{number}")
@@ -38,19 +38,19 @@ def _json_line(line: str, origin: str) -> Row:
         return as_row(json.loads(line), origin)
     except json.JSONDecodeError as error:
         return DataError(f"{origin}: malformed JSON: {error.msg} at column {error.colno}: {line[:60]!r}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
         return DataError(f"{origin}: JSON that cannot be read: {error}")
 
 
 def as_row(value: object, origin: str) -> Row:
-    """A JSON value that stands for a row: an error if it is no object."""
+    """A JSON value as a row; an error unless it is an object."""
     if isinstance(value, dict):
         return value
     return DataError(f"{origin}: expected a JSON object with columns, found {type(value).__name__}")
 
 
 def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Row]]:
-    """Iterate over (origin, row) of a list of objects, of one object; or, as often under this suffix, of one a line."""
+    """Yields the origin and the row of a list of objects, of one object, or of one object a line, as in some .json files."""
     values = _Values(file, path)
     first = values.next_character()
     if first == "[":
@@ -87,27 +87,28 @@ def _rows_of_list(values: "_Values", path: Path) -> Iterator[tuple[str, Row]]:
 
 
 class _Values:
-    """JSON values one after another, of which only the one that is read is kept.
+    """Reads JSON values one after another.
 
     Args:
-        file: is read as far as the values need it.
+        file: the text, which is read as far as the values need it.
+        path: the file, for messages.
     Attributes:
-        forgets: whether text before the next value is dropped.
+        forgets: whether the text before the next value is dropped from memory.
     """
 
     def __init__(self, file: TextIO, path: Path):
         self.file, self.path, self.forgets = file, path, False
         self._text, self._start = "", 0
-        self._line = self._column = 1  # of the text's beginning
+        self._line = self._column = 1  # at the beginning of the text
         self._decoder = json.JSONDecoder()
 
     def _more(self) -> bool:
-        """Reads on; False at the file's end, where nothing changes."""
+        """Reads the next piece; returns False at the end of the file."""
         kept = len(self._text) - self._start * self.forgets
         if kept >= LONGEST_ROW:
             line, _ = self._place(self._start)
             raise DataError(f"{self.path}:{line}: a row of {LONGEST_ROW:,} characters or more; write smaller rows")
-        # Twice as much each time, for a value is read anew.
+        # The pieces double, because the value is parsed again from its beginning.
         piece = self.file.read(min(max(_PIECE, kept), LONGEST_ROW - kept))
         if piece and self.forgets:
             self._line, self._column = self._place(self._start)
@@ -116,13 +117,13 @@ class _Values:
         return bool(piece)
 
     def _place(self, position: int) -> tuple[int, int]:
-        """(line, column) of a position in the text, both from 1."""
+        """The line and the column of a position in the text, both from 1."""
         before = self._text.count("\n", 0, position)
         in_line = position - self._text.rfind("\n", 0, position) if before else self._column + position
         return self._line + before, in_line
 
     def fail(self, reason: str, position: int | None = None) -> NoReturn:
-        """Raises DataError, for the next character unless `position` is given."""
+        """Raises DataError for `position`, by default for the next character."""
         line, column = self._place(self._start if position is None else position)
         raise DataError(f"{self.path}:{line}: malformed JSON: {reason} at column {column}")
 
@@ -130,7 +131,7 @@ class _Values:
         self._start += count
 
     def next_character(self) -> str:
-        """The next one that is no space; "" at the file's end."""
+        """The next character that is not a space; "" at the end of the file."""
         while True:
             self._start = _SPACE.match(self._text, self._start).end()  # type: ignore[union-attr]  # matches nothing too
             if self._start < len(self._text):
@@ -139,7 +140,7 @@ class _Values:
                 return ""
 
     def read(self) -> Any:
-        """The next value; DataError if it is malformed or too long."""
+        """The next value; raises DataError if it is malformed or too long."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._start)
@@ -147,7 +148,7 @@ class _Values:
                 is_cut = error.pos > len(self._text) - _LONGEST_WORD or error.msg.startswith("Unterminated string")
                 if not (is_cut and self._more()):
                     self.fail(error.msg, error.pos)
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
                 raise DataError(f"{self.path}: JSON that cannot be read: {error}") from None
             else:
                 if self._text[end - 1] in '}]"' or end < len(self._text) or not self._more():
@@ -155,7 +156,7 @@ class _Values:
                     return value
 
     def lines_so_far(self) -> Iterator[str]:
-        """The lines that were read; the last is completed from the file."""
+        """Yields the lines that were read. The last one is completed from the file."""
         *lines, last = self._text.split("\n")  # splitlines() would also split at U+2028
         yield from lines
         yield last + self.file.readline(LONGEST_ROW)

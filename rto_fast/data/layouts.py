@@ -1,4 +1,4 @@
-r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a source's layout from what its first rows hold.
+r"""Makes an `Example` of a row in any common layout. `detection.find_layout` finds the layout of a source.
 
 | layout            | columns                                    | prompt                     | responses                   |
 |-------------------|--------------------------------------------|----------------------------|-----------------------------|
@@ -13,13 +13,13 @@ r"""Rows of any common layout to `Example`s. `detection.find_layout` finds a sou
 | prompt/response   | prompt, response (or completion)           | prompt                     | text or one message         |
 | prompt only       | prompt                                     | prompt                     | none                        |
 
-Anything else is mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
-`Example.extra`. Of the common prefix of two plain texts the trailing space belongs to the responses, as in TRL. A column
-`tools` (function schemas, a list or text of one) beside messages goes to the chat template.
+Other columns are mapped: `columns={"prompt": "question", "response": "answer"}` (ours: theirs). Remaining columns go to
+`Example.extra`. A space at the end of the common prefix of two plain texts belongs to the responses, as in TRL. A column
+`tools` (function schemas, as a list or as its text) beside messages goes to the chat template.
 
-Text and messages may mix within a layout, from row to row. Messages that a text column spells out, as JSON, as JSON
-of that JSON, or as Python prints them, are read as messages. Text behind a transcript in the prompt is read as its
-turn. A row that the layout would misread is unusable.
+Within a layout some rows may hold text and others messages. Messages that a text column spells out, as JSON, as JSON of that
+JSON, or as Python prints them, are read as messages. Where the prompt is a transcript, a response that is text is read as
+its next turn. A row that the layout would misread is unusable.
 """
 
 import os
@@ -33,16 +33,17 @@ from rto_fast.data.messages import (
     as_messages,
     check_prompt,
     check_unicode,
+    content_of,
     only_response,
     read_messages,
     read_tools,
-    said,
 )
 from rto_fast.data.transcripts import is_transcript, transcript_messages, turn_text
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
-COLUMNS = (*ROLES, "tools")  # what a mapping may name
+COLUMNS = (*ROLES, "tools")  # the names that a mapping may use
+Text = str | tuple[dict, ...]  # plain text, or chat messages
 PAIR_LAYOUTS = ("HH transcript", "explicit prompt", "UltraFeedback", "implicit prompt")
 
 
@@ -54,7 +55,7 @@ class Example:
     assistant's message where that holds more than text, such as tool calls (`rto_fast.data.messages.response_text`).
     """
 
-    prompt: str | tuple[dict, ...]
+    prompt: Text
     response: str | dict | None = None
     chosen: str | dict | None = None
     rejected: str | dict | None = None
@@ -63,19 +64,19 @@ class Example:
     tools: tuple[dict, ...] | None = None  # function schemas that the chat template is given
 
 
-def check_columns(columns):
-    """Refuse a mapping whose keys are not ours."""
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """Raises DataError for a mapping with keys that are not in `COLUMNS`."""
     unknown = [key for key in columns or {} if key not in COLUMNS]
     if unknown:
         raise DataError(f"columns: {unknown[0]!r} is not one of {', '.join(COLUMNS)}; write {{ours: theirs}}")
 
 
 def layout_of(values: Mapping[str, Any], unknown: Collection[str] = ()) -> str | None:
-    """The layout of one row by itself: a name of the first column of the module's table, or None.
+    """The layout of one row, named as in the module's table; None where the row does not show it.
 
     Args:
-        values: what the row holds under our names.
-        unknown: our names of columns that the row has without a value. The layout is None if it depends on them.
+        values: the row's values under our names.
+        unknown: our names of columns in which the row has no value. The layout is None if it depends on them.
     """
     if "chosen" in values and "rejected" in values:
         if is_transcript(values["chosen"]) and is_transcript(values["rejected"]):
@@ -95,12 +96,24 @@ def layout_of(values: Mapping[str, Any], unknown: Collection[str] = ()) -> str |
     return None if unknown else "prompt only"
 
 
-def to_example(row, layout, origin, columns=None):
-    """One row (dict) of a detected layout as an `Example`; `DataError` names `origin` and what was found."""
+def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mapping[str, str] | None = None) -> Example:
+    """The `Example` of a row.
+
+    Args:
+        row: the row.
+        layout: the source's layout, named as in the module's table.
+        origin: "file:line" or "name[index]", for messages.
+        columns: {ours: theirs}.
+    Raises:
+        DataError: the row does not fit the layout; names `origin` and what was found.
+    """
     present = _mapped(row, columns or {}, origin)
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
-    response = chosen = rejected = None
+    prompt: Text
+    response: str | dict | None = None
+    chosen: str | dict | None = None
+    rejected: str | dict | None = None
     if layout in PAIR_LAYOUTS:
         _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
         _check_layout(present, layout, origin)
@@ -128,7 +141,7 @@ def to_example(row, layout, origin, columns=None):
 
 
 def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
-    """Refuse a pair that the layout of other rows would misread."""
+    """Raises DataError for a pair that the layout of the other rows would misread."""
     own, chosen = layout_of(present), present["chosen"]
     both_text = isinstance(chosen, str) and isinstance(present["rejected"], str)
     one_message = isinstance(chosen, list) and len(chosen) == 1
@@ -144,8 +157,9 @@ def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
         )
 
 
-def _preference(present, layout, origin):
-    """(prompt, chosen, rejected) of the pair layouts."""
+def _preference(present: Mapping[str, Any], layout: str, origin: str) -> tuple[Text, str | dict, str | dict]:
+    """The prompt, the chosen and the rejected response of a row in one of `PAIR_LAYOUTS`."""
+    prompt: Text
     chosen, rejected = present["chosen"], present["rejected"]
     if layout == "HH transcript":
         chosen, rejected = transcript_messages(chosen), transcript_messages(rejected)
@@ -159,18 +173,18 @@ def _preference(present, layout, origin):
     elif isinstance(chosen, str) != isinstance(rejected, str):
         kinds = ["text" if isinstance(side, str) else "messages" for side in (chosen, rejected)]
         raise DataError(f"{origin}: chosen is {kinds[0]} but rejected is {kinds[1]}; make them alike")
-    elif isinstance(chosen, str):
+    elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _split_text(chosen, rejected, origin)
     else:
         prompt = chosen[:-1]
-        if said(rejected[:-1]) != said(prompt):
+        if content_of(rejected[:-1]) != content_of(prompt):
             raise DataError(f"{origin}: chosen and rejected differ before their last message; only it may differ")
         chosen, rejected = chosen[-1:], rejected[-1:]
     return prompt, only_response(chosen, "chosen", origin), only_response(rejected, "rejected", origin)
 
 
-def _split_text(chosen, rejected, origin):
-    """Common prefix of two plain texts, cut before a space so that it ends with a whole word."""
+def _split_text(chosen: str, rejected: str, origin: str) -> tuple[str, str, str]:
+    """The common prefix of two plain texts, cut before a space so that it ends with a whole word, and what follows it."""
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         only_response(text, name, origin)
     size = len(os.path.commonprefix([chosen, rejected]))
@@ -182,7 +196,7 @@ def _split_text(chosen, rejected, origin):
 
 
 def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """The row's values under our names, nulls included; `decoded` has read messages in text columns."""
+    """The row's values under our names, nulls included. `decoded` reads messages that text columns spell out."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise DataError(f"{origin}: no column {theirs!r} for {ours}; found {listing(row)}")
@@ -205,25 +219,30 @@ def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, 
             raise present[name]
 
 
-def _prompt(value, origin):
+def _prompt(value: Any, origin: str) -> Text:
     if is_transcript(value):
         messages = transcript_messages(value)
         return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
     return value if isinstance(value, str) else read_messages(value, "prompt", origin)
 
 
-def _after(given: Any, prompt: str | tuple[dict, ...], value: Any, name: str, origin: str) -> str | tuple[dict, ...]:
-    """A response without the prompt that whole conversations repeat; text behind a transcript is a turn of it.
+def _after(given: Any, prompt: Text, value: Any, name: str, origin: str) -> Text:
+    """A response without the prompt, which whole conversations repeat.
 
-    given: the prompt as it stands in the row; prompt: as it was read.
+    Args:
+        given: the prompt as it stands in the row. After a transcript, a response that is text is read as its next turn.
+        prompt: the prompt as it was read.
+        value: the response as it stands in the row.
+        name: its column, for messages.
+        origin: as in `to_example`.
     """
     if isinstance(value, str):
         return turn_text(value) if is_transcript(given) else value
     messages, before = read_messages(value, name, origin), as_messages(prompt)
-    return messages[len(before) :] if said(messages[: len(before)]) == said(before) else messages
+    return messages[len(before) :] if content_of(messages[: len(before)]) == content_of(before) else messages
 
 
 def listing(row: Collection[str]) -> str:
-    """Names of columns, for messages."""
+    """The names of columns, for messages: at most twelve, long ones cut."""
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, row)]
     return ", ".join(names[:12] + [f"{len(names) - 12} more"] * (len(names) > 12)) or "none"

@@ -3,9 +3,13 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.config import DataConfig
 from rto_fast.data.cleaning import repeated_prompts
-from rto_fast.data.inspection import as_roles, as_tokens, columns_table, histogram
+from rto_fast.data.inspection import Page, as_roles, as_tokens, columns_table, histogram
 from rto_fast.data.layouts import Example
 from rto_fast.data.messages import as_messages, message_text, response_text
 from rto_fast.data.run_data import RunData, split_of_source
@@ -17,8 +21,24 @@ from rto_fast.system.terminal import Styled, one_line
 UNLIMITED = Limits(2**40, 2**40)
 
 
-def load_tokenizer_and_stops(path, trust_remote_code):
-    """(tokenizer, ids that end a response), as a run has them."""
+class Kind(NamedTuple):
+    """What a source holds."""
+
+    field: str  # of `DataConfig`, which a run would name the source in
+    examples: str  # attribute of `RunData`: the training examples
+    items: str  # attribute of `RunData`: the same, tokenised
+    held_out: str  # attribute of `RunData`: what is held out of them, tokenised; "" for nothing
+    sides: tuple[str, ...]  # attributes of an example that are responses
+    build: Callable[..., tuple[list[Any], Any]]  # tokenises examples
+
+
+PAIRS = Kind("preferences", "pair_examples", "pairs", "held_out_pairs", ("chosen", "rejected"), preference_pairs)
+DEMONSTRATIONS = Kind("sft", "sft_examples", "sft", "", ("response",), sft_sequences)
+PROMPTS = Kind("prompts", "prompt_examples", "prompts", "eval_prompts", (), prompts)
+
+
+def load_tokenizer_and_stops(path: str, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer at `path`, and the ids that end a response, as a run has them."""
     from rto_fast.data.world import build_tokenizer
     from rto_fast.models.directory import generation_config, load_tokenizer
 
@@ -28,38 +48,50 @@ def load_tokenizer_and_stops(path, trust_remote_code):
     return tokenizer, stop_token_ids(tokenizer, generation_config(path, trust_remote_code=trust_remote_code))
 
 
-def look(options, page, say):
-    """Says everything there is to say about a source.
+def look(
+    source: str,
+    config: DataConfig,
+    page: Page,
+    say: Callable[..., None],
+    *,
+    tokenizer_path: str | None,
+    trust_remote_code: bool,
+    examples_shown: int,
+) -> None:
+    """Prints all that is known of a source.
 
     Args:
-        options: `InspectConfig`.
+        config: the settings with which the source is read.
+        tokenizer_path: directory or hub id of the tokenizer. Without one, lengths are in words.
     """
-    config = options.data
-    name, split = split_of_source(options.source)
-    reading = {"streaming": config.streaming, "max_unpacked_gib": config.max_unpacked_gib}
-    layout, rows = open_examples(name, split=split, columns=config.columns or None, **reading)
+    name, split = split_of_source(source)
+    layout, rows = open_examples(
+        name,
+        split=split,
+        columns=config.columns or None,
+        streaming=config.streaming,
+        max_unpacked_gib=config.max_unpacked_gib,
+    )
     say(page.title("layout"), f"  {layout}")
     kind, row, first = _typical(rows, config.limit or WINDOW)
     say("\n".join(columns_table(layout, row, config.columns, first)))
 
-    field = {"pairs": "preferences", "sft": "sft", "prompts": "prompts"}[kind]
-    given = {"preferences": None, "sft": None, "prompts": None, field: options.source}
-    path = options.tokenizer or ("embedded" if name.startswith("embedded:") else None)
-    tokenizer, stop_ids = load_tokenizer_and_stops(path, options.trust_remote_code) if path else (None, [])
+    given: dict[str, Any] = {"preferences": None, "sft": None, "prompts": None, kind.field: source}
+    path = tokenizer_path or ("embedded" if name.startswith("embedded:") else None)
+    tokenizer, stop_ids = load_tokenizer_and_stops(path, trust_remote_code) if path else (None, [])
 
-    said = []
+    said: list[str] = []
     data = RunData(dataclasses.replace(config, **given), tokenizer, stop_ids, said.append)
-    kept = {"pairs": "pair_examples", "sft": "sft_examples", "prompts": "prompt_examples"}[kind]
-    training = getattr(data, kept)
-    held_out = data.held_out_examples if kind == "pairs" else [] if kind == "sft" else data.eval_examples
+    training: list[Example] = getattr(data, kind.examples)
+    held_out = data.held_out_examples if kind is PAIRS else data.eval_examples if kind is PROMPTS else []
     examples = training + held_out
-    counts = f"{data.read[given[field]]:,} read: as data.{field} {len(training):,} to train on"
+    counts = f"{data.read[given[kind.field]]:,} read: as data.{kind.field} {len(training):,} to train on"
     say("\n", page.title("examples"), f"  {counts}" + (f", {len(held_out):,} held out" if held_out else ""))
     repeated = repeated_prompts(examples)
     duplicates = [] if any("exact duplicates" in line for line in said) else ["no exact duplicates"]
     if repeated:
         duplicates.append(f"prompts with more than one example: {repeated:,}")
-    shown = _show(page, data, kind, tokenizer, examples, options.examples)
+    shown = _show(page, data, kind, tokenizer, examples, examples_shown)
     for line in [*duplicates, *said]:
         say(f"  {one_line(line)}")
     unit = "tokens" if tokenizer else "words"
@@ -70,9 +102,9 @@ def look(options, page, say):
     _say_examples(shown, page, tokenizer, say)
 
 
-def _typical(rows: Iterable[tuple[dict, Example | DataError]], count: int) -> tuple[str, dict, Example]:
-    """(kind, row, example) of the first row whose kind is that of most of the first `count` usable rows."""
-    usable: list[tuple[str, dict, Example]] = []
+def _typical(rows: Iterable[tuple[dict, Example | DataError]], count: int) -> tuple[Kind, dict, Example]:
+    """Finds the kind of most of the first `count` usable rows; returns it with the first row, and example, of that kind."""
+    usable: list[tuple[Kind, dict, Example]] = []
     first_error = None
     for row, example in rows:
         if isinstance(example, DataError):
@@ -87,48 +119,54 @@ def _typical(rows: Iterable[tuple[dict, Example | DataError]], count: int) -> tu
     return next(found for found in usable if found[0] == most)
 
 
-def _kind(example: Example) -> str:
-    return "pairs" if example.chosen is not None else "sft" if example.response is not None else "prompts"
+def _kind(example: Example) -> Kind:
+    return PAIRS if example.chosen is not None else DEMONSTRATIONS if example.response is not None else PROMPTS
 
 
-def _lengths(data, kind, tokenizer, examples):
-    sides = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
+def _lengths(
+    data: RunData, kind: Kind, tokenizer: PreTrainedTokenizerBase | None, examples: list[Example]
+) -> list[str]:
+    """The histogram's lines: lengths in tokens, or without a tokenizer in words."""
     if not tokenizer:
         texts = [" ".join(message_text(message) for message in as_messages(e.prompt)) for e in examples]
         words = {"prompt": [len(text.split()) for text in texts]}
-        words |= {side: [len(response_text(getattr(e, side) or e.chosen).split()) for e in examples] for side in sides}
+        for side in kind.sides:
+            words[side] = [len(response_text(getattr(e, side) or e.chosen or "").split()) for e in examples]
         return histogram(words)
-    builders: dict[str, Callable] = {"pairs": preference_pairs, "sft": sft_sequences, "prompts": prompts}
-    options = () if kind == "prompts" else (data.stop_ids,)
+    options = () if kind is PROMPTS else (data.stop_ids,)
     tokenizer = data.caching_tokenizer(examples)
-    built, _ = builders[kind](
-        examples, tokenizer, UNLIMITED, data.config.prompt_format, *options, **data.reading_options
-    )
+    built, _ = kind.build(examples, tokenizer, UNLIMITED, data.config.prompt_format, *options, **data.reading_options)
     lengths = {"prompt": [len(item.prompt_ids) for item in built]}
-    lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in sides}
+    lengths |= {side: [len(getattr(item, f"{side}_ids")) for item in built] for side in kind.sides}
     limits = {name: data.limits.max_response_tokens for name in lengths} | {"prompt": data.limits.max_prompt_tokens}
     return histogram(lengths, limits)
 
 
-def _show(page, data, kind, tokenizer, examples, count):
-    """The lines of each of `count` examples from all over the data; tokenises, so that `data` says what is cut."""
-    items = getattr(data, kind) if tokenizer else examples
-    if tokenizer and kind == "pairs":
-        data.held_out_pairs  # noqa: B018 (for what it says)
-    if tokenizer and kind == "prompts":
-        data.eval_prompts  # noqa: B018
+def _show(
+    page: Page,
+    data: RunData,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: list[Example],
+    count: int,
+) -> list[list[str]]:
+    """The lines of each of `count` examples, evenly spread over the data; `data` says what it cuts as it tokenises them."""
+    items: list[Any] = getattr(data, kind.items) if tokenizer else examples
+    if tokenizer and kind.held_out:
+        getattr(data, kind.held_out)
     count = max(0, min(count, len(items)))
     chosen = [items[i * (len(items) - 1) // max(count - 1, 1)] for i in range(count)]
     if not tokenizer:
         return [as_roles(page, example) for example in chosen]
-    sides = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
     return [
-        as_tokens(page, tokenizer, item.prompt_ids, {s: getattr(item, f"{s}_ids") for s in sides}, data.stop_ids)
+        as_tokens(page, tokenizer, item.prompt_ids, {s: getattr(item, f"{s}_ids") for s in kind.sides}, data.stop_ids)
         for item in chosen
     ]
 
 
-def _say_examples(shown, page, tokenizer, say):
+def _say_examples(
+    shown: list[list[str]], page: Page, tokenizer: PreTrainedTokenizerBase | None, say: Callable[..., None]
+) -> None:
     if not shown:
         return
     title = page.title("examples as the model sees them" if tokenizer else "examples")

@@ -1,4 +1,4 @@
-"""Chat messages as data sets hold them: checking them, comparing them, and showing them as text.
+"""Checks chat messages as data sets hold them, compares them, and shows them as text.
 
 A message is a dict with `role` and `content`. It keeps its other keys (`tool_calls`, `tool_call_id`, `name`,
 `reasoning_content`, …): they are the chat template's and the reward function's business. Keys without a value are left out,
@@ -15,12 +15,12 @@ from typing import Any
 from rto_fast.data.encoded import parsed
 from rto_fast.errors import DataError
 
-CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names for an assistant's thought, beside `content`
-_RESULTS = ("tool", "function", "ipython", "observation", "environment")  # roles that say what a call returned
-_ENDS_A_PROMPT = ("user", *_RESULTS)  # roles that are answered
+CALLS = ("tool_calls", "function_call")  # keys of what an assistant may say instead of text
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's thought
+_RESULTS = ("tool", "function", "ipython", "observation", "environment")  # roles of messages with the result of a call
+_ENDS_A_PROMPT = ("user", *_RESULTS)  # roles of messages that the assistant answers
 
-# How a thought is set inside text: Qwen3, DeepSeek R1 and others; Seed-OSS; Magistral.
+# The marks of a thought within text: those of Qwen3, DeepSeek R1 and others, of Seed-OSS, and of Magistral.
 THOUGHT_OPENS = r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])"
 THOUGHT_CLOSES = r"(?:</(?:\w+:)?think(?:ing)?>|\[/THINK\])"
 
@@ -29,9 +29,11 @@ def read_messages(value: Any, name: str, origin: str) -> tuple[dict, ...]:
     """The messages of a column.
 
     Args:
-        value: what the row holds; name: the column, for messages of errors; origin: file and line, likewise.
+        value: the value of the column.
+        name: the column, for errors.
+        origin: file and line, for errors.
     Raises:
-        DataError: it is no list of messages.
+        DataError: it is not a list of messages.
     """
     if not isinstance(value, list | tuple):
         raise DataError(f"{origin}: {name} must be text or a list of chat messages, found {kind(value)}")
@@ -58,7 +60,7 @@ def _read_message(message: Any, name: str, origin: str) -> dict:
 
 
 def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
-    """Tool calls: a list of dicts (`function_call`: one dict), also as JSON or Python text."""
+    """Tool calls: a list of dicts, or one dict under `function_call`, perhaps as JSON or Python text."""
     calls = _from_text(value)
     expected = dict if key == "function_call" else list
     if isinstance(calls, expected) and all(isinstance(call, dict) for call in ([calls] if expected is dict else calls)):
@@ -70,10 +72,10 @@ def _read_calls(value: Any, key: str, name: str, origin: str) -> Any:
 
 
 def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:
-    """The function schemas of a `tools` column: a list, or JSON or Python text of one. None if it holds something else.
+    """The function schemas of a `tools` column: a list, or its JSON or Python text. None if it holds something else.
 
     Raises:
-        DataError: it begins as a list of schemas and is none.
+        DataError: it begins like a list of schemas, but is not one.
     """
     tools = _from_text(value)
     tools = [tools] if isinstance(tools, dict) else tools
@@ -92,13 +94,13 @@ def read_tools(value: Any, origin: str) -> tuple[dict, ...] | None:
 
 
 def _from_text(value: Any) -> Any:
-    """What JSON or Python text of a list or an object holds; anything else as it is."""
+    """The value of a list or an object in JSON or Python text; anything else as it is."""
     found = parsed(value) if isinstance(value, str) and re.match(r"\s*[\[{]", value) else None
     return value if found is None else found
 
 
 def plain(value: Any) -> Any:
-    """`value` from what JSON knows: columnar files also hold dates, bytes, arrays."""
+    """The value made of JSON's types. Columnar files also hold dates, bytes and arrays."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -110,9 +112,11 @@ def only_response(value: Any, name: str, origin: str) -> str | dict:
     """A response: its text, or its message where that holds more than text.
 
     Args:
-        value: text, or what follows the prompt as messages: exactly one, the assistant's.
+        value: text, or the messages that follow the prompt: exactly one, from the assistant.
+        name: the column, for errors.
+        origin: file and line, for errors.
     Raises:
-        DataError: it is something else, or says nothing.
+        DataError: it is something else, or empty.
     """
     if isinstance(value, tuple):
         if len(value) != 1 or value[0]["role"] != "assistant":
@@ -133,12 +137,12 @@ def as_message(response: str | dict) -> dict:
 
 
 def as_messages(prompt: str | Sequence[dict]) -> list[dict]:
-    """A prompt as messages; text is what the user says."""
+    """A prompt as messages; text becomes a message from the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def check_prompt(prompt: str | tuple[dict, ...], origin: str) -> None:
-    """Refuse a prompt that says nothing, or that nobody answers."""
+    """Raises DataError for a prompt that is empty, or whose last message the assistant does not answer."""
     if isinstance(prompt, tuple) and (not prompt or prompt[-1]["role"] not in _ENDS_A_PROMPT):
         last = prompt[-1]["role"] if prompt else "missing"
         raise DataError(
@@ -150,7 +154,7 @@ def check_prompt(prompt: str | tuple[dict, ...], origin: str) -> None:
 
 
 def check_unicode(value: Any, name: str, origin: str) -> None:
-    """JSON can hold what no tokenizer takes: half of a character beyond 16 bits."""
+    """Raises DataError for half of a surrogate pair, which JSON can hold and no tokenizer accepts."""
     for text in strings(value):
         try:
             text.encode()
@@ -162,7 +166,7 @@ def check_unicode(value: Any, name: str, origin: str) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All text in a value made of lists and dicts, the dicts' keys included."""
+    """Yields all text in a value of lists and dicts, including the keys of dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -175,7 +179,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def map_strings(change: Callable[[str], str], value: Any) -> Any:
-    """`value` with `change` applied to all text in it, the dicts' keys included."""
+    """The value with `change` applied to all text in it, including the keys of dicts."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -185,15 +189,15 @@ def map_strings(change: Callable[[str], str], value: Any) -> Any:
     return value
 
 
-def said(value: Any) -> Any:
-    """What a prompt or a response says, without what else data sets write into messages, such as ids and dates."""
+def content_of(value: Any) -> Any:
+    """A prompt or a response without what else data sets write into messages, such as ids and dates."""
     if isinstance(value, dict):
         return {key: value[key] for key in ("role", "content", *CALLS, *REASONING) if value.get(key)}
-    return [said(item) for item in value] if isinstance(value, list | tuple) else value
+    return [content_of(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def message_text(message: dict) -> str:
-    """All that a message says, for people to read: its thought, its text, its calls as JSON."""
+    """A message as text for people to read: its thought, its content, its calls as JSON."""
     thought = [f"<think>{message[key]}</think>" for key in REASONING if message.get(key)][:1]
     content = [_as_json(message["content"])] if message.get("content") else []
     calls = [_as_json(message[key]) for key in CALLS if message.get(key)]
@@ -206,12 +210,12 @@ def _as_json(value: Any) -> str:
 
 
 def response_text(response: str | dict) -> str:
-    """All that a response says, for people to read."""
+    """A response as text for people to read."""
     return response if isinstance(response, str) else message_text(response)
 
 
 def thought_of(response: str | dict) -> str:
-    """What an assistant thinks before it answers; empty if nothing."""
+    """The thought before the answer; empty if there is none."""
     if isinstance(response, dict):
         for key in REASONING:
             if isinstance(response.get(key), str) and response[key].strip():
@@ -221,7 +225,7 @@ def thought_of(response: str | dict) -> str:
 
 
 def thought_in_text(text: str) -> str:
-    """The thought that text holds between its marks, whose first may be missing: a generation prompt may have opened it."""
+    """The thought between its marks in a text. The opening mark may be missing: a generation prompt may end with it."""
     closed = re.search(THOUGHT_CLOSES, text)
     opened = re.match(rf"\s*{THOUGHT_OPENS}", text)
     if not closed and not opened:
@@ -231,6 +235,7 @@ def thought_in_text(text: str) -> str:
 
 
 def kind(value: Any) -> str:
+    """The type of a value and its beginning, for errors."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -238,7 +243,7 @@ def kind(value: Any) -> str:
 def conversation_forms(
     prompt: Sequence[dict], answers: list[dict], tools: Any
 ) -> Iterator[tuple[list[dict], list[dict], Any]]:
-    """A conversation in the forms that templates take, as is first; one form for conversations without tools."""
+    """Yields a conversation in the forms that templates accept: as it is first, and no other form where it has no tools."""
     turns = [*prompt, *answers]
     calls = any(key in turn for turn in turns for key in CALLS)
     arguments = (_as_objects, _as_text) if calls else (_as_is,)
@@ -268,7 +273,7 @@ def _as_is(message: dict) -> dict:
 
 
 def _lacks_text(message: dict) -> bool:
-    """Whether its content is None, or empty beside calls, which means the same."""
+    """Whether the content is None, or empty beside calls, which means the same."""
     content = message.get("content")
     return content is None or (content == "" and any(key in message for key in CALLS))
 

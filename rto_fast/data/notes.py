@@ -1,4 +1,4 @@
-"""What users should know of their rows before they train on them, as warnings of one line each."""
+"""Warnings about the rows, of one line each, that users should see before they train."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,13 @@ _SHOWN = 60  # characters of a prompt
 def notes(
     source: str, encoder: ConversationEncoder, rows: Sequence[Row], examples: Sequence[Example]
 ) -> Iterator[tuple[str, str]]:
-    """(kind, text) of each warning; the same kind need not be said twice.
+    """Yields the kind and the text of each warning. A kind need not be shown twice.
 
     Args:
-        source: name of the rows' file. encoder: what read the rows, with its `thinking`. rows, examples: one of each a row.
+        source: the name of the rows' file.
+        encoder: the encoder that read the rows.
+        rows: the rows.
+        examples: the example of each row.
     """
     ignored = Counter(key for row in rows for key in row.ignored)
     if ignored:

@@ -1,9 +1,9 @@
-"""Rows of a Parquet file in bounded memory.
+"""Reads the rows of a Parquet file in bounded memory.
 
-Three kilobytes of Parquet can stand for terabytes: a long text is stored once and repeated by number, a run of equal values
-is stored as one value and a count. What a row group needs is therefore read from its pages' headers before anything is
-decoded, and so many rows are decoded at once as need little memory whatever they hold. The footer repeats these numbers,
-but nothing stops it from lying; the reader allocates what the pages say.
+Three kilobytes of Parquet can hold terabytes: a long text is stored once and repeated by number, a run of equal values is
+stored as one value and a count. So the memory that a row group needs is read from the headers of its pages before anything
+is decoded, and only so many rows are decoded at once as need little memory whatever they hold. The footer repeats these
+numbers, but it may be wrong, and the reader allocates what the pages say.
 (https://parquet.apache.org/docs/file-format/, the format's parquet.thrift)
 """
 
@@ -16,17 +16,17 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 from rto_fast.data.budget import Budget
 from rto_fast.errors import DataError
 
-ROWS = 256  # decoded at once, at most
-AT_ONCE = 2**24  # bytes that are decoded at once, unless one row has more
-LARGE_DICTIONARY = 2**24  # bytes; of a smaller one the longest text is looked for
+ROWS = 256  # the most rows that are decoded at once
+AT_ONCE = 2**24  # the most bytes that are decoded at once, unless one row has more
+LARGE_DICTIONARY = 2**24  # bytes; in a smaller dictionary the longest text is searched
 LONGEST_HEADER = 2**24  # bytes of one page's header, the limit of Arrow's reader too
-# Measured with pyarrow 26: the decompressed page, the reader's copy, Arrow's array and the pieces that join them.
+# Copies of a page, measured with pyarrow 26: decompressed, the reader's, Arrow's array, and the pieces that join them.
 PAGE_COPIES = 6
-NESTED_VALUE = 24  # bytes of one value in a list: its two levels, its place, its validity
+NESTED_VALUE = 24  # bytes of a value in a list: its two levels, its position and its validity
 _BYTE_ARRAY = 6  # the physical type of texts
 _CODECS = ("uncompressed", "snappy", "gzip", "lzo", "brotli", "lz4", "zstd", "lz4_raw")
 _DICTIONARY_PAGE, _DATA_PAGE_V2 = 2, 3
-_DELTA_BYTE_ARRAY = 7  # keeps of each value what differs from the value before
+_DELTA_BYTE_ARRAY = 7  # an encoding that stores of each value what differs from the value before
 
 
 class _Chunk(NamedTuple):
@@ -39,10 +39,13 @@ class _Chunk(NamedTuple):
 
 
 class _Pages(NamedTuple):
-    """What the pages of one column in one row group need.
+    """The needs of the pages of one column in one row group.
 
-    held: bytes of the dictionary and of the largest other page, decompressed. value: the most bytes of a value that they
-    can repeat. number: of values, missing ones and those in lists included. delta: whether values repeat their predecessors.
+    Attributes:
+        held: bytes of the dictionary and of the largest other page, decompressed.
+        value: the most bytes of a value that the pages can repeat.
+        number: the number of values, including missing ones and those in lists.
+        delta: whether values repeat parts of the values before them.
     """
 
     held: int
@@ -54,7 +57,10 @@ class _Pages(NamedTuple):
 class _Reading(NamedTuple):
     """How a row group is read.
 
-    needed: bytes to set aside. rows: decoded at once. numbered: columns whose texts are decoded as numbers of a dictionary.
+    Attributes:
+        needed: bytes to set aside.
+        rows: the number of rows to decode at once.
+        numbered: the columns whose texts are decoded as numbers of a dictionary.
     """
 
     needed: int
@@ -63,7 +69,7 @@ class _Reading(NamedTuple):
 
 
 def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows.
+    """Yields the rows.
 
     Args:
         budget: what reading may hold for the moment is set aside in it; the rows themselves are its caller's to take.
@@ -106,7 +112,7 @@ def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
 
 
 def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Reading:
-    """How to read a row group so that nothing in it can take more than the budget has."""
+    """How to read a row group so that nothing in it takes more memory than the budget has."""
     schema = file.metadata.schema
     needed = longest = 0
     numbered = []
@@ -120,13 +126,13 @@ def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Re
             texts = pages.value * pages.number
             if pages.delta or needed + texts <= budget.left / 2:
                 needed += texts
-            else:  # slower, and how long they are is known before they are made
+            else:  # slower, but the lengths are known before the texts are made
                 numbered.append(field.path)
     return _Reading(needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered)
 
 
 def _as_rows(batch: Any, budget: Budget) -> Iterator[dict[str, Any]]:
-    """The rows of a `pyarrow.RecordBatch` as dicts, fewer at once where they are large."""
+    """Yields the rows of a `pyarrow.RecordBatch` as dicts, fewer at once where they are large."""
     import pyarrow
 
     size = sum(map(_size, batch.columns))
@@ -136,18 +142,18 @@ def _as_rows(batch: Any, budget: Budget) -> Iterator[dict[str, Any]]:
         yield from _as_rows(batch.slice(half), budget)
         return
     if size > AT_ONCE:
-        budget.check(4 * size)  # what one character takes in Python, at most
+        budget.check(4 * size)  # a character takes at most four bytes in Python
     plain = pyarrow.schema([field.with_type(_plain(field.type)) for field in batch.schema])
     yield from (batch if plain == batch.schema else batch.cast(plain)).to_pylist()
 
 
 def _size(array: Any) -> int:
-    """Bytes of an array's values once each stands for itself; what lies before and behind a slice is not counted."""
+    """The bytes of an array's values once none is shared. Values outside of a slice are not counted."""
     import pyarrow
     from pyarrow import compute, types
 
     kind = array.type
-    each = 64 * len(array)  # what Python adds
+    each = 64 * len(array)  # Python's own part of each object
     if isinstance(array, pyarrow.ExtensionArray):
         return _size(array.storage)
     if types.is_dictionary(kind):
@@ -165,7 +171,7 @@ def _size(array: Any) -> int:
 
 
 def _plain(kind: Any) -> Any:
-    """A type with the dictionaries' values in their place: pyarrow makes Python's objects of those 100 times faster."""
+    """The type without dictionaries: pyarrow makes Python objects of plain values 100 times faster."""
     import pyarrow
     from pyarrow import types
 
@@ -180,7 +186,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
-    """Reads the headers of a column chunk's pages, which is all that tells what decoding them takes."""
+    """Reads the headers of the pages of a column chunk, which alone tell how much memory decoding them takes."""
     position = chunk.start
     dictionary = largest = total = count = value = 0
     delta = False
@@ -210,7 +216,7 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 
 def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:
-    """Bytes of the longest text in a dictionary's page; those of the whole page where that is large, or holds no texts."""
+    """The bytes of the longest text in the page of a dictionary; of the whole page where it is large or holds no texts."""
     import pyarrow
 
     if chunk.kind != _BYTE_ARRAY or unpacked > LARGE_DICTIONARY:
@@ -228,7 +234,7 @@ def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:
 
 
 def _read_header(raw: BinaryIO, path: Path) -> tuple[dict[int, Any], int]:
-    """(fields of the page's header by their number, its length in bytes)."""
+    """The fields of the header of a page by their number, and its length in bytes."""
     start, size = raw.tell(), 2**12
     while size <= LONGEST_HEADER:
         raw.seek(start)
@@ -236,7 +242,7 @@ def _read_header(raw: BinaryIO, path: Path) -> tuple[dict[int, Any], int]:
         try:
             reader = _Compact(content)
             return reader.struct(), reader.position
-        except IndexError:  # it is longer, or the file ends
+        except IndexError:  # the header is longer, or the file ends
             if len(content) < size:
                 break
             size *= 16
@@ -246,7 +252,7 @@ def _read_header(raw: BinaryIO, path: Path) -> tuple[dict[int, Any], int]:
 
 
 class _Compact:
-    """Reads Thrift's compact protocol; IndexError where the content ends before the value."""
+    """Reads Thrift's compact protocol; raises IndexError where the content ends before the value."""
 
     def __init__(self, content: bytes):
         self.content, self.position = content, 0
@@ -288,7 +294,7 @@ class _Compact:
         return [self.byte() if kind in (1, 2) else self.value(kind) for _ in range(size)]
 
     def value(self, kind: int) -> Any:
-        """Numbers, structs and lists; the others are passed over, since nothing that is wanted is among them."""
+        """Reads numbers, structs and lists, and skips values of other types, which are not needed here."""
         if kind in (4, 5, 6):
             return self.number()
         if kind == 12:

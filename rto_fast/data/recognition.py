@@ -1,4 +1,4 @@
-"""Prompts whose text somebody has rendered with the chat template before: such text is no user's message."""
+"""Recognises prompts whose text was rendered with the chat template before, which are not a user's message."""
 
 import os
 import re
@@ -26,9 +26,8 @@ _MARKS = re.compile(
 
 
 def marks_turns(text: str, mark: re.Pattern[str]) -> bool:
-    """Whether a text looks like a chat whose turns have these marks, as `<|im_start|>user` marks one.
-
-    It begins with the mark of the system's or the user's turn, and has another mark.
+    """Whether a text looks like a chat whose turns have marks such as `<|im_start|>user`: it begins with the mark of a turn
+    of the system or the user, and has another mark.
     """
     first = mark.match(text)
     if not first or len(set(mark.findall(text))) < 2:
@@ -38,22 +37,22 @@ def marks_turns(text: str, mark: re.Pattern[str]) -> bool:
 
 
 def looks_rendered(text: str) -> bool:
-    """Whether a text looks like a chat that some template rendered, not only that of the tokenizer."""
+    """Whether a text looks like a chat that any template rendered, not only that of the tokenizer."""
     return marks_turns(text[_BOS.match(text).end() :], _MARKS)  # type: ignore[union-attr]  # matches anything
 
 
 class Written(NamedTuple):
-    """A prompt that somebody has rendered before."""
+    """A prompt that was rendered before."""
 
     text: str  # with the template's BOS and generation prompt
     thinking: Thinking  # how it ends
-    headers: Sequence[str] = ()  # what a response may repeat of it, the longest first
-    space: str = ""  # what it may repeat of the space at the prompt's end
-    has_begun: bool = False  # the text goes on with the beginning of the response
+    headers: Sequence[str] = ()  # the parts of it that a response may repeat, the longest first
+    space: str = ""  # the part of the space at its end that a response may repeat
+    has_begun: bool = False  # whether the text ends with the beginning of the response
 
 
 class Recogniser:
-    """Recognises prompts that a template rendered, by what it sets before the first message and behind the last.
+    """Recognises prompts that a template rendered, by the text that it sets before the first message and behind the last.
 
     Text that only mentions such marks, or quotes a conversation after words of its own, is not recognised.
     """
@@ -67,23 +66,23 @@ class Recogniser:
         return self.template.probe(as_user(QUESTION))
 
     def _before(self, turns: list[dict], begins: str, ends: str) -> str | None:
-        """Of these turns' rendering, the first line between two texts, without BOS and space; None if it has not both."""
+        """The first line between two texts in the rendering of these turns, without BOS and space; None if it lacks one."""
         try:
             text = self.template.probe(*turns)
-        except DataError:  # many know no system message
+        except DataError:  # many templates refuse a system message
             return None
         before, found, _ = text[text.find(begins) + len(begins) :].partition(ends)
-        if begins:  # an answer: behind it stands what ends its turn
+        if begins:  # behind an answer stands the end of its turn
             before = before.removeprefix(self.template.turn.tail).removeprefix(self.template.turn.stop or "")
         return self._without_bos(before).partition("\n")[0].strip() if found else None
 
     @cached_property
     def _opening(self) -> re.Pattern[str]:
-        """What prompts that it rendered begin with, BOS aside."""
+        """Matches the beginning of prompts that the template rendered, without BOS."""
         question, answer = as_user(QUESTION), as_assistant(ANSWER)
         user = self._before([question, answer, as_user(MORE)], ANSWER, MORE)
         system = self._before([{"role": "system", "content": MORE}, question], "", MORE)
-        if user and system == "":  # it sets nothing before a system message
+        if user and system == "":  # the template sets nothing before a system message
             return re.compile(f".*?{re.escape(user)}", re.DOTALL)
         return any_of(filter(None, [user, system, self._before([question], "", QUESTION)]))
 
@@ -91,7 +90,7 @@ class Recogniser:
         return text.strip().removeprefix(self._bos).strip()
 
     def recognise(self, text: str) -> Written | None:
-        """Whether the text of a prompt is a conversation that this template rendered; None if not. Line ends may be any."""
+        """The prompt that this template rendered; None for any other text. Line ends may be of any kind."""
         text = with_newlines(text)
         bare = self._without_bos(text)
         if not self._opening.match(bare):

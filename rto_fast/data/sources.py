@@ -1,4 +1,4 @@
-"""Examples from files, folders, the package and the Hugging Face hub. The layouts are in `rto_fast.data.layouts`.
+"""Loads examples from files, folders, the package and the Hugging Face hub. `rto_fast.data.layouts` has the layouts.
 
 | source                          | read as                                                                         |
 |---------------------------------|---------------------------------------------------------------------------------|
@@ -8,38 +8,41 @@
 | embedded:NAME                   | NAME.jsonl.gz in the package                                                    |
 | org/name, org/name:config       | `datasets.load_dataset`                                                         |
 
-`split` is a name and perhaps a range of rows: `train`, `test[:500]`, `train[90%:]`. In a folder, a split's files carry
-its name as a word (`test.jsonl`, `train-00000-of-00002.parquet`); files without any split's name are `train`. A single
-file is `train`.
+`split` is a name, which a range of rows may follow: `train`, `test[:500]`, `train[90%:]`. In a folder the files of a split
+have its name as a word (`test.jsonl`, `train-00000-of-00002.parquet`). Files without the name of a split are `train`, and so
+is a single file.
 
-Rows are read one by one. The first 1,000 tell the layout; beyond them, a limit, or a range that ends early, leaves the
-rest of a local file unread. A data set of the hub is downloaded whole, unless it is streamed.
+Rows are read one by one. The layout is found from the first 1,000 rows. Beyond them, a limit, or a range that ends early,
+leaves the rest of a local file unread. A data set of the hub is downloaded as a whole, unless it is streamed.
 
 A row that cannot be used is an error, or is left out and counted: a missing or empty value, a wrong type, another layout
-than most, but also a malformed line of JSON or a csv row with too many fields. A file that breaks off, or is not text, is
-always an error: nobody knows what follows there.
+than most rows have, a malformed line of JSON, a csv row with too many fields. A file that breaks off, or is not text, is
+always an error, because its other rows are unknown.
 """
 
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rto_fast.data.arrow_files import check_arrow_files
 from rto_fast.data.budget import Budget
 from rto_fast.data.detection import find_layout
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
-from rto_fast.data.layouts import ROLES, DataError, Example, check_columns, role_values, to_example
+from rto_fast.data.layouts import ROLES, Example, check_columns, role_values, to_example
+from rto_fast.errors import DataError, error_text
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import advance
 
-__all__ = ["DataError", "Example", "load_examples", "open_examples", "read_rows"]
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-WINDOW = 1000  # rows that tell the layout
-OBJECTS_PER_BYTE = 16  # bytes of Python's objects for a byte of a saved data set that is not packed, at most
+WINDOW = 1000  # rows from which the layout is found
+OBJECTS_PER_BYTE = 16  # the most bytes of Python objects for a byte of a saved data set that is not packed
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -60,11 +63,12 @@ def load_examples(
 
     Args:
         source, split, columns, streaming, max_unpacked_gib: as in `open_examples`.
-        limit: the most examples; None for all.
-        invalid: "error" raises `DataError` at the first row that is unusable, "skip" leaves such rows out and warns once
-            with their number and the first reason.
+        limit: the most examples, None for all.
+        invalid: "error" raises `DataError` at the first row that is unusable. "skip" leaves such rows out, and one warning
+            gives their number and the first reason.
         demonstrations: whether a row without a response is unusable.
-    Raises DataError: one line that names the file and line (or row) and the remedy.
+    Raises:
+        DataError: names the file, the line (or row) and the remedy.
     """
     if invalid not in ("error", "skip"):
         raise DataError(f"invalid: {invalid!r} is not 'error' or 'skip'")
@@ -73,7 +77,9 @@ def load_examples(
     layout, rows = open_examples(
         source, split=split, columns=columns, streaming=streaming, max_unpacked_gib=max_unpacked_gib
     )
-    examples, unread, skipped, first_error = [], [], 0, None
+    examples: list[Example] = []
+    unread: list[str] = []
+    skipped, first_error = 0, None
     for row, example in rows:
         advance()
         if demonstrations and isinstance(example, Example) and (example.response or example.chosen) is None:
@@ -112,18 +118,19 @@ def open_examples(
     streaming: bool = False,
     max_unpacked_gib: float = 4.0,
 ) -> tuple[str, Iterator[tuple[dict, Example | DataError]]]:
-    """(layout, iterator over each row and the example it makes) of a source; for an example that cannot be made, why.
-
-    The first `WINDOW` rows are read at once, since they tell the layout, the others when the iterator comes to them. No
-    row is read twice, and an error past the first row is raised where the iterator comes to it.
+    """Opens a source. The first `WINDOW` rows are read at once, the others when the iterator reaches them. No row is read
+    twice, and an error past the first row is raised where the iterator reaches it.
 
     Args:
-        source: a file, a folder, a data set's name.
-        split: its split, perhaps with a range of rows.
-        columns: {ours: theirs} for layouts that are not detected, ours being prompt, response, chosen, rejected, messages.
-        streaming: of a hub data set only download what is read.
-        max_unpacked_gib: the most that the rows of a packed file (.gz, .parquet, a saved data set) may take, GiB.
-    Raises DataError if there is no row, or no layout.
+        source: a file, a folder or the name of a data set.
+        split: its split, which a range of rows may follow.
+        columns: {ours: theirs} for layouts that are not detected. Ours are prompt, response, chosen, rejected, messages.
+        streaming: download only the rows of a hub data set that are read.
+        max_unpacked_gib: the most GiB that the rows of a packed file (.gz, .parquet, a saved data set) may take.
+    Returns:
+        The layout, and an iterator over each row and its example, or the error why it has none.
+    Raises:
+        DataError: the source has no rows, or no known layout.
     """
     check_columns(columns)
     first, rows = _window(read_rows(source, split, streaming, max_unpacked_gib))
@@ -150,7 +157,7 @@ def _has_response(row: dict, columns: dict[str, str] | None, origin: str) -> boo
 
 
 def _window(rows: Iterator[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], Iterator[tuple[str, Row]]]:
-    """(the first rows, the others). What stops the reading of the first is raised by the others, unless it is the first."""
+    """The first rows, and an iterator over the others. An error after at least one row is raised by the iterator."""
     first: list[tuple[str, Row]] = []
     try:
         for item in islice(rows, WINDOW):
@@ -164,13 +171,13 @@ def _window(rows: Iterator[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], Ite
 
 def _raising(error: DataError) -> Iterator[tuple[str, Row]]:
     raise error
-    yield  # makes it a generator, which raises when it is asked for a row
+    yield  # makes this a generator, which raises when it is asked for a row
 
 
 def read_rows(
     source: str | Path, split: str = "train", streaming: bool = False, max_unpacked_gib: float = 4.0
 ) -> Iterator[tuple[str, Row]]:
-    """Iterate over (origin, row) of a source's split, row being a dict as it stands in the file, or why it is none."""
+    """Yields the origin and the row of each row of a source's split; the row as it stands in the file, or its error."""
     source = str(source)
     match = _SPLIT.fullmatch(split)
     if not match:
@@ -203,21 +210,21 @@ def read_rows(
     return islice(rows, start, max(start, stop))
 
 
-def _position(bound, total, default):
+def _position(bound: str | None, total: int, default: int) -> int:
     if bound is None:
         return default
     position = round(int(bound[:-1]) * total / 100) if bound.endswith("%") else int(bound)
     return min(max(position + (total if position < 0 else 0), 0), total)
 
 
-def _looks_like_path(source):
-    """Anything that is not plainly org/name[:config]; data/x next to an existing folder data is a path as well."""
+def _looks_like_path(source: str) -> bool:
+    """Whether a source is not org/name[:config]. Beside an existing folder `data`, data/x is a path as well."""
     return (
         not _HUB_NAME.fullmatch(source) or source.lower().endswith(SUFFIXES) or Path(source.partition("/")[0]).is_dir()
     )
 
 
-def _embedded(name):
+def _embedded(name: str) -> Path:
     folder = files("rto_fast.data") / "embedded"
     path = Path(str(folder / f"{name}.jsonl.gz"))
     if not path.is_file():
@@ -226,8 +233,8 @@ def _embedded(name):
     return path
 
 
-def _split_files(folder, split):
-    """A folder's data files whose relative name has the split as a word; for train also those that name no split."""
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The data files in a folder whose relative name has the split as a word; for train also those that name no split."""
     found = sorted(
         path
         for path in folder.rglob("*")
@@ -237,8 +244,10 @@ def _split_files(folder, split):
         and not path.name.startswith("dataset_info")
     )
 
-    def names(path, word):  # train_prefs is a split of its own, train_0 is not
-        return re.search(rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z]|_[A-Za-z])", str(path.relative_to(folder)))
+    def names(path: Path, word: str) -> bool:  # train_prefs is another split than train, train_0 is not
+        return None is not re.search(
+            rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z]|_[A-Za-z])", str(path.relative_to(folder))
+        )
 
     chosen = [path for path in found if names(path, split)]
     if not chosen and split == "train":
@@ -250,12 +259,12 @@ def _split_files(folder, split):
 
 
 class _DatasetRows:
-    """(origin, row) of a `datasets.Dataset`, which stays on disk; with a budget, the rows are taken from it."""
+    """The origins and rows of a `datasets.Dataset`, which stays on disk. Their sizes are taken from `budget`."""
 
-    def __init__(self, dataset, name: str, budget: Budget | None = None):
+    def __init__(self, dataset: "Dataset", name: str, budget: Budget | None = None):
         self.dataset, self.name, self.budget = dataset, name, budget
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
@@ -273,10 +282,9 @@ def _saved_rows(folder: Path, split: str, max_unpacked_gib: float) -> _DatasetRo
         dataset = load_from_disk(str(folder))
     except DataError:
         raise
-    except Exception as error:  # a JSON file of another kind, or a schema that `datasets` does not know, ends in any
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # for a JSON file of another kind, or an unknown schema, `datasets` may raise anything
         raise DataError(
-            f"{folder}: not a data set that can be read ({type(error).__name__}: {reason}); save it again "
+            f"{folder}: not a data set that can be read ({error_text(error, with_type=True)}); save it again "
             "with save_to_disk"
         ) from error
     if isinstance(dataset, DatasetDict):
@@ -289,20 +297,19 @@ def _saved_rows(folder: Path, split: str, max_unpacked_gib: float) -> _DatasetRo
 
 
 @contextlib.contextmanager
-def _hub_errors(source, split):
+def _hub_errors(source: str, split: str) -> Iterator[None]:
     import datasets
 
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {reason}; "
+            f"{source}: no such local file or folder, and the hub did not give split {split!r}: {error_text(error)}; "
             "check the name, the split and the network, or give a local copy"
         ) from error
 
 
-def _hub_rows(source, split, streaming):
+def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[tuple[str, Row]] | _DatasetRows:
     import datasets
 
     name, _, config = source.partition(":")
@@ -311,7 +318,7 @@ def _hub_rows(source, split, streaming):
     return _streamed_rows(dataset, source, split) if streaming else _DatasetRows(dataset, source)
 
 
-def _streamed_rows(dataset, source, split):
+def _streamed_rows(dataset: Iterable[dict], source: str, split: str) -> Iterator[tuple[str, Row]]:
     with _hub_errors(source, split):  # the download happens here
         for index, row in enumerate(dataset):
             yield f"{source}[{index}]", without_filled_keys(row)

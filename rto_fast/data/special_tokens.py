@@ -1,4 +1,4 @@
-"""Special tokens that data spell out stay text: nobody's data can end a turn or open one.
+"""Keeps special tokens that data spells out as text, so that data can neither end a turn nor begin one.
 
 A tokenizer finds its special tokens wherever they stand, in what a template writes and in what a user said. So those that
 stand in data are hidden behind private characters before the template is rendered. What it renders is then cut at the
@@ -24,16 +24,17 @@ _PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's Supplementary Private Use Area-A
 class _Piece(NamedTuple):
     row: int
     text: str
-    follows: bool  # other text stands before it
-    hidden: tuple[str, ...] = ()  # special tokens in it that are text
+    follows: bool  # whether other text stands before it
+    hidden: tuple[str, ...] = ()  # special tokens in it that stay text
     is_token: bool = False
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, where they are text and where they are tokens.
+    """Tokenises text in which some special tokens stay text.
 
     Args:
-        control_tokens: other added tokens that a template sets around turns, and those that end a response; as text.
+        tokenizer: the tokenizer.
+        control_tokens: the text of other added tokens that a template sets around turns, or that end a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control_tokens: Iterable[str] = ()):
@@ -42,21 +43,21 @@ class SpecialTokens:
         special = [content for content, token in self._added.items() if token.special]
         self._in_templates = any_of([*special, *control_tokens])
         in_data = (token for token in [*special, *control_tokens] if token.strip() and not is_thought_mark(token))
-        self.in_data = any_of(in_data)  # those that must stay text
-        # SentencePiece style sets a space before text on its own: text that follows other text is tokenised after an
-        # anchor, which merges with nothing.
+        self.in_data = any_of(in_data)  # matches the tokens that must stay text
+        # Tokenizers in the style of SentencePiece set a space before a text. So text that follows other text is tokenised
+        # behind an anchor, which merges with nothing.
         prefixes_space = (tokenizer.tokenize("a") or [""])[0].startswith("▁")
         self._anchors = ("\n", "a") if prefixes_space else ("", "")
         self._anchor_sizes = {anchor: len(self._ids([anchor])[0]) for anchor in self._anchors}
         self._prefixes_everywhere = bool(special) and self._ids([special[0] + "a"])[0][1:] == self._ids(["a"])[0]
 
     def hide(self, *values: Any, beside: str = "") -> tuple[Any, dict[str, str]]:
-        """Values (text, or lists and dicts with text) with the special tokens in them replaced.
+        """Replaces the special tokens in values (text, or lists and dicts with text).
 
         Args:
             beside: text in which the replacements must not occur either.
         Returns:
-            The values, and {replacement: token}: empty where nothing was to be done.
+            The values, and {replacement: token}, which is empty where nothing was replaced.
         """
         found = {token for text in strings(values) for token in self.in_data.findall(text)}
         if not found:

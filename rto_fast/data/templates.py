@@ -1,17 +1,17 @@
-r"""What a chat template makes of a conversation: the prompt's text, and the response's.
+r"""Renders a conversation with a chat template, as the text of the prompt and the text of the response.
 
-A template is a program, and the only authority on it is what it renders. So a conversation is rendered twice: the prompt
-with a generation prompt, and the whole. What the whole has beyond the prompt, up to its stop token, is the response. A row
-whose whole does not begin with its prompt cannot be trained on: no template would ever show a model their join.
+A template is a program, so only its output shows what it does. A conversation is therefore rendered twice: the prompt with a
+generation prompt, and the whole. The part of the whole behind the prompt, up to its stop token, is the response. A row whose
+whole does not begin with its prompt cannot be trained on, because the template never shows a model the two together.
 
-Thoughts. Some generation prompts end with an empty thought (`enable_thinking=False` of Qwen3), others open one (DeepSeek
-R1). `Thinking` says how prompts end; `choose_thinking` finds it from the responses of the data, so that prompts of rollouts
-end as those that were trained on.
+Thoughts: some generation prompts end with an empty thought (`enable_thinking=False` of Qwen3), others open one (DeepSeek
+R1). `Thinking` says how prompts end. `choose_thinking` finds it from the responses of the data, so that the prompts of
+rollouts end like those of the training.
 
-Templates differ in what they take: arguments of tool calls as a dict or as JSON text, a content that is missing, None or
-empty beside them, function schemas bare or within {"type": "function"}. What a template refuses in one form, or renders
-without its calls, it is given in the next. (`render_jinja_template` and not `apply_chat_template`, whose newer versions
-drop every None.)
+Templates differ in what they accept: arguments of tool calls as a dict or as JSON text, a content that is missing, None or
+empty beside them, function schemas bare or within {"type": "function"}. A conversation that a template refuses in one form,
+or renders without its calls, is given to it in the next form. This uses `render_jinja_template`, because newer versions of
+`apply_chat_template` drop every None.
 """
 
 import os
@@ -33,7 +33,7 @@ from rto_fast.data.messages import (
     thought_in_text,
     thought_of,
 )
-from rto_fast.errors import DataError, said
+from rto_fast.errors import DataError, error_text
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -45,28 +45,28 @@ FALLBACK_TEMPLATE = (
 )
 _OPENING_AT_END = re.compile(rf"{THOUGHT_OPENS}\s*\Z")
 _EMPTY_THOUGHT = rf"{THOUGHT_OPENS}\s*{THOUGHT_CLOSES}\s*"
-SHOWN = 30  # characters of a rendering in messages
+SHOWN = 30  # characters of a rendering that errors quote
 _LOST = "the chat template leaves out the response's thought"
 _KEEPS = "give the tokenizer a template that keeps it"
-QUESTION, ANSWER, MORE = ("xQuestionx", "xAnswerx", "xMorex")  # whose places in a rendering are looked up
+QUESTION, ANSWER, MORE = ("xQuestionx", "xAnswerx", "xMorex")  # their positions in a rendering are searched
 
 
 class Thinking(NamedTuple):
-    """How prompts end, as far as thoughts go."""
+    """How prompts end with respect to thoughts."""
 
     enabled: bool  # the template's `enable_thinking`
-    may_open: bool  # whether the prompt may open a thought; if not, an opening at its end is cut off
+    may_open: bool  # whether the prompt may open a thought; else an opening at its end is cut off
 
 
-NO_THOUGHTS = Thinking(enabled=False, may_open=False)  # responses have none
-THOUGHTS = Thinking(enabled=True, may_open=True)  # responses have some, or templates write an empty one for them
-BOTH = Thinking(enabled=True, may_open=False)  # some have one, which they open themselves
-UNKNOWN = Thinking(enabled=False, may_open=True)  # prompts alone: the template's own, with its switch off
+NO_THOUGHTS = Thinking(enabled=False, may_open=False)  # no response has a thought
+THOUGHTS = Thinking(enabled=True, may_open=True)  # responses have thoughts, or templates write empty ones for them
+BOTH = Thinking(enabled=True, may_open=False)  # some responses have thoughts, which they open themselves
+UNKNOWN = Thinking(enabled=False, may_open=True)  # there are no responses: the template's own end, with thinking off
 MODES = {"on": THOUGHTS, "off": NO_THOUGHTS}
 
 
 class Response(NamedTuple):
-    """A response as text: all that the template writes behind the prompt, up to its stop token."""
+    """The text of a response: all that the template writes behind the prompt, up to its stop token."""
 
     text: str
     stop: str | None  # the stop token that the template writes behind it, if any
@@ -83,7 +83,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()):
         self.tokenizer, self._special_tokens = tokenizer, tokenizer.special_tokens_map
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        # not only those that are called special: some tokenizers forget it of the tokens around turns
+        # All added tokens, because some tokenizers do not mark the tokens around turns as special.
         self._marks = [token for token in added if token.strip() and not is_thought_mark(token)]
         self._stops = list(dict.fromkeys([*stop_tokens, *filter(None, [tokenizer.eos_token])]))
         self.mark = any_of([*self._marks, *self._stops])
@@ -91,7 +91,7 @@ class ChatTemplate:
     # Rendering
 
     def render(self, messages: Sequence[dict], tools: Any, thinking: Thinking, *, generation: bool = False) -> str:
-        """The template's text; `generation` adds what begins an answer. Raises whatever the template raises."""
+        """The text that the template renders, with a generation prompt if `generation`; its errors are raised."""
         tokenizer, tools = self.tokenizer, list(tools) if tools else None
         template = FALLBACK_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template(None, tools)
         switches = {"enable_thinking": thinking.enabled, "thinking": thinking.enabled}
@@ -112,7 +112,7 @@ class ChatTemplate:
         thinking: Thinking,
         strict: bool = True,
     ) -> tuple[str, list[Response]]:
-        """Texts of a prompt and of the responses to it, such that each join is what the template renders.
+        """The text of a prompt and the responses to it. The prompt followed by a response is what the template renders.
 
         Args:
             prompt: messages. responses: text, or the assistant's message; may be empty. tools: function schemas, or None.
@@ -131,12 +131,12 @@ class ChatTemplate:
                 wholes = [self.render([*turns, answer], schemas, thinking) for answer in answers]
                 text = text if strict else os.path.commonprefix([text, *wholes])
                 parts = text, [self._response(text, *pair, strict) for pair in zip(wholes, answers, strict=True)]
-            except Exception as error:  # a template is somebody else's code: TypeError, UndefinedError, its own refusal
+            except Exception as error:  # a template is code that may raise anything
                 failures.append(error)
                 continue
             if not self._leaves_out_calls(turns, answers, schemas, thinking, wholes):
                 return parts
-            # Another form of the messages may keep them. What then stands for a content of None may be "None".
+            # Another form of the messages may keep the calls, but it may render a content of None as "None".
             if all(turn.get("content", "") is not None for turn in [*turns, *answers]):
                 found = found or parts
         if found:
@@ -145,7 +145,7 @@ class ChatTemplate:
             if isinstance(error, DataError):
                 raise error
         own = [error for error in failures if type(error) is jinja2.TemplateError]  # its raise_exception
-        reason = said(own[0]) if own else f"{type(failures[0]).__name__}: {said(failures[0])}"
+        reason = error_text(own[0], with_type=False) if own else error_text(failures[0], with_type=True)
         roles = ", ".join(message["role"] for message in [*prompt, *given[:1]])
         raise DataError(f"the chat template refuses roles {roles}: {reason}") from (own or failures)[0]
 
@@ -161,11 +161,11 @@ class ChatTemplate:
             if answers:
                 return wholes == [self.render([*bare, answer], tools, thinking) for answer in bare_answers]
             return self.render(turns, tools, thinking) == self.render(bare, tools, thinking)
-        except Exception:  # it cannot do without them
+        except Exception:  # the template needs the calls
             return False
 
     def _response(self, prompt: str, whole: str, message: dict, strict: bool) -> Response:
-        """What `whole` has beyond the prompt, up to its stop token."""
+        """The part of `whole` behind the prompt, up to its stop token."""
         if not whole.startswith(prompt):
             raise DataError(self._difference(prompt, whole, message))
         rest = whole[len(prompt) :]
@@ -186,7 +186,7 @@ class ChatTemplate:
 
     @staticmethod
     def _difference(prompt: str, whole: str, message: dict) -> str:
-        """Why a whole does not begin with its prompt."""
+        """The reason why a whole does not begin with its prompt."""
         same = len(os.path.commonprefix([prompt, whole]))
         where = (
             f"behind {_brief(prompt[:same], last=True)} the prompt has {_brief(prompt[same:])}, "
@@ -205,7 +205,7 @@ class ChatTemplate:
             "that ends a prompt where the answer begins"
         )
 
-    # What it does to every conversation, seen on one
+    # What the template does to every conversation, found from one
 
     def probe(self, *messages: dict, thinking: Thinking = NO_THOUGHTS, generation: bool = False) -> str:
         """The rendering of a conversation that every template should know."""
@@ -217,25 +217,25 @@ class ChatTemplate:
                 failures.append(error)
         raise DataError(
             f"the chat template of {self.tokenizer.name_or_path} does not render a question and its answer: "
-            f"{type(failures[0]).__name__}: {said(failures[0])}; mend it "
+            f"{error_text(failures[0], with_type=True)}; mend it "
             "(chat_template.jinja, or chat_template in tokenizer_config.json), or give data.prompt_format: text"
         ) from failures[0]
 
     @cached_property
     def turn(self) -> Response:
-        """What it writes behind a response: `tail`, then the token that ends the turn, if any."""
+        """What the template writes behind a response: `tail`, then the token that ends the turn, if there is one."""
         after = self.probe(as_user(QUESTION), as_assistant(ANSWER)).rpartition(ANSWER)[2]
         end = self.mark.search(after)
         return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
 
     @cached_property
     def _end(self) -> re.Pattern[str]:
-        """Whatever ends a response."""
+        """Matches the tokens that end a response."""
         return any_of([*self._stops, *filter(None, [self.turn.stop])])
 
     @cached_property
     def endings(self) -> dict[Thinking, str]:
-        """What it writes behind the question of a prompt that ends so."""
+        """What the template writes behind the last message of a prompt, for each way in which prompts can end."""
         prompts = {
             thinking: _ended(self.probe(as_user(QUESTION), thinking=thinking, generation=True), thinking)
             for thinking in (UNKNOWN, NO_THOUGHTS, THOUGHTS, BOTH)
@@ -243,7 +243,7 @@ class ChatTemplate:
         return {thinking: prompt.rpartition(QUESTION)[2] for thinking, prompt in prompts.items()}
 
     def choose_thinking(self, responses: Iterable[str | dict]) -> Thinking:
-        """How prompts must end for these responses, and those of the same run without any."""
+        """How prompts must end so that these responses can follow, and for prompts of the same run without responses."""
         found, openings = set(), set()
         for response in responses:
             has_thought = bool(thought_of(response))
@@ -259,18 +259,18 @@ class ChatTemplate:
         answers = [ANSWER] * (False in found) + [_with_thought(opening) for opening in openings]
         try:
             self.conversation([as_user(QUESTION)], answers, None, THOUGHTS)
-        except DataError:  # the generation prompt opens a thought, and not every response goes on with it
+        except DataError:  # the generation prompt opens a thought, which not every response continues
             return BOTH
         return THOUGHTS
 
     def opening_left_out(self, thinking: Thinking) -> str:
-        """The mark of a thought with which its generation prompts end, if `thinking` leaves it out."""
+        """The mark of a thought at the end of the template's generation prompts, if `thinking` leaves it out."""
         whole = self.endings[THOUGHTS if thinking.enabled else UNKNOWN]
         return whole[len(self.endings[thinking]) :].strip()
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """Added tokens that it sets around what people say, thoughts aside."""
+        """The added tokens that the template sets around messages, except for the marks of thoughts."""
         turns = [as_user(QUESTION), as_assistant(ANSWER)]
         try:
             text = self.probe(*turns, as_user(MORE), generation=True)
@@ -280,7 +280,7 @@ class ChatTemplate:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of these texts, the longest first, as tokenizers do; nothing if there are none."""
+    """Matches any of these texts, the longest first, as tokenizers do. Without texts it matches nothing."""
     longest_first = sorted(set(tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -294,7 +294,7 @@ def _ended(prompt: str, thinking: Thinking) -> str:
 
 
 def _continuing(prompt: str, message: dict) -> dict:
-    """The message with its thought marked as the end of the template's whole prompt asks for.
+    """The message with the marks of its thought that fit the end of the template's whole prompt.
 
     Where the template's prompt opens a thought, data may hold only the closing mark; where it ends with an empty thought,
     the response's own empty one would be the second.
@@ -311,7 +311,7 @@ def _continuing(prompt: str, message: dict) -> dict:
 
 
 def _with_thought(opening: str) -> str:
-    """A short answer whose thought begins with this mark, the space around it included."""
+    """A short answer whose thought begins with this mark, including the space around it."""
     mark = opening.strip()
     return f"{opening}{MORE}\n{mark[0]}/{mark[1:]}\n\n{ANSWER}"
 

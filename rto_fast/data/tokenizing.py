@@ -1,53 +1,54 @@
-"""Tokenising: prompts and responses as the ids that the model sees, prompt_ids + response_ids.
+"""Tokenises prompts and responses: the model sees prompt_ids + response_ids.
 
-Prompt formats: `auto` (messages through the chat template; plain text as one user message if the tokenizer has a
-template, else as it is), `chat` (plain text always as a user message), `text` (plain text always as it is). Text that is
-chat-templated already, from the first turn's marks to the generation prompt, is used as it is, special tokens included,
+Prompt formats: `auto` renders messages with the chat template, and plain text as one user message if the tokenizer has a
+template, else as it is; `chat` takes plain text for a user message always, `text` never. Text that a chat template has
+rendered already, from the marks of the first turn to the generation prompt, is used as it is, special tokens included,
 unless the format is `chat`; a warning says so.
 
 A response is what the policy would sample after the generation prompt: what the template renders behind it
 (`rto_fast.data.templates`), up to and including one stop token. It is tokenised on its own, because the policy's first
-token never merges with the prompt's last. Stop tokens that the data spell out at its end are not part of it, nor are the
+token never merges with the prompt's last. Stop tokens that the data spells out at the end are not part of it, nor are the
 space around them and special tokens behind them, such as padding. Without a template a response is its text and
 the EOS token.
 
-Special tokens that stand in data stay text, in messages, tools and plain text (`rto_fast.data.special_tokens`), but for a
-BOS token that a plain text begins with.
+Special tokens that the data spells out stay text, in messages, tools and plain text (`rto_fast.data.special_tokens`). The
+only exception is a BOS token at the beginning of a plain text.
 
-Tokenizers without template get FALLBACK_TEMPLATE, Anthropic HH's transcript; a warning says so.
-BOS: a chat template is the authority on it, as in transformers; plain text gets it if the tokenizer adds it to text.
+A tokenizer without a template gets FALLBACK_TEMPLATE, the transcript of Anthropic's HH; a warning says so. A chat template
+decides about BOS, as in transformers; plain text gets it if the tokenizer adds it to text.
 """
 
 import re
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rto_fast.data.encoding import ConversationEncoder
-from rto_fast.data.layouts import DataError, Example
+from rto_fast.data.encoding import ConversationEncoder, Row
+from rto_fast.data.layouts import Example, Text
 from rto_fast.data.notes import notes
-from rto_fast.data.templates import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
+from rto_fast.errors import DataError
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import advance, progress
 
 
 class NothingLeft(DataError):
-    """No example can be used: each was left out, as `data.invalid` or the limits allow, or their layout lacks a column."""
+    """No example can be used: `data.invalid` or the limits leave out all of them, or their layout lacks a column."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Token budgets. Over-long prompts are dropped or lose their oldest tokens (not BOS); responses lose their end."""
+    """The most tokens of a prompt and of a response. Longer prompts are dropped, or lose their oldest tokens (but not BOS);
+    longer responses lose their end."""
 
     max_prompt_tokens: int
     max_response_tokens: int
     overlong_prompt: str = "drop"  # or "truncate_left"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
             raise DataError(f"max_prompt_tokens and max_response_tokens must be at least 1: {self}")
         if self.overlong_prompt not in ("drop", "truncate_left"):
@@ -55,28 +56,34 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Demonstration:
+    """A prompt and its response, for SFT."""
+
     prompt_ids: list[int]
     response_ids: list[int]  # ends with a stop token unless it was cut
 
 
 @dataclass(frozen=True)
 class Pair:
+    """A prompt with a chosen and a rejected response."""
+
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    example: Example  # where it came from
+    example: Example  # the source of the pair
 
     @property
-    def num_tokens(self):
-        """Of both sides together."""
+    def num_tokens(self) -> int:
+        """Tokens of the two sequences, of which each has the prompt."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt, with what reward functions need."""
+
     prompt_ids: list[int]
-    prompt: str | tuple[dict, ...]  # text or messages, as in Example
+    prompt: Text  # as in `Example`
     extra: dict  # the example's other columns, for reward functions
     origin: str = ""
     tools: tuple[dict, ...] | None = None  # function schemas
@@ -84,7 +91,7 @@ class Prompt:
 
 @dataclass
 class CutReport:
-    """What a builder dropped and cut; `str()` is one line. Counts of tokens are those before cutting."""
+    """What a builder dropped and cut, as counts; `str()` is one line. Tokens are counted before cutting."""
 
     source: str
     limits: Limits
@@ -101,7 +108,7 @@ class CutReport:
     response_tokens_cut: int = 0
     identical_dropped: int = 0  # pairs without a difference (left) between chosen and rejected
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = [f"{self.source}: {self.examples} examples"]
         limits = self.limits
         if self.unusable:
@@ -125,8 +132,12 @@ class CutReport:
         return ", ".join(parts if len(parts) > 1 else [*parts, "nothing cut"])
 
 
-def stop_token_ids(tokenizer, generation_config=None) -> list[int]:
-    """Ids that end a response, EOS first: the tokenizer's, the generation config's, the chat template's turn end."""
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
+    """The ids that end a response: EOS first, then those of the generation config, then the chat template's end of a turn.
+
+    Raises:
+        DataError: there is none.
+    """
     configured = getattr(generation_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id] + (configured if isinstance(configured, list) else [configured])
     if tokenizer.chat_template is not None:
@@ -140,26 +151,30 @@ def stop_token_ids(tokenizer, generation_config=None) -> list[int]:
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | SequenceOf[dict],
+    prompt: str | Sequence[dict],
     prompt_format: str = "auto",
     tools: Any = None,
     thinking: Thinking = NO_THOUGHTS,
 ) -> list[int]:
-    """Ids of a prompt (text or messages), up to where the response begins. thinking: how it ends."""
+    """The ids of a prompt (text or messages), up to where the response begins.
+
+    Args:
+        thinking: how the prompt ends.
+    """
     encoder = ConversationEncoder(tokenizer, prompt_format, (), thinking)
     return encoder.prompt_ids([encoder.read(prompt, (), tools)])[0]
 
 
 def encode_response(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | SequenceOf[dict],
+    prompt: str | Sequence[dict],
     response: str | dict,
     prompt_format: str,
-    stop_ids: SequenceOf[int],
+    stop_ids: Sequence[int],
     tools: Any = None,
     thinking: Thinking = NO_THOUGHTS,
 ) -> list[int]:
-    """Ids that follow `encode_prompt(tokenizer, prompt, prompt_format, tools, thinking)`, ending with one of `stop_ids`.
+    """The ids that follow `encode_prompt(tokenizer, prompt, prompt_format, tools, thinking)`; the last is in `stop_ids`.
 
     Raises:
         DataError: the response cannot follow that prompt, such as one with a thought, which `NO_THOUGHTS` rules out.
@@ -169,35 +184,41 @@ def encode_response(
 
 
 def sft_sequences(
-    examples: SequenceOf[Example],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     prompt_format: str,
-    stop_ids: SequenceOf[int],
+    stop_ids: Sequence[int],
     **options: Any,
-) -> tuple[list[Sequence], CutReport]:
-    """Prompts with `response`, or with `chosen` where there is none. DataError if no example remains.
+) -> tuple[list[Demonstration], CutReport]:
+    """Prompts with `response`, or with `chosen` where there is none.
 
-    options: see `_Reading`.
+    Args:
+        options: see `_Reading`.
+    Raises:
+        NothingLeft: no example can be used.
     """
     responses = [example.chosen if example.response is None else example.response for example in examples]
     _need(examples, responses, "response or chosen")
     sides = [[response] for response in responses]
     reading = _Reading(examples, sides, tokenizer, limits, prompt_format, stop_ids, **options)
-    return [Sequence(*ids) for ids in zip(reading.prompt_ids, reading.responses(0), strict=True)], reading.report
+    return [Demonstration(*ids) for ids in zip(reading.prompt_ids, reading.responses(0), strict=True)], reading.report
 
 
 def preference_pairs(
-    examples: SequenceOf[Example],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     prompt_format: str,
-    stop_ids: SequenceOf[int],
+    stop_ids: Sequence[int],
     **options: Any,
 ) -> tuple[list[Pair], CutReport]:
-    """Prompts with `chosen` and `rejected`. Pairs that do not differ (any more) are dropped. DataError if none remain.
+    """Prompts with `chosen` and `rejected`. Pairs that do not differ, perhaps because they were cut, are dropped.
 
-    options: see `_Reading`.
+    Args:
+        options: see `_Reading`.
+    Raises:
+        NothingLeft: no pair can be used.
     """
     for name in ("chosen", "rejected"):
         _need(examples, [getattr(example, name) for example in examples], name)
@@ -214,25 +235,31 @@ def preference_pairs(
 
 
 def prompts(
-    examples: SequenceOf[Example],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     prompt_format: str,
     **options: Any,
 ) -> tuple[list[Prompt], CutReport]:
-    """Prompts alone, with what reward functions need. DataError if no example remains. options: see `_Reading`."""
+    """Prompts without responses.
+
+    Args:
+        options: see `_Reading`.
+    Raises:
+        NothingLeft: no prompt can be used.
+    """
     reading = _Reading(examples, [[] for _ in examples], tokenizer, limits, prompt_format, (), **options)
     ids_and_examples = zip(reading.prompt_ids, reading.examples, strict=True)
     return [Prompt(ids, e.prompt, e.extra, e.origin, e.tools) for ids, e in ids_and_examples], reading.report
 
 
-def responses_of(examples: SequenceOf[Example]) -> list[str | dict]:
-    """All responses of examples."""
+def responses_of(examples: Sequence[Example]) -> list[str | dict]:
+    """All responses of the examples."""
     sides = (side for example in examples for side in (example.response, example.chosen, example.rejected))
     return [side for side in sides if side is not None]
 
 
-def _need(examples, values, name):
+def _need(examples: Sequence[Example], values: Sequence[Any], name: str) -> None:
     for example, value in zip(examples, values, strict=True):
         if value is None:
             raise NothingLeft(
@@ -241,22 +268,23 @@ def _need(examples, values, name):
 
 
 class _Reading:
-    """What is common to the builders: examples that can be used, with the ids of their prompts and responses.
+    """The part that all builders share: the examples that can be used, with the ids of their prompts and responses.
 
     Args:
-        sides: of each example, the responses to read. invalid: what a row does that the chat template refuses, "error" or
-            "skip" (and count). thinking: how prompts end; None: as the examples' own responses ask for. noted: what was
-            warned of; what is in it is not said again.
+        sides: the responses to read, for each example.
+        invalid: "error" raises where the chat template refuses an example, "skip" leaves it out and counts it.
+        thinking: how prompts end; None chooses the way that the examples' own responses can follow.
+        noted: the warnings that were given before and are not repeated; new ones are added.
     """
 
     def __init__(
         self,
-        examples: SequenceOf[Example],
-        sides: SequenceOf[SequenceOf[Any]],
+        examples: Sequence[Example],
+        sides: Sequence[Sequence[Any]],
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits,
         prompt_format: str,
-        stop_ids: SequenceOf[int],
+        stop_ids: Sequence[int],
         *,
         invalid: str = "error",
         thinking: Thinking | None = None,
@@ -275,8 +303,9 @@ class _Reading:
         self._say()
         self._fit_prompts(tokenizer.bos_token_id)
 
-    def _read(self, examples, sides, invalid):
-        self.examples, self._rows = [], []
+    def _read(self, examples: Sequence[Example], sides: Sequence[Sequence[Any]], invalid: str) -> None:
+        self.examples: list[Example] = []
+        self._rows: list[Row] = []
         for example, responses in zip(examples, sides, strict=True):
             advance()
             try:
@@ -294,14 +323,14 @@ class _Reading:
             raise NothingLeft(f"{self.report}; none is left")
 
     def _say(self) -> None:
-        """Warns, once each, of what users should know of their rows."""
+        """Gives each warning about the rows once."""
         for kind, text in notes(self.report.source, self._encoder, self._rows, self.examples):
             if kind not in self._noted:
                 self._noted.add(kind)
                 notify("data", kind.rpartition(" ")[2], text)
 
-    def _fit_prompts(self, bos):
-        """Drops or cuts what is too long; sets `prompt_ids`."""
+    def _fit_prompts(self, bos: int | None) -> None:
+        """Drops or cuts prompts that are too long, and sets `prompt_ids`."""
         report, most = self.report, self.limits.max_prompt_tokens
         fitting = []
         for index, ids in enumerate(self._encoder.prompt_ids(self._rows)):
@@ -325,7 +354,7 @@ class _Reading:
             )
 
     def responses(self, side: int) -> list[list[int]]:
-        """Responses within the limit. A cut one has no stop token: the policy would not have ended there."""
+        """The responses within the limit. One that was cut has no stop token, because it does not end there."""
         report, most = self.report, self.limits.max_response_tokens
         encoded = self._encoder.response_ids(self._rows, side)
         for ids in encoded:

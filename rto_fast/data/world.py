@@ -1,8 +1,8 @@
-"""The embedded default world: "transcribe the list", a task where a gold reward exists and mistakes are local.
+"""The embedded task "transcribe the list", which has a gold reward and in which mistakes are local.
 
-A prompt lists 5 to 8 items, `3 red cup , 1 blue box`; the right response spells them out, `three red cups , one blue box .
-thanks`. The gold reward checks each item's number, colour, noun and plural, so several small, local mistakes fit in one
-response: where one number at the end says little and a reward per token says much.
+A prompt lists 5 to 8 items, `3 red cup , 1 blue box`. The right response spells them out, `three red cups , one blue box .
+thanks`. The gold reward checks each item's number, colour, noun and plural. So a response can hold several small, local
+mistakes, of which one score for the whole response tells little and a reward for each token tells much.
 
 Demonstrations come from a careless writer (wrong words, fillers, skipped, repeated and invented items). Preference pairs are
 two such responses, labelled by Bradley-Terry sampling from the gold reward. Everything is drawn from Python's `random` with
@@ -14,9 +14,15 @@ import io
 import json
 import math
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EMBEDDED = Path(__file__).parent / "embedded"
+Item = tuple[int, str, str]  # number 1 to 8, colour, noun in the singular
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 COLOURS = ("red", "blue", "green", "white", "black", "gold")
@@ -32,23 +38,22 @@ CHAT_TEMPLATE = (
 )
 
 ERROR_RATE = 0.15  # chance that the writer gets a word wrong
-RAMBLE_RATE = 0.35  # chance of one more invented item; a fifth of it, of a skipped or repeated one
-LABEL_TEMPERATURE = 0.05  # of the Bradley-Terry labels, in units of gold reward
+RAMBLE_RATE = 0.35  # chance of one more invented item; a fifth of it is the chance that an item is skipped or repeated
+LABEL_TEMPERATURE = 0.05  # temperature of the Bradley-Terry labels, in units of the gold reward
 
 
-def draw_items(rng):
-    """A list of (number 1..8, colour, noun)."""
+def draw_items(rng: random.Random) -> list[Item]:
     return [(rng.randint(1, 8), rng.choice(COLOURS), rng.choice(SINGULARS)) for _ in range(rng.randint(5, 8))]
 
 
-def prompt_text(items):
+def prompt_text(items: Iterable[Item]) -> str:
     return " , ".join(f"{number} {colour} {noun}" for number, colour, noun in items)
 
 
-def _write_item(item, rng):
+def _write_item(item: Item, rng: random.Random) -> list[str]:
     number, colour, noun = item
 
-    def word(right, choices):
+    def word(right: str, choices: Sequence[str]) -> str:
         return right if rng.random() > ERROR_RATE else rng.choice(choices)
 
     filler = [rng.choice(FILLERS)] if rng.random() < 0.7 * ERROR_RATE else []
@@ -57,7 +62,7 @@ def _write_item(item, rng):
     return filler + [spelled, colour, PLURALS[SINGULARS.index(noun)] if plural else noun]
 
 
-def write_response(items, rng):
+def write_response(items: Sequence[Item], rng: random.Random) -> str:
     """The careless writer's transcription of `items`."""
     written = []
     for item in items:
@@ -74,7 +79,7 @@ def write_response(items, rng):
     return " ".join([" , ".join(" ".join(item) for item in written), ".", *thanks])
 
 
-def _item_score(written, item):
+def _item_score(written: Sequence[str], item: Item) -> float:
     """Share of the four checks that a written item passes: number, colour, noun, plural."""
     if len(written) != 3:
         return 0.0
@@ -90,16 +95,16 @@ def _item_score(written, item):
     return sum(checks) / 4
 
 
-def score_response(items, response, finished=True):
-    """Gold reward in [0, 1]: mean item score, less fillers and a wrong item count, a bonus for exactly one closing word,
-    halved if the response never ended."""
+def score_response(items: Sequence[Item], response: str, finished: bool = True) -> float:
+    """The gold reward in [0, 1]: nine tenths for the items, less penalties for fillers and a wrong number of items, halved
+    if the response never ended; and one tenth for exactly one closing word."""
     words = response.split()
     thanks = 0
     while words and words[-1] == "thanks":
         words.pop()
         thanks += 1
     fillers = sum(word in FILLERS for word in words)
-    written = [[]]
+    written: list[list[str]] = [[]]
     for word in words:
         if word in (",", "."):
             written.append([])
@@ -112,8 +117,10 @@ def score_response(items, response, finished=True):
     return max(score, 0.0) * 0.9 * (1.0 if finished else 0.5) + 0.1 * (thanks == 1)
 
 
-def gold_reward(prompts, responses, finished=None):
-    """Reward function of the embedded world, as `reward_model.function` or `eval.function` take it: lists of texts."""
+def gold_reward(
+    prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool] | None = None
+) -> list[float]:
+    """The gold reward of each response, as a function for `reward_model.function` or `eval.function`."""
     finished = [True] * len(prompts) if finished is None else finished
     scores = []
     for prompt, response, ended in zip(prompts, responses, finished, strict=True):
@@ -125,8 +132,9 @@ def gold_reward(prompts, responses, finished=None):
     return scores
 
 
-def preference_rows(count, seed):
-    rng, rows = random.Random(seed), []
+def preference_rows(count: int, seed: int) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    rows: list[dict[str, str]] = []
     while len(rows) < count:
         items = draw_items(rng)
         chosen, rejected = write_response(items, rng), write_response(items, rng)
@@ -139,27 +147,29 @@ def preference_rows(count, seed):
     return rows
 
 
-def demonstration_rows(count, seed):
+def demonstration_rows(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     drawn = (draw_items(rng) for _ in range(count))
     return [{"prompt": prompt_text(items), "response": write_response(items, rng)} for items in drawn]
 
 
-def prompt_rows(count, seed):
+def prompt_rows(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     return [{"prompt": prompt_text(draw_items(rng))} for _ in range(count)]
 
 
-def _jsonl_gz(rows):
+def _jsonl_gz(rows: Iterable[dict[str, str]]) -> bytes:
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as file:  # no time stamp: the same bytes every time
+    with gzip.GzipFile(
+        fileobj=buffer, mode="wb", mtime=0
+    ) as file:  # without a time stamp the bytes are the same every time
         for row in rows:
             file.write((json.dumps(row) + "\n").encode())
     return buffer.getvalue()
 
 
-def data_files():
-    """{file name: bytes} of the packaged data."""
+def data_files() -> dict[str, bytes]:
+    """{file name: content} of the packaged data."""
     return {
         "sft.jsonl.gz": _jsonl_gz(demonstration_rows(8192, seed=1)),
         "preferences.jsonl.gz": _jsonl_gz(preference_rows(3072, seed=2)),
@@ -167,8 +177,8 @@ def data_files():
     }
 
 
-def build_tokenizer():
-    """A word-level Hugging Face tokenizer over VOCABULARY."""
+def build_tokenizer() -> "PreTrainedTokenizerFast":
+    """A word-level Hugging Face tokenizer with the words of `VOCABULARY`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -187,8 +197,8 @@ def build_tokenizer():
     )
 
 
-def model_config():
-    """Of a two-layer Llama of 10^5 parameters."""
+def model_config() -> "LlamaConfig":
+    """The configuration of a Llama with two layers and 10^5 parameters."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -208,8 +218,8 @@ def model_config():
     )
 
 
-def build_model(seed):
-    """That Llama with random weights."""
+def build_model(seed: int) -> "LlamaForCausalLM":
+    """The model of `model_config` with random weights."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -217,7 +227,7 @@ def build_model(seed):
     return LlamaForCausalLM(model_config())
 
 
-def main():
+def main() -> None:
     from rto_fast.system.terminal import say
     from rto_fast.system.writing import write_file
 

@@ -8,11 +8,10 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.errors import DataError
 from rto_fast.evaluation.options import EvaluateConfig
-from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.supplied import Supplied
 from rto_fast.rewards import RewardFunction
 from rto_fast.rollout import Sampling
-from rto_fast.session import Session, open_session, prepare_process, resolve_device
+from rto_fast.session import Session, open_session, prepare_process
 from rto_fast.system.terminal import one_line
 
 
@@ -35,15 +34,21 @@ def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> In
     Raises:
         UserError: One of them cannot be used.
     """
-    config, device = options.as_config(), resolve_device(options.device)
-    prepare_process(device, options.threads)
+    config = options.as_config()
+    device = prepare_process(config)
     function = RewardFunction(options.reward, "--reward", device) if options.reward else None
     models = [
-        Supplied(f"--{key}", path, "causal_lm" if key != "reward_model" else "scorer", key != "reward_model")
-        for key in ("model", "reference", "dpo_model", "dpo_reference", "reward_model")
-        if (path := getattr(options, key))
+        Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
+        for key, path, kind in (
+            ("model", options.model, "causal_lm"),
+            ("reference", options.reference, "causal_lm"),
+            ("dpo_model", options.dpo_model, "causal_lm"),
+            ("dpo_reference", options.dpo_reference, "causal_lm"),
+            ("reward_model", options.reward_model, "scorer"),
+        )
+        if path
     ]
-    session = open_session(config, models, device, resolve_dtype(options.dtype, device), say)
+    session = open_session(config, models, device, say)
     sampling = dataclasses.replace(session.sampling, temperature=0.0) if options.greedy else session.sampling
     prompts = session.data.eval_prompts[: options.prompts] if options.data else []
     pairs: list[Pair] = []

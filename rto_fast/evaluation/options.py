@@ -10,7 +10,7 @@ from rto_fast.errors import ConfigError
 
 @dataclass
 class EvaluateConfig:
-    """What is measured, and how."""
+    """What an evaluation measures, and how."""
 
     model: Location | None = None
     """Directory or hub id of the policy that is evaluated."""
@@ -65,7 +65,7 @@ class EvaluateConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     micro_batch_tokens: Count = 16384
-    """Tokens in one forward pass."""
+    """The most tokens in one forward pass."""
     trust_remote_code: bool = False
     """Allow a model directory to run its own Python code. Leave it off for models that you did not write."""
 
@@ -112,5 +112,7 @@ class EvaluateConfig:
                 trust_remote_code=self.trust_remote_code,
             ),
             data=data,
+            device=self.device,
+            threads=self.threads,
             rollout=self.rollout,
         )

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from rto_fast.errors import ModelError
+from rto_fast.errors import ModelError, error_text
 from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
 from rto_fast.models.head import score_head
 
@@ -32,7 +32,9 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
             raise ModelError(
                 f"{path}: cannot load {what}: it is a file, not a directory; give the one that it is in"
             ) from None
-        is_local, reason = os.path.isdir(path), first_line(error)
+        is_local, reason = os.path.isdir(path), error_text(error)
+        if type(error).__name__.startswith("StrictDataclass"):  # it quotes the error of a field
+            reason = reason.rpartition("Error: ")[2]
         place = "this directory" if is_local else "this name (no such directory; tried as a hub id)"
         remedy = "" if is_local else "; check the name and the network, or give a local directory"
         raise ModelError(f"{path}: cannot load {what} from {place}: {reason}{remedy}") from error
@@ -51,18 +53,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def first_line(error: Exception) -> str:
-    """What a foreign error says, for a message of one line."""
-    told = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # else in quotes
-    first, *more = [line.strip() for line in told.strip().split("\n")]
-    text = f"{first} {more[0]}" if first.endswith(":") and more else first
-    if type(error).__name__.startswith("StrictDataclass"):  # an error of a field, inside of one of the class
-        return text.rpartition("Error: ")[2]
-    return (
-        text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
-    )
-
-
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`.
 
@@ -78,7 +68,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer.decode(tokenizer("a").input_ids)
     except Exception as error:  # its settings may hold anything, and are not looked at before
         raise ModelError(
-            f"{path}: the tokenizer does not encode text: {first_line(error)}; mend tokenizer_config.json"
+            f"{path}: the tokenizer does not encode text: {error_text(error)}; mend tokenizer_config.json"
         ) from error
     return tokenizer
 
@@ -164,7 +154,7 @@ def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig
     except Exception as error:  # the file may hold any JSON, or none: each kind fails somewhere else in transformers
         if isinstance(error, OSError) and not os.path.isfile(file) and "valid JSON" not in str(error):
             return None
-        raise _refused(file, first_line(error)) from error
+        raise _refused(file, error_text(error)) from error
 
 
 def _refused(file: str, reason: str) -> ModelError:
@@ -281,7 +271,7 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
         if trust_remote_code:  # somebody's code need not know weights without data
             return
         key = key_of(config.to_dict(), error.args[0]) if isinstance(error, KeyError) and error.args else None
-        reason = f"{key} is {error.args[0]!r}, which transformers does not know" if key else first_line(error)
+        reason = f"{key} is {error.args[0]!r}, which transformers does not know" if key else error_text(error)
         method = getattr(config, "quantization_config", None)
         if method:
             method = method.get("quant_method", method) if isinstance(method, dict) else method

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from rto_fast.config import LoraConfig
-from rto_fast.errors import ConfigError, ModelError
+from rto_fast.errors import ConfigError, ModelError, error_text
 
 FOLDER = "adapter"  # beside the merged weights of a model that was trained with LoRA
 SCORE = "base_model.model.score.weight"  # PEFT's name
@@ -197,7 +197,7 @@ def _inject(base, name, config, scorer):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             peft.inject_adapter_in_model(config, base, adapter_name=name)
     except ValueError as error:
-        raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"lora.targets: {error_text(error)}") from error
     if any(hasattr(head, "lora_A") for head in _heads(base)):
         raise ConfigError("lora.targets: the output layer cannot have an adapter; name layers of attention and MLP")
     for _, parameter in _parameters(base, name):

@@ -48,7 +48,7 @@ def _choices(config: Config, plan: Plan) -> list[list[Changes]]:
     offload: Changes = {"deepspeed.offload": "optimizer"} | ({} if setting.zero else {"deepspeed.zero_stage": 2})
     offload_all: Changes = {"deepspeed.offload": "all", "deepspeed.zero_stage": 3}
     return [
-        [{"model.micro_batch_tokens": count} for count in tokens if count >= 1024],
+        [{"model.micro_batch_tokens": value} for value in tokens if value >= 1024],
         [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if has_several],
         [{"deepspeed.frozen": value} for value in frozen if value != config.deepspeed.frozen],
         [{"model.gradient_checkpointing": True}] * (not setting.checkpointing),

@@ -47,7 +47,7 @@ class Setting:
     gpu: bool  # the GPU's kernels run, else the CPU's
     checkpointing: bool = False
     offload_optimizer: bool = False
-    offload_parameters: bool = False
+    offload_parameters: bool = False  # only beside offload_optimizer
     frozen: str = "resident"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -95,10 +95,11 @@ def training_state(parameters: float, setting: Setting) -> Memory:
     gradient = 4 * part if is_sharded else 0.0
     workspace = _bucket(parameters) if is_sharded else 0.0
     if not setting.offload_optimizer:
-        state = Memory(weights=weights, optimizer=optimizer, gradients=gradient, workspace=workspace)
-    else:
-        state = Memory(weights=weights, workspace=workspace, host=optimizer + (8 + b) * part)
-    return state + Memory(weights=-weights, host=weights) if setting.offload_parameters else state
+        return Memory(weights=weights, optimizer=optimizer, gradients=gradient, workspace=workspace)
+    host = optimizer + (8 + b) * part
+    if setting.offload_parameters:
+        return Memory(workspace=workspace, host=host + weights)
+    return Memory(weights=weights, workspace=workspace, host=host)
 
 
 def _bucket(parameters: float) -> float:

@@ -183,11 +183,8 @@ def training_moments(shape: Shape, parameters: float, work: Work, setting: Setti
 
 
 def cache_bytes(shape: Shape, longest: int, sequences: int, samples_per_prompt: int, setting: Setting) -> float:
-    """The native engine's pool of pages for `sequences` of `longest` tokens.
-
-    Args:
-    """
-    page = choose_page_size(None, longest, setting.gpu)
+    """The native engine's pool of pages for `sequences` of `longest` tokens."""
+    page = choose_page_size(longest, setting.gpu)
     pages = wanted_pages([longest] * sequences, longest, samples_per_prompt, page) + 1  # one for what idle slots write
     return pages * page * shape.kv_elements * setting.itemsize
 

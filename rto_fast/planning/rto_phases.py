@@ -4,29 +4,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rto_fast.config import Config
+from rto_fast.planning import memory, passes
 from rto_fast.planning.machine import GIB, Machine
-from rto_fast.planning.memory import (
-    Memory,
-    Setting,
-    frozen_state,
-    frozen_use,
-    gathered,
-    gradients,
-    shared_base,
-    trained_parameters,
-    training_state,
-)
+from rto_fast.planning.memory import Memory, Setting
 from rto_fast.planning.outline import Items, Phase, StagePlan
-from rto_fast.planning.passes import (
-    ROLLOUT_TOKEN_BYTES,
-    cache_bytes,
-    decode_bytes,
-    forward_activations,
-    head_forward,
-    mapped_projections,
-    step_work,
-    training_moments,
-)
 from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
 from rto_fast.rollout.scheduler import PREFILL_TOKENS
@@ -79,7 +60,7 @@ class RTOPlanner:
         models = [(self.shape, self.shape.parameters)]
         if self._critic:
             models.append((self._critic, self._critic.scorer_parameters))
-        return [(shape, trained_parameters(shape, parameters, self.setting)) for shape, parameters in models]
+        return [(shape, memory.trained_parameters(shape, parameters, self.setting)) for shape, parameters in models]
 
     @cached_property
     def _frozen(self) -> list[tuple[Shape, int, bool]]:
@@ -98,9 +79,9 @@ class RTOPlanner:
 
     def _own_parameters(self, shape: Shape, parameters: int, is_of_this_run: bool) -> int:
         """With LoRA a model of this run is the shared base under two small matrices a layer."""
-        return (
-            2 * trained_parameters(shape, 0, self.setting) if self.setting.lora.rank and is_of_this_run else parameters
-        )
+        if self.setting.lora.rank and is_of_this_run:
+            return 2 * memory.trained_parameters(shape, 0, self.setting)
+        return parameters
 
     @property
     def _responses(self) -> int:
@@ -117,15 +98,15 @@ class RTOPlanner:
         """What every phase holds: all models, and the rollout's tokens."""
         setting, shape = self.setting, self.shape
         merged = shape.layer_weights if setting.lora.rank else 0  # the engine's copy of the layers with adapters
-        copied = mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
-        states = shared_base(shape, setting) + Memory(
+        copied = passes.mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
+        states = memory.shared_base(shape, setting) + Memory(
             weights=setting.itemsize * merged + copied,
-            workspace=ROLLOUT_TOKEN_BYTES * self._responses * self._mean,
+            workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self._mean,
         )
         for _, parameters in self._trained:
-            states += training_state(parameters, setting)
+            states += memory.training_state(parameters, setting)
         for _, parameters, _ in self._frozen:
-            states += frozen_state(parameters, setting)
+            states += memory.frozen_state(parameters, setting)
         return states
 
     # What each phase adds
@@ -137,7 +118,9 @@ class RTOPlanner:
         samples = max(1, round(self._responses / setting.ranks))
         slots = min(rollout.batch_size, samples)
         longest = items.longest - round(items.response) + rollout.max_new_tokens
-        wanted, least = (cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1))
+        wanted, least = (
+            passes.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1)
+        )
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
         room = self.machine.memory - self._states.total - copy
@@ -146,9 +129,9 @@ class RTOPlanner:
             budget = rollout.kv_cache_gib * GIB
         return Memory(
             weights=copy,
-            activations=forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
+            activations=passes.forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
             kv=min(wanted, budget) if budget >= least else wanted,
-            workspace=decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
+            workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
 
     def _score(self) -> Memory:
@@ -159,11 +142,13 @@ class RTOPlanner:
         labelled = tokens * self.items.response / self._mean
         uses = []
         for shape, parameters, is_scorer in self._frozen:
-            head = 0.0 if is_scorer else head_forward(shape, labelled, setting)
-            uses.append((forward_activations(shape, tokens, setting), head, frozen_use(parameters, setting)))
+            head = 0.0 if is_scorer else passes.head_forward(shape, labelled, setting)
+            uses.append(
+                (passes.forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting))
+            )
         for shape, parameters in self._trained:
-            own = gathered(parameters, setting) if setting.zero == 3 else 0.0
-            uses.append((forward_activations(shape, tokens, setting), 0.0, own))
+            own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
+            uses.append((passes.forward_activations(shape, tokens, setting), 0.0, own))
         layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
         return Memory(weights=own, activations=layers) if layers >= head else Memory(weights=own, workspace=head)
 
@@ -175,25 +160,20 @@ class RTOPlanner:
         """
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
-        policy = step_work(
-            self._mean,
-            items.longest,
-            items.response,
-            batch,
-            self.config.model.micro_batch_tokens,
-            setting,
-            "linear_ppo_loss",
+        max_tokens = self.config.model.micro_batch_tokens
+        policy = passes.step_work(
+            self._mean, items.longest, items.response, batch, max_tokens, setting, "linear_ppo_loss"
         )
-        kept = [gradients(parameters, setting) for _, parameters in self._trained]
+        kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
         candidates = []
         for number, (shape, parameters) in enumerate(self._trained):
             is_policy = number == 0
             work = policy if is_policy else replace(policy, labelled=0.0)
-            for name, moment in training_moments(shape, parameters, work, setting).items():
+            for name, moment in passes.training_moments(shape, parameters, work, setting).items():
                 if name == "step":  # the policy's comes first
                     has_others = is_policy
                 else:
                     has_others = not is_policy or work.micro_batches > 1
                 others = sum(kept) - kept[number] if has_others else 0.0
                 candidates.append(self._states + moment + Memory(gradients=others))
-        return max(candidates, key=lambda memory: memory.total)
+        return max(candidates, key=lambda candidate: candidate.total)

@@ -3,60 +3,21 @@
 Parameters are counted on the model itself, built from its configuration on torch's meta device, which holds no data.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rto_fast.data.world import model_config
-from rto_fast.errors import ConfigError
-from rto_fast.models.directory import first_line
+from rto_fast.errors import ConfigError, error_text
 
 # Public models that can be planned without their files, with the sizes of their config.json.
-_LLAMA3_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 8192,
-}
-_QWEN3_06B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-}
-_SMOLLM2_135M = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
-KNOWN = {
-    "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
-    "OpenRLHF/Llama-3-8b-sft-mixture": _LLAMA3_8B,
-    "Qwen/Qwen3-0.6B": _QWEN3_06B,
-    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
-}
+KNOWN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -124,7 +85,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the model's own code may raise anything
         raise ConfigError(
-            f"{name}: {config.model_type} cannot be a causal language model: {first_line(error)}"
+            f"{name}: {config.model_type} cannot be a causal language model: {error_text(error)}"
         ) from error
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     matrices = [

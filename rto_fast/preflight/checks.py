@@ -1,7 +1,9 @@
 """All checks of a training run that can be made before its first step."""
 
 from rto_fast.config import Config
+from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import Prompt
 from rto_fast.models.directory import check_becomes_scorer
 from rto_fast.preflight.contexts import check_contexts
 from rto_fast.preflight.models import check_endings, say_dropout
@@ -18,12 +20,11 @@ def check_before_training(session: TrainingSession, functions: Functions) -> Non
         UserError: A mistake in the models, the data or the user's functions, or too little room on the disk.
     """
     config, log, models = session.config, session.log, session.models
-    trust = config.model.trust_remote_code
     say_sources(config, log)
     trained = [model for model in models if model.key == "rto.critic" or model is models[0]]
-    say_dropout(trained, log.say, trust)
+    say_dropout(trained, log.say)
     if config.trains_reward_model or config.critic_starts_from_policy:
-        check_becomes_scorer(session.base, trust_remote_code=trust)
+        check_becomes_scorer(session.base, trust_remote_code=config.model.trust_remote_code)
     check_endings(config, models[1:], session.tokenizer, session.stop_ids, session.warn_of_model)
     load_data(config, session.data)
     check_columns(config, session.data, functions)
@@ -49,7 +50,7 @@ def check_columns(config: Config, data: RunData, functions: Functions) -> None:
     if functions.judge:
         functions.judge.check_columns(data.eval_prompts[:1])
     if functions.reward and config.needs_reward_model:
-        scored = data.prompts[:1] + ([] if functions.judge else data.eval_prompts[:1])
+        scored: list[Prompt | Example] = [*data.prompts[:1], *([] if functions.judge else data.eval_prompts[:1])]
         if config.rto.normalize_scores and config.data.preferences:  # the scores' statistics are measured on pairs
             scored += [pair.example for pair in (data.held_out_pairs or data.pairs)[:1]]
         functions.reward.check_columns(scored)

@@ -7,7 +7,6 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.errors import ModelError
 from rto_fast.models.context import context_of, varying_rope
-from rto_fast.models.directory import load_tokenizer, model_config
 from rto_fast.models.model import ScoreStatistics
 from rto_fast.models.supplied import Supplied
 from rto_fast.reporting.log import Finding
@@ -21,7 +20,7 @@ ROLLOUT_LIMITS = "lower max_prompt_tokens or rollout.max_new_tokens"
 ROLLOUT = "the longest prompt with rollout.max_new_tokens"
 
 
-def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str, trust_remote_code: bool) -> None:
+def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str) -> None:
     """Checks that each model's context holds `longest` tokens.
 
     Args:
@@ -29,35 +28,26 @@ def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str
         longest: A number of tokens.
         what: What has that many tokens, for the message.
         remedy: What makes it shorter, for the message.
-        trust_remote_code: Whether the models may run code of their own.
 
     Raises:
         ModelError: A model's context is shorter.
     """
     for model in models:
-        if fault := _too_long(model, longest, what, trust_remote_code):
+        if fault := _too_long(model, longest, what):
             raise ModelError(f"{fault}; {remedy}")
 
 
-def _too_long(model: Supplied, longest: int, what: str, trust_remote_code: bool) -> str | None:
-    context = _context(model, trust_remote_code)
+def _too_long(model: Supplied, longest: int, what: str) -> str | None:
+    context = context_of(model.config())
     if not context or longest <= context:
         return None
-    rope = varying_rope(model_config(model.path, trust_remote_code=trust_remote_code))
+    rope = varying_rope(model.config())
     why = f" (past it, its RoPE, {rope}, changes with the longest sequence of a batch)" if rope else ""
     return f"{model.key}: {model.path} has a context of {context} tokens{why}, {what} has {longest}"
 
 
-def _context(model: Supplied, trust_remote_code: bool) -> int | None:
-    return context_of(model_config(model.path, trust_remote_code=trust_remote_code))
-
-
 def longest_written(
-    policies: Iterable[Supplied],
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    say: Callable[[str], object],
-    trust_remote_code: bool,
+    policies: Iterable[Supplied], prompts: Sequence[Prompt], max_new_tokens: int, say: Callable[[str], object]
 ) -> int:
     """The tokens of the longest sequence, prompt and response together, that the policies can write.
 
@@ -66,7 +56,6 @@ def longest_written(
         prompts: The prompts that each of them is given.
         max_new_tokens: The limit of a response.
         say: Is called with a line of text where a policy's context is shorter than the prompt and that limit.
-        trust_remote_code: Whether the models may run code of their own.
 
     Raises:
         ModelError: A prompt leaves no room for a response.
@@ -74,8 +63,8 @@ def longest_written(
     longest, totals = max((len(p.prompt_ids) for p in prompts), default=0), [0]
     for policy in policies if prompts else ():
         what = "the longest prompt with the first token of a response"
-        refuse_long([policy], longest + 1, what, "lower max_prompt_tokens", trust_remote_code)
-        context = _context(policy, trust_remote_code) or longest + max_new_tokens
+        refuse_long([policy], longest + 1, what, "lower max_prompt_tokens")
+        context = context_of(policy.config()) or longest + max_new_tokens
         totals.append(min(longest + max_new_tokens, context))
         if longest + max_new_tokens > context:
             say(
@@ -96,11 +85,11 @@ def check_contexts(session: TrainingSession) -> None:
     Raises:
         ModelError: A model's context is too short.
     """
-    config, data, trust = session.config, session.data, session.config.model.trust_remote_code
+    config, data = session.config, session.data
     base, models = session.models[0], {model.key: model for model in session.models}
 
     def refuse(keys: list[str], longest: int, what: str, remedy: str) -> None:
-        refuse_long([models[key] for key in keys if key in models], longest, what, remedy, trust)
+        refuse_long([models[key] for key in keys if key in models], longest, what, remedy)
 
     if config.trains_sft:
         longest = max(len(s.prompt_ids) + len(s.response_ids) for s in data.sft)
@@ -117,7 +106,7 @@ def check_contexts(session: TrainingSession) -> None:
     judged = data.eval_prompts[: config.eval.prompts] if config.has_judge else []
     start = models["dpo.model"] if config.rto.init_from == "dpo" and config.dpo.model else base
     compared = [model for model in (base, models.get("dpo.model")) if model and model is not start]
-    sampling = config.rollout.max_new_tokens, session.log.say, trust
+    sampling = config.rollout.max_new_tokens, session.log.say
     written = longest_written([start], [*(data.prompts if config.rto.enabled else []), *judged], *sampling)
     if config.rto.enabled:
         readers = ["rto.ref_model" if config.rto.ref_model else base.key]
@@ -127,23 +116,13 @@ def check_contexts(session: TrainingSession) -> None:
     longest = max(written, longest_written(compared, judged, *sampling))
     scorer = models.get("reward_model.model")
     if scorer and config.needs_reward_model:
-        if config.rto.normalize_scores and config.data.preferences and not has_statistics(scorer, trust):
+        if config.rto.normalize_scores and config.data.preferences and not ScoreStatistics.of(scorer.config()):
             longest = max(longest, longest_pair(data.held_out_pairs or data.pairs))
-        check_judge(scorer, session.tokenizer, longest, session.warn_of_model, trust)
-
-
-def has_statistics(scorer: Supplied, trust_remote_code: bool) -> bool:
-    """Whether a reward model's config.json has the mean and std of its scores, as of those that are trained here."""
-    config = model_config(scorer.path, trust_remote_code=trust_remote_code)
-    return ScoreStatistics.of(config) is not None
+        check_judge(scorer, session.tokenizer, longest, session.warn_of_model)
 
 
 def check_judge(
-    model: Supplied,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    warn: Callable[[Finding], object],
-    trust_remote_code: bool,
+    model: Supplied, tokenizer: PreTrainedTokenizerBase, longest: int, warn: Callable[[Finding], object]
 ) -> None:
     """Checks that a reward model's context holds the longest text that it may have to score.
 
@@ -152,15 +131,14 @@ def check_judge(
         tokenizer: The policy's tokenizer.
         longest: The tokens of that text by the policy's tokenizer.
         warn: Is called where the text is too long but the reward model has another tokenizer, by which it may be shorter.
-        trust_remote_code: Whether the model may run code of its own.
 
     Raises:
         ModelError: The text is too long, and the reward model has the policy's tokenizer.
     """
-    fault = _too_long(model, longest, "the longest text that it may have to score", trust_remote_code)
+    fault = _too_long(model, longest, "the longest text that it may have to score")
     if fault is None:
         return
-    if same_tokens(load_tokenizer(model.path, trust_remote_code=trust_remote_code), tokenizer):
+    if same_tokens(model.tokenizer(), tokenizer):
         raise ModelError(f"{fault}; {ROLLOUT_LIMITS}")
     fault += " by the policy's tokenizer, and a text that is too long by its own stops the run"
     warn(Finding("reward_model_context", fault, ROLLOUT_LIMITS))

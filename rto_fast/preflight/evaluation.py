@@ -31,9 +31,9 @@ def check_before_evaluation(inputs: Inputs) -> None:
     def warn(finding: Finding) -> None:
         inputs.say(f"{finding.what}; {finding.remedy}")
 
-    trust, limit, pairs = options.trust_remote_code, options.rollout.max_new_tokens, longest_pair(inputs.pairs)
-    totals = [longest_written([policy], prompts, limit, inputs.say, trust) for policy in given("model", "reference")]
-    refuse_long(given("reference"), totals[0], ROLLOUT, ROLLOUT_LIMITS, trust)  # it reads the model's responses
-    refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS, trust)
+    limit, pairs = options.rollout.max_new_tokens, longest_pair(inputs.pairs)
+    totals = [longest_written([policy], prompts, limit, inputs.say) for policy in given("model", "reference")]
+    refuse_long(given("reference"), totals[0], ROLLOUT, ROLLOUT_LIMITS)  # it reads the model's responses
+    refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS)
     for scorer in given("reward_model"):
-        check_judge(scorer, session.tokenizer, max(*totals, pairs), warn, trust)
+        check_judge(scorer, session.tokenizer, max(*totals, pairs), warn)

@@ -8,7 +8,6 @@ from rto_fast.config import Config
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.errors import DataError, ModelError
-from rto_fast.models.directory import generation_config, load_tokenizer, model_config
 from rto_fast.models.dropout import dropout_rates
 from rto_fast.models.supplied import Supplied
 from rto_fast.reporting.log import Finding
@@ -31,12 +30,11 @@ def check_endings(
         stop_ids: The tokens that end the policy's responses.
         warn: Is called with what is found.
     """
-    trusted = {"trust_remote_code": config.model.trust_remote_code}
     end = ConversationEncoder(tokenizer, config.data.prompt_format, stop_ids, None).usual_end()
     for model in models:
         try:
-            own = load_tokenizer(model.path, **trusted)
-            own_stop_ids = stop_token_ids(own, generation_config(model.path, **trusted))
+            own = model.tokenizer()
+            own_stop_ids = stop_token_ids(own, model.generation_config())
         except (ModelError, DataError):  # without a tokenizer or stop token of its own it is taken to have the policy's
             continue
         reads_ids = model.reads_ids or same_tokens(own, tokenizer)
@@ -57,15 +55,14 @@ def _other_ending(
     )
 
 
-def say_dropout(models: Iterable[Supplied], say: Callable[[str], object], trust_remote_code: bool) -> None:
+def say_dropout(models: Iterable[Supplied], say: Callable[[str], object]) -> None:
     """Says which dropout rates of models to be trained are set to 0 when they are loaded.
 
     Args:
         models: The models.
         say: Is called with a line of text.
-        trust_remote_code: Whether the models may run code of their own.
     """
     for model in models:
-        if rates := dropout_rates(model_config(model.path, trust_remote_code=trust_remote_code)):
+        if rates := dropout_rates(model.config()):
             keys = ", ".join(f"{key} ({rate:g})" for key, rate in rates.items())
             say(f"{model.key}: {model.path}: config.json's {keys} set to 0: dropout would make log-probs random")

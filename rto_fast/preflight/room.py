@@ -10,7 +10,7 @@ import torch
 
 from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, error_text
 from rto_fast.planning.machine import GIB, local_machine
 from rto_fast.planning.outline import Items, Plan
 from rto_fast.planning.phases import make_plan
@@ -97,7 +97,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
         machine = local_machine(device, ranks.world_size())
         plan = make_plan(config, machine, data_items(config, data))
     except Exception as error:  # a prediction that fails costs a line and never the run
-        log.say(f"plan: none ({type(error).__name__}: {str(error).splitlines()[0]})")
+        log.say(f"plan: none ({error_text(error, with_type=True)})")
         return None
     free, peak = free_memory(device), plan.peak
     where = f"the {machine.gpu}'s memory" if machine.gpu else "memory a process"
@@ -107,7 +107,7 @@ def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog)
     if peak.memory.total > free:
         what = f"the plan's peak, {peak.memory.total / GIB:.3g} GiB in {peak.title}, is more than is free"
         log.warning("preflight", 0, "memory", what, "`python -m rto_fast.plan` with the same options says what fits")
-    save_every = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
+    save_every: dict[str, int] = {stage: config.checkpoint_interval(stage) for stage in config.trained_stages}
     needed, room = disk_bytes(plan, save_every, config.keep_checkpoints), shutil.disk_usage(folder).free
     if needed > room and not config.resume:
         return (

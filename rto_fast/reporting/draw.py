@@ -1,21 +1,26 @@
-"""Drawing with matplotlib: one figure a panel, as SVG in the page's colours and as PNG."""
+"""Draws each panel of a report with matplotlib, as SVG in the page's colours and as PNG."""
 
 import io
 import logging
+import math
 import re
 import textwrap
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure  # not pyplot: no global figures, no window, whatever the backend
 
 from rto_fast.reporting.markup import brief, visible
 
-# Told apart on white and on near-black, and by most colour-blind readers (Okabe and Ito's, evened out in lightness).
+# Okabe and Ito's colours, evened out in lightness: distinct on white, on near-black and for most colour-blind readers.
 COLORS = ["#3d86d8", "#e07a1f", "#1fa37a", "#c65fa0", "#a88a1e", "#7c74d6", "#4fa6b8", "#c4513f"]
-# Stand-ins in the SVG for the page's own colours.
+# The SVG's text and grid have these colours until the page's own take their place.
 INK, GRID = "#1b1f24", "#d0d7df"
 STYLE = {
     "font.size": 9,
@@ -37,90 +42,117 @@ STYLE = {
     "axes.linewidth": 0.6,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
-    "text.parse_math": False,  # a run's name with dollar signs is no formula
+    "text.parse_math": False,  # a run's name may hold dollar signs
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.5,
-    "svg.fonttype": "none",  # text stays text: small, and the reader's to select
+    "svg.fonttype": "none",  # text stays text: the file is small and a reader can select it
     "svg.hashsalt": "rto-fast",  # the same run gives the same file
 }
 MAX_POINTS, SMOOTH_FROM = 600, 60
 
 
-def draw_lines(panel):
-    figure, axes = _start(panel)
-    for index, (label, (x, y)) in enumerate(panel.series.items()):
-        color = panel.colors.get(label, COLORS[index % len(COLORS)])
-        x, y = thin(list(x), list(y))
-        dashes = {"linestyle": (0, (4, 2))} if label == "sum" else {}
-        if len(x) >= SMOOTH_FROM:  # batch noise pale, its moving average over it
+@dataclass
+class Panel:
+    """One small figure of a report."""
+
+    slug: str  # the PNG's name
+    title: str
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]]  # {label: (x, y)}; bars have names of categories as x
+    kind: Literal["lines", "points", "stack", "bars"] = "lines"
+    xlabel: str = "step"
+    colors: dict[str, str] = field(default_factory=dict)  # {label: colour}, where it is not the next one of `COLORS`
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether any number in it is finite."""
+        return any(math.isfinite(value) for _, values in self.series.values() for value in values)
+
+    def color(self, label: str) -> str:
+        return self.colors.get(label, COLORS[list(self.series).index(label) % len(COLORS)])
+
+
+def draw_lines(panel: Panel) -> Figure:
+    figure, axes = _start()
+    for label, points in panel.series.items():
+        x, y = thin(*points)
+        color = panel.color(label)
+        dashes: dict[str, Any] = {"linestyle": (0, (4, 2))} if label == "sum" else {}
+        if len(x) >= SMOOTH_FROM:  # the noise of single batches is pale, with its moving average over it
             axes.plot(x, y, color=color, alpha=0.28, linewidth=0.8)
             axes.plot(x, smooth(y), color=color, label=_label(label), **dashes)
         else:
-            # A lone number between gaps has no line to be seen by.
+            # A number between gaps has no line, so it needs a marker to be seen.
             axes.plot(
                 x, y, color=color, label=_label(label), marker="o" if len(x) <= 15 else None, markersize=3, **dashes
             )
     return _finish(figure, axes, panel)
 
 
-def draw_points(panel):
-    figure, axes = _start(panel)
-    for index, (label, (x, y)) in enumerate(panel.series.items()):
-        color = panel.colors.get(label, COLORS[index % len(COLORS)])
-        x, y = thin(list(x), list(y))
-        axes.plot(x, y, color=color, label=_label(label), marker="o", markersize=3.5, linestyle="none", alpha=0.7)
+def draw_points(panel: Panel) -> Figure:
+    figure, axes = _start()
+    style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linestyle": "none", "alpha": 0.7}
+    for label, points in panel.series.items():
+        axes.plot(*thin(*points), color=panel.color(label), label=_label(label), **style)
     return _finish(figure, axes, panel)
 
 
-def draw_stack(panel):
-    figure, axes = _start(panel)
-    colors = [panel.colors.get(label, COLORS[i % len(COLORS)]) for i, label in enumerate(panel.series)]
+def draw_stack(panel: Panel) -> Figure:
+    figure, axes = _start()
+    colors = [panel.color(label) for label in panel.series]
     x = next(iter(panel.series.values()))[0]
     if len(x) == 1:  # an area needs two ends
         x = [x[0] - 0.5, x[0] + 0.5]
-    heights = [y if len(y) == len(x) else y * 2 for _, y in panel.series.values()]
+    heights = [list(y) if len(y) == len(x) else list(y) * 2 for _, y in panel.series.values()]
     axes.stackplot(x, heights, labels=[_label(label) for label in panel.series], colors=colors, alpha=0.85, linewidth=0)
     axes.margins(x=0)
     return _finish(figure, axes, panel, legend=True)
 
 
-def draw_bars(panel):
-    figure, axes = _start(panel)
-    categories = list(dict.fromkeys(name for values in panel.series.values() for name in values))
+def draw_bars(panel: Panel) -> Figure:
+    figure, axes = _start()
+    categories = list(dict.fromkeys(name for names, _ in panel.series.values() for name in names))
     height = 0.8 / len(panel.series)
-    for index, (label, values) in enumerate(panel.series.items()):
+    for index, (label, (names, values)) in enumerate(panel.series.items()):
         at = [i + (index - (len(panel.series) - 1) / 2) * height for i in range(len(categories))]
-        widths = [values.get(name, 0.0) for name in categories]
-        axes.barh(at, widths, height=height, color=COLORS[index % len(COLORS)], label=_label(label))
+        lengths = dict(zip(names, values))
+        widths = [lengths.get(name, 0.0) for name in categories]
+        axes.barh(at, widths, height=height, color=panel.color(label), label=_label(label))
     axes.set_yticks(range(len(categories)), [_label(name) for name in categories])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     return _finish(figure, axes, panel)
 
 
-def _start(panel):
+DRAW = {"lines": draw_lines, "points": draw_points, "stack": draw_stack, "bars": draw_bars}
+
+
+def _start() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, 2.9), dpi=150, facecolor="white", layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _label(text):
+def _label(text: str) -> str:
     text = brief(text)
     return f" {text}" if text.startswith("_") else text  # matplotlib hides labels that begin with one
 
 
-def _finish(figure, axes, panel, legend=False):
+def _finish(figure: Figure, axes: Axes, panel: Panel, legend: bool = False) -> Figure:
     axes.set_title("\n".join(textwrap.wrap(visible(panel.title), 52)))
     axes.set_xlabel(panel.xlabel)
     if legend or len(panel.series) > 1:
-        # Below the axes, where it hides nothing; as many columns as about 56 characters allow.
+        # The legend stands below the axes, where it hides nothing, in as many columns as about 56 characters allow.
         columns = max(1, min(3, len(panel.series), 56 // (5 + max(len(_label(label)) for label in panel.series))))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns, borderaxespad=0.2)
     return figure
 
 
-def thin(x, y):
-    """At most `MAX_POINTS` points, each the mean of its neighbours; NaN where all of them are."""
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Groups neighbouring points into at most `MAX_POINTS` points.
+
+    Returns:
+        The last x of each group, and the mean of its y; NaN where all of them are.
+    """
     size = -(-len(x) // MAX_POINTS)
     if size <= 1:
         return x, y
@@ -128,31 +160,31 @@ def thin(x, y):
     return [a[-1] for a, _ in groups], [sum(b) / len(b) if b else float("nan") for _, b in groups]
 
 
-def smooth(y):
-    """The mean of each point's neighbours, over a fifteenth of the curve; NaN stays where there is nothing to average."""
+def smooth(y: Sequence[float]) -> list[float]:
+    """The moving average over a fifteenth of the curve; NaN where there is nothing to average."""
     half = max(1, len(y) // 30)
     windows = ([v for v in y[max(0, i - half) : i + half + 1] if v == v] for i in range(len(y)))
     return [sum(w) / len(w) if w else float("nan") for w in windows]
 
 
-def render(panel):
-    """(SVG for the page, PNG bytes) of a panel."""
+def render(panel: Panel) -> tuple[str, bytes]:
+    """Draws a panel; returns the SVG for the page and the PNG file."""
     svg, png = io.StringIO(), io.BytesIO()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # "building the font cache", "font family not found"
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font does not have is a box, not a line in the run's output
-        figure = panel.figure()
-        # The canvases' own methods: `savefig` would draw everything once more, for nothing here.
+        figure = DRAW[panel.kind](panel)
+        # `savefig` would draw everything once more.
         FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 1})
-        figure.set_layout_engine("none")  # it stays as it was laid out, which is most of a figure's time
-        for artist in (figure, *figure.axes):
-            artist.patch.set_visible(False)
+        figure.set_layout_engine("none")  # the layout stays as it is; computing it takes most of a figure's time
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_visible(False)
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return _inline(svg.getvalue(), panel.slug), png.getvalue()
 
 
-def _inline(svg, slug):
-    """An SVG file as an element of a page: without its prologue, its ids its own, its ink the page's."""
+def _inline(svg: str, slug: str) -> str:
+    """An SVG file as an element of the page: without a prologue, with ids that begin with `slug`, in the page's colours."""
     svg = svg[svg.index("<svg") :]
     prefix = re.sub(r"\W", "-", slug)
     svg = re.sub(r'(<[^<>]* )id="', rf'\1id="{prefix}-', svg)

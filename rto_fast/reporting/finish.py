@@ -1,4 +1,4 @@
-"""The end of a run: its report, its model card and the push to the Hub. What fails here costs a line and never the run."""
+"""Finishes a run: its report, its model card and the push to the Hub. An error here is printed and does not end the run."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def report_run(folder: Path, log: RunLog) -> None:
 
         log.say(f"\nreport: {write_report([folder])}")
     except Exception as error:
-        log.say(f"report: not written ({error_line(error, kind=True)})")
+        log.say(f"report: not written ({error_line(error, with_type=True)})")
 
 
 def publish_run(config: Config, folder: Path, log: RunLog) -> None:
@@ -26,7 +26,7 @@ def publish_run(config: Config, folder: Path, log: RunLog) -> None:
 
         log.say(f"model card: {write_model_card(folder)}")
     except Exception as error:
-        log.say(f"model card: not written ({error_line(error, kind=True)})")
+        log.say(f"model card: not written ({error_line(error, with_type=True)})")
     if not hub.repo:
         return
     try:

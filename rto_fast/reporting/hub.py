@@ -1,4 +1,4 @@
-"""Pushing a run's final model to the Hugging Face Hub."""
+"""Uploads a run's final model to the Hugging Face Hub."""
 
 import glob
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from rto_fast.system.terminal import one_line, say
 from rto_fast.system.writing import write_own
 
 WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
-# Only these leave the machine: no pickle, no code, no other file that lies beside the model.
+# Only these files are uploaded: no pickle, no code, no file that somebody put beside the model.
 ALLOWED = [
     "README.md",
     "images/*.png",
@@ -38,19 +38,17 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     """Uploads a finished run's model with its card, which is written if it is missing.
 
     Args:
-        run_folder: The run's output folder.
-        repo: OWNER/NAME of the repository, which is created if it does not exist.
-        private: Whether the repository is to be private; a public one is then refused.
-        dry_run: Whether only to list what would be uploaded: no network is used and nothing is written.
-
+        run_folder: the output_dir of a finished run.
+        repo: the repository, OWNER/NAME, which is created where it does not exist.
+        private: refuse a public repository.
+        dry_run: only list what would be uploaded, without the network and without writing anything.
     Returns:
         The repository's address; None after a dry run.
-
     Raises:
-        ConfigError: `repo` is not a repository's name, or the run is under way.
-        DataError: The run has no finished model.
-        ModelError: The weights cannot be read.
-        HubError: There is no token or no network, or the Hub refuses.
+        ConfigError: the repository's name is not valid, or the run is in progress.
+        DataError: the run has no finished model.
+        ModelError: its weights cannot be read.
+        HubError: there is no token or no network, or the Hub refuses.
     """
     check_repo(repo, "--repo")
     from rto_fast.reporting.model_card import count_parameters, final_model, model_card, name_in_card, write_model_card
@@ -81,7 +79,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
 
 
 def _allowed(folder: Path) -> list[str]:
-    """The names of the files that are uploaded; says which others are not."""
+    """The files that are uploaded; prints the names of the others."""
     files, left_out = split_files(folder)
     if left_out:
         say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
@@ -92,10 +90,7 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
     """Prints what would be uploaded.
 
     Args:
-        folder: The model's directory.
-        written: Bytes of each file that the push would write before, by its name.
-        repo: The repository's name.
-        private: Whether it would be private.
+        written: {name: bytes} of the files that the push would write first.
     """
     sizes = {name: (folder / name).stat().st_size for name in _allowed(folder)} | written
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
@@ -107,12 +102,12 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
 
 
 def split_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the files that are uploaded, and those of the others, relative to `folder`."""
+    """The names of the files that are uploaded, and those of the other files, relative to `folder`."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     root = folder.resolve()
 
     def is_allowed(name: str) -> bool:
-        # fnmatch's * matches slashes too, so depths are compared; a link may point at anything on the disk.
+        # A pattern's * matches slashes, so the depth is compared too. A link may point at any file of this machine.
         fits = any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in ALLOWED)
         return fits and (folder / name).is_file() and (folder / name).resolve() == root / name
 
@@ -136,11 +131,11 @@ def _upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
                     repo_id=repo,
                     folder_path=folder,
                     allow_patterns=[glob.escape(name) for name in files],
-                    delete_patterns=WEIGHTS,  # an earlier push's, sharded otherwise, would be loaded instead
+                    delete_patterns=WEIGHTS,  # of an earlier push, which could be loaded in place of these
                     commit_message="Push from rto-fast",
                 )
-    except Exception as error:  # the errors of the client, of HTTP and of the storage have no common base
-        # An HTTP library may repeat a header that it refuses.
+    except Exception as error:  # errors of the client, of HTTP and of the storage have no common base
+        # An HTTP library's error may quote the header with the token.
         reason = " ".join(str(error).replace(token, "…").split())[:300]
         raise HubError(
             f"{repo}: not uploaded ({type(error).__name__}: {reason}); see the name, the token's rights and the network"

@@ -1,16 +1,20 @@
-"""What a run says while it works: a live line per stage, metrics.jsonl and the other logs, trackers."""
+"""The log of a run: a live line for each stage, metrics.jsonl and the other files of records, and the trackers."""
 
 import json
 import math
 import time
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from rto_fast.errors import CheckpointError
+from rto_fast.reporting.metric_names import CLIP_FRACTION, TOKENS, TOKENS_PER_SECOND
 from rto_fast.reporting.run_files import read_records
 from rto_fast.system import terminal
 from rto_fast.system.notices import Notice
+
+ON_THE_LINE = {TOKENS_PER_SECOND: "tok/s", CLIP_FRACTION: "clip"}  # shorter names, so that the line fits a terminal
 
 
 class Finding(NamedTuple):
@@ -21,15 +25,20 @@ class Finding(NamedTuple):
     remedy: str
 
 
-ON_THE_LINE = {"tokens_per_second": "tok/s", "clip_fraction": "clip"}  # else the line outgrows a terminal
+class Tracker(Protocol):
+    """A service that receives the metrics as well."""
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
 
 
-def _number(value):
+def _number(value: Any) -> Any:
+    """A tensor of one element as a number, and None for NaN and infinity, which JSON does not have."""
     value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def short(value):
+def short(value: float | None) -> str:
     """A number in at most five significant characters, for the live line."""
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
@@ -37,18 +46,21 @@ def short(value):
 
 
 class RunLog:
-    """Writes to `output_dir`; every record holds the stage, the step and the seconds since the run began.
+    """Writes the records of a run. Each holds the stage and the step, and those of metrics also the seconds since the run
+    began.
 
     Args:
-        silent: says and writes nothing, as on all ranks but one.
+        output_dir: the run's folder.
+        trackers: receive the metrics as well.
+        silent: print and write nothing, as on all ranks but one.
     """
 
-    def __init__(self, output_dir, trackers=(), silent=False):
+    def __init__(self, output_dir: str | Path, trackers: Sequence[Tracker] = (), silent: bool = False):
         self.folder, self.trackers, self.silent = Path(output_dir), trackers, silent
         self.start = time.perf_counter()
         self.warned: list[dict] = []  # by this process
 
-    def _append(self, name, record):
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         if self.silent:
             return
         try:
@@ -57,13 +69,13 @@ class RunLog:
         except OSError as error:
             raise CheckpointError(f"{self.folder / name} could not be written: {error.strerror}") from error
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         if not self.silent:
             terminal.say(text)
 
     def take_notices(self) -> None:
-        """From here on the package's own warnings go through this log, as `warning` does it, and other libraries' are shown
-        as before; until the caller leaves its `warnings.catch_warnings`."""
+        """Routes this package's own warnings (`Notice`) through `warning`, until the caller leaves its
+        `warnings.catch_warnings`. Warnings of other libraries are shown as before."""
         show = warnings.showwarning
 
         def receive(message: Warning | str, *place: Any, **options: Any) -> None:
@@ -75,14 +87,15 @@ class RunLog:
         warnings.simplefilter("always", Notice)
         warnings.showwarning = receive
 
-    def seconds(self):
-        """Since the run began, without the time between its sessions."""
+    def seconds(self) -> float:
+        """Seconds since the run began, without the time between its sessions."""
         return time.perf_counter() - self.start
 
-    def stage(self, name, total, done=0):
+    def stage(self, name: str, total: int, done: int = 0) -> "StageLog":
         return StageLog(self, name, total, done)
 
-    def metrics(self, stage, step, values):
+    def metrics(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Records the metrics of a step (numbers, or tensors of one element) and returns them as numbers."""
         values = {key: _number(value) for key, value in values.items()}
         seconds = round(self.seconds(), 3)
         self._append("metrics.jsonl", {"stage": stage, "step": step, "seconds": seconds} | values)
@@ -91,13 +104,17 @@ class RunLog:
             tracker.log(stage, step, finite)
         return values
 
-    def close(self):
+    def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
 
-    def warning(self, stage, step, name, what, remedy):
-        """Says and records a `Finding`, or a `Notice`, once; step 0: of no step. remedy: may be
-        empty."""
+    def warning(self, stage: str, step: int, name: str, what: str, remedy: str) -> None:
+        """Prints and records a `Finding` or a `Notice`; the same one only once.
+
+        Args:
+            step: 0 where the warning does not belong to a step.
+            remedy: may be empty.
+        """
         record = {"stage": stage, "step": step, "name": name, "what": what, "remedy": remedy}
         if self.silent or record in self.warned:
             return
@@ -108,16 +125,16 @@ class RunLog:
         if record not in read_records(path, []):  # a resumed run checks its models again
             self._append("warnings.jsonl", record)
 
-    def warning_over(self, stage, step, name):
-        """`step` was the last that a warning held for."""
+    def warning_over(self, stage: str, step: int, name: str) -> None:
+        """Records that `step` was the last one for which a warning held."""
         self._append("warnings.jsonl", {"stage": stage, "step": step, "name": name, "over": True})
 
-    def samples(self, stage, step, samples):
+    def samples(self, stage: str, step: int, samples: Iterable[dict[str, Any]]) -> None:
         for sample in samples:
             self._append("samples.jsonl", {"stage": stage, "step": step} | sample)
 
-    def tokens(self, stage, step, records):
-        """What single tokens earned, see `rto_fast.rto.token_records`."""
+    def tokens(self, stage: str, step: int, records: Iterable[dict[str, Any]]) -> None:
+        """Records what single tokens earned; see `rto_fast.rto.token_records`."""
         for record in records:
             record = {
                 key: [_number(v) for v in value] if isinstance(value, list) else _number(value)
@@ -129,37 +146,43 @@ class RunLog:
 class StageLog:
     """The live line of one stage: `with log.stage("dpo", 100) as stage: stage.step({...}, show=("loss",))`.
 
-    On a terminal one line is redrawn; in a file or a CI log a line is printed for every fifth of the stage.
+    A terminal shows one line that is redrawn. A file or a CI log gets a line after each fifth of the stage.
+
+    Args:
+        log: receives the metrics.
+        name: the stage.
+        total: steps of the whole stage.
+        done: steps that were done before, where the stage is resumed.
     """
 
-    def __init__(self, log, name, total, done=0):
+    def __init__(self, log: RunLog, name: str, total: int, done: int = 0):
         self.log, self.name, self.total, self.count, self.done = log, name, total, done, done
         self.live, self.line = not log.silent and terminal.is_live(), ""
         self.start = self.last = time.perf_counter()
 
-    def __enter__(self):
+    def __enter__(self) -> "StageLog":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.live:
             terminal.redraw(self.line, err=False)
             terminal.leave_line()
 
-    def step(self, values, show):
-        """Records a finished step; the keys in `show` appear on the line. Returns the values as numbers."""
+    def step(self, values: Mapping[str, Any], show: Sequence[str]) -> dict[str, Any]:
+        """Records a finished step and returns its metrics as numbers. `show` names those that appear on the line."""
         self.count += 1
         now = time.perf_counter()
-        values = {"tokens_per_second": values["tokens"] / (now - self.last)} | values if "tokens" in values else values
+        rate = {TOKENS_PER_SECOND: values[TOKENS] / (now - self.last)} if TOKENS in values else {}
         self.last = now
-        values = self.log.metrics(self.name, self.count, values)
-        self.line = self._line({key: values[key] for key in show if key in values})
+        numbers = self.log.metrics(self.name, self.count, {**rate, **values})
+        self.line = self._line({key: numbers[key] for key in show if key in numbers})
         if self.live:
             terminal.redraw(self.line, err=False)
         elif self.count * 5 // self.total > (self.count - 1) * 5 // self.total:
             self.log.say(self.line)
-        return values
+        return numbers
 
-    def _line(self, values):
+    def _line(self, values: dict[str, Any]) -> str:
         elapsed = time.perf_counter() - self.start
         left = elapsed / (self.count - self.done) * (self.total - self.count)
         figures = "  ".join(f"{ON_THE_LINE.get(key, key)} {short(value)}" for key, value in values.items())

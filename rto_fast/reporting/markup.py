@@ -1,34 +1,35 @@
-"""Text from data as HTML. Everything a model, a data set or a folder's name put into the page goes through here."""
+"""Text as HTML. All text that comes from a model, a data set or a folder's name is escaped here."""
 
 import html
 import math
+from collections.abc import Collection, Sequence
 
 from rto_fast.data.messages import message_text
 from rto_fast.system.terminal import visible
 
 
-def brief(text, length=34):
-    """A name on one line, its middle left out if it is long."""
+def brief(text: object, length: int = 34) -> str:
+    """A name on one line of at most `length` characters; the middle of a longer one is left out."""
     text = visible(text).replace("\n", " ").replace("\t", " ")
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
-def escape(text):
-    """`visible` text, safe as an element's content and within a quoted attribute."""
+def escape(text: object) -> str:
+    """`visible` text that is safe as an element's content and within a quoted attribute."""
     return html.escape(visible(text), quote=True)
 
 
-def conversation(prompt):
-    """A prompt as text: messages one after another, behind their roles."""
+def conversation(prompt: object) -> str:
+    """A prompt as text. Of a list of messages each begins with its role."""
     if isinstance(prompt, (list, tuple)):
         turns = [turn if isinstance(turn, dict) else {"content": turn} for turn in prompt]
         return "\n".join(f"{turn.get('role', '')}: {message_text(turn)}" for turn in turns)
     return str(prompt)
 
 
-def show(value):
-    """A number for a table or a tooltip."""
+def show(value: object) -> str:
+    """A number as tables and tooltips show it; "–" where there is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     if not math.isfinite(value):
@@ -39,13 +40,22 @@ def show(value):
     return digits.replace("-", "\u2212")
 
 
-def signed(value):
+def signed(value: object) -> str:
+    """`show`, with a + in front of a positive number."""
     return ("+" if isinstance(value, (int, float)) and value > 0 else "") + show(value)
 
 
-def table(header, rows, names=1, best=None):
-    """A table; the first `names` columns are text. best: (row, column) pairs set in bold."""
-    best = best or set()
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1, best: Collection[tuple[int, int]] = ()
+) -> str:
+    """A table in HTML.
+
+    Args:
+        header: the columns' titles.
+        rows: the cells.
+        names: how many of the first columns are text.
+        best: (row, column) of the cells that are set in bold.
+    """
     head = "".join(f"<th{_name(i < names)}>{escape(cell)}</th>" for i, cell in enumerate(header))
     body = "".join(
         "<tr>"
@@ -56,6 +66,6 @@ def table(header, rows, names=1, best=None):
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _name(is_name, is_best=False):
+def _name(is_name: bool, is_best: bool = False) -> str:
     classes = " ".join(["name"] * is_name + ["best"] * is_best)
     return f' class="{classes}"' if classes else ""

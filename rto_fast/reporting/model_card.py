@@ -1,7 +1,8 @@
-"""The final model's card: README.md in its folder, as the Hugging Face Hub reads it, the run's figures beside it."""
+"""The model card of a run's final model: README.md in the model's folder, as the Hugging Face Hub reads it, with figures."""
 
 import math
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,8 +12,19 @@ from rto_fast import __version__
 from rto_fast.config import Config, dump_config, load_config
 from rto_fast.errors import DataError, ModelError, how_to_go_on
 from rto_fast.reporting.markup import brief, show, visible
+from rto_fast.reporting.metric_names import (
+    FINISHED,
+    HELD_OUT_ACCURACY,
+    KL,
+    LENGTH,
+    LOSS,
+    RESPONSES,
+    SCORE,
+    STANDARD_ERROR,
+    TOKENS,
+)
 from rto_fast.reporting.public import hub_name, public, working_folder
-from rto_fast.reporting.run_files import number, read_run
+from rto_fast.reporting.run_files import RunFiles, number, read_run
 from rto_fast.system.writing import own_folder, write_own
 
 FIGURES = {
@@ -41,15 +53,15 @@ CITATIONS = f"""@inproceedings{{zhong2025rto,
 }}"""  # noqa: E501
 
 NAME_LINE = 'name = "{}"  # this repository, or a folder with its files'
-# ASCII that can mean something in Markdown or HTML; an underscore between letters cannot.
+# ASCII that means something in Markdown or HTML. An underscore between letters does not.
 MARKUP = re.compile(r"""[!"#$&'*+<=>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
 
 
 def final_model(run_folder: str | Path) -> tuple[Config, Path]:
-    """(`Config`, folder of the final model) of a finished run.
+    """The configuration of a finished run and the folder of its final model.
 
     Raises:
-        DataError: there is no run, or no finished model in it.
+        DataError: the folder holds no run, or no finished model.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
@@ -67,9 +79,10 @@ def write_model_card(run_folder: str | Path) -> Path:
     """Writes the card of a finished run's final model, and the figures that it shows into images/ beside it.
 
     Returns:
-        Path of the card: README.md in RUN/rto, or in RUN/dpo where the RTO stage is off.
+        The path of the card: README.md in RUN/rto, or in RUN/dpo where the RTO stage is off.
     Raises:
-        DataError: there is no finished model in the folder. ModelError: its weights cannot be read.
+        DataError: the folder holds no finished model.
+        ModelError: its weights cannot be read.
     """
     text, images = model_card(run_folder)
     _, model = final_model(run_folder)
@@ -81,9 +94,10 @@ def write_model_card(run_folder: str | Path) -> Path:
 
 
 def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
-    """The card of a finished run's final model: (its text, {name of an image beside it: the figure}). Writes nothing.
+    """The text of the card, and {name of an image beside it: the figure's file}. Writes nothing.
 
-    Raises: as `write_model_card`.
+    Raises:
+        DataError, ModelError: as `write_model_card`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -100,7 +114,7 @@ def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
         tags=["rto-fast", *methods, "rlhf"],
     )
     figures = {f"images/{name}.png": run.folder / "figures" / f"{name}.png" for name in FIGURES}
-    # What a link points at is no figure of this run, and would leave the machine with the model.
+    # A link may point at a file that is no figure of this run, which would be uploaded with the model.
     root = run.folder.resolve()
     images = {
         name: path
@@ -124,20 +138,20 @@ def model_card(run_folder: str | Path) -> tuple[str, dict[str, Path]]:
 
 
 def plain(text: object) -> str:
-    """Text that Markdown and HTML show as it is, on one line, in a table too: what could be markup becomes entities."""
+    """Text on one line that Markdown and HTML show as it is, in a table too: characters of markup become entities."""
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", brief(text, 120))
 
 
 def name_in_card(text: str, repo: str) -> str:
-    """The card with the repository's name in the lines that load the model."""
+    """The card, with the repository's name in the lines that load the model."""
     return re.sub(NAME_LINE.replace("{}", r'[^"\n]*'), NAME_LINE.format(repo), text)
 
 
 def count_parameters(model: Path) -> int:
-    """Of the safetensors in a folder, from their headers.
+    """Counts the parameters of the safetensors files in a folder, from their headers.
 
     Raises:
-        ModelError: a file that only has their name, or was cut.
+        ModelError: a file is damaged, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -151,20 +165,19 @@ def count_parameters(model: Path) -> int:
     return total
 
 
-def _methods(config):
+def _methods(config: Config) -> list[str]:
     if not config.rto.enabled:
         return ["dpo"]
     return ["rto", "ppo", "dpo"] if config.pays_dense_reward else ["ppo"]
 
 
-def _start(config):
-    """What the final model was trained from."""
-    if config.rto.enabled and config.rto.init_from == "dpo" and config.dpo.model:
-        return config.dpo.model
-    return config.sft.model or config.model.path
+def _start(config: Config) -> str:
+    """The model that the final one was trained from."""
+    dpo = config.dpo.model if config.rto.enabled and config.rto.init_from == "dpo" else None
+    return str(dpo or config.sft.model or config.model.path)
 
 
-def _sources(config):
+def _sources(config: Config) -> dict[str, str]:
     """{stage: its training data} of the stages that the run trained."""
     data, reward = config.data, config.reward_model
     trained = {
@@ -176,15 +189,15 @@ def _sources(config):
     return {stage: source for stage, source in trained.items() if source}
 
 
-def _link(name: str, folders: list[Path]) -> str:
-    """A model's name, as a link where the Hub has it."""
+def _link(name: str, folders: Sequence[Path]) -> str:
+    """A model's name; a link where it is a name on the Hub."""
     if name == "embedded":
         return "rto-fast's embedded model (random weights)"
     found = hub_name(name, folders)
     return f"[{plain(found)}](https://huggingface.co/{found})" if found else plain(public(name, "path", folders))
 
 
-def _summary(config, model, folders):
+def _summary(config: Config, model: Path, folders: Sequence[Path]) -> str:
     what = {
         "rto": "[Reinforced Token Optimization](https://arxiv.org/abs/2404.18922): DPO gives every token a reward, "
         "PPO optimises it",
@@ -198,7 +211,7 @@ def _summary(config, model, folders):
     )
 
 
-def _use(config):
+def _use(config: Config) -> str:
     name = NAME_LINE.format(config.hub.repo or "OWNER/NAME")
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,27 +220,27 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.fro
 ```"""
 
 
-def _table(header, rows):
-    """Cells are text; columns without any are left out."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown. Columns without content are left out."""
     used = [i for i in range(len(header)) if any(row[i] not in ("", "–") for row in rows)]
     lines = [[header[i] for i in used], ["---"] * len(used)] + [[plain(row[i]) for i in used] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _results(config, run):
+def _results(config: Config, run: RunFiles) -> str:
     if not run.results:
         return ""
     rows = []
     for policy, values in run.results.items():
-        finished = number(values.get("finished"))
+        finished = number(values.get(FINISHED))
         rows.append(
             [
                 policy,
-                f"{show(values.get('score'))} ± {show(values.get('standard_error'))}",
-                show(values.get("length")),
-                show(values.get("kl")),
+                f"{show(values.get(SCORE))} ± {show(values.get(STANDARD_ERROR))}",
+                show(values.get(LENGTH)),
+                show(values.get(KL)),
                 f"{100 * finished:.1f} %" if finished == finished else "–",
-                show(values.get("responses")),
+                show(values.get(RESPONSES)),
             ]
         )
     judge = config.eval.function or "the reward model's normalised score"
@@ -235,17 +248,17 @@ def _results(config, run):
     return f"Judged on the same held-out prompts by {plain(public(judge))}.\n\n{_table(header, rows)}"
 
 
-def _training(config, run, folders):
-    """Where each stage started, on what, for how long, and how it ended."""
+def _training(config: Config, run: RunFiles, folders: Sequence[Path]) -> str:
+    """The table of stages: the model and the data each started from, how long it trained, and its last metrics."""
     rto, reward, sources = config.rto, config.reward_model, _sources(config)
     base = "embedded (random weights)" if config.model.path == "embedded" else config.model.path
-    stages = [  # key, name, where it starts, what was given instead, is it used
+    stages = [  # key, name, the model it starts from, what was given in its place, whether the run uses it
         ("sft", "SFT", base, config.sft.model, True),
         ("reward_model", "reward model", "SFT", reward.model or reward.function, config.needs_reward_model),
         ("dpo", "DPO", "SFT", config.dpo.model, config.needs_dpo_model),
         ("rto", _methods(config)[0].upper(), rto.init_from.upper(), None, rto.enabled),
     ]
-    rows = []
+    rows: list[list[object]] = []
     for key, name, start, given, used in stages:
         if used and given:
             kind = "function" if given == reward.function else "model"
@@ -254,7 +267,7 @@ def _training(config, run, folders):
             batch = (
                 rto.prompts_per_rollout * rto.samples_per_prompt if key == "rto" else getattr(config, key).batch_size
             )
-            tokens = sum(value for value in run.series(key, "tokens")[1] if value == value)
+            tokens = sum(value for value in run.series(key, TOKENS)[1] if value == value)
             steps = max(run.stages.get(key, {}), default=None)
             start, source = public(start, "path", folders), public(sources[key], "preferences", folders)
             rows.append([name, start, source, show(steps), show(batch), show(tokens), _ended(run, key)])
@@ -264,18 +277,18 @@ def _training(config, run, folders):
     return "\n\n".join([_table(header, rows), *(notes * rto.enabled), f"rto-fast {__version__}, {packages}."])
 
 
-def _ended(run, stage):
-    """The last numbers of a stage."""
-    metrics = {"score": "score", "kl": "KL", "length": "length"} if stage == "rto" else {"loss": "loss"}
+def _ended(run: RunFiles, stage: str) -> str:
+    """The last metrics of a stage."""
+    metrics = {SCORE: "score", KL: "KL", LENGTH: "length"} if stage == "rto" else {LOSS: "loss"}
     parts = []
-    for metric, label in (metrics | {"held_out_accuracy": "share of held-out pairs ranked right"}).items():
+    for metric, label in (metrics | {HELD_OUT_ACCURACY: "share of held-out pairs ranked right"}).items():
         values = [value for value in run.series(stage, metric)[1] if value == value]
         parts += [f"{label} {show(values[-1])}"] if values else []
     return ", ".join(parts)
 
 
-def _reward(config):
-    """The token rewards with this run's scales; nothing where more settings than these decide them."""
+def _reward(config: Config) -> str:
+    """The formula of the token rewards with this run's scales; empty where other settings change it."""
     rto = config.rto
     if rto.granularity != "token" or rto.shaping or rto.kl_target or rto.compat != "none":
         return ""
@@ -285,7 +298,7 @@ def _reward(config):
     return f"Each token earns {dense}− {rto.kl_coef:g}·log(π/π_ref){score}."
 
 
-def _configuration(config, folders):
+def _configuration(config: Config, folders: Sequence[Path]) -> str:
     settings = public(yaml.safe_load(dump_config(config)), "", folders)
     text = visible(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).strip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -1,21 +1,35 @@
-"""The report's page: what stands in it, and in which order. Figures come in as SVG, the rest is made here."""
+"""Composes the report's page from its parts; the figures come as SVG."""
 
 import re
+from collections.abc import Sequence
 from importlib import resources
 from string import Template
+from typing import Any
 
 import yaml
 
 from rto_fast.reporting import token_picture
 from rto_fast.reporting.markup import conversation, escape, show, table
-from rto_fast.reporting.run_files import EVALUATION, number
+from rto_fast.reporting.metric_names import (
+    ACCURACY,
+    FINISHED,
+    HELD_OUT_ACCURACY,
+    KL,
+    LOSS,
+    MARGIN,
+    SCORE,
+    SKIPPED,
+    STANDARD_ERROR,
+)
+from rto_fast.reporting.run_files import EVALUATION, Record, RunFiles, number
 
 
-def page(runs, figures):
+def page(runs: Sequence[RunFiles], figures: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
     """The whole HTML page.
 
     Args:
-        runs: [RunFiles]. figures: [(section title, [(panel title, SVG)])].
+        runs: the runs, of which the first is the one that others are compared with.
+        figures: the sections of figures, each a title and the (title, SVG) of its panels.
     """
     names = " against ".join(run.name for run in runs)
     sections = [
@@ -47,15 +61,15 @@ def page(runs, figures):
     )
 
 
-def _resource(name):
+def _resource(name: str) -> str:
     return resources.files("rto_fast.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
-def _anchor(title):
+def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower())
 
 
-def _summary(runs):
+def _summary(runs: Sequence[RunFiles]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs compared · rto-fast"
     run = runs[0]
@@ -64,37 +78,35 @@ def _summary(runs):
     return f"{stages.replace('_', ' ')} · {seconds:,.1f} s · rto-fast"
 
 
-def _policies(runs):
-    """The table of policies: every number of results.json, the score with its standard error, the best in bold."""
+def _policies(runs: Sequence[RunFiles]) -> str:
+    """The table of policies: all numbers of results.json. The score has its standard error, and the best is bold."""
     rows = [(run, name, values) for run in runs for name, values in run.results.items()]
     if not rows:
         return ""
     keys = list(
         dict.fromkeys(key for *_, values in rows for key, v in values.items() if not isinstance(v, (dict, list)))
     )
-    shown = [key for key in keys if key != "standard_error" and any(v.get(key) is not None for *_, v in rows)]
+    shown = [key for key in keys if key != STANDARD_ERROR and any(v.get(key) is not None for *_, v in rows)]
     cells = []
     for run, name, values in rows:
         line = [run.name] * (len(runs) > 1) + [name]
         for key in shown:
-            error = values.get("standard_error") if key == "score" else None
+            error = values.get(STANDARD_ERROR) if key == SCORE else None
             cell = show(values.get(key))
-            if key == "finished" and number(values.get(key)) == values.get(key):
+            if key == FINISHED and number(values.get(key)) == values.get(key):
                 cell = f"{100 * values[key]:.1f} %"
             line.append(f"{cell} ± {show(error)}" if isinstance(error, (int, float)) else cell)
         cells.append(line)
     lead = ["run"] * (len(runs) > 1) + ["policy"]
-    scores = [number(values.get("score")) for *_, values in rows]
+    scores = [number(values.get(SCORE)) for *_, values in rows]
     scores = [score if score == score else float("-inf") for score in scores]
-    best = (
-        {(scores.index(max(scores)), len(lead) + shown.index("score"))} if "score" in shown and len(rows) > 1 else set()
-    )
+    best = {(scores.index(max(scores)), len(lead) + shown.index(SCORE))} if SCORE in shown and len(rows) > 1 else set()
     explanation = '<p class="soft">Judged on the same held-out prompts; score ± its standard error.</p>'
     return table([*lead, *(key.replace("_", " ") for key in shown)], cells, names=len(lead), best=best) + explanation
 
 
-def _health(runs):
-    """What was wrong, when, and what to do about it."""
+def _health(runs: Sequence[RunFiles]) -> str:
+    """The table of warnings: when each held, what was wrong and what to do about it."""
     if all(run.warnings is None for run in runs):
         return ""
     rows = []
@@ -110,14 +122,15 @@ def _health(runs):
     return table(header, rows, names=len(header))
 
 
-def _flat(tree, prefix=""):
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree of settings: {key with dots: value}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix.removesuffix("."): tree}
     return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
 
 
-def _differences(runs):
-    """The settings in which the runs differ."""
+def _differences(runs: Sequence[RunFiles]) -> str:
+    """The table of the settings in which the runs differ."""
     try:
         settings = [_flat(yaml.safe_load(run.config) or {}) for run in runs]
     except (yaml.YAMLError, RecursionError):
@@ -131,12 +144,12 @@ def _differences(runs):
     return table(["setting", *(run.name for run in runs)], rows) if rows else "<p>The settings are the same.</p>"
 
 
-def _tokens(runs):
+def _tokens(runs: Sequence[RunFiles]) -> str:
     groups = []
     for run in runs:
         steps = sorted({record["step"] for record in run.tokens})
         of = f"{run.name}, iteration" if len(runs) > 1 else "Iteration"
-        for step in steps[-1:] if len(runs) > 1 else steps:  # side by side, the ends are what compares
+        for step in steps[-1:] if len(runs) > 1 else steps:  # of several runs only the last records are compared
             groups.append((f"{of} {step}", [record for record in run.tokens if record["step"] == step]))
     explanation = (
         "<p>Responses of the rollouts; their score is the one that was paid. Hover a token for its numbers.</p>"
@@ -145,14 +158,14 @@ def _tokens(runs):
     return explanation + body if body else ""
 
 
-def _samples(runs):
-    """Completions of the same prompts side by side; columns that are the same in several runs appear once."""
-    columns = {}  # {(policy, its {prompt: sample}): labels}
+def _samples(runs: Sequence[RunFiles]) -> str:
+    """Responses to the same prompts side by side. A column that is the same in several runs appears once."""
+    columns: dict[tuple[str, str], tuple[dict[str, Record], list[str]]] = {}  # the value: {prompt: sample}, labels
     for run in runs:
-        policies = {}
-        for sample in run.samples:  # a later evaluation's completions take the place of an earlier one's
+        policies: dict[str, dict[str, Record]] = {}
+        for sample in run.samples:  # those of a later evaluation replace those of an earlier one
             policies.setdefault(str(sample["stage"]), {})[conversation(sample["prompt"])] = sample
-        order = [name for name in run.results if name in policies]  # as they were trained, before and after
+        order = [name for name in run.results if name in policies]  # the order of training
         for policy in dict.fromkeys([*order, *policies]):
             found = policies[policy]
             key = policy, repr(sorted((prompt, sample["response"]) for prompt, sample in found.items()))
@@ -168,7 +181,7 @@ def _samples(runs):
     return "\n".join(parts)
 
 
-def _side(sample, label):
+def _side(sample: Record, label: str) -> str:
     score = f" · score {show(sample['score'])}" if isinstance(sample.get("score"), (int, float)) else ""
     cut = "" if sample.get("finished", True) else " · cut at the limit"
     return (
@@ -177,20 +190,20 @@ def _side(sample, label):
     )
 
 
-def _figures(panels):
+def _figures(panels: Sequence[tuple[str, str]]) -> str:
     figures = (f'<figure aria-label="{escape(title)}">{svg}</figure>' for title, svg in panels)
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _stages(runs):
-    """Where each stage ended: its last numbers, steps and seconds."""
-    wanted = ["loss", "accuracy", "margin", "held_out_accuracy", "score", "kl", "skipped"]
+def _stages(runs: Sequence[RunFiles]) -> str:
+    """The table of stages: their steps, seconds and last metrics."""
+    wanted = [LOSS, ACCURACY, MARGIN, HELD_OUT_ACCURACY, SCORE, KL, SKIPPED]
     rows = []
     for run in runs:
         seconds = run.seconds()
         for stage in [*run.supervised, *(["rto"] if "rto" in run.stages else [])]:
             last = [values[-1] if values else None for values in (run.series(stage, key)[1] for key in wanted[:-1])]
-            skipped = run.series(stage, "skipped")[1]
+            skipped = run.series(stage, SKIPPED)[1]
             lead = [run.name] * (len(runs) > 1) + [stage.replace("_", " ")]
             steps = len(run.stages[stage])
             rows.append(
@@ -204,12 +217,12 @@ def _stages(runs):
             )
     lead = ["run"] * (len(runs) > 1) + ["stage"]
     header = [*lead, "steps", "seconds", *(key.replace("_", " ") for key in wanted)]
-    # Columns that no stage has a number for say nothing.
+    # Columns without a number are left out.
     used = [i for i in range(len(header)) if i < len(lead) or any(row[i] != "–" for row in rows)]
     return table([header[i] for i in used], [[row[i] for i in used] for row in rows], len(lead)) if rows else ""
 
 
-def _configuration(runs):
+def _configuration(runs: Sequence[RunFiles]) -> str:
     return "".join(
         f"<details><summary>{escape(run.name)}/config.yaml</summary><pre>{escape(run.config)}</pre></details>"
         for run in runs

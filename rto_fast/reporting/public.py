@@ -1,4 +1,4 @@
-"""Settings for others' eyes: of a path the last part, of a secret nothing; names of the Hugging Face Hub stay whole."""
+"""Settings as a published model card shows them: paths are cut to their last part, and secrets are left out."""
 
 import re
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ from rto_fast.data.run_data import split_of_source
 SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|(api_?)?key)$", re.IGNORECASE)
 SECRET = re.compile(r"\bhf_\w{16,}|\bsk-\w{16,}|//[^/@\s]+@")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-TEXTS = {"delimiters", "project"}  # settings that are neither names nor paths
+TEXTS = {"delimiters", "project"}  # settings that are neither names on the Hub nor paths
 NAMES = {"path", "tokenizer", "model", "ref_model", "critic", "preferences", "sft", "prompts", "eval_prompts", "repo"}
-RESERVED = {"models", "datasets", "spaces", "api", "docs", "blog"}  # pages of the Hub's own, so nobody's name
+RESERVED = {"models", "datasets", "spaces", "api", "docs", "blog"}  # the Hub's own pages, which no user can be named
 
 
 def hub_name(text: str, folders: Sequence[Path] = ()) -> str | None:
-    """The name of a model, or of a data set without its configuration and split, where it can only be the Hub's.
+    """The name of a model or a data set on the Hugging Face Hub, without its configuration and split; None where `text` may
+    be a path.
 
     Args:
-        folders: where relative paths may begin, beside the working directory.
+        text: a setting.
+        folders: folders in which relative paths may begin, beside the working directory.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -45,20 +47,22 @@ def _exists(path: Path) -> bool:
 
 
 def working_folder(run: Path, output_dir: str) -> list[Path]:
-    """The working directory in which a run was made, where its setting `output_dir` tells; else nothing."""
+    """The working directory of a run, as its setting `output_dir` implies it; empty where that is not relative."""
     parts = Path(output_dir).parts
     parents = run.resolve().parents
-    is_told = (
+    is_known = (
         parts and not Path(output_dir).is_absolute() and not {"..", "~"} & set(parts) and len(parts) <= len(parents)
     )
-    return [parents[len(parts) - 1]] if is_told else []
+    return [parents[len(parts) - 1]] if is_known else []
 
 
 def public(value: object, key: str = "", folders: Sequence[Path] = ()) -> object:
-    """A setting, or a tree of settings, as others may see it.
+    """A setting, or a tree of settings, as it may be published.
 
     Args:
-        key: the setting's name. folders: as in `hub_name`.
+        value: the setting.
+        key: its name.
+        folders: as in `hub_name`.
     """
     if isinstance(value, dict):
         return {name: public(item, str(name), folders) for name, item in value.items()}
@@ -75,7 +79,7 @@ def public(value: object, key: str = "", folders: Sequence[Path] = ()) -> object
 
 
 def last_part(path: str) -> str:
-    """Of a path, Windows' too, what stands behind the last separator; the name of somebody's home folder is none."""
+    """What stands behind the last separator of a path, on Windows too. The name of a home folder becomes ~."""
     name, split = split_of_source(path, "")
     name = re.sub(r"^[A-Za-z]:(?=.)", "", name.rstrip("\\/")) or name
     name = re.split(r"[\\/]", name)[-1] or name

@@ -1,73 +1,79 @@
-"""A run's folder as the report reads it: whatever is there, however the run ended."""
+"""Reads a run's folder for the report: whatever is there, however the run ended."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rto_fast.errors import DataError
+from rto_fast.reporting.metric_names import ADVANTAGE, DPO_REWARD, KL_PENALTY, SCORE_REWARD, SECONDS, VALUE
 
-# Bytes that are read of a run's file. A log of a million steps has less than half of that; a file that a disk or somebody
-# has blown up is not to take the memory.
+# The most bytes that are read of a log and of another file of a run, so that a damaged file cannot fill the memory. A log of
+# a million steps has less than half a GiB.
 LARGEST, LARGEST_TEXT = 2**30, 2**24
 LONGEST_LINE = 2**26
-EVALUATION = "eval_"  # the stages of evaluations: eval_SFT, eval_RTO
+EVALUATION = "eval_"  # with this begin the stages of evaluations, such as eval_SFT
+
+Record = dict[str, Any]  # an object of a JSON Lines file
+Series = tuple[Sequence[float], Sequence[float]]  # steps and values
 
 
 @dataclass
 class RunFiles:
+    """What the files of a run hold."""
+
     folder: Path
     name: str
-    # {stage: {step: {metric: number}}} in the order of the file; a step's later records add to it
+    # {stage: {step: {metric: number}}} in the order of the file; several records of a step are merged
     stages: dict[str, dict[int, dict[str, float]]]
-    results: dict[str, dict] = field(default_factory=dict)  # {policy: its evaluation}
-    samples: list[dict] = field(default_factory=list)
-    tokens: list[dict] = field(default_factory=list)
-    warnings: list[dict] | None = None  # None: the run was not checked
-    config: str = ""
+    results: dict[str, Record] = field(default_factory=dict)  # {policy: its evaluation}
+    samples: list[Record] = field(default_factory=list)
+    tokens: list[Record] = field(default_factory=list)
+    warnings: list[Record] | None = None  # None where the run was not checked
+    config: str = ""  # the text of config.yaml
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
 
     @property
-    def supervised(self):
+    def supervised(self) -> list[str]:
+        """The stages but RTO and evaluations, in order."""
         return [name for name in self.stages if name != "rto" and not name.startswith(EVALUATION)]
 
-    def series(self, stage, metric):
-        """(steps, values) of the steps at which the metric was recorded; NaN where it was not finite."""
+    def series(self, stage: str, metric: str) -> Series:
+        """The steps at which the metric was recorded, and its values there, NaN where it was not finite."""
         steps = sorted(self.stages.get(stage, {}).items())
         pairs = [(step, record[metric]) for step, record in steps if metric in record]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
-    def metrics(self, stage):
+    def metrics(self, stage: str) -> list[str]:
         """Names of a stage's metrics, in the order in which they first appear."""
         return list(dict.fromkeys(name for record in self.stages.get(stage, {}).values() for name in record))
 
-    def seconds(self):
-        """{stage: wall-clock seconds}: each record's time since the one before it, given to its stage."""
+    def seconds(self) -> dict[str, float]:
+        """{stage: wall-clock seconds}. The time between two records belongs to the stage of the later one."""
         records = [(name, record) for name, steps in self.stages.items() for record in steps.values()]
-        timed = [
-            (record["seconds"], name) for name, record in records if math.isfinite(record.get("seconds", math.nan))
-        ]
-        totals, before = {}, 0.0
+        timed = [(record[SECONDS], name) for name, record in records if math.isfinite(record.get(SECONDS, math.nan))]
+        totals: dict[str, float] = {}
+        before = 0.0
         for seconds, name in sorted(timed):
             totals[name] = totals.get(name, 0.0) + seconds - before
             before = seconds
         return totals
 
 
-def read_run(folder):
+def read_run(folder: str | Path) -> RunFiles:
     """Reads a run's folder.
 
     Raises:
-        DataError: there is no run in it.
+        DataError: the folder holds no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the output_dir of a run")
     if not (folder / "metrics.jsonl").is_file():
         raise DataError(f"{folder}: no metrics.jsonl in it; give the output_dir of a run that has begun training")
-    notes = []
+    notes: list[str] = []
     stages = _stages(read_records(folder / "metrics.jsonl", notes))
     if not stages:
         raise DataError(f"{folder / 'metrics.jsonl'}: no record of a training step in it")
@@ -83,8 +89,12 @@ def read_run(folder):
     return run
 
 
-def read_runs(folders):
-    """Reads runs and gives them names that differ: a folder's name, with as many of its parents as it takes."""
+def read_runs(folders: Sequence[str | Path]) -> list[RunFiles]:
+    """Reads runs and gives them names that differ: the folder's name behind as many of its parents as that takes.
+
+    Raises:
+        DataError: a folder holds no run, or appears twice.
+    """
     runs = [read_run(folder) for folder in folders]
     paths = [run.folder.resolve() for run in runs]
     if len(set(paths)) < len(paths):
@@ -99,7 +109,7 @@ def read_runs(folders):
 
 
 def read_text(path: Path, notes: list[str]) -> str:
-    """The text of a small file; of one that is not small its beginning, which `notes` then tell."""
+    """The text of a file. Of one larger than `LARGEST_TEXT` only the beginning is read, and `notes` gets a line about it."""
     with open(path, "rb") as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
@@ -108,7 +118,8 @@ def read_text(path: Path, notes: list[str]) -> str:
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[str]:
-    """The lines of a log, as far as `LARGEST`, which `notes` then tell; pieces of a line that is longer than any of ours."""
+    """The lines of a log, split after `LONGEST_LINE` bytes. Of a log larger than `LARGEST` only the beginning is read, and
+    `notes` gets a line about it."""
     left = LARGEST
     with open(path, "rb") as file:
         while left > 0 and (line := file.readline(min(left, LONGEST_LINE))):
@@ -118,9 +129,9 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[str]:
         notes.append(f"{path.name}: of {path.stat().st_size:,} bytes the first {LARGEST:,} were read")
 
 
-def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file. A line that is none (an interrupted run's last one) is counted in `notes`, not
-    fatal."""
+def read_records(path: Path, notes: list[str]) -> list[Record]:
+    """The objects of a JSON Lines file, none where there is no file. Other lines, such as the last one of a run that was
+    killed, are skipped, and `notes` gets a line with their number."""
     if not path.is_file():
         return []
     records, bad = [], 0
@@ -140,8 +151,8 @@ def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _stages(records):
-    stages = {}
+def _stages(records: list[Record]) -> dict[str, dict[int, dict[str, float]]]:
+    stages: dict[str, dict[int, dict[str, float]]] = {}
     for record in records:
         stage, step = record.get("stage"), number(record.get("step"))
         if isinstance(stage, str) and math.isfinite(step):
@@ -151,21 +162,21 @@ def _stages(records):
     return stages
 
 
-def _plain(record):
+def _plain(record: Record) -> Record:
     """The record with its numbers as floats, NaN where they are not finite."""
     return {k: number(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in record.items()}
 
 
-def number(value):
-    """A finite float, or NaN for anything else."""
+def number(value: object) -> float:
+    """The value as a finite float; NaN for anything else."""
     try:
-        value = float(value) if isinstance(value, (int, float)) else math.nan
+        found = float(value) if isinstance(value, (int, float)) else math.nan
     except OverflowError:  # an integer beyond floats
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return found if math.isfinite(found) else math.nan
 
 
-def _results(path, notes):
+def _results(path: Path, notes: list[str]) -> dict[str, Record]:
     if not path.is_file():
         notes.append("no results.json: the run was interrupted, or there was nothing to judge its policies by")
         return {}
@@ -177,9 +188,10 @@ def _results(path, notes):
         return {}
 
 
-def _warnings(records):
-    """What was wrong, since which step, until which (None: to the end), and what to do; in the order of the file."""
-    found = []
+def _warnings(records: list[Record]) -> list[Record]:
+    """The warnings in the order of the file, each with the first step (`since`) and the last step (`until`; None for the end
+    of the run) for which it held."""
+    found: list[Record] = []
     for record in records:
         step, key = number(record.get("step")), (record.get("stage"), record.get("name"))
         if not math.isfinite(step):
@@ -193,15 +205,15 @@ def _warnings(records):
     return found
 
 
-TOKEN_NUMBERS = ("dpo_reward", "kl_penalty", "score_reward", "advantage", "value")
+TOKEN_NUMBERS = (DPO_REWARD, KL_PENALTY, SCORE_REWARD, ADVANTAGE, VALUE)
 
 
-def _latest(records):
-    """Token records whose lists fit together, the last of each step and index (a resumed run may repeat some)."""
+def _latest(records: list[Record]) -> list[Record]:
+    """Token records whose lists fit together, the last one of each step and index: a resumed run may repeat some."""
     latest = {}
     for record in records:
         tokens = record.get("tokens")
-        columns = [record.get(name) for name in TOKEN_NUMBERS]
+        columns: list[Any] = [record.get(name) for name in TOKEN_NUMBERS]
         if isinstance(tokens, list) and all(isinstance(c, list) and len(c) == len(tokens) for c in columns):
             clean = {name: [number(v) for v in column] for name, column in zip(TOKEN_NUMBERS, columns)}
             key = number(record.get("step")), number(record.get("index"))

@@ -1,38 +1,52 @@
-"""The picture the method is about: responses, each token coloured by what it earned, numbers on hover."""
+"""The picture of the token rewards: responses whose tokens are coloured by what they earned, with numbers on hover."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from rto_fast.reporting.markup import conversation, escape, show, signed
+from rto_fast.reporting.metric_names import ADVANTAGE, DPO_REWARD, KL_PENALTY, SCORE_REWARD, VALUE
+from rto_fast.reporting.run_files import Record
 
 LEVELS = 5  # shades of each colour
 OPACITY = [0.13, 0.25, 0.38, 0.52, 0.68]
 
-# (letter of the CSS classes, name, what it is, number of a record's token)
+Group = tuple[str, list[Record]]  # a heading and its responses
+
+
+class Mode(NamedTuple):
+    """One of the quantities by which the reader can colour the tokens."""
+
+    letter: str  # begins the CSS classes of its shades
+    name: str
+    meaning: str
+    number: Callable[[Record, int], float]  # of a record's token
+
+
 MODES = [
-    (
+    Mode(
         "d",
         "DPO reward",
-        "β1·log π_dpo/π_ref, clipped: how much the DPO policy prefers this token, as it was paid",
-        lambda record, i: record["dpo_reward"][i],
+        "β1·log π_dpo/π_ref, clipped: how much the DPO policy prefers this token, as the reward that was paid",
+        lambda record, i: record[DPO_REWARD][i],
     ),
-    (
+    Mode(
         "k",
         "KL penalty",
-        "−β2·log π/π_ref: what the policy pays for going away from the reference; blue tokens earn",
-        lambda record, i: -record["kl_penalty"][i],
+        "−β2·log π/π_ref: what the policy pays for moving away from the reference; blue tokens earn",
+        lambda record, i: -record[KL_PENALTY][i],
     ),
-    (
+    Mode(
         "a",
         "Advantage",
-        "what PPO makes more likely (blue) and less likely (orange): all rewards to come, beyond the "
-        "critic's expectation",
-        lambda record, i: record["advantage"][i],
+        "what PPO makes more likely (blue) or less likely (orange): all rewards to come, less what the critic expects",
+        lambda record, i: record[ADVANTAGE][i],
     ),
 ]
 
 
-def style():
-    """The CSS of the shades: token classes name their shade in every mode; the chosen mode's rules apply."""
+def style() -> str:
+    """The CSS of the shades. A token's classes name its shade in every mode; the rules of the chosen mode apply."""
     rules = []
     for letter, *_ in MODES:
         on = f"#by-{letter}:checked ~ "
@@ -44,8 +58,8 @@ def style():
     return "\n".join(rules)
 
 
-def picture(groups):
-    """HTML of [(heading, token records)]; empty if there are none."""
+def picture(groups: Sequence[Group]) -> str:
+    """The HTML of the token records of `groups`; empty if there are none."""
     records = [record for _, group in groups for record in group]
     if not records:
         return ""
@@ -73,28 +87,28 @@ def picture(groups):
     return "\n".join([*parts, "</div>"])
 
 
-def _scale(records, number):
-    """What the strongest shade stands for: the 95th percentile of the sizes, so that outliers do not pale the rest."""
+def _scale(records: Iterable[Record], number: Callable[[Record, int], float]) -> float:
+    """The size that has the strongest shade: the 95th percentile, so that outliers do not make the rest pale."""
     sizes = sorted(abs(v) for r in records for v in (number(r, i) for i in range(len(r["tokens"]))) if math.isfinite(v))
     return sizes[int(0.95 * (len(sizes) - 1))] or sizes[-1] if sizes else 0.0
 
 
-def shade(letter, value, scale):
-    """The class of a number's shade, "" for about nothing."""
+def shade(letter: str, value: float, scale: float) -> str:
+    """The CSS class of a number's shade; "" for a number near 0."""
     if not math.isfinite(value) or not scale:
         return ""
     level = round(LEVELS * min(1.0, abs(value) / scale) + 0.25)
     return f"{letter}{'p' if value > 0 else 'm'}{level}" if level else ""
 
 
-def _card(record, scales):
+def _card(record: Record, scales: dict[str, float]) -> str:
     spans = "".join(_span(record, i, scales) for i in range(len(record["tokens"])))
-    totals = {name: sum(v for v in record[name] if math.isfinite(v)) for name in ("dpo_reward", "kl_penalty")}
+    totals = {name: sum(v for v in record[name] if math.isfinite(v)) for name in (DPO_REWARD, KL_PENALTY)}
     count = record.get("count", len(record["tokens"]))
     cut = f", the first {len(record['tokens'])} of them shown" if count != len(record["tokens"]) else ""
     summary = (
-        f"score {signed(record.get('score'))} · DPO reward {signed(totals['dpo_reward'])} · "
-        f"KL penalty {show(totals['kl_penalty'])} · {show(count)} tokens{cut}"
+        f"score {signed(record.get('score'))} · DPO reward {signed(totals[DPO_REWARD])} · "
+        f"KL penalty {show(totals[KL_PENALTY])} · {show(count)} tokens{cut}"
     )
     return (
         f'<div class="card"><p class="prompt" dir="auto">{escape(conversation(record.get("prompt", "")))}</p>'
@@ -102,23 +116,23 @@ def _card(record, scales):
     )
 
 
-def _span(record, i, scales):
+def _span(record: Record, i: int, scales: dict[str, float]) -> str:
     text = record["tokens"][i]
-    score = record["score_reward"][i]
-    reward = record["dpo_reward"][i] - record["kl_penalty"][i] + score
+    score = record[SCORE_REWARD][i]
+    reward = record[DPO_REWARD][i] - record[KL_PENALTY][i] + score
     lines = [
         f"token {i + 1}: {text!r}",
-        f"DPO reward {signed(record['dpo_reward'][i])}",
-        f"KL penalty {signed(record['kl_penalty'][i])}",
+        f"DPO reward {signed(record[DPO_REWARD][i])}",
+        f"KL penalty {signed(record[KL_PENALTY][i])}",
         *([f"score {signed(score)}"] if score else []),
         f"reward {signed(reward)}",
-        f"advantage {signed(record['advantage'][i])}",
-        f"value {signed(record['value'][i])}",
+        f"advantage {signed(record[ADVANTAGE][i])}",
+        f"value {signed(record[VALUE][i])}",
     ]
     shades = [shade(letter, number(record, i), scales[letter]) for letter, _, _, number in MODES]
-    # A line break is shown, then made; a token without text is part of a character that its last token shows.
+    # A line break is shown as a sign and then made. A token without text is part of a character that a later token shows.
     shown = escape(text).replace("\n", "\u23ce\n") or "\u25af"
-    # The space in front of a word is left uncoloured: at a line's end it would look like a token of its own.
+    # The space in front of a word has no colour: at the end of a line it would look like a token of its own.
     word = shown.lstrip(" ") or shown
     space = shown[: len(shown) - len(word)]
     return f'{space}<span class="{" ".join(filter(None, shades))}" title="{escape(chr(10).join(lines))}">{word}</span>'

@@ -1,29 +1,38 @@
-"""Metrics for other eyes: TensorBoard always, Weights & Biases or trackio where asked for."""
+"""Trackers of metrics: TensorBoard in every run, Weights & Biases or trackio where the configuration asks for one."""
 
 import importlib
 import math
 import os
 import socket
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rto_fast.errors import CheckpointError, ConfigError
+from rto_fast.reporting.metric_names import SECONDS
 from rto_fast.reporting.run_files import number, read_records
+
+if TYPE_CHECKING:
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class TensorBoard:
-    """One event file a stage, in `folder`/<stage>: steps of different stages do not mix.
+    """Event files, one a stage, in `folder`/STAGE, so that the steps of different stages do not mix.
 
     Args:
-        record: the run's metrics.jsonl. A resumed run writes its stages' event files anew from it: TensorBoard orders files
-            by the clock in their names, and what was logged after the checkpoint comes again.
-        run: the run's name, with which the names of its files end: others' are left alone.
+        folder: holds a folder for each stage.
+        record: the run's metrics.jsonl. A resumed run writes its event files anew from it, because TensorBoard orders files
+            by the time in their names, and a resumed run logs the steps after its checkpoint a second time.
+        run: the run's name, with which the names of its event files end. Other runs' files stay as they are.
     """
 
-    def __init__(self, folder, record, run):
-        self.folder, self.record, self.run, self.writers = folder, record, run, {}
+    def __init__(self, folder: Path, record: Path, run: str):
+        self.folder, self.record, self.run = folder, record, run
+        self.writers: dict[str, RecordWriter] = {}
 
-    def log(self, stage, step, values):
-        """`record` holds these values already."""
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Adds the values of a step, which `record` holds already."""
         try:
             if stage in self.writers:
                 self._add(stage, step, values)
@@ -32,8 +41,8 @@ class TensorBoard:
         except OSError as error:
             raise CheckpointError(f"{self.folder / stage} could not be written: {error.strerror}") from error
 
-    def _begin(self, stage):
-        # Not torch's SummaryWriter: it writes in a thread, which would die of a full disk with a traceback of its own.
+    def _begin(self, stage: str) -> None:
+        # torch's SummaryWriter writes in a thread, which would die of a full disk with a traceback of its own.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -43,12 +52,12 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self.run}"
         self.writers[stage] = RecordWriter(open(self.folder / stage / name, "wb", buffering=0))
         self.writers[stage].write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        for line in read_records(self.record, []):  # what cannot be read has been said
+        for line in read_records(self.record, []):  # the log has told the user what cannot be read
             step = number(line.get("step"))
             if line.get("stage") == stage and math.isfinite(step):
-                self._add(stage, int(step), {k: v for k, v in line.items() if k not in ("stage", "step", "seconds")})
+                self._add(stage, int(step), {k: v for k, v in line.items() if k not in ("stage", "step", SECONDS)})
 
-    def _add(self, stage, step, values):
+    def _add(self, stage: str, step: int, values: Mapping[str, object]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -57,28 +66,33 @@ class TensorBoard:
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
         self.writers[stage].write(event.SerializeToString())
 
-    def close(self):
+    def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
 
 
 class Service:
-    """wandb, or trackio, which has its interface.
+    """wandb, or trackio, which has the same interface.
 
+    Args:
+        name: the module.
+        project: the project that the run appears in.
+        run: the run's name.
+        config: the run's configuration, as the service shows it.
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the module is not installed.
     """
 
-    def __init__(self, name, project, run, config):
+    def __init__(self, name: str, project: str, run: str, config: object):
         try:
             self.module = importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(f"track.service: {name} cannot be imported ({error}); pip install {name}") from error
         self.module.init(project=project, name=run, config=config)
 
-    def log(self, stage, step, values):
-        # A service counts its own steps; ours, which begin anew in each stage, are a metric.
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        # A service counts its own steps. Ours begin anew in each stage, so they are a metric.
         self.module.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
 
-    def close(self):
+    def close(self) -> None:
         self.module.finish()

@@ -11,7 +11,7 @@ import torch
 
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Prompt
-from rto_fast.errors import DataError, Interrupted, RewardError, said
+from rto_fast.errors import DataError, Interrupted, RewardError, error_text
 from rto_fast.rewards.completions import Completion, check_finite
 from rto_fast.rewards.imported import describe, import_function, parameters_of
 from rto_fast.system import deepspeed_import
@@ -173,7 +173,7 @@ def numbers(scores: Any, source: str) -> torch.Tensor:
         return torch.tensor(scores, dtype=torch.float32, device="cpu")
     except Exception as error:  # each kind of object fails elsewhere in torch, and no message names the kind
         raise RewardError(
-            f"{source}: returned a {kind}, expected a list of one number a response: {said(error)}"
+            f"{source}: returned a {kind}, expected a list of one number a response: {error_text(error, with_type=False)}"
         ) from error
 
 

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rto_fast.errors import ConfigError, Interrupted, said
+from rto_fast.errors import ConfigError, Interrupted, error_text
 from rto_fast.system import deepspeed_import
 from rto_fast.system.process_state import users_settings
 
@@ -15,8 +15,7 @@ def describe(error: BaseException) -> str:
     """The type and message of an error in a user's code, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames or frames[-1].filename.startswith("<") else f" ({frames[-1].filename}:{frames[-1].lineno})"
-    text = said(error)
-    return f"{type(error).__name__}{text and f': {text}'}{where}"
+    return f"{error_text(error, with_type=True)}{where}"
 
 
 def import_function(path: str, key: str) -> Callable:

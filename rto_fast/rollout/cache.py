@@ -35,15 +35,14 @@ def memory_budget(device: torch.device, gib: float | None) -> int:
     return int(POOL_SHARE[device.type] * free)
 
 
-def choose_page_size(configured: int | None, longest: int, is_cuda: bool) -> int:
+def choose_page_size(longest: int, is_cuda: bool) -> int:
     """Tokens in a page.
 
     Args:
-        configured: a size to use instead, or None.
         longest: tokens of the longest sequence, its prompt included.
     """
     # A CPU can read a sequence in place if it is one page; unused memory of a page costs nothing there.
-    return configured or (64 if is_cuda else pages_for(longest, 16) * 16)
+    return 64 if is_cuda else pages_for(longest, 16) * 16
 
 
 def pages_for(tokens: int, page_size: int) -> int:

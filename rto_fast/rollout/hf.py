@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
-from rto_fast.errors import ModelError, UserError
-from rto_fast.models.directory import first_line
+from rto_fast.errors import ModelError, UserError, error_text
 from rto_fast.models.loading import attention_implementation, check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.trace import failing_layer
@@ -33,9 +32,7 @@ class HFEngine:
         ModelError: `generate` fails on a few tokens, which are tried here.
     """
 
-    def __init__(
-        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
-    ) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.model = self.wrapped.causal_lm
         try:
@@ -45,7 +42,7 @@ class HFEngine:
         except Exception as error:  # whatever foreign code raises, the model cannot be sampled
             layer = failing_layer(self.model, error) or "it"
             raise ModelError(
-                f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: {first_line(error)}"
+                f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: {error_text(error)}"
             ) from error
 
     @torch.no_grad()

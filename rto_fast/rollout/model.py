@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
@@ -32,10 +32,10 @@ class RolloutModel:
     because merging into them and undoing it would round them.
     """
 
-    def __init__(self, model: Model | torch.nn.Module):
+    def __init__(self, model: Model | nn.Module):
         self.model = _unwrapped(model)
         self.is_zero3, self.adapter = self.model.is_zero3, self.model.adapter
-        self.causal_lm = self.adapter.base if self.adapter else self.model.module
+        self.causal_lm: PreTrainedModel = self.adapter.base if self.adapter else self.model.module
         if self.causal_lm.get_output_embeddings() is None:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
@@ -48,7 +48,7 @@ class RolloutModel:
         self.head: Any = None  # a `Head` while decoding
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> PreTrainedConfig:
         return self.causal_lm.config
 
     @property
@@ -207,12 +207,12 @@ class RolloutModel:
                 self.merged |= zip(group, whole.split(sizes))
 
 
-def _unwrapped(model: Model | torch.nn.Module) -> Model:
+def _unwrapped(model: Model | nn.Module) -> Model:
     """The model inside DeepSpeed, DistributedDataParallel or PEFT."""
     if isinstance(model, Model):
         return model
     engine = model if hasattr(model, "zero_optimization_stage") else None
-    if isinstance(getattr(model, "module", None), torch.nn.Module):
+    if isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT
         settings = getattr(model, "active_peft_config", None)
@@ -222,7 +222,7 @@ def _unwrapped(model: Model | torch.nn.Module) -> Model:
                 "virtual tokens; merge them into the prompts, or train LoRA"
             )
         model = cast(Any, model).get_base_model()
-    unwrapped = Model(cast(torch.nn.Module, model))
+    unwrapped = Model(cast(nn.Module, model))
     unwrapped.engine = engine
     return unwrapped
 

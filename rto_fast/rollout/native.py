@@ -31,8 +31,8 @@ class NativeEngine:
     Args:
         model: the model that is trained, bare or inside DeepSpeed (ZeRO 0–3), DistributedDataParallel or PEFT.
         tokenizer: encodes prompts that are strings. Without a tokenizer, prompts must be token ids.
-        page_size: tokens in a page of the KV cache, a power of two from 16; default: see `choose_page_size`.
-        prefill_tokens: the number of prompt tokens that are computed at once.
+        page_size: tokens in a page of the KV cache, a power of two from 16. Default: see `choose_page_size`.
+        prefill_tokens: prompt tokens that are computed at once.
     Raises:
         ConfigError: a setting is invalid.
         ModelError: the model's attention cannot use a paged cache, or decoded log-probs differ from those of its forward
@@ -124,7 +124,7 @@ class NativeEngine:
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
-        page_size = choose_page_size(self.page_size, totals[0], is_cuda)
+        page_size = self.page_size or choose_page_size(totals[0], is_cuda)
         if page_size != self.cache.page_size:
             self.cache = PagedCache(self.cache.layers, page_size, self.cache.dtype, device)
             self.state = None

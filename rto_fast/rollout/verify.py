@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from rto_fast.batch import pack_whole
-from rto_fast.errors import ModelError, RolloutError
+from rto_fast.errors import ModelError, RolloutError, error_text
 from rto_fast.models.agreement import compare_logits
-from rto_fast.models.directory import first_line
 from rto_fast.models.loading import check_sequences
 from rto_fast.models.precision import higher_precision
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
@@ -42,8 +41,8 @@ def verified_cache(model: RolloutModel, page_size: int = 64) -> PagedCache:
         truth = model.packed_logits(batch, higher_precision(precision))[rows]
     except (ModelError, RolloutError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever foreign code raises, this engine cannot decode the model
-        raise ModelError(f"{name} cannot be decoded natively: {first_line(error)}") from error
+    except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
+        raise ModelError(f"{name} cannot be decoded natively: {error_text(error)}") from error
     found = compare_logits(decoded, own, truth, precision)
     if not found.is_rounding:
         raise ModelError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RolloutConfig
-from rto_fast.errors import ConfigError, ModelError, RolloutError
+from rto_fast.errors import ConfigError, ModelError, RolloutError, error_text
 from rto_fast.models.model import Model
 from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
 from rto_fast.rollout.model import RolloutModel
@@ -43,10 +43,6 @@ def request_seed(seed: int, prompt: int, sample: int) -> int:
     return state >> 1
 
 
-def in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
-
-
 class VLLMEngine:
     """Samples from a Hugging Face causal LM by a vLLM instance of its own.
 
@@ -59,9 +55,7 @@ class VLLMEngine:
         ModelError: this process does not hold the whole weights.
     """
 
-    def __init__(
-        self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig
-    ) -> None:
+    def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
         try:
             import vllm
             from vllm.exceptions import VLLMValidationError
@@ -93,7 +87,7 @@ class VLLMEngine:
                 # Log-probs of the distribution drawn from, after temperature and filters.
                 self.llm = vllm.LLM(folder, logprobs_mode="processed_logprobs", **options)
             except self.refusals as error:
-                raise ConfigError(f"rollout.vllm: {in_one_line(error)}") from error
+                raise ConfigError(f"rollout.vllm: {error_text(error, with_type=False)}") from error
         self._sleep()
 
     def generate(
@@ -154,7 +148,7 @@ class VLLMEngine:
             params = [self._params(sampling, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
             outputs = self.llm.generate(requests, params, use_tqdm=False)
         except self.refusals as error:
-            raise RolloutError(f"vllm: {in_one_line(error)}") from error
+            raise RolloutError(f"vllm: {error_text(error, with_type=False)}") from error
         return [output.outputs[0] for output in outputs]
 
     def _params(self, sampling: Sampling, limit: int, seed: int) -> Any:

@@ -36,17 +36,7 @@ def train_rto(
         if evaluate and config.eval.every and iteration % config.eval.every == 0:
             evaluate(models, trainer.engine, iteration)
 
-    health = Health(config, log)
-    train(
-        "rto",
-        trainer,
-        log,
-        session.checkpoints,
-        config.checkpoint_interval("rto"),
-        SHOWN,
-        health.check,
-        evaluate_policy,
-    )
+    train("rto", trainer, session.checkpoints, SHOWN, after_step=Health(config, log).check, evaluate=evaluate_policy)
     if models.critic is not None:
         save_model(models.critic, session.tokenizer, session.folder / "rto_critic", session.stop_ids)
     path = save_model(models.policy, session.tokenizer, session.folder / "rto", session.stop_ids)

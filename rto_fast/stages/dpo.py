@@ -65,7 +65,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND)
-    train("dpo", trainer, log, session.checkpoints, config.checkpoint_interval("dpo"), shown)
+    train("dpo", trainer, session.checkpoints, shown)
     model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):

@@ -49,7 +49,7 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
     shown = (LOSS, ACCURACY, LR, TOKENS_PER_SECOND)
-    train("reward_model", trainer, log, session.checkpoints, config.checkpoint_interval("reward_model"), shown)
+    train("reward_model", trainer, session.checkpoints, shown)
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:

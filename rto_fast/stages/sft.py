@@ -29,14 +29,7 @@ def train_sft(session: TrainingSession, base: str) -> str:
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
-    train(
-        "sft",
-        trainer,
-        session.log,
-        session.checkpoints,
-        config.checkpoint_interval("sft"),
-        (LOSS, LR, TOKENS_PER_SECOND),
-    )
+    train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
     path = save_model(model, session.tokenizer, session.folder / "sft", session.stop_ids)
     trainer.release()
     return path

@@ -1,4 +1,4 @@
-"""What all commands share: the user's mistakes end them with one line instead of a traceback."""
+"""Runs a command: a mistake of the user ends it with one line instead of a traceback."""
 
 import contextlib
 import os
@@ -7,27 +7,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from rto_fast.errors import Interrupted, UserError
+from rto_fast.errors import Interrupted, UserError, error_text
 from rto_fast.system import deepspeed_import, terminal
 from rto_fast.system.progress import shown
 
 
-def error_line(error: BaseException, kind: bool = False) -> str:
-    """An error and its notes as one line of text, without characters that a terminal would obey.
-
-    Args:
-        error: The error; its message may quote data, files and other libraries' errors.
-        kind: Whether the line begins with the name of the error's type.
-    """
-    parts = [type(error).__name__] if kind or not str(error) else []
-    text = ": ".join([*parts, *filter(None, [str(error)])])
-    lines = "; ".join([text, *getattr(error, "__notes__", [])]).splitlines()
-    return terminal.one_line(" ".join(filter(None, map(str.strip, lines))))  # spaces inside a line may belong to a path
+def error_line(error: BaseException, with_type: bool | None = None) -> str:
+    """The message of an error with its notes, printable on one line; see `error_text`."""
+    return terminal.one_line(error_text(error, with_type, with_notes=True))
 
 
 def exit_code(stop: Interrupted) -> int:
-    """0 after SIGTERM, by which a scheduler asks for the end; else the shell's code for the signal."""
-    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal
+    return 0 if stop.signal == signal.SIGTERM else 128 + stop.signal  # to a scheduler a job that obeyed has not failed
 
 
 def _tell(text: str) -> None:
@@ -36,7 +27,7 @@ def _tell(text: str) -> None:
 
 
 def _end_at_next_signal() -> None:
-    """Threads and libraries that are still to be ended may hang: the next signal ends the process at once."""
+    """Lets a second signal end the process, because threads and libraries may hang while they are closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -48,8 +39,8 @@ def as_command(*, interrupted: str | None = None, only_prints: bool = False) -> 
     `--debug` is taken out of `sys.argv`; with it a mistake shows its traceback.
 
     Args:
-        interrupted: What is said after Ctrl-C.
-        only_prints: The command does nothing but print, so it may end when nobody reads any more (`| head`).
+        interrupted: the message after Ctrl-C.
+        only_prints: the command does nothing but print, so it ends when its output is no longer read (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv[1:]
@@ -60,9 +51,9 @@ def as_command(*, interrupted: str | None = None, only_prints: bool = False) -> 
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
                 sys.path.append(
                     os.getcwd()
-                )  # for users' functions; `python -m` has it there, the script `rto-fast` not
+                )  # for users' functions: `python -m` adds it, the script `rto-fast` does not
             yield
-    except (UserError, OSError) as error:  # OSError: a disk, a folder or a network that refuses what is asked of it
+    except (UserError, OSError) as error:  # OSError: of a disk, a folder or a network
         if debug:
             raise
         _tell(error_line(error))

@@ -1,7 +1,7 @@
-"""DeepSpeed is imported where a run trains with it, and by foreign code that wants it; nowhere else.
+"""Hides DeepSpeed from other libraries, so that it is imported only by runs that train with it and by users' own code.
 
-transformers and accelerate import it wherever it is installed, in `save_pretrained` for one, to ask whether a model is one
-of its engines. That takes seconds, and without a GPU it writes a warning to stdout. While it is hidden they find none.
+transformers and accelerate import it wherever it is installed, for example in `save_pretrained`, to ask whether a model is
+one of its engines. That takes seconds, and without a GPU it writes a warning to stdout.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """DeepSpeed cannot be found in the context, unless it was imported before or `reveal` is called."""
-    sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # what Python takes for "there is no such module"
+    """DeepSpeed cannot be imported in the context, unless it was imported before or `reveal` is called."""
+    sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # by which Python knows that there is no such module
     try:
         yield
     finally:
@@ -20,7 +20,7 @@ def hidden() -> Iterator[None]:
 
 
 def reveal() -> bool:
-    """From here on DeepSpeed can be imported, if it is installed; returns whether it was hidden."""
+    """Lets DeepSpeed be imported, if it is installed; returns whether it was hidden."""
     was_hidden = sys.modules.get("deepspeed", "") is None
     if was_hidden:
         del sys.modules["deepspeed"]

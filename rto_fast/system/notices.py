@@ -1,17 +1,18 @@
-"""Warnings of this package: in a run they go through its log, once; elsewhere they are Python's own warnings."""
+"""Warnings of this package. In a run they go through its log, each once; elsewhere they are ordinary Python warnings."""
 
 import sys
 import warnings
 
-WRAPPERS = "functools", "contextlib", "torch"  # what calls a function of ours in the name of somebody else
+WRAPPERS = "functools", "contextlib", "torch"  # packages that call our functions on behalf of the user's code
 
 
 class Notice(UserWarning):
-    """Something to know that ends nothing.
+    """A warning of this package.
 
     Args:
-        stage: the stage, or the part of the package, that it is about. name: of the rule, for a program. what: is so, and
-            what can be done about it.
+        stage: the stage, or the part of the package, that it is about.
+        name: a word by which programs know it.
+        what: the message, with what can be done about it.
     """
 
     def __init__(self, stage: str, name: str, what: str):
@@ -20,7 +21,7 @@ class Notice(UserWarning):
 
 
 def notify(stage: str, name: str, what: str) -> None:
-    """Warns with a `Notice`, in the name of the code that called this package."""
+    """Warns with a `Notice` whose place is the line that called this package."""
     frames, frame = [], sys._getframe(1)
     while frame:
         frames.append(frame.f_globals.get("__name__", "").partition(".")[0])

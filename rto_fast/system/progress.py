@@ -1,13 +1,13 @@
-"""What is done and what is left of anything that lasts longer than `PATIENCE` seconds, on stderr.
+"""Shows on stderr how far anything is that lasts longer than `PATIENCE` seconds, and how long it will still take.
 
     with progress("dpo: reference log-probs", total=len(pairs), unit="pairs") as phase:
         for pair in pairs:
             ...
             phase.advance()
 
-A terminal shows one line that is written over; a file gets a line after 5, 10, 20, 40 … seconds without another word of the
-command, counted from the start of the outermost phase. Of phases within each other the innermost that lasts long is shown.
-Nothing is shown before a command asks for it (`shown`), and by one process of several.
+A terminal shows one line that is redrawn. A file gets a line after 5, 10, 20, 40 … seconds in which the command printed
+nothing else, counted from the start of the outermost phase. Of nested phases the innermost one that lasts long is shown.
+Nothing is shown before a command asks for it (`shown`), and only one of several processes shows anything.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager
 
 from rto_fast.system.terminal import is_live, last_said, one_line, redraw, say, speaks
 
-PATIENCE = 5.0  # seconds without a word
-INTERVAL = 0.5  # seconds between two looks
-LONGEST_SILENCE = 600.0  # seconds between two lines of a file
+PATIENCE = 5.0  # seconds without output
+INTERVAL = 0.5  # seconds between two checks
+LONGEST_SILENCE = 600.0  # seconds between two lines in a file, at most
 _LOCK = threading.Lock()
 
 
@@ -28,10 +28,14 @@ class Progress:
     """One phase.
 
     Args:
-        what: its name; that of the phase around it if this is empty. total: of items, None where nobody knows. unit: their
-            name. done: items that were done before. has_line: another live line shows this phase while it advances.
+        what: its name.
+        total: the number of items, None where it is not known.
+        unit: what an item is called.
+        done: items that were done before.
+        has_line: another live line shows this phase while it advances.
     Attributes:
-        note: said behind the figures. part: how much of the next item is done, 0 to 1.
+        note: appended to the line.
+        part: how much of the next item is done, 0 to 1.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, done: int = 0, has_line: bool = False):
@@ -60,11 +64,13 @@ class Progress:
 
 
 class _Display:
-    """The phases that are under way, and the thread that shows them."""
+    """The phases in progress, and the thread that shows them."""
 
-    def __init__(self):
-        self.is_on, self.phases, self.thread, self.ended = False, [], None, threading.Event()
-        self.has_drawn = False
+    def __init__(self) -> None:
+        self.is_on = self.has_drawn = False
+        self.phases: list[Progress] = []
+        self.thread: threading.Thread | None = None
+        self.ended = threading.Event()
 
     def begin(self, phase: Progress) -> None:
         with _LOCK:
@@ -117,7 +123,7 @@ _OBSERVERS: list[Callable[[Progress], AbstractContextManager[object]]] = []
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Shows the progress of what happens in a `with` block."""
+    """Lets phases in a `with` block be shown."""
     before, _DISPLAY.is_on = _DISPLAY.is_on, True
     try:
         yield
@@ -129,7 +135,8 @@ def shown() -> Iterator[None]:
 def progress(
     what: str = "", total: int | None = None, unit: str = "items", *, done: int = 0, has_line: bool = False
 ) -> Iterator[Progress]:
-    """Shows a `with` block as a phase, once it lasts long; see `Progress` for the arguments."""
+    """Shows a `with` block as a phase once it lasts long. An empty `what` takes the name of the phase around it. See
+    `Progress` for the other arguments."""
     around = _DISPLAY.phases[-1].what if _DISPLAY.phases else "working"
     phase = Progress(what or around, total, unit, done, has_line)
     _DISPLAY.begin(phase)
@@ -153,14 +160,14 @@ def observed(observer: Callable[[Progress], AbstractContextManager[object]]) -> 
 
 
 def advance(count: int = 1) -> None:
-    """Advances the innermost phase, for what does not know in which it works."""
+    """Advances the innermost phase, for code that does not know the phase."""
     phases = _DISPLAY.phases
     if phases:
         phases[-1].advance(count)
 
 
 def advance_part(part: float) -> None:
-    """Says of the innermost phase how much of its next item is done, for one that takes long; see `advance`."""
+    """Sets how much of the next item of the innermost phase is done (0 to 1), for items that take long."""
     phases = _DISPLAY.phases
     if phases:
         phases[-1].part = part

@@ -1,7 +1,7 @@
-"""The terminal: the one function that prints, and streams that cannot end a run.
+"""The one function that prints (`say`), and output streams that cannot end a run.
 
-Text from files, data, models and libraries is printed as it looks, never as the terminal would obey it. A stream that
-nobody reads any more, that was closed or that cannot encode a character costs the printing, not the run.
+Text from files, data, models and libraries is printed so that the terminal shows it and does not obey it. Where a stream is
+no longer read, was closed or cannot encode a character, the run continues without the output.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from typing import Any, NoReturn, TextIO
 
 from rto_fast.system.notices import Notice
 
-# Characters that reorder or hide the text around them, or break a line where a terminal or an editor knows more line
-# breaks than Python's; joiners, which scripts and emoji need, stay.
+# Characters that reorder or hide the text around them, or that a terminal or an editor takes for a line break. Joiners,
+# which scripts and emoji need, are not among them.
 ACTING = {
     0x061C,
     0x180E,
@@ -49,7 +49,7 @@ SPELLED = {
 }
 LAYOUT = {code: spelling for code, spelling in SPELLED.items() if chr(code) not in "\n\t"}
 BREAKS = SPELLED | {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
-# What this package's own text looks like where the encoding has no such characters.
+# How this package's own characters are printed where the encoding does not have them.
 PLAIN = {
     "±": "+/-",
     "−": "-",
@@ -72,19 +72,19 @@ PLAIN = {
 
 
 def visible(text: object) -> str:
-    """Text in which nothing is invisible or acts on its neighbours or on a terminal: control characters and their like are
-    spelled as Python spells them, `\\x1b`. Line breaks and tabs stay."""
+    """Text without characters that are invisible or act on a terminal or on the text around them: they are spelled as Python
+    spells them, `\\x1b`. Line breaks and tabs stay."""
     return str(text).translate(LAYOUT)
 
 
 def one_line(text: object) -> str:
-    """`visible` text without line breaks and tabs: of somebody else's name, which is to be no line of its own."""
+    """`visible` text whose line breaks and tabs are spelled, too, for names that must not break a line."""
     return str(text).translate(BREAKS)
 
 
 class Styled(str):
-    """Text that `say` prints as it is: our own ANSI styles around text that is `visible` already. What is added to it is
-    made visible first; in an f-string it is ordinary text again, its styles spelled out."""
+    """Text that `say` prints as it is: our own ANSI styles around text that is `visible` already. Text that is added to it
+    is made visible. An f-string makes ordinary text of it, whose styles are spelled out."""
 
     def __add__(self, other: str) -> "Styled":
         return Styled(str(self) + _printable(other))
@@ -98,7 +98,7 @@ class Styled(str):
 
 def styled(text: object, code: str) -> Styled:
     """`text` in an ANSI style, such as "1" for bold."""
-    # Every line by itself: pagers forget the style at the end of a line.
+    # Each line is styled by itself, because pagers forget the style at the end of a line.
     lines = visible(text).split("\n")
     return Styled("\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else line for line in lines))
 
@@ -116,7 +116,7 @@ def is_live(err: bool = False) -> bool:
     """Whether stdout (err: stderr) is a terminal on which a line can be redrawn."""
     try:
         return (sys.stderr if err else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):  # None, or closed by somebody's code
+    except (AttributeError, ValueError):  # the stream is None, or was closed
         return False
 
 
@@ -124,29 +124,30 @@ _last_said = -math.inf
 
 
 def last_said() -> float:
-    """When `say` last printed, by `time.monotonic`."""
+    """The time at which `say` last printed, by `time.monotonic`."""
     return _last_said
 
 
 def speaks() -> bool:
-    """Whether this process is to be heard: of several that a launcher started, the first. A RANK that is left in the
-    environment of a single process, or is none, silences nobody."""
+    """Whether this process prints: of several that a launcher started only the first one does. A RANK that was left in the
+    environment of a single process, or is not a number, has no effect."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     is_number = rank.isdecimal() and size.isdecimal() and len(rank + size) < 20
     return not (is_number and 0 < int(rank) < int(size))
 
 
 def say(*parts: object, err: bool = False) -> None:
-    """Prints a line (or several): `parts` one after another, made `visible` unless they are `Styled`; nothing where that
-    cannot be done.
+    """Prints a line, or several: the `parts` one after another, made `visible` unless they are `Styled`. Where the stream
+    cannot be written, nothing happens.
 
     Args:
-        err: to stderr.
+        parts: the text.
+        err: print to stderr instead of stdout.
     """
     global _last_said
     _last_said = time.monotonic()
     text = "".join(map(_printable, parts)) + "\n"
-    if not _live.lock.acquire(timeout=1.0):  # another thread waits for somebody who does not read
+    if not _live.lock.acquire(timeout=1.0):  # another thread hangs in a stream that nobody reads
         return _write(text, err)
     try:
         drawn = _live.text, _live.err
@@ -158,7 +159,7 @@ def say(*parts: object, err: bool = False) -> None:
 
 
 class _LiveLine:
-    """What is drawn in the terminal's last line, below all that `say` prints."""
+    """The text that is drawn in the terminal's last line, below all that `say` prints."""
 
     def __init__(self) -> None:
         self.text, self.err, self.lock = "", False, threading.RLock()
@@ -168,7 +169,7 @@ _live = _LiveLine()
 
 
 def _in_a_fork() -> None:
-    """The line is the parent's, whose threads may have been drawing it."""
+    """Forgets the line, which belongs to the parent process, and its lock, which a thread of the parent may hold."""
     global _live
     _live = _LiveLine()
 
@@ -177,10 +178,11 @@ os.register_at_fork(after_in_child=_in_a_fork)
 
 
 def redraw(text: str, err: bool = True) -> None:
-    """Draws `text` over the line that was drawn before; an empty one removes it. Cut to the terminal's width.
+    """Draws `text`, cut to the terminal's width, over the line that was drawn before. An empty text removes the line.
 
     Args:
-        err: to stderr, else to stdout.
+        text: the line.
+        err: draw on stderr, else on stdout.
     """
     with _live.lock:
         if text or _live.text:
@@ -189,13 +191,13 @@ def redraw(text: str, err: bool = True) -> None:
 
 
 def _cut(text: str, columns: int) -> str:
-    """As much of the text as so many columns show; a Chinese character takes two."""
+    """As much of the text as fits in `columns`; a Chinese character takes two."""
     widths = accumulate(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
     return text[: sum(width <= columns for width in widths)]
 
 
 def leave_line() -> None:
-    """The line that was drawn stays where it is, above what is printed from now on."""
+    """Leaves the line that was drawn where it is, above what is printed from now on."""
     with _live.lock:
         if _live.text:
             _write("\n", _live.err)
@@ -204,14 +206,14 @@ def leave_line() -> None:
 
 def _write(text: str, err: bool) -> None:
     stream = sys.stderr if err else sys.stdout
-    # Of a process that `protect` was not called in, or a stream that somebody's code has closed or put in place.
+    # The process may not have called `protect`, or somebody's code may have closed or replaced the stream.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         stream.write(text)
         stream.flush()
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose help and mistakes are printed as everything is: a mistake as one line."""
+    """argparse's parser, whose output goes through `say`; a mistake is one line."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
@@ -222,10 +224,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor to which writing never fails: what cannot be written is dropped.
+    """A file to which writing never fails: what cannot be written is dropped.
 
     Args:
-        ends: the process ends, with 0, when nobody reads any more.
+        descriptor: the open file.
+        ends: end the process, with exit code 0, when the other end of a pipe is closed.
     """
 
     def __init__(self, descriptor: int, ends: bool):
@@ -234,13 +237,13 @@ class _Unfailing(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            while (count := super().write(data)) is None:  # a full pipe that does not wait by itself
+            while (count := super().write(data)) is None:  # a full pipe, opened as non-blocking
                 select.select([], [self], [])
             return count
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room again, a reader does not return
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room again
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.fileno())  # so that libraries' and child processes' output has a place to go, too
+                os.dup2(null, self.fileno())  # so that libraries and child processes can write, too
                 os.close(null)
             if self.ends and error.errno == errno.EPIPE:
                 raise SystemExit(0) from None
@@ -248,7 +251,7 @@ class _Unfailing(io.FileIO):
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of codecs: what an encoding does not have is transcribed, or spelled out."""
+    """An error handler of codecs, which transcribes or spells out the characters that an encoding does not have."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -259,32 +262,32 @@ codecs.register_error("rto_fast.spell", _spell)
 
 
 def _unfailing(stream: TextIO | None, descriptor: int, ends: bool) -> TextIO:
-    """`stream`, of which `descriptor` is the usual number, or what takes its place. Closed: None."""
+    """The stream to use in place of `stream`, whose usual number is `descriptor`; a stream of None was closed."""
     if stream is not None:
         buffer = getattr(stream, "buffer", None)
         raw = getattr(buffer, "raw", buffer)
         if isinstance(raw, _Unfailing):
             raw.ends = ends
-        elif isinstance(stream, io.TextIOWrapper):  # else of a notebook
+        elif isinstance(stream, io.TextIOWrapper):  # else it is a notebook's
             stream.reconfigure(errors="rto_fast.spell")
-        if type(stream) is not io.TextIOWrapper or type(raw) is not io.FileIO:  # of a test, or a program's own
+        if type(stream) is not io.TextIOWrapper or type(raw) is not io.FileIO:  # a test's, or a program's own
             return stream
     buffer, encoding = io.BufferedWriter(_Unfailing(descriptor, ends)), stream.encoding if stream else "utf-8"
     return io.TextIOWrapper(buffer, encoding, "rto_fast.spell", line_buffering=True)
 
 
-_told: set[str] = set()
+_shown_notices: set[str] = set()
 
 
 class _Record(logging.LogRecord):
-    """A library's log line; it may quote names of files and of weights."""
+    """A library's log record, made visible, because it may quote names of files and of weights."""
 
     def getMessage(self) -> str:
         return visible(super().getMessage())
 
 
 def _show_exception(kind: type[BaseException], error: BaseException | None, trace: types.TracebackType | None) -> None:
-    """A fault of ours, with its traceback; its message may quote anything."""
+    """Prints an error with its traceback, made visible, because its message may quote anything."""
     say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), err=True)
 
 
@@ -294,24 +297,24 @@ def _show_warning(
     text, place = f"warning: {one_line(message)}", f" ({category.__name__}, {filename}:{lineno})"
     if isinstance(message, Notice):
         place = ""
-        if text in _told:
+        if text in _shown_notices:
             return
-        _told.add(text)  # Python's own record of what was shown is lost whenever a library changes the filters
+        _shown_notices.add(text)  # Python forgets what was shown whenever a library changes the filters
     if speaks():
         say(text, place, err=True)
 
 
 def protect(ends: bool = False) -> None:
-    """Makes this process's streams safe, for good, and has what Python prints by itself escaped, too: tracebacks, warnings,
-    log lines. Streams that are no file's, as those of tests and notebooks, keep their place.
+    """Makes stdout and stderr safe for the rest of the process, and makes visible what Python itself prints: tracebacks,
+    warnings and log records. Streams that are not files, such as those of tests and notebooks, are not replaced.
 
     Args:
-        ends: the process only prints: it ends, with 0, when nobody reads its stdout any more.
+        ends: end the process, with exit code 0, when its stdout is no longer read.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file that is opened would get this number, and what libraries print
+        except OSError:  # closed: the next file that is opened would get this number, and libraries would print into it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = _unfailing(sys.stdout, 1, ends), _unfailing(sys.stderr, 2, False)
     logging.setLogRecordFactory(_Record)
@@ -319,5 +322,5 @@ def protect(ends: bool = False) -> None:
         sys.excepthook = _show_exception
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = lambda fault: _show_exception(fault.exc_type, fault.exc_value, fault.exc_traceback)
-    _told.clear()
+    _shown_notices.clear()
     warnings.showwarning = _show_warning

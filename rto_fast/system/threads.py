@@ -1,4 +1,4 @@
-"""CPU threads, asked for where the system can refuse them in a line."""
+"""The number of CPU threads, checked before OpenMP starts them."""
 
 import threading
 
@@ -8,10 +8,10 @@ from rto_fast.errors import ConfigError
 
 
 def use_threads(count: int | None) -> None:
-    """Has torch compute with `count` threads; None: with as many as it chooses.
+    """Has torch compute with `count` threads, or with its own choice where that is None.
 
     Raises:
-        ConfigError: the system does not give this process as many. OpenMP, which starts them later, would end it.
+        ConfigError: the system does not give this process as many threads. OpenMP, which starts them later, would end it.
     """
     if count is None:
         return

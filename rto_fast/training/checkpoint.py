@@ -5,13 +5,14 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, how_to_go_on
+from rto_fast.config import Stage
+from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, error_text, how_to_go_on
 from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
 from rto_fast.system.run_lock import RunLock
@@ -48,12 +49,6 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _with_reason(what: str, error: BaseException) -> str:
-    """Appends the error's message and its notes."""
-    message = ": ".join(filter(None, [what, str(error)]))
-    return "; ".join([message, *getattr(error, "__notes__", [])])
-
-
 class Checkpoints:
     """The checkpoints of the run in `folder`. Every rank calls the same methods at the same time; the main rank writes.
 
@@ -67,6 +62,7 @@ class Checkpoints:
         resume: go on with the run that `progress.json` describes.
         stop: asks the run to end.
         lock: the run's lock on its folder, which is checked before anything is saved.
+        interval: returns the number of steps between the checkpoints of a stage; 0 saves only where the run is stopped.
     """
 
     def __init__(
@@ -78,9 +74,10 @@ class Checkpoints:
         resume: bool = False,
         stop: StopRequest | None = None,
         lock: RunLock | None = None,
+        interval: Callable[[Stage], int] = lambda stage: 0,
     ):
         self.folder, self.log, self.keep, self.stop = Path(folder), log, keep, stop or StopRequest()
-        self.path, self.lock = self.folder / "progress.json", lock
+        self.path, self.lock, self.interval = self.folder / "progress.json", lock, interval
         self.run = new_run()
         self.done: list[str] = []
         self.best: float | None = None  # the best evaluation so far
@@ -199,13 +196,14 @@ class Checkpoints:
             raise
         except KeyboardInterrupt as error:  # from another handler of signals than ours
             self.stop.signal = self.stop.signal or signal.SIGINT
-            raise self.stop.interrupted(_with_reason("stopped", error), together=False) from error
+            reason = error_text(error, with_type=False, with_notes=True)
+            raise self.stop.interrupted("; ".join(filter(None, ["stopped", reason])), together=False) from error
         except Exception as error:
             mended = "once that is mended, " if isinstance(error, (UserError, OSError)) else ""
             error.add_note(mended + how_to_go_on(self.folder))
             raise
         except BaseException as error:
-            ended = TrainingError(_with_reason(f"the run was ended by {type(error).__name__}", error))
+            ended = TrainingError(f"the run was ended by {error_text(error, with_type=True, with_notes=True)}")
             ended.add_note(how_to_go_on(self.folder))
             raise ended from error
 
@@ -254,9 +252,8 @@ class Checkpoints:
                 raise ValueError(misfit)
             trainer.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"{folder}: not a checkpoint of this run's {stage} stage ({reason}); resume with the "
+                f"{folder}: not a checkpoint of this run's {stage} stage ({error_text(error)}); resume with the "
                 "options it was begun with"
             ) from error
         self.log.say(f"{stage}: goes on after step {trainer.step_count}")

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.config.fields import CountOr0
 from rto_fast.config.options import value_of_text
-from rto_fast.errors import ConfigError, Interrupted, UserError
+from rto_fast.errors import ConfigError, Interrupted, UserError, error_text
 from rto_fast.system.command_line import error_line, exit_code
 from rto_fast.system.run_lock import release_all
 from rto_fast.system.terminal import say
@@ -81,7 +81,7 @@ def joined(use_deepspeed: bool = False) -> Iterator[None]:
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other; start "
-            f"them with torchrun, deepspeed or srun ({str(error).splitlines()[0]})"
+            f"them with torchrun, deepspeed or srun ({error_text(error, with_type=False)})"
         ) from error
     store.set_timeout(WAIT)
     if local_rank() < torch.cuda.device_count():  # else the run refuses it later, or uses the CPU
@@ -183,7 +183,7 @@ class Watch:
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks why this one ends, and with which exit code."""
         self.stopped.set()
-        failure = f"rank {self.rank}: {error_line(error, kind=not isinstance(error, UserError))}", 1
+        failure = f"rank {self.rank}: {error_line(error, with_type=not isinstance(error, UserError))}", 1
         if isinstance(error, Interrupted):
             failure = str(error), exit_code(error)
         with contextlib.suppress(RuntimeError, dist.DistError):

@@ -4,19 +4,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rto_fast.config import Stage
 from rto_fast.errors import RewardError, TrainingError, UserError
-from rto_fast.reporting.log import RunLog
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 
 def train(
-    name: str,
+    name: Stage,
     trainer: Trainer,
-    log: RunLog,
     checkpoints: Checkpoints,
-    save_every: int,
     show: Sequence[str],
     after_step: Callable[[int, dict], object] | None = None,
     evaluate: Callable[[int], object] | None = None,
@@ -25,7 +23,6 @@ def train(
 
     Args:
         name: of the stage.
-        save_every: the number of steps between checkpoints; 0 saves only where the run is stopped.
         show: the metrics on the live line.
         after_step: is called with the number of steps done and the metrics of the step, before the checkpoint.
         evaluate: is called with the number of steps done, after `after_step`. Where it fails, a resumed run begins with it.
@@ -35,7 +32,7 @@ def train(
         TrainingError: names the stage; also where memory runs out.
         BaseException: any other error, with a note that says what is not saved.
     """
-    stop = checkpoints.stop
+    stop, log, save_every = checkpoints.stop, checkpoints.log, checkpoints.interval(name)
     stop.waits = True  # a signal ends the run after the present step, until the stage has written its model
     if checkpoints.restore(name, trainer) and evaluate:
         evaluate(trainer.step_count)
@@ -55,17 +52,11 @@ def train(
                 if evaluate:
                     evaluate(trainer.step_count)
             except BaseException as error:
-                save_what_is_whole(error, name, trainer, checkpoints, recorded)
-                if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                    what = (str(error).splitlines() or ["of the CPU."])[0]
-                    raise with_notes(
-                        error,
-                        f"{name}: out of memory: {what} Lower model.micro_batch_tokens or "
-                        "rollout.batch_size, or set model.gradient_checkpointing",
-                    ) from error
-                if isinstance(error, TrainingError):
-                    raise with_notes(error, f"{name}: {error}") from error
-                raise
+                fault = _stage_error(error, name)
+                save_what_is_whole(fault, name, trainer, checkpoints, recorded)
+                if fault is error:
+                    raise
+                raise fault from error
             checkpoints.check_lock(look=False)
             if ranks.any_rank(stop.signal is not None):
                 checkpoints.save(name, trainer)
@@ -95,9 +86,12 @@ def save_what_is_whole(
         error.add_note(f"what {name} trained after its last checkpoint is not saved: {fault}")
 
 
-def with_notes(error: BaseException, message: str) -> TrainingError:
-    """Returns a `TrainingError` with the notes of `error`."""
-    fault = TrainingError(message)
-    for note in getattr(error, "__notes__", []):
-        fault.add_note(note)
-    return fault
+def _stage_error(error: BaseException, name: str) -> BaseException:
+    """A `TrainingError` that names the stage where memory ran out or training failed; any other error as it is."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        reason = (str(error).splitlines() or ["of the CPU."])[0]
+        return TrainingError(
+            f"{name}: out of memory: {reason} Lower model.micro_batch_tokens or rollout.batch_size, or set "
+            "model.gradient_checkpointing"
+        )
+    return TrainingError(f"{name}: {error}") if isinstance(error, TrainingError) else error

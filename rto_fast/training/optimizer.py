@@ -96,11 +96,12 @@ class Optimizer(ScheduledOptimizer):
 def build_optimizer(
     model: Model, stage: TrainingConfig, total_steps: int, config: Config, lr: float | None = None
 ) -> ScheduledOptimizer:
-    """`ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else `Optimizer`.
+    """Builds a `ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else an `Optimizer`.
 
     Args:
         stage: the stage's section of the configuration.
-        lr: peak learning rate, default the stage's.
+        total_steps: the length of the schedule.
+        lr: the peak learning rate; default: the stage's.
     """
     if config.deepspeed.stage_for(ranks.world_size()):
         return ZeroOptimizer(model, stage, config.optimizer, total_steps, config.deepspeed, lr)

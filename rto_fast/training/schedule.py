@@ -37,7 +37,8 @@ class ScheduledOptimizer:
     """One model's optimizer with its learning-rate schedule; see `Optimizer` and `ZeroOptimizer`.
 
     Args:
-        stage: the configuration of the stage.
+        stage: the stage's section of the configuration.
+        settings: the section `optimizer`.
         total_steps: the length of the schedule; a resumed stage may set another one.
         lr: the peak learning rate; default: the stage's.
     """

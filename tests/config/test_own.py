@@ -13,10 +13,11 @@ import yaml
 from rto_fast import session
 from rto_fast.config import load_config
 from rto_fast.data.run_data import RunData
-from rto_fast.data.world import build_model, build_tokenizer, preference_rows
+from rto_fast.data.world import preference_rows
 from rto_fast.errors import ConfigError, DataError
 from rto_fast.plan import main as plan
 from rto_fast.train import main
+from tests.tiny_models import save_world_model
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -46,8 +47,7 @@ SHORT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    for saved in (build_model(0), build_tokenizer()):
-        saved.save_pretrained(folder / "model")
+    save_world_model(folder / "model")
     rows = preference_rows(60, seed=3)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))

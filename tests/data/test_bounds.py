@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from rto_fast.data.files import without_filled_keys
-from rto_fast.data.sources import DataError, load_examples, read_rows
+from rto_fast.data.sources import load_examples, read_rows
+from rto_fast.errors import DataError
 
 GIB = 1 / 32
 CONSTANT = 0.375  # GiB: what is decoded at once, in all the copies that pyarrow and Python make

@@ -164,7 +164,9 @@ def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
             raise ConnectionError("gone\nfor good")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
-    with pytest.raises(DataError, match="org/name: .* the hub did not give split 'train': gone; check the name"):
+    with pytest.raises(
+        DataError, match="org/name: .* the hub did not give split 'train': gone for good; check the name"
+    ):
         load_examples("org/name", limit=5, streaming=True)
 
 

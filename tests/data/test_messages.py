@@ -12,8 +12,9 @@ import torch
 from rto_fast.data import __main__ as data_command
 from rto_fast.data.cleaning import prompt_key, without_duplicates
 from rto_fast.data.messages import message_text
-from rto_fast.data.sources import DataError, load_examples
+from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import Prompt, preference_pairs, stop_token_ids
+from rto_fast.errors import DataError
 from rto_fast.evaluation.policies import samples
 from rto_fast.reporting.markup import conversation
 from rto_fast.rewards import Completion, RewardModel, completions_of_pairs

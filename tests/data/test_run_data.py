@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from rto_fast.data.detection import find_layout
-from rto_fast.data.sources import DataError, load_examples
+from rto_fast.data.sources import load_examples
+from rto_fast.errors import DataError
 
 
 def user(text):

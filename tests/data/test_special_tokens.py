@@ -5,9 +5,10 @@ import json
 import pytest
 from tokenizers import AddedToken
 
-from rto_fast.data.sources import DataError, Example
+from rto_fast.data.layouts import Example
 from rto_fast.data.special_tokens import SpecialTokens
 from rto_fast.data.world import build_tokenizer
+from rto_fast.errors import DataError
 from tests.chat_templates import TEMPLATES, byte_tokenizer, space_tokenizer
 from tests.conversations import (
     CONVERSATIONS,

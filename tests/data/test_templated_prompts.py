@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from rto_fast.data.sources import Example
+from rto_fast.data.layouts import Example
 from rto_fast.data.templates import UNKNOWN
 from rto_fast.data.tokenizing import preference_pairs, prompts, sft_sequences, stop_token_ids
 from tests.chat_templates import TEMPLATES, byte_tokenizer

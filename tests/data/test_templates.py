@@ -6,10 +6,11 @@ import warnings
 import pytest
 
 from rto_fast.config import DataConfig
+from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData
-from rto_fast.data.sources import DataError, Example
 from rto_fast.data.templates import THOUGHTS
 from rto_fast.data.tokenizing import preference_pairs, prompts, sft_sequences, stop_token_ids
+from rto_fast.errors import DataError
 from tests.chat_templates import TEMPLATES, byte_tokenizer, space_tokenizer
 from tests.conversations import (
     CONVERSATIONS,

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rto_fast.data.sources import DataError, Example, load_examples
+from rto_fast.data.layouts import Example
+from rto_fast.data.sources import load_examples
+from rto_fast.data.templates import FALLBACK_TEMPLATE
 from rto_fast.data.tokenizing import (
-    FALLBACK_TEMPLATE,
     Limits,
     Pair,
     encode_prompt,
@@ -20,6 +21,7 @@ from rto_fast.data.tokenizing import (
     sft_sequences,
     stop_token_ids,
 )
+from rto_fast.errors import DataError
 from tests.chat_templates import GEMMA, ZEPHYR
 
 CHATML = (

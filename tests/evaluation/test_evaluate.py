@@ -24,30 +24,24 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
 from rto_fast.training.saving import save_model
+from tests.tiny_models import perturbed, world_scorer
 
 GOLD = "rto_fast.data.world:gold_reward"
 LENGTH = 24  # about half of the random models' responses end before
 PROMPTS, PAIRS = prompt_rows(24, seed=11), preference_rows(12, seed=12)
 
 
-@torch.no_grad()
-def perturbed(seed):
+def other(seed):
     """The reference with weights a little off."""
-    model, generator = build_model(0), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p += 0.05 * torch.randn(p.shape, generator=generator)
-    return model
+    return perturbed(build_model(0), 0.05, seed)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("evaluate"), build_tokenizer()
-    for name, model in (("ref", build_model(0)), ("model", perturbed(1)), ("dpo", perturbed(2))):
+    for name, model in (("ref", build_model(0)), ("model", other(1)), ("dpo", other(2))):
         save_model(Model(model), tokenizer, folder / name)
-    config = build_model(0).config
-    config.num_labels = 1
-    torch.manual_seed(5)
-    scorer = AutoModelForSequenceClassification.from_config(config)
+    scorer = world_scorer(seed=5)
     scorer.config.score_mean, scorer.config.score_std = 0.5, 2.0
     save_model(Model(scorer), tokenizer, folder / "rm")
     for name, rows in (("prompts", PROMPTS), ("pairs", PAIRS)):
@@ -149,7 +143,7 @@ def test_the_kl_is_the_mean_log_ratio_of_the_models_own_samples(folder, results)
 
 def test_both_estimates_have_the_exact_kl_as_their_mean():
     """All responses of two tokens, weighted by their probability."""
-    model, reference = perturbed(1), build_model(0)
+    model, reference = other(1), build_model(0)
     prompt, size = [2, 13, 3], len(build_tokenizer())
     every = [[a, b] for a in range(size) for b in range(size)]
     policy, ref = whole_logps(model, prompt), whole_logps(reference, prompt)

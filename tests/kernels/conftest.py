@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    """torch.empty is full of NaN (integers: their maximum), so that an output a kernel forgot to write is seen."""
+    """Fills torch.empty with NaN (integers: their maximum), so that a test sees an output that no kernel wrote."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()

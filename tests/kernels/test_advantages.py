@@ -23,7 +23,7 @@ PER_TOKEN = ("old_logps", "ref_logps", "dpo_logps", "values", "dpo_ref_logps")
 
 
 def make_batch(lengths, device, dtype=torch.float32, seed=0):
-    """Arguments of rto_advantages. Whatever must not be read is NaN: masked tokens, scores of empty responses."""
+    """Arguments of rto_advantages. What must not be read is NaN: masked tokens, and scores of empty responses."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -93,7 +93,7 @@ def test_shapes(device, lengths, granularity):
 @pytest.mark.parametrize("remainder", range(4))
 @pytest.mark.parametrize("granularity", ["token", "sentence", "sequence"])
 def test_sequences_start_and_end_anywhere(device, granularity, remainder):
-    """In every place of a group of four tokens, several in one group, and totals that leave a part of a group."""
+    """Sequences begin at every place of a group of four tokens, several share a group, and the last group is not whole."""
     lengths = [1, 1, 1, 0, 2, 4, 3, 8, 5, 0, 6, 7, 9, 130, 5]
     lengths.append(8 + remainder - sum(lengths) % 4)
     assert sum(lengths) % 4 == remainder
@@ -115,7 +115,7 @@ def test_tiles():
 
 
 def test_views_that_begin_anywhere(device):
-    """Addresses that are no multiple of 16 bytes."""
+    """Addresses are not multiples of 16 bytes."""
     batch = make_batch([40, 1, 0, 303], device, seed=10)
     expected = advantages.rto_advantages(**batch)
     for shift in range(1, 4):
@@ -151,7 +151,7 @@ print("read nothing else")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect of glibc")
 def test_reads_nothing_past_the_end():
-    """On the CPU, by the interpreter, in a process of its own: a forbidden read ends it."""
+    """Runs the interpreter on the CPU in a separate process, which a forbidden read would end."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run([sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True)
     assert process.stdout == "read nothing else\n", process.stderr
@@ -186,7 +186,7 @@ def test_low_precision_inputs(device, dtype):
 
 
 def test_delimiters_at_the_edges(device):
-    """The last token of a sequence and of a tile (128), the first one, and a delimiter that is no response token."""
+    """Delimiters are the first and last token of a sequence and of a tile (128), and one that is no response token."""
     batch = make_batch([128, 129, 1, 127], device, seed=4)
     batch["delimiter_mask"].zero_()
     batch["delimiter_mask"][[0, 127, 128, 255, 256, 257]] = True
@@ -206,7 +206,7 @@ def test_all_masked(device):
 
 
 def test_large_mean_keeps_the_variance(device):
-    """Var of advantages near 1000 ± 0.01: a difference of E[x²] and E[x]² would have no correct digit in float32."""
+    """The variance of advantages near 1000 ± 0.01, where E[x²] − E[x]² would have no correct digit in float32."""
     batch = drop(make_batch([1] * 50, device, seed=5), "dpo_ref_logps", "bootstrap_values")
     batch["values"] = batch["values"] * 0.01 - 1000
     expected = reference.rto_advantages(**double(batch), score_scale=0.0)
@@ -215,7 +215,7 @@ def test_large_mean_keeps_the_variance(device):
 
 
 def test_many_sequences(device, monkeypatch):
-    """More partials than one block of the second launch merges."""
+    """There are more partials than one block of the second launch can merge."""
     monkeypatch.setattr(advantages, "BLOCK_N", 4)
     assert_matches(make_batch([30, 1, 2, 0, 5, 9, 1, 40, 3], device, seed=6))
 
@@ -267,7 +267,7 @@ def test_gae(device, lengths, masked):
 
 
 def test_gae_sums_5000_rewards(device):
-    """λ = γ = 1: the first return is the plain sum of rewards, and a tree sum must not drift."""
+    """With λ = γ = 1 the first return is the sum of rewards; a tree sum must not drift."""
     rewards = torch.rand(5000, device=device)
     _, returns = advantages.gae(
         rewards,

@@ -16,14 +16,14 @@ def normal(*shape, seed, dtype=torch.float32, device="cpu"):
 
 
 def rope_of(tokens, head_dim, dtype, device):
-    """Cosines, and sines with their signs, of positions far apart."""
+    """Cosines, and sines with their signs, of positions that are far apart."""
     angles = torch.arange(tokens)[:, None] * 37.0 * 1000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)], 1).to(device, dtype)
 
 
 def rounding(dtype, roundings):
-    """Relative error of so many roundings; the interpreter truncates to bfloat16, which is twice as far off."""
+    """The relative error of this many roundings. The interpreter truncates to bfloat16, which doubles the error."""
     return 1e-6 if dtype == torch.float32 else roundings * torch.finfo(dtype).eps
 
 
@@ -52,7 +52,7 @@ def test_the_reference_is_transformers_norm():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_rotates_as_transformers(dtype):
-    """To the last bit."""
+    """Results are the same to the last bit."""
     x, rope = normal(9, 6, 64, seed=0, dtype=dtype), rope_of(9, 64, dtype, "cpu")
     cos, sin = rope[None, :, 0], torch.cat([rope[:, 1, 32:]] * 2, 1)[None]
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
@@ -60,7 +60,7 @@ def test_the_reference_rotates_as_transformers(dtype):
 
 
 def sums_exactly(*shape, seed, dtype=torch.float32, device="cpu"):
-    """Numbers of 7 bits: float32 adds up their squares without rounding, in any order."""
+    """Numbers of 7 bits, whose squares float32 adds up without rounding, in any order."""
     return (normal(*shape, seed=seed) * 16).round().clamp(-64, 63).div(16).to(device, dtype)
 
 
@@ -88,7 +88,7 @@ def exact_dtype(request, device):
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("size", [64, 100, 576, 896, 4096])
 def test_add_rms_norm_rounds_where_transformers_does(size, adds, exact_dtype, device):
-    """To the last bit, where the order of the sum does not matter."""
+    """Results are the same to the last bit if the order of the sum does not matter."""
     residual, x = (sums_exactly(50, size, seed=seed, dtype=exact_dtype, device=device) for seed in (0, 1))
     weight, x = normal(size, seed=2, dtype=exact_dtype, device=device), x if adds else None
     total = (residual + x).clamp(-4, 4) if adds else residual
@@ -188,7 +188,7 @@ def test_rotate_and_store(shape, norms, dtype, device):
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 @pytest.mark.parametrize("norms", [False, True])
 def test_rounds_where_transformers_does(norms, head_dim, exact_dtype, device):
-    """To the last bit, where the order of a norm's sum does not matter."""
+    """Results are the same to the last bit if the order of a norm's sum does not matter."""
     case = Case(device, 15, 4, 2, head_dim, 16, exact_dtype, norms)
     case.qkv = sums_exactly(15, 8, head_dim, seed=3, dtype=exact_dtype, device=device)
     query, key, value = case.run(case.qkv.clone()).split([4, 2, 2], 1)

@@ -1,4 +1,4 @@
-"""The bookkeeping kernels against plain torch, exactly; and that against what a step is meant to do."""
+"""The bookkeeping kernels equal plain torch exactly, and plain torch does what a step should do."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ RESULTS = (
 
 
 def state(slots, samples, device, seed=0, blocks=5, most=9):
-    """Slots of which some are idle; each active one has a row of its own."""
+    """Slots, some of them idle; each active slot has its own row."""
     g = torch.Generator().manual_seed(seed)
     active = torch.rand(slots, generator=g) < 0.7
     rows = torch.where(active, torch.randperm(samples, generator=g)[:slots], samples)

@@ -1,4 +1,4 @@
-"""GEMMs of the linear ops: rounded once, however long their sums are."""
+"""GEMMs of the linear ops are rounded once, for sums of any length."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 class SplitK(TorchFunctionMode):
-    """CPU tensors as if they were CUDA's; products as cuBLAS may compute them: a 16-bit output as a sum of 16-bit parts."""
+    """Makes CPU tensors look like CUDA's, and computes 16-bit products as sums of 16-bit parts, as cuBLAS may do."""
 
     def __init__(self, parts):
         super().__init__()
@@ -39,7 +39,7 @@ def operands(dtype, tokens=4096, vocab=96, hidden=64, device="cpu"):
 
 
 def errors(found, exact):
-    """(relative error, that of the exact values once they are rounded)"""
+    """(relative error, relative error of the exact values after rounding)"""
     size = exact.norm()
     return (found.double() - exact).norm() / size, (exact.to(found.dtype).double() - exact).norm() / size
 
@@ -47,7 +47,7 @@ def errors(found, exact):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [2, 8, 32])
 def test_a_split_sum_is_rounded_once(parts, dtype):
-    """16-bit parts would err by 1.5, 2.4 and 4.2 times one rounding (a simulation: no GPU is asked here)."""
+    """16-bit parts would have errors of 1.5, 2.4 and 4.2 roundings. They are simulated, without a GPU."""
     dlogits, hidden = operands(dtype)
     with SplitK(parts):
         found = common.gemm(dlogits.t(), hidden, torch.empty(96, 64, dtype=dtype))
@@ -73,7 +73,7 @@ def test_a_sum_is_added_to(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_products_are_written_as_they_are(dtype, monkeypatch):
-    """They have tiles enough for the GPU, are not split, and would take much memory in float32."""
+    """Large products have enough tiles for the GPU, so they are not split; they would take much memory in float32."""
     dlogits, hidden = operands(dtype, tokens=16)
     for limit, written in ((96 * 64 - 1, dtype), (96 * 64, torch.float32)):
         monkeypatch.setattr(common, "SPLIT_K_ELEMENTS", limit)
@@ -116,8 +116,10 @@ def test_gradients_of_hidden_states_add_up_in_float32(chunks, dtype, device, mon
     [(512, 64, 65536), (1000, 384, 16384), (4096, 2048, 8192), (16384, 640, 8192), (12288, 1024, 32768)],
 )
 def test_gradients_of_the_weight_on_a_gpu(vocab, hidden_size, tokens, dtype, capsys):
-    """As exact as one rounding: few tiles, of which cuBLAS may split the sums, and so many that it should not. The user's
-    flags stay as they are."""
+    """Errors are those of one rounding, for few tiles, where cuBLAS may split the sums, and for many, where it should not.
+
+    The user's flags are unchanged.
+    """
     flags = torch.backends.cuda.matmul
     before = flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction
     dlogits, hidden = operands(dtype, tokens, vocab, hidden_size, "cuda")
@@ -135,7 +137,7 @@ def test_gradients_of_the_weight_on_a_gpu(vocab, hidden_size, tokens, dtype, cap
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: how cuBLAS splits a sum")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_hidden_states_on_a_gpu(dtype, capsys):
-    """Sums over 65,539 tokens of a vocabulary, which leave 16-bit outputs 1 to 2 % off."""
+    """Sums over 65,539 tokens, which would make 16-bit outputs wrong by 1 to 2 %."""
     weight, dlogits = operands(dtype, 65539, 256, 300, "cuda")
     exact = dlogits.double().t() @ weight.double()
     found = common.gemm(dlogits.t(), weight, torch.empty(300, 256, dtype=torch.float32, device="cuda"))

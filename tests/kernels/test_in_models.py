@@ -25,12 +25,12 @@ def path(request, monkeypatch):
 
 @pytest.fixture
 def place(path, device):
-    """Where the path's tensors live."""
+    """The device of the tensors of this implementation."""
     return device if path == "triton" else torch.device("cpu")
 
 
 class TiedModel(nn.Module):
-    """One parameter is the embedding and the head."""
+    """A model in which one parameter is both embedding and head."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ def test_recomputed_by_a_checkpoint(loss_function, place):
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_accumulation_over_micro_batches(as_tensor, place):
-    """Gradients added up in `.grad`, a micro-batch without a single token in the loss among them."""
+    """Gradients add up in `.grad`; one micro-batch has no token in the loss."""
     model, batch = TiedModel().to(place), make_batch(place)
     batch["loss_mask"][11:14] = False
     whole = ppo_loss(model(batch), model.embedding, batch)
@@ -124,13 +124,14 @@ def test_accumulation_over_micro_batches(as_tensor, place):
         loss.backward()
         total += loss.detach()
     torch.testing.assert_close(total, whole.detach())
-    # Sums of other batches round otherwise: as exact as torch's float32, which errs about as much as two of ours differ.
+    # Sums of other batches round otherwise: as exact as torch's float32, which errs about as much as two of ours
+    # differ.
     for parameter, truth, peer in zip(model.parameters(), truths, peers):
         assert (parameter.grad.double() - truth).norm() <= 4 * (peer.double() - truth).norm()
 
 
 def call(name, model, batch):
-    """An op on what a model computes, its tensors in a list; what is differentiable first."""
+    """An op applied to outputs of a model. Its tensors are in a list, differentiable ones first."""
     hidden, old_logps = model(batch), batch["old_logps"]
     ppo = old_logps, batch["advantages"], batch["loss_mask"]
     if name == "token_logps":
@@ -153,7 +154,7 @@ def call(name, model, batch):
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 @pytest.mark.parametrize("name", [name for name in ops.__all__ if name != "RTOAdvantages"])
 def test_compiled(name, path, place):
-    """One graph; the reference's ops whose shapes depend on masks and bounds break theirs."""
+    """Ops compile to one graph, except those of the reference whose shapes depend on masks and bounds."""
     one_graph = path == "triton" or name in ("token_logps", "ppo_policy_loss", "ppo_value_loss")
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=one_graph, backend="aot_eager")

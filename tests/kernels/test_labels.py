@@ -1,4 +1,4 @@
-"""Labels that are no token of the vocabulary: NaN from Triton, which reads nothing outside of a row; an error on a CPU."""
+"""Labels outside of the vocabulary give NaN from Triton, which reads nothing outside of a row, and an error on a CPU."""
 
 import itertools
 
@@ -14,7 +14,7 @@ OUTSIDE = [-1, -101, VOCAB, 2**32 + 3, -(2**32) + 3, 2**40, -(2**63)]
 
 
 def make(device, bad, dtype=torch.float32):
-    """(hidden states, weight, labels): one row ignored, one of label `bad`."""
+    """(hidden states, weight, labels); one row is ignored, one has the label `bad`."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, SIZE, generator=generator).to(device, dtype) for n in (ROWS, VOCAB))
     labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
@@ -70,7 +70,7 @@ def test_logits(bad, splits, device):
 
 @pytest.mark.parametrize("op", [token_logps.token_logps, linear_token_logps.linear_token_logps])
 def test_a_loss_without_the_label_has_no_other_gradient(op, splits, device):
-    """0 times NaN: what a CPU refuses does not go unseen on a GPU."""
+    """A label that a CPU refuses shows on a GPU even where its weight is 0, as 0 times NaN."""
     hidden, weight, labels = make(device, VOCAB)
     inputs = [hidden @ weight.t()] if op is token_logps.token_logps else [hidden, weight]
     x = inputs[0].requires_grad_()
@@ -114,20 +114,20 @@ def test_ignore_index_may_be_any_number(ignored, device):
 
 
 class Reads:
-    """What the interpreted kernels read, and what their arguments hold."""
+    """Records what interpreted kernels read and which memory their arguments have."""
 
     def __init__(self):
         self.addresses, self.bounds = [], []
 
     def add_argument(self, tensor):
-        """A row of a strided matrix holds its own elements only, not what lies between it and the next row."""
+        """A row of a strided matrix has its own elements only, not the memory between it and the next row."""
         row_bytes = tensor.element_size() * (tensor.shape[-1] if tensor.dim() else 1)
         for index in itertools.product(*map(range, tensor.shape[:-1])):
             start = tensor[index].data_ptr()
             self.bounds.append((start, start + row_bytes))
 
     def outside(self):
-        """How many of the addresses lie in none of the arguments."""
+        """The number of addresses that are in none of the arguments."""
         bounds, addresses = np.array(sorted(self.bounds)), np.concatenate(self.addresses)
         ends = np.maximum.accumulate(bounds[:, 1])
         before = np.searchsorted(bounds[:, 0], addresses, side="right") - 1
@@ -193,7 +193,7 @@ def test_a_cpu_names_the_label_inside_the_loss_mask(bad):
 
 
 def test_a_cpu_names_the_label_of_a_compiled_function():
-    """As one graph; the same graph serves good labels."""
+    """Bad labels give NaN in one graph, which also serves good labels."""
     hidden, weight, labels = make("cpu", 5)
 
     def function(labels):

@@ -31,7 +31,7 @@ def evaluate(function, inputs, **options):
 
 
 def make_confident(hidden, weight, labels):
-    """Moves the labels' weights, in place, to where each row gives its own label p ~ .999."""
+    """Changes the labels' weights in place, so that each row gives its own label p ~ .999."""
     h = hidden.double()
     for row, label in enumerate(labels):
         logits = h[row] @ weight.double().t()
@@ -44,7 +44,7 @@ def in_double(inputs):
 
 
 def torch_in_dtype(hidden, weight, labels, *args, entropy_coef=0.0, temperature=1.0, softcap=None, **options):
-    """What PyTorch users write: logits and log-probs in the inputs' dtype."""
+    """The plain PyTorch implementation: logits and log-probs in the dtype of the inputs."""
     logits = hidden @ weight.t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_probs = (logits / temperature).log_softmax(-1)
@@ -79,10 +79,11 @@ def assert_matches(inputs, **options):
 
 
 def assert_as_exact_as_torch(gradients, inputs, **options):
-    """Against float64, with at most 4 times the error of torch's float32 (ours is 1 to 1.6 times that on a CPU).
+    """The error against float64 is at most 4 times that of torch's float32 (on a CPU it is 1 to 1.6 times).
 
-    For gradients of other chunks or batches than those of a comparison: their GEMMs add up in another order, and two orders
-    differ by as much as each of them errs. An element that is nearly 0 has the error of its terms, so norms are compared.
+    For gradients of other chunks or batches than those of a comparison: their GEMMs add up in another order, and two
+        orders differ by as much as each of them errs. An element that is nearly 0 has the error of its terms, so norms
+        are compared.
     """
     truths = evaluate(reference.linear_ppo_loss, in_double(inputs), **options)[2]
     peers = evaluate(torch_in_dtype, inputs, **options)[2]
@@ -164,7 +165,7 @@ def test_what_is_outside_the_mask_does_not_count(device, small_chunks):
 
 @pytest.mark.parametrize("which", [0, 3, 4])
 def test_nan_is_not_hidden(which, device):
-    """In hidden states, old log-probs or advantages."""
+    """NaN in hidden states, old log-probs or advantages."""
     inputs = make(4, 300, 8, device)
     inputs[2], inputs[5] = inputs[2].clamp(min=0), torch.ones_like(inputs[5])
     inputs[which][1] = float("nan")
@@ -216,7 +217,7 @@ def test_confident_rows(dtype, device):
 
 
 def test_minus_infinity(device):
-    """Logits of -inf: their weight rows are infinite, the hidden states one-signed."""
+    """Logits are -inf where weight rows are infinite; hidden states have one sign."""
     inputs = make(4, 600, 8, device)
     inputs[0], inputs[5][:] = inputs[0].abs() + 0.1, True
     inputs[1][:500] = float("-inf")
@@ -345,7 +346,7 @@ def test_opcheck(dtype, device):
 
 
 def test_compile(device):
-    """One graph, another temperature and another number of rows."""
+    """One graph serves other temperatures and numbers of rows."""
 
     def total(hidden, weight, *rest, temperature):
         loss, metrics = kernel.linear_ppo_loss(

@@ -34,7 +34,7 @@ def evaluate(function, hidden, weight, bias, labels, **options):
 def torch_in_dtype(
     hidden, weight, labels, *, bias, temperature=1.0, softcap=None, ignore_index=-100, return_entropy=True
 ):
-    """What PyTorch users write: everything in the inputs' dtype."""
+    """The plain PyTorch implementation, all in the dtype of the inputs."""
     logits = F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_probs = (logits / temperature).log_softmax(-1)
@@ -65,7 +65,7 @@ def assert_matches(hidden, weight, bias, labels, **options):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles of rows and columns, and several backward chunks, where the real sizes would make one."""
+    """Makes several tiles of rows and columns and several backward chunks, where the real sizes would make one."""
     monkeypatch.setattr(kernel, "forward_tile", lambda *_: (16, 256))
     monkeypatch.setattr(kernel, "MAX_CHUNK_COLS", 384)
 
@@ -125,7 +125,7 @@ def test_ignored_rows_do_not_count(device, small_tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_confident_rows(dtype, device):
-    """The labels' weights are moved to where each row gives its own label p ~ .999."""
+    """The labels' weights are changed, so that each row gives its own label p ~ .999."""
     hidden, weight, bias, _ = make(6, 300, 16, device, dtype)
     labels = torch.arange(6, device=device) * 7
     for h, label in zip(hidden.double(), labels):
@@ -143,7 +143,7 @@ def test_offsets(offset, device, small_tiles):
 
 
 def test_vocabulary_masked_by_the_bias(device, small_tiles):
-    """Logits of -inf, whole leading tiles of them."""
+    """Logits are -inf, in whole leading tiles."""
     hidden, weight, bias, labels = make(6, 900, 16, device)
     bias[:600] = float("-inf")
     bias[700::2] = float("-inf")
@@ -241,7 +241,7 @@ def test_opcheck(with_entropy, device):
 
 
 def test_compile(device):
-    """One graph, another temperature and another number of rows."""
+    """One graph serves other temperatures and numbers of rows."""
 
     def loss(hidden, weight, labels, temperature):
         logps, entropy = kernel.linear_token_logps(

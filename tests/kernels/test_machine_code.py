@@ -1,4 +1,4 @@
-"""Every kernel, compiled for every architecture, keeps the facts of `benchmarks.static` (no GPU needed)."""
+"""Every kernel, compiled for every architecture, satisfies the facts of `benchmarks.static`; no GPU is needed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ KERNELS = [
 
 @pytest.fixture(scope="module")
 def facts():
-    """In a process of its own: under the interpreter, which may be on in this one, nothing can be compiled."""
+    """Runs in a separate process, because nothing can be compiled under the interpreter, which may be on in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.static", "--json"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -36,7 +36,7 @@ def test_machine_code(facts, kernel):
 
 
 def test_warps_of_a_row_of_logits(facts):
-    """What was fastest on an H200: 64 bytes a thread, in the forward pass at most 4096 elements a tile."""
+    """The fastest setting on an H200: 64 bytes a thread, and in the forward pass at most 4096 elements a tile."""
     found = {(fact["kernel"], fact["case"]): fact["warps"] for fact in facts}
     assert found["token_logps_fwd_kernel", "logits llama bf16"] == 4
     assert found["token_logps_fwd_kernel", "logits llama fp32 entropy"] == 8
@@ -45,8 +45,11 @@ def test_warps_of_a_row_of_logits(facts):
 
 @pytest.mark.parametrize("kernel, programs", [("rto_advantages_kernel", 6), ("gae_kernel", 6)])
 def test_programs_that_wait_for_latency_share_an_sm(facts, kernel, programs):
-    """A million tokens of 1024 sequences, 7.8 programs for each SM of an H200. In another release of Triton registers may
-    differ a little; with one or two programs an SM these kernels took four to eight rounds."""
+    """A million tokens of 1024 sequences are 7.8 programs for each SM of an H200.
+
+    Another release of Triton may use a few other registers. With one or two programs an SM the kernels took four to
+    eight rounds.
+    """
     found = [fact for fact in facts if fact["kernel"] == kernel and fact["case"].endswith("1M tokens")]
     assert {fact["sm"] for fact in found} == {80, 90, 100}
     for fact in found:

@@ -63,7 +63,7 @@ def nan_cache(device, dtype, *shape):
 
 
 def make(device, lengths, *, group=4, heads=2, head_dim=16, page_size=16, dtype=torch.float32, seed=0):
-    """A case whose pages are shuffled; token by token, so that it shares nothing with the code it tests."""
+    """A case with shuffled pages, filled token by token, so that it shares no code with what it tests."""
     generator = torch.Generator().manual_seed(seed)
     blocks = [-(-length // page_size) for length in lengths]
     free = torch.randperm(sum(blocks) + 2, generator=generator).tolist()
@@ -82,7 +82,7 @@ def make(device, lengths, *, group=4, heads=2, head_dim=16, page_size=16, dtype=
 
 
 def assert_matches(case, actual=None, **options):
-    """Within the rounding of the weights to 16 bits and of the output (the interpreter truncates), of 1e-5 in float32.
+    """The error is at most that of rounding weights and output to 16 bits (the interpreter truncates), or 1e-5 in float32.
 
     Both are relative to the sum of |weight·value|; so is the error of torch in the same dtype.
     """
@@ -153,7 +153,7 @@ def test_window(window, num_splits, device):
 
 @pytest.mark.parametrize("page_size, num_pages", [(32, 5), (64, 2)])
 def test_nothing_before_the_window_is_read(page_size, num_pages, device):
-    """Pages no token of which is in the window may be gone."""
+    """Pages without a token in the window may be freed."""
     case = make(device, (200,), page_size=page_size)
     expected = case.attend(window=20, num_splits=3)
     case.block_tables[0, :num_pages] = torch.iinfo(torch.int32).max
@@ -171,7 +171,7 @@ def test_softcap(softcap, window, num_splits, device):
 
 
 def test_large_scores(device):
-    """One token takes it all, in whichever split it is; scores go beyond ±1000."""
+    """One token has all the weight, in any split; scores exceed ±1000."""
     case = make(device, (130, 130), head_dim=64, page_size=64)
     case.scale *= 300
     for num_splits in (1, 3):
@@ -187,7 +187,7 @@ def test_splits_agree(num_splits, device):
 
 
 def test_number_of_splits():
-    """Enough programs for two an SM (132), each with something to do."""
+    """There are enough programs for two on each of 132 SMs, and each has work."""
     cpu = torch.device("cpu")
     assert kernel._num_splits(256 * 8, 4096, cpu) == kernel._num_splits(264, 4096, cpu) == 1
     assert kernel._num_splits(263, 4096, cpu) == 2
@@ -198,7 +198,7 @@ def test_number_of_splits():
 
 
 def test_shared_pages(device):
-    """Samples of one prompt: the first two pages are the same."""
+    """Samples of one prompt share their first two pages."""
     case = make(device, (48, 40, 33, 32))
     case.block_tables[1:, :2] = case.block_tables[0, :2]
     actual = assert_matches(case)
@@ -278,7 +278,7 @@ def test_store_kv(heads, head_dim, page_size, dtype, device):
 
 
 def test_decoding_is_causal_attention(device):
-    """Tokens stored one after the other, each attending to those so far; then the cache moves, its addresses with it."""
+    """Tokens are stored one by one and attend to those so far; then the cache and its addresses move."""
     key, value, query = torch.randn(3, 2, 20, 16, generator=torch.Generator().manual_seed(0)).to(device)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     k_cache, v_cache = (nan_cache(device, torch.float32, 3, 2, 16, 16) for _ in range(2))
@@ -298,7 +298,7 @@ def test_decoding_is_causal_attention(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """Pages whose first elements lie up to 2^31 elements on; NumPy maps the 4 GB a cache takes and touches few."""
+    """Pages begin up to 2^31 elements after the start; NumPy maps the 4 GB of the cache and touches few."""
     pages, shape = (1 << 31) // (2 * 256 * 64) + 2, (2, 256, 64)
     size = pages * 2 * 256 * 64
     memories = [

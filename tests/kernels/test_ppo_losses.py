@@ -10,7 +10,7 @@ LOSSES = ("ppo_policy_loss", "ppo_value_loss")
 
 
 def make_batch(count, device, dtype=torch.float32, seed=0, masked=0.3):
-    """Three tensors of an op and its mask; everything outside the mask is NaN."""
+    """Three tensors of an op and its mask; they are NaN outside of the mask."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(count, generator=generator) >= masked
     old = torch.randn(count, generator=generator)
@@ -99,7 +99,7 @@ def test_value_clips(device, eps):
 
 
 def test_values_at_the_old_values_are_not_clipped(device):
-    """old + (v − old) rounds to something else than v; that is no clipping."""
+    """old + (v − old) is rounded to a value other than v, which is no clipping."""
     values = torch.randn(1000, device=device)
     old_values = values + 0.1 * torch.rand(1000, device=device)
     mask = torch.ones(1000, dtype=torch.bool, device=device)
@@ -119,7 +119,7 @@ def test_dual_clip_bounds_the_loss(device):
 @pytest.mark.parametrize("log_ratio", [19.9, 20.1, -19.9, -20.1, 1e6, torch.inf])
 @pytest.mark.parametrize("advantage", [-0.7, 0.7])
 def test_log_ratio_is_clamped(device, log_ratio, advantage):
-    """One token at a time, lest the large ratios drown the others' errors."""
+    """Tests one token at a time, so that large ratios do not hide the errors of others."""
     mask = torch.ones(1, dtype=torch.bool, device=device)
     batch = [torch.full((1,), x, device=device) for x in (log_ratio, 0.0, advantage)]
     loss, _, grad = run(ppo_losses, "ppo_policy_loss", [*batch, mask], 1.0)
@@ -131,7 +131,7 @@ def test_log_ratio_is_clamped(device, log_ratio, advantage):
 
 @pytest.mark.parametrize("size", [1e-4, 0.049, 0.1])
 def test_small_kl_keeps_its_digits(device, size):
-    """With log-ratios of 1e-4 the mean KL is 5e-9: ratio − 1 − log ratio in float32 would be mere noise."""
+    """With log-ratios of 1e-4 the mean KL is 5e-9, where ratio − 1 − log ratio in float32 would be only noise."""
     log_ratio = size * torch.rand(1000, device=device)
     mask = torch.ones(1000, dtype=torch.bool, device=device)
     _, metrics = ppo_losses.ppo_policy_loss(log_ratio, torch.zeros_like(log_ratio), log_ratio, mask)
@@ -172,7 +172,7 @@ def test_num_items_makes_micro_batches_exact(device, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_in_the_loss(device, name):
-    """An empty mask, and num_items=0: 0, not NaN."""
+    """An empty mask and num_items=0 give 0, not NaN."""
     for batch, options in ((make_batch(70, device, masked=1.1), {}), (make_batch(70, device), {"num_items": 0})):
         loss, metrics, grad = run(ppo_losses, name, batch, 1.0, **options)
         assert loss == 0 and grad.eq(0).all() and all(number == 0 for number in metrics.values())

@@ -1,4 +1,4 @@
-"""`kernels/reference.py` against plain Python loops over float64 numbers, written from RTO.md and the papers."""
+"""`kernels/reference.py` against plain Python loops over float64 numbers, written from the papers."""
 
 import math
 from itertools import pairwise
@@ -12,7 +12,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def gae_loop(rewards, values, gamma, gae_lambda, bootstrap):
-    """Advantages of one sequence's actions, straight from A_t = Σ (γλ)^l δ_{t+l}."""
+    """Advantages of the actions of a sequence, by the definition A_t = Σ (γλ)^l δ_{t+l}."""
     next_values = [*values[1:], bootstrap]
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, next_values)]
     return [

@@ -1,4 +1,4 @@
-"""sample_tokens, the Triton kernel and the torch reference alike, against float64 and against transformers."""
+"""sample_tokens, both the Triton kernel and the torch reference, against float64 and against transformers."""
 
 import math
 
@@ -63,7 +63,7 @@ def truth(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None, 
 
 
 def assert_inside(index, weights, uniforms):
-    """That `index` is where the running sum of `weights` passes uniform·sum, or within rounding of it."""
+    """Checks that the running sum of `weights` passes uniform·sum at `index`, up to rounding."""
     upper = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
     lower = torch.nn.functional.pad(upper, (1, 0))[:, :-1]
     for bound, sign in ((lower, 1), (upper, -1)):
@@ -122,7 +122,7 @@ def test_confident_rows(sample, device):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2000}, {"top_p": 0.9}])
 def test_minus_infinity(options, sample, device):
-    """Leading tiles and blocks without anything finite; every other token; one token left; a mask of finite numbers."""
+    """Masks leading tiles and blocks, every other token, all but one token; or masks with finite numbers."""
     logits, uniforms = make(5, 20000, device)
     logits[0, :19990] = -INF
     logits[1, ::2] = -INF
@@ -137,7 +137,7 @@ def test_minus_infinity(options, sample, device):
 @pytest.mark.parametrize("u", [0.0, LAST])
 @pytest.mark.parametrize("vocab, first, last", [(7, 1, 5), (2000, 600, 1400), (20000, 5000, 15000)])
 def test_never_draws_what_has_no_probability(u, vocab, first, last, sample, device):
-    """u = 0 and the highest u, where everything at both ends is -inf, forbidden, filtered, or less than float32 has."""
+    """u = 0 and the highest u, where tokens at both ends are -inf, forbidden, filtered, or below float32's range."""
     logits, _ = make(4, vocab, device, scale=0.3)
     outside = torch.ones(vocab, dtype=torch.bool, device=device)
     outside[first : last + 1] = False
@@ -157,7 +157,7 @@ def test_never_draws_what_has_no_probability(u, vocab, first, last, sample, devi
 
 
 def parallel_scan(x):
-    """Running sums [..., n] as a GPU has them: within chunks of 32, and of what precedes a chunk in an order of its own."""
+    """Running sums [..., n] as on a GPU: those within chunks of 32, and those of chunks, are added in different orders."""
     sums = x.copy()
     for start in range(0, x.shape[-1], 32):
         order = np.random.default_rng(start).permutation(start)
@@ -168,7 +168,7 @@ def parallel_scan(x):
 
 @pytest.fixture
 def gpu_scans(device, monkeypatch):
-    """Running sums that are not monotone, in torch and in Triton's interpreter; on a GPU they are the GPU's own."""
+    """Running sums are not monotone, in torch and in Triton's interpreter; on a GPU they are the GPU's own."""
     if device.type == "cpu":
         sums, numpy_cumsum = torch.Tensor.cumsum, np.cumsum
         monkeypatch.setattr(
@@ -187,7 +187,7 @@ def gpu_scans(device, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
 def test_sums_that_are_not_monotone(options, sample, gpu_scans, device):
-    """Most of the row has no probability, in blocks, and the uniforms lie about the running sums of the chosen tile."""
+    """Most of the row has no probability, in blocks, and the uniforms are close to running sums of the chosen tile."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 1500, generator=generator)
     logits[0, torch.randperm(50, generator=generator)[:40, None] * 30 + torch.arange(30)] = -INF
@@ -209,7 +209,7 @@ def test_never_draws_what_has_no_probability_whatever_the_scan(u, vocab, first, 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_filters(options, sample, device):
-    """Kept sets by their mass (the log-probs' difference), with ties around every threshold in the first rows."""
+    """Checks which tokens are kept by their mass, the difference of log-probs; first rows have ties at the thresholds."""
     logits, uniforms = make(3, 700, device)
     logits[:2] = logits[:2].round()
     logits[1] = logits[1].clamp(max=2)
@@ -218,7 +218,7 @@ def test_filters(options, sample, device):
 
 
 def test_thresholds_are_exact(sample, device):
-    """Neighbouring floats are told apart, of either sign; 0 and -0 are equal."""
+    """Neighbouring floats of either sign are distinguished; 0 and -0 are equal."""
     logits = torch.full((4, 600), -30.0, device=device)
     for row, value in enumerate((1.5, -1.5, 2.0**-100)):
         logits[row, 17] = value
@@ -238,7 +238,7 @@ def test_filters_of_long_rows(vocab, options, sample, device):
 
 
 def test_kept_sets(device):
-    """Many draws by torch from a row with ties are the kept set: all of it that is not too rare, and nothing else."""
+    """Many draws by torch from a row with ties give all tokens that are kept and not too rare, and no others."""
     logits = make(1, 40, device, scale=1.5)[0].round().expand(4000, 40)
     uniforms = ((torch.arange(4000, device=device) + 0.5) / 4000)[:, None].expand(-1, 2)
     for options in FILTERS:
@@ -250,7 +250,7 @@ def test_kept_sets(device):
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_truth_agrees_with_transformers(options):
-    """Whole distributions; and what agrees with the truth agrees with transformers. Without ties, which it breaks."""
+    """Compares whole distributions with transformers, without ties, which transformers breaks."""
     process = pytest.importorskip("transformers.generation.logits_process")
     logits, _ = make(20, 900, "cpu", seed=1)
     scores = logits.double() / options.get("temperature", 1.0)
@@ -263,7 +263,7 @@ def test_truth_agrees_with_transformers(options):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
 def test_stop_ids(options, sample, device):
-    """Rows that may not stop never do, however much they want to; the policy's log-probs know nothing of it."""
+    """Rows that may not stop never do, even if a stop token is likely; the policy's log-probs are unaffected."""
     logits, uniforms = make(4, 4000, device)
     stop_ids = torch.tensor([3, 3999, 4, 2500], device=device)
     logits[:3, stop_ids] = torch.tensor([100.0, 99.0, 30.0, 99.5], device=device)
@@ -293,7 +293,7 @@ def test_greedy_takes_the_first_of_equals(sample, device):
     "options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}, {"softcap": 9.0}], ids=str
 )
 def test_rows_without_a_distribution(options, sample, device):
-    """NaN in NaN out, in its own row only: also where the NaN is forbidden, +inf, nothing but -inf, all forbidden."""
+    """A NaN, even a forbidden one, +inf, only -inf or only forbidden tokens give NaN, in their own row only."""
     logits, uniforms = make(8, 600, device)
     logits[5, :597] = -INF
     stop_ids = torch.arange(597, 600, device=device)
@@ -321,7 +321,7 @@ def test_shapes_and_strides(sample, device):
 
 
 def test_rows_depend_on_nothing_else(sample, device):
-    """Bitwise: repeated, alone, at another place in a batch of another size."""
+    """Bitwise equal: repeated, alone, and at another place in a batch of another size."""
     logits, uniforms = make(3, 2500, device, torch.bfloat16)
     allowed = torch.arange(3, device=device) % 2 == 0
     filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "stop_ids": torch.tensor([3, 2000], device=device)}
@@ -333,7 +333,7 @@ def test_rows_depend_on_nothing_else(sample, device):
 
 
 def test_blocks_of_rows(monkeypatch):
-    """The reference goes through large batches in blocks, which changes nothing."""
+    """The reference computes large batches in blocks, which does not change results."""
     logits, uniforms = make(7, 900, "cpu")
     options = {"stop_ids": torch.tensor([3]), "stop_allowed": torch.arange(7) % 2 == 0, "top_p": 0.9}
     whole = sampling_reference.sample_tokens(logits, uniforms, **options)
@@ -422,12 +422,12 @@ def test_frequencies(vocab, options):
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    """Random123's kat_vectors."""
+    """The known answers of Random123 (kat_vectors)."""
     assert [int(word) for word in philox4x32([torch.tensor(c) for c in counter], key)] == list(words)
 
 
 def test_philox_uniforms():
-    """What is counted and keyed; broadcasting; the range."""
+    """Counter and key, broadcasting, and the range."""
     samples, positions = torch.arange(40)[:, None] - 3, torch.arange(50)
     uniforms = philox_uniforms(5, samples, positions)
     assert uniforms.shape == (40, 50, 2) and uniforms.dtype == torch.float32
@@ -441,7 +441,7 @@ def test_philox_uniforms():
 
 
 def test_philox_is_uniform_and_independent():
-    """Of one number, of the pair, and of neighbouring samples, positions and seeds."""
+    """Uniformity of one number and of the pair, and independence of neighbouring samples, positions and seeds."""
     uniforms = torch.stack([philox_uniforms(s, torch.arange(200)[:, None], torch.arange(300)) for s in range(3)])
     numbers = uniforms.numel() // 2
     for i in range(2):

@@ -40,7 +40,7 @@ def assert_matches(logits, labels, *, atol=1e-5, **options):
 
 
 def assert_gradient(gradient, truth, logits, labels, **options):
-    """Within 2x the error of torch in the same dtype (in float32: of 1e-6 relative), per row and overall."""
+    """The error is at most 2 times that of torch in the same dtype (1e-6 relative in float32), per row and overall."""
     assert gradient.dtype == logits.dtype and gradient.shape == logits.shape
     error = (gradient.double() - truth).norm(dim=-1)
     if logits.dtype == torch.float32:
@@ -54,7 +54,7 @@ def assert_gradient(gradient, truth, logits, labels, **options):
 
 
 def torch_in_dtype(logits, labels, temperature=1.0, ignore_index=-100, return_entropy=True):
-    """What PyTorch users write: everything in the logits' dtype."""
+    """The plain PyTorch implementation, all in the dtype of the logits."""
     log_probs = (logits / temperature).log_softmax(-1)
     valid = labels != ignore_index
     logps = log_probs.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
@@ -103,8 +103,9 @@ def test_nothing_to_do(rows, device):
 def float32_error(logits, labels):
     """The largest error of the log-probs by the plain method in float32, in the order in which a GPU's threads add.
 
-    Each of 32 threads adds up its numbers one by one, 8 that lie together at a time. Next to the label's 1, numbers below
-    half of float32's resolution there, 2^-24, are lost: of logps of −3e-5, 5.3e-7. So much, to the last digit, an H200 gave.
+    Each of 32 threads adds up its numbers one by one, 8 that lie together at a time. Next to the label's 1, numbers
+    below half of float32's resolution there, 2^-24, are lost: of logps of −3e-5, 5.3e-7. So much, to the last digit, an
+    H200 gave.
     """
     z = torch.nn.functional.pad(logits.float().cpu(), (0, -logits.shape[1] % 256), value=float("-inf"))
     highest = z.amax(-1, keepdim=True)
@@ -120,7 +121,7 @@ def float32_error(logits, labels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_confident_rows(dtype, device):
-    """p = .9999: 1 - p must be formed in float32, not from rounded terms."""
+    """At p = .9999, 1 - p must be computed in float32, not from rounded terms."""
     logits, labels = make(8, 900, device, dtype, scale=0.5)
     labels = labels.clamp(min=0)
     logits[torch.arange(8), labels] = torch.linspace(13, 19, 8).to(logits)
@@ -200,7 +201,7 @@ def test_gradient_of_one_output(only, device):
 
 
 def views(device):
-    """Non-contiguous logits of every kind, and labels."""
+    """Non-contiguous logits of every kind, and non-contiguous labels."""
     base, labels = make(30, 72, device)
     yield base.view(5, 6, 72)[:, :-1], labels.view(5, 6)[:, 1:]
     yield base.t().contiguous().t(), labels
@@ -279,7 +280,7 @@ def test_opcheck(with_entropy, inplace_backward, device):
 
 
 def test_compile(device):
-    """One graph, another temperature and another number of rows."""
+    """One graph serves other temperatures and numbers of rows."""
 
     def loss(hidden, weight, labels, temperature):
         logits = hidden @ weight.t()

@@ -91,10 +91,7 @@ def test_planted_faults_of_packing_are_found_in_every_dtype(name, dtype, fault, 
 
 
 def scorer(dtype):
-    torch.manual_seed(0)
-    config = tiny("llama").config
-    config.num_labels, config.pad_token_id = 1, 0
-    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
+    model = tiny("llama", AutoModelForSequenceClassification, seed=0, std=None, num_labels=1).to(dtype)
     model.set_attn_implementation(PACKED)
     return model.eval()
 
@@ -118,13 +115,7 @@ def test_scorers_pass_and_their_planted_faults_are_found_in_every_dtype(dtype, m
 
 def made(name, seed, auto_class=AutoModelForCausalLM, **settings):
     """With large weights, in bfloat16."""
-    config = tiny(name, vocab_size=199, **settings).config
-    torch.manual_seed(seed)
-    model = auto_class.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+    model = tiny(name, auto_class, seed, vocab_size=199, **settings)
     model.to(torch.bfloat16).set_attn_implementation(PACKED)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""The README's table of architectures says what happens to them, seen on one of each row."""
+"""The table of architectures in docs/models.md says what happens to them, seen on one of each row."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.stress.architectures import outcome
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"\| (.+?) \| (.+?) \|", README.partition("<!-- architectures -->")[2].partition("<!-- /arch")[0])
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"\| (.+?) \| (.+?) \|", PAGE.partition("<!-- architectures -->")[2].partition("<!-- /arch")[0])
 KINDS = {"**native": "native", "**trans": "generate", "refused": "refused"}
 LISTED = {
     name: next(kind for beginning, kind in KINDS.items() if title.startswith(beginning))

@@ -11,6 +11,7 @@ from rto_fast.errors import ModelError
 from rto_fast.models.head import use_op_linear
 from rto_fast.ops import linear_ppo_loss, linear_token_logps
 from tests.ranks import RANKS, join_deepspeed, run_ranks  # noqa: E402
+from tests.tiny_models import tiny  # noqa: E402
 
 VOCAB, TOKENS, STEPS, NUM_ITEMS = 50, 12, 2, 8.0
 
@@ -19,19 +20,9 @@ class Policy(nn.Module):
     """A causal LM whose forward is its loss: PPO's, less the mean log-prob for the recomputing backward pass."""
 
     def __init__(self, tied):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         super().__init__()
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=tied,
-        )
-        self.lm = LlamaForCausalLM(config)
+        sizes = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        self.lm = tiny("llama", seed=0, std=None, **sizes, tie_word_embeddings=tied).train()
 
     def hidden(self, input_ids):
         return self.lm.base_model(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]

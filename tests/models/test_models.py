@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.batch import pack, pack_whole
 from rto_fast.models.attention import PACKED
@@ -15,44 +15,30 @@ from rto_fast.models.loading import (
     load_scorer,
     token_scores,
 )
+from tests.tiny_models import perturbed, tiny
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SIZES = dict(vocab_size=61, head_dim=8, max_position_embeddings=128, bos_token_id=1, eos_token_id=2)
+WINDOW = {"sliding_window": 4}
 ARCHITECTURES = {
     "llama": {},
     "qwen3": {},
-    "gemma3_text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-    "gemma2": dict(sliding_window=4, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
-    "mistral": dict(sliding_window=4),
-    "granite": dict(logits_scaling=3.0),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4),
+    "gemma3_text": WINDOW,
+    "gemma2": WINDOW,
+    "mistral": WINDOW,
+    "granite": {},
+    "gpt2": {},
 }
 
 
-def tiny(name, cls=AutoModelForCausalLM, **extra):
-    torch.manual_seed(0)
-    model = cls.from_config(AutoConfig.for_model(name, **SIZES | ARCHITECTURES[name] | extra))
-    with torch.no_grad():
-        for p in model.parameters():  # larger than the default init, so that a leak shows
-            p.add_(torch.randn_like(p) * 0.2)
-    return model.eval()
+def made(name, auto_class=AutoModelForCausalLM, **sizes):
+    """With weights larger than those of its class, so that a leak shows."""
+    return perturbed(tiny(name, auto_class, seed=0, std=None, **SIZES | ARCHITECTURES[name] | sizes), 0.2)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_log_probs_equal_each_sequence_alone(name):
-    model = tiny(name)
+    model = made(name)
     model.set_attn_implementation(PACKED)
     sequences = [torch.randint(3, 61, (n,)).tolist() for n in (9, 2, 17, 12)]
     packed = causal_logps(model, pack([s[:1] for s in sequences], [s[1:] for s in sequences]))
@@ -66,7 +52,7 @@ def test_packed_log_probs_equal_each_sequence_alone(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_a_sequence_does_not_see_its_neighbours(name):
-    model = tiny(name)
+    model = made(name)
     model.set_attn_implementation(PACKED)
     first, second, other = ([int(t) for t in torch.randint(3, 61, (n,))] for n in (11, 8, 11))
     before = causal_logps(model, pack([[], []], [first, second]))[10:]
@@ -76,7 +62,7 @@ def test_a_sequence_does_not_see_its_neighbours(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_packed_gradients_equal_those_of_the_sequences_alone(name):
-    model = tiny(name).double()
+    model = made(name).double()
     sequences = [torch.randint(3, 61, (n,)).tolist() for n in (9, 2, 12)]
     weights = torch.randn(20, dtype=torch.float64)
 
@@ -95,7 +81,7 @@ def test_packed_gradients_equal_those_of_the_sequences_alone(name):
 
 
 def test_scores_equal_hugging_faces_last_token_score():
-    model = tiny("llama", AutoModelForSequenceClassification, num_labels=1)
+    model = made("llama", AutoModelForSequenceClassification, num_labels=1)
     sequences = [torch.randint(3, 61, (n,)).tolist() for n in (9, 1, 12)]
     expected = torch.cat([model(torch.tensor([s])).logits[0] for s in sequences])
     model.set_attn_implementation(PACKED)
@@ -104,7 +90,7 @@ def test_scores_equal_hugging_faces_last_token_score():
 
 
 def test_a_model_with_an_unknown_logit_transformation_is_refused():
-    model = tiny("llama")
+    model = made("llama")
     model.set_attn_implementation(PACKED)
     check_causal_lm(model, "good")
     head = model.lm_head.forward
@@ -114,7 +100,7 @@ def test_a_model_with_an_unknown_logit_transformation_is_refused():
 
 
 def test_loads_from_a_directory_and_restores_the_attention(tmp_path):
-    tiny("llama").save_pretrained(tmp_path)
+    made("llama").save_pretrained(tmp_path)
     options = dict(device="cpu", dtype=torch.float32)
     model = load_causal_lm(tmp_path, trainable=True, **options)
     assert model.training and all(p.requires_grad for p in model.parameters())
@@ -133,7 +119,7 @@ def test_loads_from_a_directory_and_restores_the_attention(tmp_path):
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
     options = dict(device="cpu", dtype=torch.float32, trainable=False)
-    tiny("llama", AutoModelForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
+    made("llama", AutoModelForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="lacks weights: lm_head.weight"):
         load_causal_lm(tmp_path, **options)
     with pytest.raises(ModelError, match="its score head has 2 labels; a reward model or critic has one"):
@@ -157,7 +143,7 @@ OTHER_ATTENTION = {
 @pytest.mark.parametrize("name", OTHER_ATTENTION)
 def test_attention_that_cannot_be_packed_is_refused_in_one_line(name, tmp_path, capfd):
     settings, message = OTHER_ATTENTION[name]
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | settings)).save_pretrained(tmp_path)
+    tiny(name, std=None, **SIZES | settings).save_pretrained(tmp_path)
     capfd.readouterr()
     options = {"device": "cpu", "dtype": torch.float32, "trainable": True}
     for load, head in ((load_causal_lm, {}), (load_scorer, {"new_head": True})):
@@ -197,9 +183,7 @@ RECURRENT = {
 def write_weak(folder, name):
     """A model with layers that carry a state into the next sequence, all but invisibly."""
     settings, weak, layer = RECURRENT[name]
-    torch.manual_seed(0)
-    sizes = {key: size for key, size in SIZES.items() if name != "mamba2" or key != "head_dim"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes | settings), dtype=torch.float32)
+    model = tiny(name, seed=0, std=None, **SIZES | settings)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(weak):
@@ -242,7 +226,7 @@ def leaks_backwards(module, inputs, output):
     ],
 )
 def test_a_planted_leak_is_found_and_its_layer_named(fault, where):
-    model = tiny("llama")
+    model = made("llama")
     model.set_attn_implementation(PACKED)
     check_causal_lm(model, "good")
     model.get_submodule(where).register_forward_hook(fault)
@@ -262,7 +246,7 @@ DROPOUT = {
 
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_of_whatever_kind_is_off_in_training(name, tmp_path):
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | DROPOUT[name])).save_pretrained(tmp_path)
+    tiny(name, std=None, **SIZES | DROPOUT[name]).save_pretrained(tmp_path)
     batch = pack([[5, 6]] * 2, [[7, 8, 9], [10, 11, 12, 13]])
     heads = [(load_causal_lm, causal_logps, {})]
     heads += [] if name == "seed_oss" else [(load_scorer, token_scores, {"new_head": True})]
@@ -276,8 +260,7 @@ def test_dropout_of_whatever_kind_is_off_in_training(name, tmp_path):
 
 
 def test_what_stays_random_is_refused_with_the_layer(tmp_path):
-    settings = SIZES | dict(num_local_experts=4, sliding_window=None, router_jitter_noise=0.3)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **settings)).save_pretrained(tmp_path)
+    tiny("phimoe", std=None, **SIZES, num_local_experts=4, router_jitter_noise=0.3).save_pretrained(tmp_path)
     for load, head in ((load_causal_lm, {}), (load_scorer, {"new_head": True})):
         with pytest.raises(
             ModelError, match=r"layers\.0\.mlp\.router \(PhimoeTopKRouter\) draws random numbers in training"
@@ -293,7 +276,7 @@ def test_what_stays_random_is_refused_with_the_layer(tmp_path):
     ],
 )
 def test_a_training_mode_that_computes_something_else_is_refused_with_the_layer(noise, reason):
-    model = tiny("llama")
+    model = made("llama")
     model.set_attn_implementation(PACKED)
     model.model.layers[1].mlp.register_forward_hook(lambda mlp, inputs, out: noise(out) if mlp.training else out)
     with pytest.raises(ModelError, match=rf"noisy: model\.layers\.1\.mlp \(LlamaMLP\) {reason}"):

@@ -26,6 +26,7 @@ from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
 from rto_fast.train import main
 from rto_fast.training.saving import save_model
+from tests.tiny_models import world_model, world_scorer
 
 END = 49  # <|im_end|>
 PLACEMENT = {"device": "cpu", "dtype": torch.float32}
@@ -71,12 +72,7 @@ def chatml_tokenizer(pad=None):
 
 
 def chatml_model(**settings):
-    config = build_model(0).config
-    config.vocab_size = 51
-    for key, value in settings.items():
-        setattr(config, key, value)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+    return world_model(vocab_size=51, **settings)
 
 
 @pytest.fixture(scope="module", params=["whole", "lora"])
@@ -295,9 +291,7 @@ def test_a_reward_model_with_a_new_token_scores_and_becomes_a_critic(rank, tmp_p
 @pytest.mark.parametrize("pad", [None, 0, END])
 def test_a_supplied_reward_model_is_read_as_its_own_forward_pass_reads_it(pad):
     """Also one that was trained elsewhere to pass over the token that ends a turn."""
-    torch.manual_seed(0)
-    config = chatml_model(pad_token_id=pad, num_labels=1).config
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = world_scorer(vocab_size=51, pad_token_id=pad)
     sequences = [[2, 13, 29, 3, 17, END], [2, 10, 3, 0, END, END], [2, 10, 3, 17, 0], [END, END]]
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in sequences])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.data.world import build_model
 from rto_fast.errors import CheckpointError, ModelError
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.models.lora import load_adapter
 from rto_fast.training.state_files import load_state, save_state
+from tests.tiny_models import save_world_model
 
 ROOT = Path(__file__).parents[2]
 # Pickles, under each of their names; YAML and text that may name objects or be code.
@@ -67,8 +68,7 @@ def test_a_malicious_checkpoint(trap, tmp_path, name):
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_malicious_model(trap, tmp_path, name):
     content, executed = trap
-    build_model(0).save_pretrained(tmp_path / "model")
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    save_world_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(ModelError):

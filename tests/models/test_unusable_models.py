@@ -12,21 +12,18 @@ from transformers.utils import logging
 
 from rto_fast import plan
 from rto_fast.data.encoding import ConversationEncoder
-from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer
 from rto_fast.models.loading import load_causal_lm
 from rto_fast.models.supplied import Supplied, check_models
+from tests.tiny_models import save_world_model
 
 VOCABULARY = 49
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good")
-    build_model(0).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+    return save_world_model(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(autouse=True)

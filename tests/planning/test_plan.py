@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from benchmarks.peak_memory import compare
 from rto_fast.batch import pack
@@ -26,6 +26,7 @@ from rto_fast.planning.outline import Items
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.shapes import KNOWN, find_shape, shape_of
 from rto_fast.preflight import room
+from tests.tiny_models import tiny_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LLAMA = load_config(["--config", str(next(path for path in CONFIGS if "llama3" in path.name))])
@@ -37,7 +38,7 @@ def test_parameters_are_exact(tmp_path):
     sizes = {name: find_shape(name).parameters for name in KNOWN}
     assert sizes["meta-llama/Meta-Llama-3-8B"] == 8_030_261_248 and sizes["Qwen/Qwen3-0.6B"] == 596_049_920
     assert sizes["HuggingFaceTB/SmolLM2-135M-Instruct"] == 134_515_008
-    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = tiny_config("llama", **SMALL, tie_word_embeddings=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)  # config.json and nothing else
     shape = find_shape(str(tmp_path))
@@ -50,9 +51,9 @@ def test_parameters_are_exact(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4),
-        LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-        Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+        tiny_config("llama", **SMALL, num_key_value_heads=4),
+        tiny_config("llama", **SMALL),
+        tiny_config("qwen3", **SMALL, head_dim=32),
     ],
     ids=["heads", "grouped heads", "head norms"],
 )

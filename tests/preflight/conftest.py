@@ -29,17 +29,17 @@ def folder(tmp_path_factory):
     write(folder / "two_labels", scorer(num_labels=2))
     write(folder / "value_head", scorer(), **{"value_head.weight": None})
     write(folder / "v_head", scorer(), **{"v_head.summary.weight": None, "v_head.summary.bias": (1,)})
-    write(folder / "deep_head", scorer(), **{"score.0.weight": (64, 64), "score.2.weight": (1, 64)})
+    write(folder / "deep_head", scorer(), **{"score.0.weight": (32, 32), "score.2.weight": (1, 32)})
     write(folder / "biased", scorer(), **{"score.weight": None, "score.bias": (1,)})
     policy = AutoModelForCausalLM.from_config(config_of(tie_word_embeddings=True))
     write(folder / "with_value_head", policy)
-    weights = load_file(folder / "with_value_head" / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 64)}
+    weights = load_file(folder / "with_value_head" / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 32)}
     save_file(weights, folder / "with_value_head" / "model.safetensors", {"format": "pt"})
     mixed = shutil.copytree(folder / "model", folder / "mixed") / "config.json"
     mixed.write_text(json.dumps(json.loads(mixed.read_text()) | {"intermediate_size": 96}))
     scaled, varying = ({"rope_type": kind, "factor": 8.0} for kind in ("linear", "dynamic"))
     for name, settings in {
-        "gpt2_short": {"architecture": "gpt2", "n_positions": 10},
+        "gpt2_short": {"architecture": "gpt2", "max_position_embeddings": 10},
         "short": {"max_position_embeddings": 10},
         "middle": {"max_position_embeddings": 40},
         "scaled": {"max_position_embeddings": 10, "rope_scaling": scaled},

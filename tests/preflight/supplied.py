@@ -2,9 +2,10 @@
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-from rto_fast.data.world import build_model, build_tokenizer
+from rto_fast.data.world import build_tokenizer
+from tests.tiny_models import tiny_config
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
 SHORT = """
@@ -19,10 +20,8 @@ GOLD = ["--reward_model.function", "rto_fast.data.world:gold_reward"]
 
 
 def config_of(architecture="llama", **settings):
-    sizes = dict(n_embd=32, n_layer=2, n_head=4) if architecture == "gpt2" else build_model(0).config.to_dict()
-    sizes.pop("rope_parameters", None)  # those of other architectures are made otherwise
-    sizes |= {"vocab_size": 49, "eos_token_id": 1, "pad_token_id": 0} | settings
-    return AutoConfig.for_model(sizes.pop("model_type", architecture), **sizes)
+    """That of a tiny model with the embedded world's tokens."""
+    return tiny_config(architecture, vocab_size=49, **settings)
 
 
 def write(folder, model, **renamed):

@@ -97,7 +97,7 @@ def test_models_that_fit(folder, tmp_path):
     torch.manual_seed(0)
     for tied in (True, False):
         model = AutoModelForCausalLM.from_config(config_of(tie_word_embeddings=tied))
-        model.save_pretrained(tmp_path / str(tied), max_shard_size="100KB")
+        model.save_pretrained(tmp_path / str(tied), max_shard_size="20KB")
         assert len(list((tmp_path / str(tied)).glob("*.safetensors"))) > 1
         save_file({"foreign": torch.ones(1)}, tmp_path / str(tied) / "consolidated.safetensors")
         check_fit(str(tmp_path / str(tied)), "causal_lm")
@@ -119,7 +119,7 @@ def test_architectures_whose_names_on_disk_are_others(architecture, tied, tmp_pa
     sizes: dict = {} if architecture == "gpt_neox" else {"head_dim": 16}
     if architecture in ("qwen3_moe", "mixtral"):
         sizes |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    settings = {"model_type": architecture, "tie_word_embeddings": tied, "num_labels": 1} | sizes
+    settings = {"tie_word_embeddings": tied, "num_labels": 1} | sizes
     for kind, auto_class in (("causal_lm", AutoModelForCausalLM), ("scorer", AutoModelForSequenceClassification)):
         auto_class.from_config(config_of(architecture, **settings)).save_pretrained(tmp_path / kind)
         check_fit(str(tmp_path / kind), kind)
@@ -188,7 +188,7 @@ def test_dropout_that_is_turned_off_is_told(tmp_path):
     build_model(0).save_pretrained(tmp_path / "none")
     lines: list[str] = []
     models = [Supplied("model.path", str(path), "causal_lm", False) for path in (tmp_path, tmp_path / "none")]
-    say_dropout(models, lines.append, False)
+    say_dropout(models, lines.append)
     assert len(lines) == 1 and lines[0].startswith(f"model.path: {tmp_path}: config.json's ")
     assert "dropout (0.2)" in lines[0] and "layerdrop (0.25)" in lines[0] and "attention_dropout" not in lines[0]
 
@@ -198,7 +198,7 @@ def test_dropout_that_is_turned_off_is_told(tmp_path):
 
 def test_an_architecture_without_a_sequence_classifier(refused, folder, tmp_path):
     path = tmp_path / "granite"
-    write(path, AutoModelForCausalLM.from_config(config_of(model_type="granite")))
+    write(path, AutoModelForCausalLM.from_config(config_of("granite")))
     message = f"{path}: transformers has no sequence classifier of the architecture granite"
     for options in ([], GOLD):  # of a reward model, and of a critic
         assert refused(*RTO, *options, "--sft.model", str(path)).startswith(message)

@@ -15,13 +15,13 @@ import torch
 import yaml
 
 from rto_fast.config import dump_config, load_config
-from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError
 from rto_fast.push import command
 from rto_fast.reporting import model_card
 from rto_fast.reporting.finish import publish_run
 from rto_fast.reporting.hub import split_files
 from rto_fast.reporting.model_card import name_in_card, plain, public, write_model_card
+from tests.tiny_models import save_world_model
 
 ATTACK = "a | b `c` **d** __e__ [f](javascript:g) <script>h</script> ~~i~~ \\ &lt; \u202e\n## j"
 OPTIONS = ["--sft.model", "gpt2", "--data.preferences", "trl-lib/ultrafeedback_binarized[train]", "--threads", "1"]
@@ -40,10 +40,7 @@ MODEL_FILES = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    build_model(0).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+    return save_world_model(tmp_path_factory.mktemp("model"))
 
 
 @functools.cache

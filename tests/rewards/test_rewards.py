@@ -1,8 +1,10 @@
+"""Rewards: the reward model's scores, their normalisation, users' functions and their time limits."""
+
 import time
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification
 
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response
@@ -19,6 +21,7 @@ from rto_fast.rewards import (
     completions_of_pairs,
     score_statistics,
 )
+from tests.tiny_models import tiny
 
 TOKENIZER = build_tokenizer()
 
@@ -30,18 +33,8 @@ def completion(text="one red cup .", prompt="1 red cup", finished=True, **extra)
 
 
 def scorer():
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(
-        LlamaConfig(
-            vocab_size=len(TOKENIZER),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_labels=1,
-            pad_token_id=0,
-        )
-    ).eval()
+    sizes = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1)
+    model = tiny("llama", AutoModelForSequenceClassification, seed=0, std=None, **sizes)
     model.set_attn_implementation(PACKED)
     return model
 

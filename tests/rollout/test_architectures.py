@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
@@ -10,7 +9,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.loading import check_causal_lm
 from rto_fast.rollout import HFEngine, Sampling, build_engine
 from rto_fast.rollout.attention import DenseDecode
-from tests.tiny_models import ARCHITECTURES, SIZES, native_engine, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, native_engine, prompts, tiny
 
 GREEDY = Sampling(24, min_new_tokens=0, temperature=0.0, stop_ids=(1,))
 
@@ -63,9 +62,7 @@ def test_a_model_that_decodes_otherwise_than_it_trains_falls_back(monkeypatch):
     [("stablelm", "its attention is given no cache"), ("deepseek_v2", r"its keys have .* \(latent attention")],
 )
 def test_an_architecture_that_does_not_run_on_a_paged_cache_falls_back(name, reason):
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(first_k_dense_replace=2) if name == "deepseek_v2" else dict(num_key_value_heads=4)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    model = tiny(name, std=None, num_key_value_heads=4, first_k_dense_replace=2)
     with pytest.warns(UserWarning, match=f"falls back to hf.*cannot be decoded natively: {reason}"):
         engine = build_engine(model, None, RolloutConfig())
     assert isinstance(engine, HFEngine) and model.config._attn_implementation != "rto_paged"
@@ -76,8 +73,8 @@ def test_an_architecture_that_does_not_run_on_a_paged_cache_falls_back(name, rea
     [("phimoe", {}), ("qwen2_moe", dict(use_sliding_window=True, max_window_layers=1, moe_intermediate_size=16))],
 )
 def test_a_window_that_only_the_mask_knows_falls_back(name, sizes):
-    sizes = SIZES | dict(sliding_window=12, num_local_experts=4, num_experts=4, num_experts_per_tok=2) | sizes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    sizes = dict(sliding_window=12, num_local_experts=4, num_experts=4, num_experts_per_tok=2) | sizes
+    model = tiny(name, std=None, **sizes)
     with pytest.warns(
         UserWarning, match="falls back to hf.*its sliding window of 12 tokens is in its attention mask only"
     ):

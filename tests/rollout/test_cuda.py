@@ -1,5 +1,5 @@
-"""What only a GPU can show: graphs equal eager steps, outlive the cache, and leak nothing; bfloat16's distance from the
-training forward."""
+"""Tests that need a GPU: CUDA graphs equal eager steps, outlive the cache and leak nothing; bfloat16 stays close to the
+training forward pass."""
 
 import warnings
 
@@ -20,7 +20,7 @@ FAMILY = ["llama", "qwen3", "mistral"]
 
 
 def model(name="llama", dtype=torch.bfloat16):
-    """Wide enough for tensor cores, with logits like a trained model's."""
+    """A model that is wide enough for tensor cores, with logits like those of a trained model."""
     heads = dict(num_attention_heads=8, num_key_value_heads=2)
     sizes = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, vocab_size=2000, **heads)
     made = tiny(name, **sizes, **({"head_dim": 64} if name != "gpt2" else {}))
@@ -54,7 +54,7 @@ def test_graphs_are_eager_steps_bit_by_bit(name):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_fused_layers_sample_like_transformers_own(name, monkeypatch):
-    """In float32, where rounding does not decide a draw."""
+    """Uses float32, where rounding does not change draws."""
     policy = model(name, torch.float32)
     found = rollout(policy)
     monkeypatch.setattr(fuse, "FAMILY", set())

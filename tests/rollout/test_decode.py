@@ -1,4 +1,4 @@
-"""The decode step: no host sync, the Triton kernels through the whole engine, CUDA graphs by bucket."""
+"""The decode step: it has no host sync, runs the Triton kernels in the whole engine, and has CUDA graphs by bucket."""
 
 import contextlib
 import copy
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import costs
 from rto_fast.config import RolloutConfig
@@ -20,11 +19,11 @@ from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
-from tests.tiny_models import ARCHITECTURES, SIZES, assert_same, native_engine, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, assert_same, native_engine, prompts, tiny
 
 
 class Shapes:
-    """Stands in for the Triton kernels, which need data: the right shapes on the meta device. Counts its calls."""
+    """Replaces the Triton kernels, which need data, by results of the right shapes on the meta device. Counts calls."""
 
     def __init__(self):
         self.calls = Counter()
@@ -60,12 +59,11 @@ class Shapes:
 
 
 def meta_step(name, monkeypatch, patch=None, under=None):
-    """Runs the decode step on the meta device, where whatever asks for a value raises. Returns the Shapes."""
+    """Runs the decode step on the meta device, where reading a value raises. Returns the Shapes."""
     import rto_fast.kernels
 
-    sizes = {key: value for key, value in (SIZES | ARCHITECTURES[name]).items() if value is not None}
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+        causal_lm = tiny(name, std=None)
     if patch:
         patch(causal_lm)
     shapes = Shapes()
@@ -94,7 +92,7 @@ def test_no_host_sync_hides_in_a_step(name, monkeypatch):
 
 
 class Launches(TorchDispatchMode):
-    """Counts the calls that are a kernel on a GPU: all but views and fresh memory."""
+    """Counts the calls that run a kernel on a GPU, which is all except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +132,7 @@ def test_a_host_sync_would_be_found(monkeypatch):
 
 @pytest.fixture
 def triton_decode(monkeypatch, device):
-    """Models on `device` decode by the kernels that a GPU runs: without one, through Triton's interpreter."""
+    """Models on `device` decode by the kernels of a GPU; without a GPU, in Triton's interpreter."""
     from rto_fast.kernels import sampling
 
     if device.type == "cpu":
@@ -145,7 +143,7 @@ def triton_decode(monkeypatch, device):
 
 @torch.no_grad()
 def float64_logps(model, rollout):
-    """The policy's log-probs of a rollout's tokens by the model's own forward pass, a sequence at a time."""
+    """Log-probs of a rollout's tokens from the model's own forward pass, one sequence at a time."""
     exact = copy.deepcopy(model).double()
     exact.set_attn_implementation("eager")
     logps = []
@@ -176,7 +174,7 @@ def test_the_triton_kernels_decode_as_the_plain_path_does(name, top_k, triton_de
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for what a GPU does")
 class TestGraphs:
-    """What is captured when, on a CPU: a graph runs the captured call again, with the captured arguments."""
+    """Replaces CUDA graphs on a CPU: a graph repeats the captured call with the captured arguments."""
 
     sampling = Sampling(20, stop_ids=(1, 7, 8, 9))
     config = dict(page_size=16, batch_size=16)
@@ -228,7 +226,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("way", [{}, dict(batch_size=4), dict(kv_cache_gib=6 * 16384 / (1 << 30))], ids=str)
     def test_looking_one_burst_late_changes_nothing(self, captures, monkeypatch, way):
-        """As on a GPU: what is done is known only after the next steps have begun."""
+        """As on a GPU, it is known what is done only after the next steps have begun."""
         expected = NativeEngine(tiny(), None, RolloutConfig()).generate(prompts(), 3, self.sampling, 0)
 
         class Device:
@@ -294,7 +292,7 @@ class TestGraphs:
 
 
 def test_what_a_graph_holds_does_not_depend_on_the_size_of_the_cache():
-    """Where idle slots write is no page of the cache."""
+    """Idle slots write to no page of the cache."""
     state = DecodeState(2, 2, 4, 1, torch.device("cpu"))
     state.lengths[:], state.active[0] = torch.tensor([5, 7]), True
     state.block_tables[:, 0] = torch.tensor([3, 2])

@@ -95,7 +95,7 @@ def test_a_model_that_generate_cannot_decode_is_refused_in_one_line_before_any_r
 
 
 def test_left_padding_does_not_change_what_a_prompt_gets(model):
-    """Greedy in the limit of a low temperature: the same response alone and beside a longer prompt."""
+    """A low temperature is greedy in the limit; responses are the same alone and beside a longer prompt."""
     cold = sampling(temperature=1e-4)
     together = engine(model).generate(PROMPTS, 1, cold, seed=0).response_ids
     alone = [engine(model).generate([p], 1, cold, seed=0).response_ids[0] for p in PROMPTS]

@@ -1,4 +1,4 @@
-"""The native engine on the weights of training: fused by view, with LoRA, inside DeepSpeed and other wrappers."""
+"""The native engine on the training weights: fused by views, with LoRA, inside DeepSpeed and other wrappers."""
 
 import copy
 import sys
@@ -112,7 +112,7 @@ def test_parts_that_somebody_replaced_run_as_they_are():
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel holds its model."""
+    """Holds a model as DistributedDataParallel does."""
 
     def __init__(self, module):
         super().__init__()
@@ -162,7 +162,7 @@ def test_adapters_that_are_more_than_lora_fall_back():
 
 
 def test_adapted_layers_are_fused_on_merged_weights(lora):
-    """And what lies beside them, plain, in the same GEMM."""
+    """Adapted layers, and the plain layers in the same GEMM, run on merged weights."""
     model = RolloutModel(lora)
     model.lay_side_by_side()
     with model.decoding(16) as decoding:
@@ -231,7 +231,7 @@ def test_the_fallback_takes_the_same_wrappers_and_restores_every_mode():
 
 
 def step_and_generate(rank, stage, dtype):
-    """Samples of the engine before and after an optimizer step equal those of the plain weights gathered."""
+    """Samples before and after an optimizer step equal those of the gathered plain weights."""
     import deepspeed
 
     model = tiny().to(dtype).train()

@@ -1,4 +1,4 @@
-"""The native engine: what a sample depends on and what not, its log-probs, its faults."""
+"""The native engine: what a sample depends on, its log-probs, and its errors."""
 
 import threading
 import warnings
@@ -65,7 +65,7 @@ def test_a_seed_repeats_and_leaves_the_global_random_state_alone():
 
 
 def forward_logps(model, rollout, temperature=1.0):
-    """[total response tokens] from a packed forward pass."""
+    """Log-probs [total response tokens] from a packed forward pass."""
     before = model.config._attn_implementation
     model.set_attn_implementation(PACKED)
     batch = pack(rollout.prompt_ids, rollout.response_ids)
@@ -88,7 +88,7 @@ def test_log_probs_are_those_of_the_training_forward(name, temperature):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
 def test_log_probs_of_greedy_responses(name):
-    """Of the distribution at temperature 1, whatever is between logits and softmax."""
+    """Log-probs are those of the distribution at temperature 1, with divisors and caps of logits."""
     model = tiny(name)
     rollout = generate(model, sampling=Sampling(8, temperature=0.0), n=1)
     torch.testing.assert_close(rollout.logps, forward_logps(model, rollout), atol=3e-5, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_a_response_ends_at_the_end_of_the_context():
 
 
 def test_samples_follow_the_policy():
-    """Second tokens of 6,000 samples, given the first (greedy is impossible to tell from one): chi-square."""
+    """Second tokens of 6,000 samples, given the first, by chi-square; the first alone could not rule out greedy draws."""
     model, ids = tiny(), prompts((6,))
     rollout = generate(model, sampling=Sampling(2), n=6000, ids=ids)
     first = torch.tensor([r[0] for r in rollout.response_ids])
@@ -162,7 +162,7 @@ def test_a_sequence_that_ends_with_its_page_is_decoded_beside_longer_ones():
 @pytest.mark.parametrize("pages", [4, 5, 6, 8])
 @pytest.mark.parametrize("limit", [1, 20])
 def test_prompts_that_fill_their_pages_wait_for_room(pages, limit):
-    """Their samples share all they have so far, and each needs a page of its own next."""
+    """Samples share all pages so far, and each needs a page of its own next."""
     ids = [[token] * 16 for token in range(3, 11)]
     page = 16 * 2 * 2 * 2 * 8 * 4
     way = dict(page_size=16, kv_cache_gib=(pages + 1.5) * page / (1 << 30))
@@ -222,7 +222,7 @@ def test_inference_mode_and_autocast_change_nothing():
 
 
 def test_two_threads_do_not_decode_with_one_model():
-    """Two engines of it, either."""
+    """Two engines of the same model cannot run at once either."""
     model = tiny()
     engines = [NativeEngine(model, None, RolloutConfig()) for _ in range(2)]
     before = state_of(model)
@@ -470,7 +470,7 @@ def test_limits_do_not_exceed_max_new_tokens():
 
 
 def test_free_slots_are_refilled_while_others_have_all_they_need():
-    """One page a sequence, as a CPU has it: what runs holds nothing back that it does not need."""
+    """With one page a sequence, as on a CPU, running sequences reserve no pages that they do not need."""
     engine = NativeEngine(tiny(), None, RolloutConfig(batch_size=8))
     engine.generate(prompts((6,) * 48), 1, SAMPLING, 0)
     steps = engine.step.steps

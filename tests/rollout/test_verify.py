@@ -1,4 +1,4 @@
-"""The engine's own check: it knows rounding from a wrong computation, on any model and in any dtype."""
+"""The engine's own check distinguishes rounding from a wrong computation, for any model and dtype."""
 
 import os
 
@@ -34,7 +34,7 @@ def test_right_decoding_passes_in_every_dtype(name, dtype):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_model_with_much_noise_of_its_own_passes(seed):
-    """Logits of ±50: bfloat16 is off by a third of a nat, whoever computes it."""
+    """With logits of ±50, bfloat16 has an error of a third of a nat in any implementation."""
     model = tiny()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def neighbours_page(monkeypatch, model):
 
 
 def stale_weights(monkeypatch, model):
-    """Decoding reads the weights as they were: what an update moves is no rounding."""
+    """Decoding with weights from before an update differs by more than rounding."""
     layer = model.model.layers[0].mlp.down_proj
     before = layer.weight.detach().clone()
     decoding, packed = RolloutModel.hidden, RolloutModel.packed_logits

@@ -1,4 +1,4 @@
-"""The vLLM engine against a stub that speaks vLLM's Python API (`vllm_stub`) and decodes with the weights it was given."""
+"""The vLLM engine with a stub of vLLM's Python API (`vllm_stub`), which decodes with the weights that it is given."""
 
 import importlib
 import sys
@@ -23,7 +23,7 @@ PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
 
 @dataclass
 class Config:
-    """What the engine reads of `RolloutConfig`."""
+    """The fields of `RolloutConfig` that the engine reads."""
 
     batch_size: int = 8
     vllm: dict = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Config:
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """The stub as `vllm`, and an empty folder as the place for temporary files."""
+    """Imports the stub as `vllm`, and uses an empty folder for temporary files."""
     monkeypatch.syspath_prepend(STUB)
     for name in ("vllm", "vllm.exceptions"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -66,7 +66,7 @@ def split(values, rollout):
 
 
 def own_logps(model, rollout, temperature=1.0):
-    """The training forward's log-probs of the response tokens, [total response tokens]."""
+    """Log-probs [total response tokens] of the training forward pass."""
     logps = response_logps(Model(model), rollout.prompt_ids, rollout.response_ids, 10_000, temperature)
     return logps[rollout.pack()[0].response_mask]
 

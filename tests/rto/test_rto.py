@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from rto_fast.batch import pack_whole
 from rto_fast.config import load_config
@@ -26,6 +25,7 @@ from rto_fast.rto.update import update
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.loader import Loader
 from tests.rto.recorded_log import RecordedLog
+from tests.tiny_models import perturbed, world_scorer
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -43,16 +43,10 @@ def build_models(**changes):
     """Four different float64 models, so that no two log-probs agree by accident."""
     models = []
     for seed in range(4):
-        model = build_model(seed).double()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p) * 0.05)
+        model = perturbed(build_model(seed).double(), 0.05, seed)
         model.set_attn_implementation(PACKED)
         models.append(model)
-    torch.manual_seed(9)
-    one_label = copy.deepcopy(models[0].config)
-    one_label.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(one_label).double()
+    critic = world_scorer(seed=9).double()
     critic.set_attn_implementation(PACKED)
     critic.config.score_mean, critic.config.score_std = 0.3, 1.7
     scorer = lambda completions: torch.tensor(SCORES[: len(completions)])  # noqa: E731
@@ -398,9 +392,7 @@ def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("sft", "dpo", "other")):
         build_model(seed).save_pretrained(folder / name)
-    one_label = copy.deepcopy(build_model(0).config)
-    one_label.num_labels = 1
-    AutoModelForSequenceClassification.from_config(one_label).save_pretrained(folder / "rm")
+    world_scorer().save_pretrained(folder / "rm")
     return {name: str(folder / name) for name in ("sft", "dpo", "other", "rm")}
 
 

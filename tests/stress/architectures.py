@@ -1,11 +1,11 @@
-"""`python -m tests.stress.architectures [NAME …]`: what rto_fast does with each architecture of transformers' causal LMs.
+"""Prints what rto_fast does with each architecture of transformers' causal language models.
 
 Each is built tiny, with random weights, from its default configuration with smaller sizes, written, loaded as a run loads it
-and decoded. The README's table lists what came out; `tests/models/test_architectures.py` repeats it for some of them.
+and decoded. The table in docs/models.md lists what came out; `tests/models/test_architectures.py` repeats it for a few.
 """
 
+import argparse
 import re
-import sys
 import tempfile
 import warnings
 
@@ -151,6 +151,12 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     from transformers.utils import logging
 
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.architectures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an architecture, such as llama; default: all")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    main(sys.argv[1:])
+    main(parser.parse_args().names)

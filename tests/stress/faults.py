@@ -1,11 +1,11 @@
-"""Bad days, one after the other: runs of the tiny embedded world are killed, stopped, starved and damaged at random moments
-and resumed, until they end; each must end as the one that was left alone.
+"""Harms runs at random moments and resumes them until they end; each must end as a run that was left alone.
 
     python -m tests.stress.faults --minutes 5 [--ranks 2] [--seed 0]
 
-A process costs seconds before its first step, for imports. So this one imports everything once, and every session of a run
-is a fork of it that calls the command `rto_fast.train`. Only the report and the model card are left out: figures take longer
-than all training here, and nothing depends on them.
+The runs train the embedded world's model. They are killed, stopped, deprived of disk and memory, and their files are
+damaged. The imports of a process take seconds, so this process imports everything once, and each session of a run is a
+fork of it that calls the command `rto_fast.train`. The sessions draw no report and write no model card: figures take
+longer than all training here, and nothing depends on them.
 """
 
 import argparse
@@ -42,38 +42,12 @@ from rto_fast.reporting import finish  # noqa: E402
 from rto_fast.train import command  # noqa: E402
 
 STAGES = ("sft", "reward_model", "dpo", "rto")
-OPTIONS = [
-    "--threads",
-    "1",
-    "--data.limit",
-    "48",
-    "--data.held_out",
-    "4",
-    "--data.cache_dir",
-    "null",
-    "--eval.prompts",
-    "8",
-    "--rollout.max_new_tokens",
-    "8",
-    "--sft.batch_size",
-    "40",
-    "--dpo.batch_size",
-    "4",
-    "--rto.iterations",
-    "3",
-    "--rto.prompts_per_rollout",
-    "8",
-    "--rto.batch_size",
-    "4",
-    "--eval.every",
-    "2",
-    "--eval.keep_best",
-    "true",
-    "--keep_checkpoints",
-    "2",
-    "--save_every=1",
-    *(f"--{stage}.max_steps=3" for stage in STAGES[:3]),
-]
+OPTIONS = """
+--threads 1 --data.limit 48 --data.held_out 4 --data.cache_dir null --eval.prompts 8 --rollout.max_new_tokens 8
+--sft.batch_size 40 --sft.max_steps 3 --reward_model.max_steps 3
+--dpo.batch_size 4 --dpo.max_steps 3 --rto.iterations 3 --rto.prompts_per_rollout 8
+--rto.batch_size 4 --eval.every 2 --eval.keep_best true --keep_checkpoints 2 --save_every 1
+""".split()
 MODELS = {*STAGES, "rto_critic", "rto_best"}
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
 LIMIT = 60.0  # seconds in which what is left of a run must end by itself
@@ -457,7 +431,9 @@ def live(text):
 
 def main(arguments=None):
     """Returns how many faults cost something."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stress.faults", description="See the top of this file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,11 @@
-"""Random rollouts against an oracle: the model's own eager forward pass in float64, without a cache, and its draws.
+"""Compares random rollouts with an oracle: the model's own eager forward pass in float64, without a cache, and its draws.
 
     python -m tests.stress.rollout_fuzz [--minutes 5] [--seed 0] [--triton]
 
-Architecture, prompts, sampling, limits, slots, pages and memory are random, several rollouts an engine, with other weights
-and interrupted ones in between. Token, log-probs and finish reason of each sample are computed anew. Exits with 1 at the
-first that differs; the seed repeats it. `--triton`: as on a GPU, by Triton's interpreter; slow, so on few short sequences.
+Architecture, prompts, sampling, limits, slots, pages and memory are random. Each engine makes several rollouts; between
+them weights change and rollouts are interrupted. The oracle computes tokens, log-probs and finish reason of each sample.
+The first difference ends the process with code 1, and its seed repeats it. With `--triton` the kernels run through Triton's
+interpreter as they would on a GPU; this is slow, so the sequences are few and short.
 """
 
 import argparse

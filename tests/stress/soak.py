@@ -1,4 +1,4 @@
-"""Memory over many steps: RTO iterations of the tiny model in one process, with everything that a run does beside them.
+"""Measures memory over many steps: RTO iterations of the embedded world's model, with all else that a run does.
 
     python -m tests.stress.soak --steps 2000
 
@@ -22,38 +22,13 @@ from rto_fast import train  # noqa: E402
 from rto_fast.rto.trainer import RTOTrainer  # noqa: E402
 
 EVERY = 50
-# A run of 100,000 steps may grow by 1 GiB; and what is measured has to be beyond the noise, twice its standard error.
+# A run of 100,000 steps may grow by 1 GiB. Growth counts where it is more than twice its standard error.
 ALLOWED = 2**20 / 1e5  # KiB a step
-OPTIONS = [
-    "--threads",
-    "1",
-    "--data.limit",
-    "256",
-    "--data.held_out",
-    "4",
-    "--eval.prompts",
-    "8",
-    "--sft.max_steps",
-    "20",
-    "--reward_model.max_steps",
-    "5",
-    "--dpo.max_steps",
-    "5",
-    "--rto.prompts_per_rollout",
-    "8",
-    "--rto.batch_size",
-    "4",
-    "--rto.ppo_epochs",
-    "1",
-    "--rollout.max_new_tokens",
-    "12",
-    "--eval.every",
-    "100",
-    "--eval.keep_best",
-    "true",
-    "--save_every",
-    "100",
-]
+OPTIONS = """
+--threads 1 --data.limit 256 --data.held_out 4 --eval.prompts 8 --sft.max_steps 20 --reward_model.max_steps 5
+--dpo.max_steps 5 --rto.prompts_per_rollout 8 --rto.batch_size 4 --rto.ppo_epochs 1
+--rollout.max_new_tokens 12 --eval.every 100 --eval.keep_best true --save_every 100
+""".split()
 
 
 def resident():
@@ -70,7 +45,9 @@ def slope(steps, sizes):
 
 def main(arguments=None):
     """Returns whether memory is flat."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stress.soak", description="See the top of this file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
         "--output", type=Path, help="the measurements, one JSON object a line; default: in a new folder"

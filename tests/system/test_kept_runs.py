@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_run(refused, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "out")
     line = refused("--resume", tmp_path / "out", "--rto.advantage", "gae")
     assert (
-        "not a checkpoint of this run's rto stage ('critic_optimizer'); resume with the options it was begun with"
+        "not a checkpoint of this run's rto stage (KeyError: 'critic_optimizer'); resume with the options it was begun with"
         in line
     )
 

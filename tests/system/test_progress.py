@@ -144,8 +144,8 @@ def test_a_long_step_says_how_much_of_it_is_done(capsys):
     said = []
     with progress_module.progress("sft", 2, "steps") as phase:
         phase.advance()
-        passes = lambda indices, factor: said.append(phase.line()) or {}  # noqa: E731
-        Accumulator(10, print).run(passes, [6, 6, 6, 6], [])
+        for _ in Accumulator(10, print).step(range(4), [6, 6, 6, 6], []):
+            said.append(phase.line())
         phase.start -= 60
         said.append(phase.line())
         phase.advance()
@@ -249,7 +249,9 @@ def test_work_of_models_is_a_phase(tmp_path):
         evaluate(
             engine, items, Sampling(max_new_tokens=4, stop_ids=tuple(stops)), lambda c: torch.zeros(len(c)), tokenizer
         )
-        dpo.pair_logps(model, [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8)
+        dpo.pair_logps(
+            Model(model), [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8
+        )
         save_model(Model(model), tokenizer, tmp_path / "saved")
     assert [(what.partition(f" {tmp_path}")[0], count, total) for what, count, total in phases] == [
         ("loading and checking", 0, None),

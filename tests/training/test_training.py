@@ -9,7 +9,7 @@ import torch
 
 from rto_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, SFTConfig
 from rto_fast.data.layouts import Example
-from rto_fast.data.tokenizing import Pair, Prompt, Sequence
+from rto_fast.data.tokenizing import Demonstration, Pair, Prompt
 from rto_fast.errors import TrainingError
 from rto_fast.models.model import Model
 from rto_fast.training.optimizer import Optimizer
@@ -326,8 +326,8 @@ def test_a_fingerprint_changes_with_all_that_is_trained_on():
         [pair()],
         [pair((3, 4), (5,))],
         [pair((4, 5), (3,))],
-        [Sequence([1, 2], [3])],
-        [Sequence([1], [2, 3])],
+        [Demonstration([1, 2], [3])],
+        [Demonstration([1], [2, 3])],
         [prompt(answer="\ud800")],
     ]
     assert len({fingerprint(items) for items in different}) == len(different)

@@ -1,19 +1,19 @@
-"""Nasty configurations and command lines, by the thousand: each ends well, or in one line that says what is wrong.
+"""Tries nasty configurations and command lines by the thousand: each ends well, or in one line that says what is wrong.
 
     python -m tests.stress.fuzz [--minutes 5] [--seed 0]
 
-Two kinds of cases take turns. A configuration has random values in random fields, on the command line, in YAML files, or in
-both; it is loaded and planned in this process. A command line is a whole command on harmed files, folders, streams, rewards
-and environments, in a fork of this process, which has imported everything. Only `rto_fast.report` draws reports: after a run
-they cost more than the run. Whatever the case, these hold:
+There are two kinds of cases. A configuration has random values in random fields, on the command line, in YAML files, or
+in both; this process loads it and makes its plan. A command line is a whole command on harmed files, folders, streams,
+rewards and environments; it runs in a fork of this process, which has imported everything. Only `rto_fast.report` draws
+reports, since drawing one takes longer than a run. In every case:
 
 - The command ends by itself, or at SIGTERM where it was given much to do; at a second one, if a step lasts.
 - Its exit code is 0 or 2; 2 comes with one line, without a traceback.
 - No control character of a file or an option reaches the terminal.
 - No file of others is changed or removed, in a folder that a link of the run leads to either.
-- No process of it is left.
+- The case leaves no process behind.
 
-Exits with 1 if one did not hold. `--only CASE` repeats a case that was printed.
+Exits with 1 if a case broke one of these rules. `--only CASE` repeats a case that was printed.
 """
 
 import argparse
@@ -79,7 +79,9 @@ def try_case(name: str, folder: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns how many cases broke a rule."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stress.fuzz", description="See the top of this file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="CASE", help="one case, such as training:0:17")
