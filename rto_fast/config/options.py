@@ -4,13 +4,12 @@ Values are kept by key, each with the place it comes from, until all are known; 
 begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: expected …`.
 """
 
-import argparse
 import dataclasses
 import difflib
 import itertools
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
@@ -22,19 +21,16 @@ from rto_fast.errors import ConfigError, FieldError
 Settings = TypeVar("Settings")
 
 
-def argument(hint: Any) -> Callable[[str], Any]:
-    """What argparse calls with an option's text: the value of type `hint`, refused as that of a field is."""
+def value_of_text(hint: Any, text: str) -> Any:
+    """What a field of type `hint` holds where an option has this text.
 
-    def convert(text: str) -> Any:
-        try:
-            value = converted(hint, of_command_line(text, "value", hint))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if not fits(hint, value):
-            raise argparse.ArgumentTypeError(f"expected {describe(hint)}, got {shown(value)}")
-        return value
-
-    return convert
+    Raises:
+        ValueError: the field cannot hold it; says what is expected.
+    """
+    value = converted(hint, of_command_line(text, "value", hint))
+    if not fits(hint, value):
+        raise ValueError(f"expected {describe(hint)}, got {shown(value)}")
+    return value
 
 
 def split_arguments(
