@@ -322,7 +322,6 @@ OTHERS = {
     "rto_fast/training/state_files.py": {"write_text", "write_bytes", "replace"},
     "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
-    "rto_fast/reporting/trackers.py": {"open"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
     "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
     "benchmarks/gpu.py": {"open", "mkdtemp"},
