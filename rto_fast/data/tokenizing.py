@@ -26,9 +26,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rto_fast.data.encoding import ConversationEncoder, Row
+from rto_fast.data.encoding import ConversationEncoder, Row, notes
 from rto_fast.data.layouts import Example, Text
-from rto_fast.data.notes import notes
 from rto_fast.data.templates import ChatTemplate, Thinking
 from rto_fast.errors import DataError
 from rto_fast.system.notices import notify

@@ -19,7 +19,7 @@ from rto_fast.errors import UserError
 from rto_fast.evaluation.output import check_output, write_json
 from rto_fast.models.model import Model
 from rto_fast.reporting import draw
-from rto_fast.reporting.report import write_report
+from rto_fast.reporting.page import write_report
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import save_state, write_text
 
