@@ -111,19 +111,16 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
     present = _mapped(row, columns or {}, origin)
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
-    prompt: Text
-    response: str | dict | None = None
-    chosen: str | dict | None = None
-    rejected: str | dict | None = None
+    responses: dict[str, str | dict] = {}
     if layout in PAIR_LAYOUTS:
         _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
         _check_layout(present, layout, origin)
-        prompt, chosen, rejected = _preference(present, layout, origin)
+        prompt, responses["chosen"], responses["rejected"] = _preference(present, layout, origin)
     elif layout == "messages":
         _need(present, ("messages",), row, origin)
         messages = read_messages(present["messages"], "messages", origin)
         if messages[-1]["role"] == "assistant":
-            prompt, response = messages[:-1], only_response(messages[-1:], "messages", origin)
+            prompt, responses["response"] = messages[:-1], only_response(messages[-1:], "messages", origin)
         else:
             prompt = messages
     else:
@@ -132,13 +129,14 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
         if layout == "prompt/response":
             name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
-            response = only_response(_after(present["prompt"], prompt, present[name], name, origin), name, origin)
+            responses["response"] = only_response(
+                _after(present["prompt"], prompt, present[name], name, origin), name, origin
+            )
     check_prompt(prompt, origin)
     tools = read_tools(present.get("tools"), origin)
-    texts = {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected, "tools": tools}
-    for name, value in texts.items():
+    for name, value in {"prompt": prompt, **responses, "tools": tools}.items():
         check_unicode(value, name, origin)
-    return Example(prompt, response, chosen, rejected, origin, extra, tools)
+    return Example(prompt, origin=origin, extra=extra, tools=tools, **responses)
 
 
 def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:

@@ -60,11 +60,7 @@ def _standard_files() -> Iterator[None]:
 
 def _put_back(spare: int, number: int) -> None:
     with contextlib.suppress(OSError):  # users' code has closed the spare one, too
-        is_same = False
-        with contextlib.suppress(OSError):
-            is_same = os.path.sameopenfile(spare, number)
-        if not is_same:
-            os.dup2(spare, number)
+        os.dup2(spare, number)
         os.close(spare)
 
 
