@@ -108,7 +108,7 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
     Raises:
         DataError: the row does not fit the layout; names `origin` and what was found.
     """
-    present = _mapped(row, columns or {}, origin)
+    present = {name: value for name, value in role_values(row, columns or {}, origin).items() if value is not None}
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
     responses: dict[str, str | dict] = {}
@@ -203,11 +203,6 @@ def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str)
     natural = {name: row[name] for name in COLUMNS if name in row and name not in taken}
     named = natural | {ours: row[theirs] for ours, theirs in columns.items()}
     return {name: decoded(value, name, origin) if isinstance(value, str) else value for name, value in named.items()}
-
-
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """`role_values` without nulls."""
-    return {name: value for name, value in role_values(row, columns, origin).items() if value is not None}
 
 
 def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, Any], origin: str) -> None:

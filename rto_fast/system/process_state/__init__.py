@@ -14,8 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from rto_fast.system.process_state.python_settings import PYTHON
-from rto_fast.system.process_state.setting import Setting
+from rto_fast.system.process_state.python_settings import PYTHON, Setting
 from rto_fast.system.process_state.torch_settings import TORCH
 
 SETTINGS = [*TORCH, *PYTHON]

@@ -12,11 +12,20 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy
 
-from rto_fast.system.process_state.setting import Setting
+
+class Setting(NamedTuple):
+    """One thing that users' code may change of the process: how it is read, and how it is put back."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    of_thread: bool = False  # each thread has its own, or takes part of it with it
+    is_kept: bool = True  # set again for users' next call
 
 
 def _numpy_random() -> tuple[Any, ...]:

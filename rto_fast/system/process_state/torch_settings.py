@@ -9,7 +9,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils import _python_dispatch
 
-from rto_fast.system.process_state.setting import Setting
+from rto_fast.system.process_state.python_settings import Setting
 
 
 def _attribute(owner: Any, name: str) -> Setting:
