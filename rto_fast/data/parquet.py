@@ -54,20 +54,6 @@ class _Pages(NamedTuple):
     delta: bool
 
 
-class _Reading(NamedTuple):
-    """How a row group is read.
-
-    Attributes:
-        needed: bytes to set aside.
-        rows: the number of rows to decode at once.
-        numbered: the columns whose texts are decoded as numbers of a dictionary.
-    """
-
-    needed: int
-    rows: int
-    numbered: list[str]
-
-
 def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
     """Yields the rows.
 
@@ -80,11 +66,12 @@ def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
 
     with open(path, "rb") as raw, contextlib.closing(ParquetFile(path)) as file:
         for index, chunks in enumerate(_row_groups(raw, path)):
-            reading = _plan(raw, file, chunks, budget)
-            numbered = ParquetFile(path, read_dictionary=reading.numbered) if reading.numbered else file
-            with budget.set_aside(reading.needed):
-                for batch in numbered.iter_batches(batch_size=reading.rows, row_groups=[index]):
-                    yield from _as_rows(batch, budget)
+            needed, rows, numbered = _plan(raw, file, chunks, budget)
+            reader = ParquetFile(path, read_dictionary=numbered) if numbered else file
+            budget.take(needed)
+            for batch in reader.iter_batches(batch_size=rows, row_groups=[index]):
+                yield from _as_rows(batch, budget)
+            budget.left += needed
 
 
 def _row_groups(raw: BinaryIO, path: Path) -> list[list[_Chunk]]:
@@ -111,8 +98,13 @@ def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
     return _Chunk(meta[1], meta[4], start, start + meta[7])
 
 
-def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Reading:
-    """How to read a row group so that nothing in it takes more memory than the budget has."""
+def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> tuple[int, int, list[str]]:
+    """How to read a row group so that nothing in it takes more memory than the budget has.
+
+    Returns:
+        The bytes to set aside, the number of rows to decode at once, and the columns whose texts are decoded as numbers of a
+        dictionary.
+    """
     schema = file.metadata.schema
     needed = longest = 0
     numbered = []
@@ -128,7 +120,7 @@ def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Re
                 needed += texts
             else:  # slower, but the lengths are known before the texts are made
                 numbered.append(field.path)
-    return _Reading(needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered)
+    return needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered
 
 
 def _as_rows(batch: Any, budget: Budget) -> Iterator[dict[str, Any]]:

@@ -75,15 +75,7 @@ def push(run_folder: str | Path, repo: str, *, private: bool = True, dry_run: bo
     if not card.is_file():
         write_model_card(run_folder)
     write_own(card, text)
-    return _upload(folder, _allowed(folder), repo, private)
-
-
-def _allowed(folder: Path) -> list[str]:
-    """The files that are uploaded; prints the names of the others."""
-    files, left_out = split_files(folder)
-    if left_out:
-        say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
-    return files
+    return _upload(folder, uploaded_files(folder), repo, private)
 
 
 def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> None:
@@ -92,7 +84,7 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
     Args:
         written: {name: bytes} of the files that the push would write first.
     """
-    sizes = {name: (folder / name).stat().st_size for name in _allowed(folder)} | written
+    sizes = {name: (folder / name).stat().st_size for name in uploaded_files(folder)} | written
     say(f"would be uploaded to {repo} ({'private' if private else 'public'}):")
     for name in sorted(sizes):
         say(f"  {sizes[name]:>15,} bytes  {one_line(name)}")
@@ -101,8 +93,8 @@ def _list(folder: Path, written: dict[str, int], repo: str, private: bool) -> No
     say(f"card: {card}{'' if card.is_file() else ', which the push writes'}")
 
 
-def split_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the files that are uploaded, and those of the other files, relative to `folder`."""
+def uploaded_files(folder: Path) -> list[str]:
+    """The names of the files that are uploaded, relative to `folder`; prints those of the others."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     root = folder.resolve()
 
@@ -112,7 +104,9 @@ def split_files(folder: Path) -> tuple[list[str], list[str]]:
         return fits and (folder / name).is_file() and (folder / name).resolve() == root / name
 
     files = [name for name in names if is_allowed(name)]
-    return files, [name for name in names if name not in files]
+    if left_out := [name for name in names if name not in files]:
+        say("not uploaded, not part of a model: ", one_line(", ".join(left_out)))
+    return files
 
 
 def _upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
