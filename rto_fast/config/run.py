@@ -8,8 +8,7 @@ from typing import Literal
 
 from rto_fast.config.data import DataConfig
 from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields, shown
-from rto_fast.config.model import LoraConfig, ModelConfig
-from rto_fast.config.rollout import RolloutConfig
+from rto_fast.config.model import LoraConfig, ModelConfig, RolloutConfig
 from rto_fast.config.rto import RTOConfig
 from rto_fast.config.stages import (
     DeepSpeedConfig,

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple
 
 from rto_fast.data.budget import Budget
 from rto_fast.errors import DataError
@@ -84,10 +84,9 @@ def _row_groups(raw: BinaryIO, path: Path) -> list[list[_Chunk]]:
     raw.seek(-8 - length, os.SEEK_END)
     try:
         footer = _Compact(raw.read(length)).struct()
-        groups = [[_chunk(column, path) for column in group[1]] for group in footer.get(4, [])]
+        return [[_chunk(column, path) for column in group[1]] for group in footer.get(4, [])]
     except (LookupError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a readable parquet file: its footer is damaged") from error
-    return groups
 
 
 def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
@@ -185,11 +184,11 @@ def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
     while position < chunk.end:
         raw.seek(position)
         header, length = _read_header(raw, path)
-        kind, unpacked, packed = header.get(1), header.get(2), header.get(3)
+        kind, unpacked, packed = (header.get(field, -1) for field in (1, 2, 3))
         is_v2 = kind == _DATA_PAGE_V2
         data = header.get(8 if is_v2 else 5, {})
-        number = data.get(1, 0) if isinstance(data, dict) else None
-        if not (_is_size(unpacked) and _is_size(packed) and _is_size(number)):
+        number = data.get(1, 0) if isinstance(data, dict) else -1
+        if not all(isinstance(size, int) and size >= 0 for size in (unpacked, packed, number)):
             raise DataError(f"{path}: not a readable parquet file: a damaged page at byte {position:,}")
         if kind == _DICTIONARY_PAGE:
             dictionary += unpacked
@@ -201,10 +200,6 @@ def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
             largest, total = max(largest, unpacked), total + unpacked
         position += length + packed
     return _Pages(dictionary + largest, max(value, total * delta), count, delta)
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and value >= 0
 
 
 def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:

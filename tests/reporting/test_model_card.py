@@ -18,8 +18,7 @@ from rto_fast.config import dump_config, load_config
 from rto_fast.errors import ConfigError
 from rto_fast.push import command
 from rto_fast.reporting import model_card
-from rto_fast.reporting.finish import publish_run
-from rto_fast.reporting.hub import uploaded_files
+from rto_fast.reporting.finish import publish_run, uploaded_files
 from rto_fast.reporting.model_card import name_in_card, plain, public, write_model_card
 from tests.tiny_models import save_world_model
 
