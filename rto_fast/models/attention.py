@@ -8,18 +8,21 @@ block mask takes 239 ms (4 heads of 16), since the block mask also computes ever
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 PACKED = "rto_packed"
 
 
 @cache
-def _flash_attn():
+def _flash_attn() -> Callable[..., Tensor] | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:  # not on the registry as a wheel: optional
@@ -28,14 +31,24 @@ def _flash_attn():
 
 
 @cache
-def _torch_varlen():
+def _torch_varlen() -> tuple[Callable[..., Any], set[str]]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, set(inspect.signature(varlen_attn).parameters)
 
 
-def _flash_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
-    return _flash_attn()(
+def _flash_packed(
+    flash_attn: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return flash_attn(
         query,
         key,
         value,
@@ -50,9 +63,17 @@ def _flash_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window, so
     )
 
 
-def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
+def _varlen_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
     varlen_attn, parameters = _torch_varlen()
-    options = {}
+    options: dict[str, bool] = {}
     if "enable_gqa" in parameters:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     elif query.shape[1] != key.shape[1]:  # torch 2.11 wants equal head counts
@@ -72,7 +93,14 @@ def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
     )
 
 
-def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
+def sdpa_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Causal attention: [N, Hq, L, D] queries, the last L of the [N, Hkv, K, D] keys' and values' positions."""
     length, keys = query.shape[2], key.shape[2]
     gqa = query.shape[1] != key.shape[1]
@@ -99,7 +127,15 @@ def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
+def _sdpa_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     # Neighbours of one length go as one batch: prompts, sorted by length, above all.
     runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
@@ -115,7 +151,7 @@ def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-def refuse_masked_window(module, window):
+def refuse_masked_window(module: nn.Module, window: int | None) -> None:
     """Raises ValueError where the configuration gives this layer a sliding window and the layer asks for none: it relies
     on a mask, and ours are made of `window`."""
     config = getattr(module, "config", None)
@@ -134,21 +170,21 @@ def refuse_masked_window(module, window):
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    cu_seq_lens_q=None,
-    max_length_q=None,
-    s_aux=None,
-    **_,
-):
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     if cu_seq_lens_q is None:
         raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")
@@ -162,8 +198,10 @@ def packed_attention(
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    if half and _flash_attn():
-        out = _flash_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap)
+    if half and (flash_attn := _flash_attn()):
+        out = _flash_packed(
+            flash_attn, query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap
+        )
     elif half and not softcap and query.shape[-1] <= 256 and not query.shape[-1] % 8:
         out = _varlen_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:

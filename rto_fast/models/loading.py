@@ -17,42 +17,11 @@ from rto_fast.models.agreement import Agreement, compare_logits, compare_values
 from rto_fast.models.attention import PACKED
 from rto_fast.models.directory import KINDS, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
-from rto_fast.models.head import OpLinear, score_head
+from rto_fast.models.head import Head, output_head, score_head
 from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.models.trace import Pass, failing_layer, first_difference, misses_mask, title
 from rto_fast.ops import linear_token_logps
 from rto_fast.system.progress import progress
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: z = (h @ weight.T + bias) / divisor, or softcap·tanh(z / softcap)."""
-
-    weight: torch.Tensor  # [V, D]
-    bias: torch.Tensor | None
-    divisor: float  # Granite divides its logits, Cohere multiplies them
-    softcap: float | None  # Gemma-2
-    linear: torch.nn.Module  # the layer they belong to
-
-    def logits(self, linear_output: torch.Tensor) -> torch.Tensor:
-        """The logits, from what the linear layer makes of hidden states."""
-        if self.softcap:
-            return self.softcap * torch.tanh(linear_output / self.softcap)
-        return linear_output / self.divisor
-
-    def run(self, op, hidden, labels, *args, temperature=1.0, **options):
-        """A linear op of `rto_fast.ops` on this head."""
-        options |= {"temperature": temperature * self.divisor, "softcap": self.softcap}
-        return run_linear(self.linear, op, hidden, labels, *args, **options)
-
-
-def run_linear(linear, op, hidden, *args, **options):
-    """`op(hidden, weight, ...)` of a linear layer, as its own forward pass where hooks gather its weight."""
-    if isinstance(linear, OpLinear):
-        return linear(hidden, op=op, args=args, **options)
-    if linear.bias is not None:
-        options["bias"] = linear.bias
-    return op(hidden, linear.weight, *args, **options)
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
@@ -204,17 +173,6 @@ def load_scorer(
     return model
 
 
-def output_head(model: PreTrainedModel) -> Head:
-    """The language model's `Head`, from its modules and configuration."""
-    linear = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    divisor = getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap and divisor != 1.0:  # the divisor joins the temperature, which comes after the softcap
-        raise ModelError(f"{type(model).__name__}: both a logit scale and a softcap; not supported")
-    return Head(linear.weight, getattr(linear, "bias", None), divisor, softcap, linear)
-
-
 def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states of a packed batch, [T, D]: the backbone only, no logits."""
     return model.base_model(
@@ -234,13 +192,13 @@ def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: flo
     return output_head(model).run(linear_token_logps, hidden, batch.labels, temperature=temperature)
 
 
-def _float_linear(hidden, weight, bias=None):
+def float_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 def token_scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The score head at every position, [T], in float32: at 20 a bfloat16 score has steps of an eighth."""
-    return run_linear(score_head(model), _float_linear, forward_hidden(model, batch)).squeeze(-1)
+    return Head.of(score_head(model)).run(float_linear, forward_hidden(model, batch)).squeeze(-1)
 
 
 def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
@@ -473,7 +431,7 @@ def _own_logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
 def _own_token_scores(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
     """The score head at every position of the model's own forward pass of each sequence alone, [T]."""
     hidden = _own_rows(model, lambda **inputs: model.base_model(**inputs).last_hidden_state, ids)
-    return run_linear(score_head(model), _float_linear, hidden).squeeze(-1)
+    return Head.of(score_head(model)).run(float_linear, hidden).squeeze(-1)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Adapter:
     def __getattr__(self, key: str) -> Any:
         return getattr(self.__dict__["base"], key)
 
-    def _layers(self):
+    def _layers(self) -> list[Any]:
         return [module for module in self.base.modules() if hasattr(module, "lora_A")]
 
     def activate(self) -> None:
@@ -63,7 +63,7 @@ class Adapter:
         own = _parameters(self.base, self.name)
         for _, parameter in own:
             parameter.requires_grad_(True)
-        return own + ([("score.weight", self.score.weight)] if "score" in vars(self) else [])
+        return own + (list(self.score.named_parameters("score")) if "score" in vars(self) else [])
 
     # On disk
 
@@ -104,7 +104,7 @@ class Adapter:
             self.base.save_pretrained(folder, state_dict=weights)
         self._save_adapter(Path(folder) / FOLDER)
 
-    def _save_adapter(self, folder):
+    def _save_adapter(self, folder: Path) -> None:
         peft = _peft()
         folder.mkdir()
         state = peft.get_peft_model_state_dict(self.base, adapter_name=self.name)
@@ -137,16 +137,16 @@ def new_adapter(base: PreTrainedModel, name: str, settings: LoraConfig, seed: in
         return _inject(base, name, config, scorer)
 
 
-def _parameters(base, adapter):
+def _parameters(base: PreTrainedModel, adapter: str | None) -> list[tuple[str, torch.nn.Parameter]]:
     """[(name, parameter)] of one of the base's adapters."""
     return [(name, p) for name, p in base.named_parameters() if f".{adapter}." in name and ".lora_" in name]
 
 
-def _heads(base):
+def _heads(base: PreTrainedModel) -> list[torch.nn.Module]:
     return [head for head in (base.get_output_embeddings(), getattr(base, "score", None)) if head is not None]
 
 
-def _linear_layers(base):
+def _linear_layers(base: PreTrainedModel) -> set[str]:
     """What the linear layers of the backbone are called, adapters' own left out."""
     heads = _heads(base)
     return {
@@ -190,7 +190,7 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     return adapter
 
 
-def _inject(base, name, config, scorer):
+def _inject(base: PreTrainedModel, name: str, config: Any, scorer: bool) -> Adapter:
     peft = _peft()
     try:
         with warnings.catch_warnings():
@@ -208,7 +208,7 @@ def _inject(base, name, config, scorer):
     return Adapter(base, name, head)
 
 
-def _new_head(base):
+def _new_head(base: PreTrainedModel) -> torch.nn.Linear:
     size = base.config.get_text_config().hidden_size
     head = torch.nn.Linear(size, 1, bias=False, dtype=base.dtype, device=base.device)
     torch.nn.init.zeros_(head.weight)
