@@ -7,8 +7,9 @@ sequence. The last is exact everywhere; on a 2-core CPU, 64 sequences of 40–90
 block mask takes 239 ms (4 heads of 16), since the block mask also computes every pair of tokens that it then hides.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "rto_packed"
 
@@ -211,3 +212,14 @@ def packed_attention(
 
 # Only the attention is registered, not a mask: transformers then builds none and does not look for packing (a sync).
 AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
+    """Gives the model another of transformers' attention implementations in the context."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield model
+    finally:
+        model.set_attn_implementation(before)

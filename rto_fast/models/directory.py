@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,9 @@ from rto_fast.errors import ModelError, error_text
 from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
 from rto_fast.models.head import score_head
 
-# What a model is read as: its name in messages, and the transformers class that reads it, with these options.
-KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+Kind = Literal["causal_lm", "scorer"]
+# Each kind's name in messages, and the class of transformers that reads it, with its options.
+KINDS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
     "causal_lm": ("a causal language model", "AutoModelForCausalLM", {}),
     "scorer": ("a sequence classifier with one label", "AutoModelForSequenceClassification", {"num_labels": 1}),
 }
@@ -223,7 +224,7 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
     return shapes
 
 
-def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
+def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None:
     """Raises ModelError unless the weights in a directory are all those, and only those, of a model of this kind.
 
     transformers itself matches the names, on weights without data: a model of any size takes a moment. Of a name on the hub
@@ -282,7 +283,7 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     refuse_misfit(path, kind, info)
 
 
-def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
+def refuse_misfit(path: str, kind: Kind, info: dict[str, Any]) -> None:
     """Raises ModelError if transformers left a weight of the model or of the checkpoint without its counterpart.
 
     Args:

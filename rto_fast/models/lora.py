@@ -32,7 +32,7 @@ class Adapter:
     """A base model under one of its adapters, used as a model of its own; under none it is the base itself.
 
     Args:
-        base: from `load_causal_lm`, frozen. name: of the adapter, or None. score: the head of a reward model or critic.
+        base: from `load_model`, frozen. name: of the adapter, or None. score: the head of a reward model or critic.
     """
 
     def __init__(self, base: PreTrainedModel, name: str | None = None, score: torch.nn.Linear | None = None):

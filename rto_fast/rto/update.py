@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import Config, RTOConfig
+from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import output_head
-from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
