@@ -35,12 +35,9 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     ids = check_sequences(model.get_output_embeddings().weight.shape[0], [12, 16, 20])
     with _precisions(model, name) as precisions:
         for precision in precisions:
-            with precise(model, higher_precision(precision)):
-                truth = _own_logits(model, ids)
-            with precise(model, precision):
-                own = _own_logits(model, ids)
-                check = _Check(model, name, "log-probs", " nats", precision, compare_logits, packed_logits)
-                check.packing(ids, own, truth)
+            _Check(model, name, "log-probs", " nats", precision, compare_logits, packed_logits, _own_logits).packing(
+                ids
+            )
 
 
 @torch.no_grad()
@@ -61,12 +58,10 @@ def check_scorer(model: PreTrainedModel, name: str) -> None:
     read = [first + read_position(s, model.config) for first, s in zip(batch.cu_seqlens.tolist(), ids)]
     with _precisions(model, name) as precisions:
         for precision in precisions:
+            check = _Check(model, name, "scores", "", precision, compare_values, token_scores, _own_token_scores)
+            found, truth = check.packing(ids)
             with precise(model, higher_precision(precision)):
-                truth, returned = _own_token_scores(model, ids), _own_logits(model, ids)[:, 0]
-            with precise(model, precision):
-                own = _own_token_scores(model, ids)
-                check = _Check(model, name, "scores", "", precision, compare_values, token_scores)
-                found = check.packing(ids, own, truth)
+                returned = _own_logits(model, ids)[:, 0]
             apart = (returned - truth[read]).abs().max().item()
             if not apart <= found.limit:
                 raise ModelError(
@@ -91,52 +86,53 @@ def check_sequences(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Check:
-    """What is compared of a model in one precision, and what a message calls it.
-
-    compare: `compare_logits` or `compare_values`. packed: a packed batch → what is compared, a row for each token.
-    """
+    """The comparison of a model's packed forward passes with its own, in one precision."""
 
     model: PreTrainedModel
-    name: str
-    what: str
+    name: str  # of the model in messages
+    what: str  # what is compared, in messages
     unit: str
     precision: torch.dtype
-    compare: Callable[..., Agreement]
-    packed: Callable[[PreTrainedModel, PackedBatch], torch.Tensor]
+    compare: Callable[..., Agreement]  # `compare_logits` or `compare_values`
+    packed: Callable[[PreTrainedModel, PackedBatch], torch.Tensor]  # computes a row for each token of a packed batch
+    own: Callable[[PreTrainedModel, list[list[int]]], torch.Tensor]  # the same from the model's own forward passes
 
-    def packing(self, ids: list[list[int]], own: torch.Tensor, truth: torch.Tensor) -> Agreement:
-        """Compares packed sequences with each alone, in both modes; returns the `Agreement` of evaluation mode.
+    def packing(self, ids: list[list[int]]) -> tuple[Agreement, torch.Tensor]:
+        """Compares packed sequences with each of them alone, in evaluation mode and in training mode.
 
-        Args:
-            own, truth: of the model's own forward pass of each sequence, in this precision and in a higher one.
+        Returns:
+            The agreement in evaluation mode, and what the model's own forward pass computes in a higher precision.
         Raises:
-            ModelError: they are further apart than rounding explains.
+            ModelError: They differ by more than rounding.
         """
+        with precise(self.model, higher_precision(self.precision)):
+            truth = self.own(self.model, ids)
         if truth.isnan().any():
             raise ModelError(
                 f"{self.name}: its {self.what} are NaN: a number in config.json or its weights are damaged"
             )
         batch = pack_whole(ids, self.model.device)
-        self.model.eval()
-        evaluated = self.packed(self.model, batch)
-        self._refuse_leak(batch, evaluated, own)
-        found = self.compare(evaluated, own, truth, self.precision)
-        if not found.is_rounding:
-            self._refuse_packing(ids, batch, found)
-        self.model.train()
-        trained = self.packed(self.model, batch)
-        if not self.compare(trained, own, evaluated, self.precision).is_rounding:
-            self._refuse_training(batch)
-        self._refuse_leak(batch, trained, own)
-        self.model.eval()
-        return found
+        with precise(self.model, self.precision):
+            own, evaluated = self.own(self.model, ids), self.packed(self.model, batch)
+            self._refuse_leak(batch, evaluated, own)
+            found = self.compare(evaluated, own, truth, self.precision)
+            if not found.is_rounding:
+                self._refuse_packing(ids, batch, found)
+            self.model.train()
+            trained = self.packed(self.model, batch)
+            if not self.compare(trained, own, evaluated, self.precision).is_rounding:
+                self._refuse_training(batch)
+            self._refuse_leak(batch, trained, own)
+            self.model.eval()
+        return found, truth
 
     def _refuse_leak(self, batch: PackedBatch, packed: torch.Tensor, own: torch.Tensor) -> None:
-        """The second sequence, with a neighbour on either side, must not change when they do. They become other tokens
-        whose embeddings are NaN: what a layer makes of them is NaN, however weak its weights are. (Not in 16 bits, whose
-        attention kernels may load a neighbour's rows and give them the weight 0.)"""
-        start, end = batch.cu_seqlens[1:3].tolist()
-        middle = slice(start, end)
+        """Refuses a model whose second sequence, which has neighbours on both sides, changes with them.
+
+        The neighbours become other tokens with embeddings of NaN, which a leak passes on however small its weight is. In 16
+        bits their embeddings stay, because attention kernels may load a neighbour's rows and multiply them by 0.
+        """
+        middle = slice(*batch.cu_seqlens[1:3].tolist())
         inside = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
         inside[middle] = True
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
@@ -152,11 +148,10 @@ class _Check:
             finally:
                 hook.remove()
 
-        found = self.compare(spoiled()[middle], own[middle], packed[middle], self.precision)
-        if found.is_rounding:
+        if self.compare(spoiled()[middle], own[middle], packed[middle], self.precision).is_rounding:
             return
-        tokens = batch.num_tokens
-        layer = self._layer(Pass(lambda: self.packed(self.model, batch), tokens, middle), Pass(spoiled, tokens, middle))
+        undisturbed = Pass(lambda: self.packed(self.model, batch), batch.num_tokens, middle)
+        layer = self._layer(undisturbed, Pass(spoiled, batch.num_tokens, middle))
         raise ModelError(
             f"{self.name}: {layer} lets a packed sequence see its neighbours: it mixes positions by something else than "
             "transformers' attention interface (a convolution, a recurrent state, a mask of its own), so this model "
@@ -179,10 +174,9 @@ class _Check:
         )
 
     def _refuse_packing(self, ids: list[list[int]], batch: PackedBatch, found: Agreement) -> None:
-        start, end = batch.cu_seqlens[1:3].tolist()
         layer = self._layer(
-            Pass(lambda: _own_logits(self.model, ids[1:2]), end - start, slice(0, end - start)),
-            Pass(lambda: self.packed(self.model, batch), batch.num_tokens, slice(start, end)),
+            Pass(lambda: _own_logits(self.model, ids[1:2]), len(ids[1]), slice(0, len(ids[1]))),
+            Pass(lambda: self.packed(self.model, batch), batch.num_tokens, slice(*batch.cu_seqlens[1:3].tolist())),
             f"something between hidden states and {self.what} that is not known here",
         )
         raise ModelError(
@@ -191,6 +185,7 @@ class _Check:
         )
 
     def _layer(self, one: Pass, other: Pass, unknown: str | None = None) -> str:
+        """Returns the layer in which two passes begin to differ, as messages name it."""
         tolerance = 0.05 if self.precision.itemsize < 4 else 1e-4
         return first_difference(self.model, one, other, tolerance) or unknown or type(self.model).__name__
 
