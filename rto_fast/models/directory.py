@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rto_fast.errors import ModelError, error_text
 from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
@@ -48,8 +50,6 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers' warnings, for calls where they are intended or become errors of ours."""
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -64,11 +64,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         ModelError: it cannot be read, or does not encode text.
     """
-    from transformers import AutoTokenizer
-
     if os.path.isfile(f"{path}/config.json"):  # transformers reads it too, and would name the tokenizer as the cause
         model_config(path, trust_remote_code=trust_remote_code)
-    tokenizer = from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(transformers.AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
     try:
         tokenizer.decode(tokenizer("a").input_ids)
     except Exception as error:  # nothing has checked its settings
@@ -84,10 +82,10 @@ def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     Raises:
         ModelError: it cannot be read, or a number in it cannot be right.
     """
-    from transformers import AutoConfig
-
     check_sizes(path)
-    config = from_pretrained(AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code)
+    config = from_pretrained(
+        transformers.AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code
+    )
     check_rope(config, path)
     return config
 
@@ -243,8 +241,6 @@ def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None
     """
     if not os.path.isdir(path):
         return
-    import transformers
-
     config = model_config(path, trust_remote_code=trust_remote_code)
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -255,7 +251,9 @@ def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None
         )
     head = getattr(config.get_text_config(), "head_dim", 0)
     widest = max(max(shape.shape, default=0) for shape in shapes.values())
-    if isinstance(head, int) and head > widest:  # transformers allocates tensors of this size before it reads the weights
+    if (
+        isinstance(head, int) and head > widest
+    ):  # transformers allocates tensors of this size before it reads the weights
         raise ModelError(
             f"{path}: head_dim of config.json is {head}, no weight is wider than {widest}: two models are mixed"
         )
