@@ -48,9 +48,6 @@ class Model:
         self.engine: Any = None
         self.home: torch.device | None = None
 
-    def __repr__(self) -> str:
-        return f"Model({self.module!r})"
-
     @property
     def config(self) -> PreTrainedConfig:
         return self.module.config
@@ -103,9 +100,8 @@ class Model:
     def offload(self, device: torch.device | str) -> None:
         """Moves the weights of a frozen model to CPU memory; `resident` brings them to `device` while they are needed."""
         for parameter in self.module.parameters():
-            parameter.data = parameter.data.cpu()
-            if torch.cuda.is_available():
-                parameter.data = parameter.data.pin_memory()
+            data = parameter.data.cpu()
+            parameter.data = data.pin_memory() if torch.cuda.is_available() else data
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)  # small

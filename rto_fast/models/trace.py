@@ -1,6 +1,7 @@
 """Finds the layer in which two forward passes begin to differ, or in which one fails, for error messages."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,23 +82,17 @@ def _record(model: nn.Module, one: Pass) -> dict[tuple[str, int], tuple[list[Ten
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         begun.append(list(_rows((args, kwargs), one)))
 
-    def end(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            record[layer, counts[layer]] = begun.pop(), list(_rows(output, one))
-            counts[layer] += 1
+    def end(layer: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        record[layer, counts[layer]] = begun.pop(), list(_rows(output, one))
+        counts[layer] += 1
 
-        return hook
-
-    hooks = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
-                hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-                hooks.append(module.register_forward_hook(end(title(name, module)), with_kwargs=True))
+                hook = functools.partial(end, title(name, module))
+                hooks.enter_context(module.register_forward_pre_hook(begin, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         one.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return record
 
 
