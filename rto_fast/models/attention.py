@@ -122,11 +122,8 @@ def refuse_masked_window(module: nn.Module, window: int | None) -> None:
     size = getattr(config, "sliding_window", None)
     if window is not None or not size:
         return
-    if kinds := getattr(config, "layer_types", None):
-        slides = kinds[module.layer_idx] == "sliding_attention"
-    else:
-        slides = size < getattr(config, "max_position_embeddings", size)
-    if slides:
+    kinds, longest = getattr(config, "layer_types", None), getattr(config, "max_position_embeddings", size)
+    if kinds[module.layer_idx] == "sliding_attention" if kinds else size < longest:
         raise ValueError(
             f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
             "paged caches do without"

@@ -53,10 +53,6 @@ class Model:
         return self.module.config
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.module.dtype
-
-    @property
     def device(self) -> torch.device:
         """The device where the model computes."""
         return self.home or (self.module.device if self.engine is None else self.engine.device)
@@ -77,9 +73,8 @@ class Model:
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Returns [(name, parameter)] of what is trained; a tied parameter appears once."""
-        if self.adapter:
-            return self.adapter.trainable()
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        named = self.module.named_parameters()
+        return self.adapter.trainable() if self.adapter else [(name, p) for name, p in named if p.requires_grad]
 
     def activate(self) -> None:
         """Makes the following passes of a shared base those of this model's adapter."""

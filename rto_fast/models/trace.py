@@ -33,12 +33,13 @@ def first_difference(model: nn.Module, one: Pass, other: Pass, tolerance: float)
         None if there is no such layer below the model itself.
     """
     first, second = _record(model, one), _record(model, other)
-    for call, (inputs, outputs) in first.items():  # in the order in which the layers finish
-        if call in second:
-            alike = [_alike(a, b, tolerance) for a, b in zip((inputs, outputs), second[call])]
-            if alike == [True, False]:
-                return call[0]
-    return None
+
+    def differs(call: tuple[str, int]) -> bool:
+        return [_alike(*pair, tolerance) for pair in zip(first[call], second[call])] == [True, False]
+
+    return next(
+        (call[0] for call in first if call in second and differs(call)), None
+    )  # calls are in order of their ends
 
 
 def failing_layer(model: nn.Module, error: BaseException) -> str | None:
