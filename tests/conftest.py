@@ -29,17 +29,17 @@ if not torch.cuda.is_available() and find_spec("triton") and "TRITON_INTERPRET" 
 
 # The files that take longest, longest first: two workers end together if none of these begins last.
 LONGEST = (
-    "distributed/test_ranks.py",
-    "training/test_resume.py",
-    "kernels/test_machine_code.py",
-    "rollout/test_decode.py",
-    "test_commands.py",
-    "planning/test_plan.py",
-    "distributed/test_faults.py",
-    "models/test_saved_models.py",
-    "system/test_kept_runs.py",
-    "stress/test_faults.py",
-    "stress/test_fuzz.py",
+    "tests/distributed/test_ranks.py",
+    "tests/training/test_resume.py",
+    "tests/kernels/test_machine_code.py",
+    "tests/rollout/test_decode.py",
+    "tests/test_commands.py",
+    "tests/planning/test_plan.py",
+    "tests/distributed/test_faults.py",
+    "tests/models/test_saved_models.py",
+    "tests/system/test_kept_runs.py",
+    "tests/stress/test_faults.py",
+    "tests/stress/test_fuzz.py",
 )
 
 
@@ -50,8 +50,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    tests, order = Path(__file__).parent, {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(tests).as_posix(), len(LONGEST)))
+    root, order = Path(__file__).parent.parent, {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(root).as_posix(), len(LONGEST)))
 
 
 def pytest_collection_finish():

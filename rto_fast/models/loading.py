@@ -40,14 +40,13 @@ class Head:
             return self.softcap * torch.tanh(linear_output / self.softcap)
         return linear_output / self.divisor
 
-    def run(self, op, hidden, labels, *args, temperature=1.0, **options):
-        """A linear op of `rto_fast.ops` on this head."""
-        options |= {"temperature": temperature * self.divisor, "softcap": self.softcap}
-        return run_linear(self.linear, op, hidden, labels, *args, **options)
+    def options(self, temperature: float) -> dict[str, Any]:
+        """The arguments by which a linear op of `rto_fast.ops` computes this head's logits, divided by `temperature`."""
+        return {"temperature": temperature * self.divisor, "softcap": self.softcap}
 
 
-def run_linear(linear, op, hidden, *args, **options):
-    """`op(hidden, weight, ...)` of a linear layer, as its own forward pass where hooks gather its weight."""
+def run_linear(linear: torch.nn.Module, op: Callable, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """Computes `op(hidden, weight, ...)` of a linear layer, as its own forward pass where hooks gather its weight."""
     if isinstance(linear, OpLinear):
         return linear(hidden, op=op, args=args, **options)
     if linear.bias is not None:
@@ -230,8 +229,8 @@ def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """Log-prob of each label, [T] float32 (0 where the label is ignored), never holding [T, V] logits."""
-    hidden = forward_hidden(model, batch)
-    return output_head(model).run(linear_token_logps, hidden, batch.labels, temperature=temperature)
+    hidden, head = forward_hidden(model, batch), output_head(model)
+    return run_linear(head.linear, linear_token_logps, hidden, batch.labels, **head.options(temperature))
 
 
 def _float_linear(hidden, weight, bias=None):
@@ -256,8 +255,8 @@ def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 def precise_logps(model: torch.nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """`causal_logps` in a higher precision than the model's, [T]. With ZeRO-3 the weights must be whole."""
     with precise(model, higher_precision(next(model.parameters()).dtype)):
-        hidden = forward_hidden(model, batch)
-        return output_head(model).run(reference.linear_token_logps, hidden, batch.labels, temperature=temperature)
+        hidden, head = forward_hidden(model, batch), output_head(model)
+        return run_linear(head.linear, reference.linear_token_logps, hidden, batch.labels, **head.options(temperature))
 
 
 def read_position(ids: Sequence[int], config: PreTrainedConfig) -> int:
