@@ -43,7 +43,7 @@ class PlanOptions:
     gpus: Word | None = None
     """The GPUs: 8xH200, 1xRTX4090 or cpu. Default: those of this machine."""
     model_shape: Location | None = None
-    """Directory with a config.json, or known hub id, whose shape stands for models that are not here."""
+    """Directory with a config.json, or known hub id, whose shape is taken for models that are not here."""
     examples: Count | None = None
     """Examples in the data. Default: data.limit, or what is known of the data."""
     json: bool = False

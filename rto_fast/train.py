@@ -1,9 +1,11 @@
 """`python -m rto_fast.train`: SFT → reward model → DPO → RTO → evaluation → report. Each stage is trained or supplied."""
 
+import contextlib
 import functools
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rto_fast.config import Config, load_config
@@ -19,6 +21,13 @@ INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if there 
 
 def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
     """Runs the configured stages; returns what was measured of each policy, by its name."""
+    with started(arguments) as (config, stop):
+        return train(config, stop)
+
+
+@contextlib.contextmanager
+def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRequest]]:
+    """Reads the configuration, takes over signals and joins the other ranks, for the time of the context."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
         # deepspeed's launcher adds --local_rank, which says the same as the environment
@@ -28,7 +37,7 @@ def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
-            return train(config, stop)
+            yield config, stop
 
 
 def _say(text: str) -> None:
@@ -119,5 +128,5 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    with as_command(interrupted=INTERRUPTED):
-        main()
+    with as_command(interrupted=INTERRUPTED), started() as (config, stop):
+        train(config, stop)

@@ -1,8 +1,8 @@
-"""What a field of a configuration may hold: declared as its type, and checked by one function.
+"""What a field of a configuration may hold. The field's type declares it, and one function checks it.
 
-`lr: LearningRate = 1e-6` is a float with a range; a range that one field alone has is written there:
+`lr: LearningRate = 1e-6` is a float with a range. A range that only one field has is written at the field:
 `temperature: Annotated[float, Range(1e-4, 1e4)] = 1.0`. Every number has a range, and a range is finite unless it says
-`infinite=True`, so NaN and infinity are refused everywhere else.
+`infinite=True`, so that NaN and infinity are refused everywhere else.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ class Range:
     """The numbers from `low` to `high`, both included.
 
     Args:
-        above: `low` itself is left out. below: `high` itself is left out. infinite: infinity is in it too; the field's text
-            says what that means.
+        above: `low` itself is excluded.
+        below: `high` itself is excluded.
+        infinite: infinity is included; the text of the field says what it means.
     """
 
     low: float
@@ -64,10 +65,10 @@ LONGEST_PATH = 1000  # characters: messages quote paths, and systems take some 4
 
 @dataclass(frozen=True)
 class PathText:
-    """Rule of a text that is a path, or may be one (a model, a data set); when it is read, `~` becomes the home folder.
+    """The rule of a text that is a path or may be one (a model, a dataset). `~` becomes the home folder when it is read.
 
     Args:
-        keep_home: it stays, for a folder that is each user's own.
+        keep_home: `~` stays, for a folder that every user has for himself.
     """
 
     keep_home: bool = False
@@ -86,7 +87,7 @@ class PathText:
 
 
 class NotBlank:
-    """Rule of a text that is there: an option of a script whose variable is not set has none."""
+    """The rule of a text that must not be blank, as it is in a script whose variable is not set."""
 
     def __contains__(self, value: Any) -> bool:
         return bool(value.strip())
@@ -121,7 +122,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every key below a dataclass with its type: {"rto": RTOConfig, "rto.kl_coef": Annotated[float, …], …}."""
+    """Every key of a dataclass and of its sections, with its type: {"rto": RTOConfig, "rto.gamma": Share, …}."""
     keys: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
         keys[prefix + name] = hint
@@ -216,7 +217,7 @@ _short.maxstring = _short.maxother = 80
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: on one line, and not longer than that can take."""
+    """`value` as error messages show it: on one line, and shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     try:
@@ -226,10 +227,10 @@ def shown(value: Any) -> str:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Looks at every field of a dataclass, and of those in it.
+    """Checks every field of a dataclass and of its sections.
 
     Raises:
-        FieldError: the first that cannot hold its value.
+        FieldError: a field cannot hold its value.
     """
     for name, hint in hints_of(typing.cast(type, type(config))).items():
         value, key = getattr(config, name), prefix + name

@@ -1,16 +1,15 @@
-"""A dataclass filled from command-line options and YAML files: every field is an option, `--rto.kl_coef 0.02`.
+"""Fills a dataclass from command-line options and YAML files. Every field is an option: `--rto.kl_coef 0.02`.
 
-Values are kept by key, each with the place it comes from, until all are known; later ones override earlier ones. Messages
+Values are collected by key, each with the place where it was given, and later ones override earlier ones. Error messages
 begin with that place: `run.yaml:12: rto.gamma: expected …`, `--rto.gamma: expected …`.
 """
 
-import argparse
 import dataclasses
 import difflib
 import itertools
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
@@ -22,19 +21,16 @@ from rto_fast.errors import ConfigError, FieldError
 Settings = TypeVar("Settings")
 
 
-def argument(hint: Any) -> Callable[[str], Any]:
-    """What argparse calls with an option's text: the value of type `hint`, refused as that of a field is."""
+def value_of_text(hint: Any, text: str) -> Any:
+    """What a field of type `hint` holds where an option has this text.
 
-    def convert(text: str) -> Any:
-        try:
-            value = converted(hint, of_command_line(text, "value", hint))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if not fits(hint, value):
-            raise argparse.ArgumentTypeError(f"expected {describe(hint)}, got {shown(value)}")
-        return value
-
-    return convert
+    Raises:
+        ValueError: the field cannot hold it; says what is expected.
+    """
+    value = converted(hint, of_command_line(text, "value", hint))
+    if not fits(hint, value):
+        raise ValueError(f"expected {describe(hint)}, got {shown(value)}")
+    return value
 
 
 def split_arguments(
@@ -45,13 +41,14 @@ def split_arguments(
     switches: Iterable[str] = (),
     positional: str | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """(key, text) of each option; `--key value` or `--key=value`.
+    """Yields (key, text) of each option, which is written `--key value` or `--key=value`.
 
     Args:
-        others: options of no dataclass, such as config. switches: those without a value. positional: the key of an argument
-            that is no option.
+        others: options that are no field of the dataclass, such as config.
+        switches: options that take no value.
+        positional: the field that is given without its name.
     Raises:
-        ConfigError: an unknown option (the nearest one is suggested), or one without a value.
+        ConfigError: an option is unknown (the nearest one is suggested) or has no value.
     """
     switches = {*switches, "help"}
     known = sorted(f"--{key}" for key in {*fields_of(cls), *others, *switches} - {positional})
@@ -79,7 +76,7 @@ def split_arguments(
 
 
 def check_known(name: str, where: str, known: Iterable[str]) -> None:
-    """Raises ConfigError unless a key (or option, --key) exists: one that did exist is refused with what replaces it."""
+    """Raises ConfigError unless a key (or an option, --key) exists, and says what replaces a key of older versions."""
     if name not in known:
         if name.removeprefix("--") in INSTEAD:
             raise refusal(name.removeprefix("--"), where)
@@ -94,13 +91,13 @@ def check_known(name: str, where: str, known: Iterable[str]) -> None:
 
 
 def from_option(cls: type, key: str, text: str) -> Given:
-    """What one option gives: its value, or those of a section, `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
+    """The value of one option, or the values of a section: `--rto '{lr: 1e-6, kl_coef: 0.02}'`."""
     value = of_command_line(text, f"--{key}", hint := fields_of(cls)[key])
     return flattened(cls, value, f"{key}.") if dataclasses.is_dataclass(hint) else {key: value}
 
 
 def of_command_line(text: str, place: str, hint: Any) -> Value:
-    """An option's text: YAML where the field is not a single value; `null` is null where the field can be."""
+    """Reads an option's text: as YAML where the field can hold several values, and `null` as null where it can be null."""
     if dataclasses.is_dataclass(hint) or any(typing.get_origin(option) in (tuple, dict) for option in options_of(hint)):
         return dataclasses.replace(read(text, place), place=place)
     is_null = text == "null" and type(None) in options_of(hint)
@@ -108,10 +105,12 @@ def of_command_line(text: str, place: str, hint: Any) -> Value:
 
 
 def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] = ()) -> Given:
-    """The values of a mapping and of its sections by their keys.
+    """The values of a mapping and of its sections, by key.
 
+    Args:
+        removed: keys of older versions, which are accepted here.
     Raises:
-        ConfigError: a key that does not exist or is given twice, a section that is none.
+        ConfigError: a key does not exist or is given twice, or a section holds something else than keys and values.
     """
     keys, given = fields_of(cls), {}
 
@@ -141,10 +140,10 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
 
 
 def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settings:
-    """The dataclass that command-line `arguments` describe; `--help` prints its options and exits.
+    """Fills the dataclass from command-line `arguments`; `--help` prints its options and exits.
 
     Raises:
-        ConfigError: a mistake in them.
+        ConfigError: there is a mistake in the arguments.
     """
     if asks_for_help(arguments):
         print_help(cls, command, arguments)
@@ -165,7 +164,7 @@ def _takes_several(cls: type, key: str) -> bool:
 
 
 def own_arguments(cls: type, arguments: list[str], command: Command) -> tuple[list[str], list[str]]:
-    """(the options of `cls`, the others) of a command that takes those of a run too."""
+    """Splits the arguments of a command that also takes a run's options: (the options of `cls`, the others)."""
     own, others, words = [], [], iter(arguments)
     for word in words:
         name, has_value, _ = word.removeprefix("--").partition("=")
@@ -185,7 +184,11 @@ def named(key: str, place: str, message: str) -> str:
 
 
 def converted(hint: Any, value: Value) -> Any:
-    """`value` as a field of type `hint` holds it; where it cannot, as YAML has it. ValueError: a number that is too long."""
+    """Converts `value` to what a field of type `hint` holds; a value that does not fit stays as YAML has it.
+
+    Raises:
+        ValueError: a number is too long to be read.
+    """
     if value.is_null:
         return None
     base = base_of(hint)
@@ -213,10 +216,10 @@ def converted(hint: Any, value: Value) -> Any:
 
 
 def build(cls: type[Settings], given: Given) -> Settings:
-    """The dataclass with the given values, and the defaults of the others.
+    """The dataclass with the given values, and with defaults for the others.
 
     Raises:
-        ConfigError: a value that its field cannot hold, or that does not go with another; begins with the value's place.
+        ConfigError: a value does not fit its field, or does not go with another one. It begins with the value's place.
     """
 
     def make(cls: type, prefix: str) -> Any:

@@ -3,6 +3,7 @@
 from rto_fast.config.help import Entry, entries, sections, summary
 from rto_fast.config.run import Config
 from rto_fast.config.shipped import shipped_configs
+from rto_fast.system.terminal import say
 
 INTRODUCTION = """# Configuration
 
@@ -42,4 +43,4 @@ def _table(fields: list[Entry]) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    say(reference().rstrip("\n"))

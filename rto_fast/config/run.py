@@ -109,13 +109,8 @@ class Config:
         return tuple(name for name, is_trained in trained.items() if is_trained)
 
     @property
-    def final_stage(self) -> str:
-        """The stage whose model is the run's result: rto, or dpo where RTO is off."""
-        return "rto" if self.rto.enabled else "dpo"
-
-    @property
     def final_policy(self) -> str:
-        """The result's name in tables: RTO, PPO (without a dense reward) or DPO (where RTO is off)."""
+        """What the run's result is called in tables: RTO, PPO without a dense reward, or DPO where RTO is off."""
         return "DPO" if not self.rto.enabled else "RTO" if self.pays_dense_reward else "PPO"
 
     @property

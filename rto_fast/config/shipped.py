@@ -1,4 +1,4 @@
-"""The configurations that come with the package, `configs/*.yaml`: by name, and that of a run which names none."""
+"""The configurations that come with the package, `configs/*.yaml`, and the one that a run without --config takes."""
 
 import difflib
 import os
@@ -30,10 +30,10 @@ def shipped_configs() -> list[str]:
 
 
 def config_file(name: str) -> str:
-    """The path of the file that `--config name` means: of the shipped configuration of that name, else `name` itself.
+    """The file that `--config name` means: the shipped configuration of that name, or else the file `name`.
 
     Raises:
-        ConfigError: there is neither; lists the shipped ones.
+        ConfigError: there is neither. It lists the shipped ones.
     """
     names = shipped_configs()
     if name in names:
@@ -49,15 +49,15 @@ def config_file(name: str) -> str:
 
 
 def is_embedded(source: str) -> bool:
-    """Whether a model or data is the package's own, the generated world's."""
+    """Whether a model or data is the package's own."""
     return source == "embedded" or source.startswith("embedded:")
 
 
 def implied_config(options: dict[str, Any]) -> tuple[str, str]:
-    """(name of the configuration of a run that names none, lines that say why if it is not the default).
+    """The configuration of a run without --config: (its name, and if it is not the default, lines that say why).
 
     Args:
-        options: what the command line gives by key, {"data.preferences": "pairs.jsonl", …}.
+        options: the values of the command line by key: {"data.preferences": "pairs.jsonl", …}.
     """
     given = [key for key in (*MODELS, *DATA) if options.get(key) and not is_embedded(str(options[key]))]
     if not given:

@@ -1,4 +1,4 @@
-"""YAML as configurations use it, read strictly: what PyYAML drops in silence, or cannot bear, is one line with its place."""
+"""Reads YAML strictly. What PyYAML ignores in silence, or fails at, is an error of one line that names the place."""
 
 import dataclasses
 import re
@@ -19,10 +19,12 @@ LONGEST_NUMBER = LONGEST_NAME = 100  # characters
 
 @dataclass(frozen=True)
 class Value:
-    """A value, and where it stands.
+    """A value and where it was given.
 
     Args:
-        content: a mapping, a list, or of a scalar its text. plain: of a scalar, what YAML takes it for.
+        content: a mapping, a list, or the text of a scalar.
+        place: file and line, or the option.
+        plain: what YAML takes a scalar for.
     """
 
     content: "dict[str, Value] | list[Value] | str"
@@ -45,7 +47,7 @@ Given = dict[str, Value]  # by key: "rto.gamma"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-4 is a number, and 2026-01-01, 010 (of YAML 1.1: 8) and 1:30 (90) are text."""
+    """Reads YAML 1.1, except that 1e-4 is a number, and 2026-01-01, 010 and 1:30 are text (8 and 90 in YAML 1.1)."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -81,14 +83,14 @@ _RESOLVER = _Loader("")
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes YAML that reads back as it was: text that looks like a number, to this module or to YAML 1.1, has quotes."""
+    """Writes YAML that reads back as it was: text that would be a number here or in YAML 1.1 gets quotes."""
 
 
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def resolve(text: str) -> Any:
-    """What YAML takes `text` for where it stands without quotes: 1, 1e-4, true, None or text."""
+    """What YAML takes `text` without quotes for: 1, 1e-4, true, None or text."""
     tag = _tag_of(text)
     return _plain(yaml.ScalarNode(tag, text)) if tag in _KINDS else text  # else: <<
 
@@ -108,10 +110,10 @@ def _plain(node: yaml.ScalarNode) -> Any:
 
 
 def read_file(path: str) -> Value:
-    """The mapping that a configuration file holds.
+    """The mapping in a configuration file.
 
     Raises:
-        ConfigError: a file that cannot be read, or is no configuration; says in which line.
+        ConfigError: the file cannot be read or is no configuration. It names the line.
     """
     try:
         with open(path, "rb") as file:
@@ -133,10 +135,12 @@ def read_file(path: str) -> Value:
 
 
 def read(text: str, name: str) -> Value:
-    """The value that `text` holds; ConfigError says what is wrong with it.
+    """The value that `text` holds.
 
     Args:
-        name: of the file, or the option (--rto); messages begin with it.
+        name: the name of the file, or the option (--rto). Messages begin with it.
+    Raises:
+        ConfigError: the text is not valid.
     """
     try:
         loader = _Loader(text)
@@ -194,7 +198,7 @@ class _Reading:
         raise self.refuse(node, key, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')[:80]} is not read here")
 
     def items(self, node: yaml.MappingNode, key: str, depth: int) -> Iterator[tuple[str, Value]]:
-        """A mapping's, those that `<<` merges into it first."""
+        """The items of a mapping, those that `<<` merges into it first."""
         lines: dict[str, int] = {}
         merges = False
         for name, child in node.value:

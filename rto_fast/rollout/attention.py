@@ -4,7 +4,7 @@ The cache reaches the layers as an argument of the model call, `paged=...`, whic
 `PagedDecode` or `DenseDecode` for decode steps, `Probe` to find out what cache a model needs.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,19 @@ class Scores(NamedTuple):
     softcap: float | None  # scores become softcap · tanh(scores / softcap)
 
 
-class CacheView(Protocol):
-    """What one forward pass stores in the cache and attends to."""
+class CacheView:
+    """What one forward pass stores in the cache and attends to. Its tokens go to pages and offsets `where`."""
+
+    cache: PagedCache
+    where: tuple[Tensor, slice, Tensor]
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores the keys and values [T, num_kv_heads, head_dim] of the tokens of this forward pass."""
+        self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Attention of layer `module.layer_idx`: query [T, num_heads, head_dim] → the same shape."""
+        raise NotImplementedError
 
 
 def paged_attention(
@@ -69,7 +74,7 @@ def paged_attention(
 AttentionInterface.register(PAGED, paged_attention)
 
 
-class Packed:
+class Packed(CacheView):
     """Attention within packed sequences, without a cache.
 
     Args:
@@ -130,9 +135,6 @@ class Prefill(Packed):
         self.where = slot_mapping // cache.page_size, slice(None), slot_mapping % cache.page_size
         self.continues = any(piece is not None for piece in pages)
 
-    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
-
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         if not self.continues:
             return super().attend(module, query, key, value, scores)
@@ -156,7 +158,7 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-class PagedDecode:
+class PagedDecode(CacheView):
     """One token a sequence, by the Triton kernels. A CUDA graph finds all its tensors at the same addresses.
 
     Args:
@@ -189,7 +191,7 @@ class PagedDecode:
         )
 
 
-class DenseDecode:
+class DenseDecode(CacheView):
     """One token a sequence, in plain torch, on a rectangle of keys as long as the longest sequence.
 
     Args:
@@ -220,9 +222,6 @@ class DenseDecode:
             page = block_tables.gather(1, (lengths // cache.page_size)[:, None])[:, 0]
             page = torch.where(active, page, cache.num_pages)  # idle slots write to the last page
             self.where = page.long(), slice(None), lengths % cache.page_size
-
-    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         rows, heads = len(query), key.shape[1]

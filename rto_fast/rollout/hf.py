@@ -95,7 +95,9 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         checks = LogitsProcessorList([_refuse_nan])
         out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=checks)[:, width:].tolist()
-        return [self._until_stop(row, set(sampling.stop_ids)) for row in out]
+        stops = set(sampling.stop_ids)
+        ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in out]
+        return [row[: end + 1] for row, end in zip(out, ends)]
 
     def _pad(self, sampling: Sampling) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)  # there may be no tokenizer
@@ -119,10 +121,3 @@ class HFEngine:
             use_cache=True,
             **drawing,
         )
-
-    @staticmethod
-    def _until_stop(row: list[int], stops: set[int]) -> list[int]:
-        for index, token in enumerate(row):
-            if token in stops:
-                return row[: index + 1]
-        return row

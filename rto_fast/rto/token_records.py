@@ -13,14 +13,14 @@ RESPONSES, TOKENS = 4, 512  # of each recorded iteration, and of each response: 
 
 
 def recorded_iterations(iterations: int) -> set[int]:
-    """The numbers, from 0, of the first, the middle and the last iteration: what the token rewards mean moves."""
+    """The numbers, from 0, of the first, the middle and the last iteration, which show how the token rewards change."""
     return {0, iterations // 2, iterations - 1}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token, such that they join to that of the whole, special tokens included.
+    """The text of each token. The texts join to that of the whole, special tokens included.
 
-    Tokens are decoded behind those before them (as TGI and vLLM stream text): many tokenizers drop the space in front of
+    A token is decoded together with those before it, as TGI and vLLM stream text: many tokenizers drop the space in front of
     a token that stands alone. A character of several tokens belongs to the last of them.
     """
 

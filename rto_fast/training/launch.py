@@ -5,7 +5,6 @@ the ranks found each other. The main rank watches all heartbeats; the others wat
 rank has reported.
 """
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from rto_fast.config.fields import CountOr0
-from rto_fast.config.options import argument
+from rto_fast.config.options import value_of_text
 from rto_fast.errors import ConfigError, Interrupted, UserError, error_text
 from rto_fast.system.command_line import error_line, exit_code
 from rto_fast.system.run_lock import release_all
@@ -40,8 +39,8 @@ def from_environment(name: str, default: int) -> int:
     """
     text = os.environ.get(name)
     try:
-        return default if text is None else argument(CountOr0)(text)
-    except argparse.ArgumentTypeError as error:
+        return default if text is None else value_of_text(CountOr0, text)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}; unset it, or start with torchrun, deepspeed or srun") from None
 
 

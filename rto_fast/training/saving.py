@@ -25,13 +25,13 @@ def save_model(
 ) -> str:
     """Writes an ordinary Hugging Face checkpoint, all of it or nothing (written aside, then renamed). All ranks call it.
 
-    A policy's names all tokens that end a response, and a scorer's pads with a token that ends none: transformers then
-    generates and scores as this package does.
+    The files of a policy name all tokens that end a response, and those of a scorer a padding token that ends none, so that
+    transformers generates and scores as this package does.
 
     Args:
-        stop_ids: ids that end a response, EOS first; default: those that the tokenizer and the model name.
+        stop_ids: the ids that end a response, EOS first; default: those that the tokenizer and the model name.
     Returns:
-        the folder.
+        The folder.
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
     """
@@ -63,7 +63,7 @@ def _write_model(
                 shutil.copy(aside / "generation_config.json", aside / ADAPTER)
         tokenizer.save_pretrained(aside)
         replace_folder(aside, folder)
-    except Exception as error:  # of a full disk safetensors, tokenizers and Python each raise something else
+    except Exception as error:  # on a full disk safetensors, tokenizers and Python raise different errors
         remove(aside)
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
 

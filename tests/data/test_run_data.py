@@ -220,7 +220,7 @@ def test_hub_failure_is_one_line(monkeypatch, error):
     with pytest.raises(DataError) as caught:
         load_examples("org/name")
     assert str(caught.value) == (
-        "org/name: no such local file or folder, and the hub did not give split 'train': no network; "
+        "org/name: no such local file or folder, and the hub did not give split 'train': no network at all; "
         "check the name, the split and the network, or give a local copy"
     )
 
