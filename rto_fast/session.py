@@ -57,7 +57,7 @@ class Session:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """The keyword arguments of `load_causal_lm` and `load_scorer` that are the same for all models."""
+        """The keyword arguments of `load_model` that are the same for all models."""
         return {
             "device": self.device,
             "dtype": self.dtype,
