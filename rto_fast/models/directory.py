@@ -249,9 +249,8 @@ def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None
         )
     head = getattr(config.get_text_config(), "head_dim", 0)
     widest = max(max(shape.shape, default=0) for shape in shapes.values())
-    if (
-        isinstance(head, int) and head > widest
-    ):  # transformers allocates tensors of this size before it reads the weights
+    # transformers allocates tensors of this size before it reads the weights.
+    if isinstance(head, int) and head > widest:
         raise ModelError(
             f"{path}: head_dim of config.json is {head}, no weight is wider than {widest}: two models are mixed"
         )

@@ -17,7 +17,7 @@ from transformers import (
 from rto_fast.batch import pack_whole
 from rto_fast.config import LoraConfig
 from rto_fast.data.tokenizing import stop_token_ids
-from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer, preference_rows
+from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.forward import token_scores
 from rto_fast.models.loading import load_model
@@ -27,6 +27,7 @@ from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
 from rto_fast.train import main
 from rto_fast.training.saving import save_model
+from tests.embedded_world import preference_rows
 from tests.tiny_models import world_model, world_scorer
 
 END = 49  # <|im_end|>
