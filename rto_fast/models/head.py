@@ -43,19 +43,17 @@ def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:
     Raises:
         ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
     """
-    head = model.get_output_embeddings()
-    is_scorer = head is None
-    head = score_head(model) if is_scorer else head
+    head = model.get_output_embeddings() or score_head(model)
     if type(head) is OpLinear:
         return head
     if type(head) is not nn.Linear:
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     layer = OpLinear(head.in_features, head.out_features, bias=False, device="meta").train(head.training)
     layer.weight, layer.bias = head.weight, head.bias
-    if is_scorer:
-        model.score = layer
-    else:
-        model.set_output_embeddings(layer)
+    # By name: a model's own code may have no `set_output_embeddings` that knows where its layer is.
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if part is head:
+            model.set_submodule(name, layer)
     return layer
 
 
