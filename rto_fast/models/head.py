@@ -86,7 +86,7 @@ def output_head(model: "PreTrainedModel") -> Head:
     return Head.of(model.get_output_embeddings(), divisor, softcap)
 
 
-def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:
+def use_op_linear(model: "PreTrainedModel") -> OpLinear:
     """Replaces a model's output layer, or a scorer's head, by an `OpLinear` with the same parameters and names.
 
     It must be called before `deepspeed.initialize`.
@@ -104,10 +104,10 @@ def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     layer = OpLinear(head.in_features, head.out_features, bias=False, device="meta").train(head.training)
     layer.weight, layer.bias = head.weight, head.bias
-    if embeddings is None:
-        model.score = layer
-    else:
-        model.set_output_embeddings(layer)
+    # By name: a model's own code may have no `set_output_embeddings` that knows where its layer is.
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if part is head:
+            model.set_submodule(name, layer)
     return layer
 
 

@@ -182,8 +182,10 @@ def check_reference(config: Config, models: Models, experience: Experience, kl: 
 
 def check_dpo_model(session: TrainingSession, models: Models) -> None:
     """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
+    if models.dpo is None:
+        return
     pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.config.model.micro_batch_tokens
-    if not pairs or models.dpo is None:
+    if not pairs:
         return
     logps = []
     for model in (models.dpo, models.dpo_reference or models.reference):

@@ -35,7 +35,7 @@ def engine_config(
         stage: of ZeRO.
         dtype: of the weights.
         elements: the number of weights that are trained; 0 if the model is only evaluated.
-        max_grad_norm: see `sft.max_grad_norm`.
+        max_grad_norm: see `optimizer.max_grad_norm`.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
