@@ -43,7 +43,7 @@ def config_file(name: str) -> str:
         near = difflib.get_close_matches(Path(name).stem, names, n=1)
         hint = f"; did you mean --config {near[0]}?" if near else ""
         raise ConfigError(
-            f"--config {name}: No such file or directory, and the shipped ones are {', '.join(names)}{hint}"
+            f"--config {name}: No such file or directory; the shipped configurations are {', '.join(names)}{hint}"
         )
     return path
 
