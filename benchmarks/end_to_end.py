@@ -50,7 +50,7 @@ def _models(device, sizes):
     scorer = copy.deepcopy(config)
     scorer.num_labels, scorer.pad_token_id = 1, 0
     critic = AutoModelForSequenceClassification.from_config(scorer)
-    # As `load_causal_lm` does on a GPU: the model has bfloat16 weights, the optimizer float32 master weights.
+    # As `load_model` does on a GPU: the model has bfloat16 weights, the optimizer float32 master weights.
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     for model in (policy, critic):
         model.to(device, dtype).set_attn_implementation(PACKED)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from rto_fast.config import Config, load_config
-from rto_fast.config.shipped import DEFAULT
+from rto_fast.config.load import DEFAULT
 from rto_fast.data.world import build_tokenizer
 from rto_fast.planning.machine import GIB, local_machine
 from rto_fast.planning.outline import Items

@@ -43,7 +43,7 @@ class ReportOptions:
 def main(arguments: list[str] | None = None) -> Path:
     """Writes the report; returns its path."""
     options = parse(ReportOptions, sys.argv[1:] if arguments is None else list(arguments), REPORT)
-    from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
+    from rto_fast.reporting.page import write_report  # after the options: --help needs no matplotlib
 
     output = "/dev/stdout" if options.output == "-" else options.output
     path = write_report(options.run_dir, output)

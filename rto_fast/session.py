@@ -21,9 +21,8 @@ from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.reporting.log import Finding, RunLog
+from rto_fast.reporting.log import Finding, RunLog, Service, TensorBoard
 from rto_fast.reporting.public import public
-from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
 from rto_fast.system.run_lock import RunLock
@@ -57,7 +56,7 @@ class Session:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """The keyword arguments of `load_causal_lm` and `load_scorer` that are the same for all models."""
+        """The keyword arguments of `load_model` that are the same for all models."""
         return {
             "device": self.device,
             "dtype": self.dtype,

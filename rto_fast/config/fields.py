@@ -50,16 +50,6 @@ class Range:
         return text + " or .inf" * self.infinite
 
 
-class PowerOf2(Range):
-    """The powers of two from `low` to `high`."""
-
-    def __contains__(self, value: Any) -> bool:
-        return super().__contains__(value) and value & (value - 1) == 0
-
-    def __str__(self) -> str:
-        return f"that is a power of two, {super().__str__()}"
-
-
 LONGEST_PATH = 1000  # characters: messages quote paths, and systems take some 4,000 bytes
 
 

@@ -61,8 +61,7 @@ def load_options(arguments: list[str]) -> InspectConfig:
 def main(arguments: list[str] | None = None) -> None:
     """Prints what there is to say about a source."""
     options = load_options(sys.argv[1:] if arguments is None else list(arguments))
-    from rto_fast.data.inspection import Page  # after the options: --help and mistakes in them need no torch
-    from rto_fast.data.look import look
+    from rto_fast.data.look import Page, look  # after the options: --help and mistakes in them need no torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Notice)

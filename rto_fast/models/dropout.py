@@ -19,7 +19,7 @@ def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
 def disable_dropout(model: PreTrainedModel, evaluate: Callable[[], Tensor]) -> None:
     """Sets every rate to 0: of modules, whatever their attribute is called, and of the configurations that modules read.
 
-    What is random all the same, the checks of `rto_fast.models.loading` refuse.
+    What is random all the same, the checks of `rto_fast.models.checks` refuse.
 
     Args:
         evaluate: what the model computes in evaluation mode. A rate that changes it is none (PhiMoE's router_jitter_noise is

@@ -1,8 +1,10 @@
-"""The output layer as a place to run the linear ops in."""
+"""The output layer, and the linear ops of `rto_fast.ops` on its weight."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rto_fast.errors import ModelError
@@ -31,6 +33,57 @@ class OpLinear(nn.Linear):
         if self.bias is not None:
             options["bias"] = self.bias
         return op(hidden_states, self.weight, *args, **options)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: z = (h @ weight.T + bias) / divisor, or softcap·tanh(z / softcap)."""
+
+    linear: nn.Linear  # the layer that the weight and the bias belong to
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    divisor: float  # Granite divides its logits, Cohere multiplies them
+    softcap: float | None  # Gemma-2
+
+    @classmethod
+    def of(cls, linear: nn.Linear, divisor: float = 1.0, softcap: float | None = None) -> "Head":
+        return cls(linear, linear.weight, getattr(linear, "bias", None), divisor, softcap)
+
+    def logits(self, linear_output: Tensor) -> Tensor:
+        """Returns the logits, from the output of the linear layer."""
+        if self.softcap:
+            return self.softcap * torch.tanh(linear_output / self.softcap)
+        return linear_output / self.divisor
+
+    def run(self, op: Callable, hidden: Tensor, *args: Any, temperature: float | None = None, **options: Any) -> Any:
+        """Returns `op(hidden, weight, *args, bias=bias, **options)`, as a forward pass of an `OpLinear` if the layer is one.
+
+        Args:
+            op: a linear op of `rto_fast.ops`, or a function of the same form.
+            hidden: [T, D].
+            temperature: divides the logits, after `divisor` and `softcap`; None for a function that takes none of the three.
+        """
+        if temperature is not None:
+            options |= {"temperature": temperature * self.divisor, "softcap": self.softcap}
+        if isinstance(self.linear, OpLinear):
+            return self.linear(hidden, op=op, args=args, **options)
+        if self.bias is not None:
+            options["bias"] = self.bias
+        return op(hidden, self.weight, *args, **options)
+
+
+def output_head(model: "PreTrainedModel") -> Head:
+    """The head of a language model, from its output layer and its configuration.
+
+    Raises:
+        ModelError: the model has both a logit scale and a softcap.
+    """
+    config = model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap and divisor != 1.0:  # the divisor joins the temperature, which comes after the softcap
+        raise ModelError(f"{type(model).__name__}: both a logit scale and a softcap; not supported")
+    return Head.of(model.get_output_embeddings(), divisor, softcap)
 
 
 def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:

@@ -1,5 +1,6 @@
 """Where in a model two forward passes part, or one fails: the layer that a message names."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rto_fast.errors import ModelError, UserError, error_text
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,20 @@ def failing_layer(model: nn.Module, error: BaseException) -> str | None:
     return found
 
 
-def misses_mask(error: BaseException) -> bool:
+@contextlib.contextmanager
+def naming_layer(model: nn.Module, name: str) -> Iterator[None]:
+    """Turns an exception from a forward pass of packed sequences into a ModelError that names the layer."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's code may raise anything
+        layer = failing_layer(model, error) or type(model).__name__
+        reason = "it needs an attention mask, and they have none" if _misses_mask(error) else error_text(error)
+        raise ModelError(f"{name}: {layer} cannot run packed sequences: {reason}") from error
+
+
+def _misses_mask(error: BaseException) -> bool:
     """Whether an exception is that of a function which was given no attention mask and takes one apart."""
     traceback = error.__traceback__
     while traceback and traceback.tb_next:

@@ -1,7 +1,7 @@
 """The data of a run's stages: what is missing, what is used in place of a source that is not given, and what is mixed."""
 
 from rto_fast.config import Config
-from rto_fast.config.shipped import DATA, is_embedded
+from rto_fast.config.load import DATA, is_embedded
 from rto_fast.errors import DataError
 from rto_fast.reporting.log import RunLog
 

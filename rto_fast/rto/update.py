@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import Config, RTOConfig
-from rto_fast.models.loading import forward_hidden, output_head, run_linear
+from rto_fast.models.forward import forward_hidden
+from rto_fast.models.head import output_head
 from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
@@ -149,8 +150,7 @@ def policy_loss(
         "dual_clip": rto.dual_clip,
     }
     if head.bias is None:
-        return run_linear(
-            head.linear,
+        return head.run(
             linear_ppo_loss,
             hidden,
             batch.labels,
@@ -158,12 +158,10 @@ def policy_loss(
             micro_batch.advantages,
             mask,
             entropy_coef=rto.entropy_coef,
-            **head.options(temperature),
+            temperature=temperature,
             **options,
         )
-    logps, entropy = run_linear(
-        head.linear, linear_token_logps, hidden, batch.labels, return_entropy=True, **head.options(temperature)
-    )
+    logps, entropy = head.run(linear_token_logps, hidden, batch.labels, temperature=temperature, return_entropy=True)
     loss, metrics = ppo_policy_loss(logps, micro_batch.old_logps, micro_batch.advantages, mask, **options)
     weights = mask if micro_batch.policy_weights is None else micro_batch.policy_weights * mask
     mean_entropy = (entropy * weights).sum() / micro_batch.num_items

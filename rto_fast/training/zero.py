@@ -15,8 +15,8 @@ import torch
 from rto_fast.batch import pack_whole
 from rto_fast.config import DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
+from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
-from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks

@@ -9,8 +9,8 @@ import yaml
 
 from rto_fast.config import Config, OptimizerConfig, SFTConfig, dump_config, load_config
 from rto_fast.config.fields import fields_of
-from rto_fast.config.reference import reference
 from rto_fast.errors import ConfigError
+from tests.config.reference import reference
 
 # An older version's file: a setting of the SFT stage, and that of the others.
 FOUR = "sft: {{{0}}}\nreward_model: {{{1}}}\ndpo: {{{1}}}\nrto: {{{1}}}\n"
@@ -266,4 +266,4 @@ def test_the_zero_stage_of_a_run():
 
 def test_the_page_of_the_documentation_is_made_from_the_fields():
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == reference(), "python -m rto_fast.config.reference > docs/configuration.md"
+    assert page.read_text() == reference(), "python -m tests.config.reference > docs/configuration.md"

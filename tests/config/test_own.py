@@ -13,10 +13,10 @@ import yaml
 from rto_fast import session
 from rto_fast.config import load_config
 from rto_fast.data.run_data import RunData
-from rto_fast.data.world import preference_rows
 from rto_fast.errors import ConfigError, DataError
 from rto_fast.plan import main as plan
 from rto_fast.train import main
+from tests.embedded_world import preference_rows
 from tests.tiny_models import save_world_model
 
 ROOT = Path(__file__).parents[2]

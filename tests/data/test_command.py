@@ -16,7 +16,7 @@ import pytest
 
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import sources
-from rto_fast.data.inspection import Page, histogram
+from rto_fast.data.look import Page, histogram
 from rto_fast.data.sources import load_examples
 from rto_fast.data.world import build_tokenizer
 from rto_fast.errors import ConfigError, DataError, UserError
@@ -216,7 +216,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, name):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("rto_fast.data.json_rows.LONGEST_ROW", 2**20)
+    monkeypatch.setattr("rto_fast.data.files.LONGEST_ROW", 2**20)
     with pytest.raises(DataError, match="a.jsonl.gz:1: a line of 1,048,576 characters or more; write one row a line"):
         load_examples(bomb(tmp_path / "a.jsonl.gz"))
 
