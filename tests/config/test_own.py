@@ -1,4 +1,4 @@
-"""A model and data of one's own get nothing of the embedded default, and are told what stands in for what is not named."""
+"""A run on the user's own model and data uses nothing embedded, and says what it uses for keys that are not given."""
 
 import json
 import os
