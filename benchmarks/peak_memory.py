@@ -1,10 +1,10 @@
 """`python -m benchmarks.peak_memory`: predicted beside measured peaks of memory, on a small model of random weights.
 
-A run trains every stage in a process of its own; its peaks are read around the phases that it reports by itself (see
-`rto_fast.system.progress`). On a CPU a peak is the growth of resident memory since before the first model, by Linux's
-high-water mark, which is set back before each phase; on a GPU it is the most that torch has allocated. glibc keeps freed
-blocks of up to 32 MB for itself. What a run needs shows where glibc is told to give them back; the last column is measured
-without that. All options of `python -m rto_fast.train` work.
+A run trains every stage in a process of its own. Its peaks are read at the bounds of the phases whose progress it reports
+(see `rto_fast.system.progress`). On a GPU, a peak is the most that torch has allocated. On a CPU, it is the growth of
+resident memory since before the first model was loaded; Linux's high-water mark is reset before each phase. glibc keeps
+freed blocks of up to 32 MB, so the run is measured twice: in the column `measured` glibc returns them to the system, in
+`with kept` it does not. All options of `python -m rto_fast.train` work.
 """
 
 import contextlib
