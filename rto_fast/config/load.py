@@ -131,15 +131,8 @@ def load_config(
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file.
     """
-<<<<<<< HEAD
     help_if_asked(Config, TRAIN, arguments)
-    options = [*split_arguments(arguments, Config, others={"config"}, switches={"print_config"})]
-=======
-    if asks_for_help(arguments):
-        print_help(Config, TRAIN, arguments)
-        raise SystemExit(0)
     options = [*split_arguments(arguments, Config, others={"config", *beside}, switches={"print_config"})]
->>>>>>> newcomer
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}
     if not folder and "config" not in dict(options):
