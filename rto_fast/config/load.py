@@ -1,9 +1,9 @@
-"""The configuration of a run from files, its own or those that come with the package, and the command line; and back."""
+"""Reads the configuration of a run from files and the command line, and writes it as YAML."""
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def config_file(name: str) -> str:
         near = difflib.get_close_matches(Path(name).stem, names, n=1)
         hint = f"; did you mean --config {near[0]}?" if near else ""
         raise ConfigError(
-            f"--config {name}: No such file or directory, and the shipped ones are {', '.join(names)}{hint}"
+            f"--config {name}: No such file or directory; the shipped configurations are {', '.join(names)}{hint}"
         )
     return path
 
@@ -115,21 +115,24 @@ def _resumed(folder: str) -> Given:
         raise FieldError("--resume", describe(Location), shown(folder))
     files = [os.path.join(folder, name) for name in ("config.yaml", "progress.json")]
     if not all(map(os.path.isfile, files)):
-        raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
+        raise ConfigError(f"--resume {folder}: no run to continue (no progress.json and config.yaml there)")
     return read_config(files[0])
 
 
-def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
+def load_config(
+    arguments: list[str], say: Callable[[str], object] = lambda text: None, beside: Iterable[str] = ()
+) -> Config:
     """Parses command-line `arguments`. `--help` and `--print_config` print and exit.
 
     Args:
         say: called with a line of text where a model or data is given without --config: which configuration that takes.
+        beside: the other options of the command, which may have been meant by an unknown one.
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file.
     """
     help_if_asked(Config, TRAIN, arguments)
-    options = [*split_arguments(arguments, Config, others={"config"}, switches={"print_config"})]
+    options = [*split_arguments(arguments, Config, others={"config", *beside}, switches={"print_config"})]
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}
     if not folder and "config" not in dict(options):

@@ -89,7 +89,7 @@ INSTEAD = {key: removed.instead for removed in REMOVED for key in removed.defaul
 
 
 def refusal(key: str, place: str) -> ConfigError:
-    return ConfigError(f"{place}: {key} is no more: {INSTEAD[key]}")
+    return ConfigError(f"{place}: {key} was removed: {INSTEAD[key]}")
 
 
 def without_removed(given: Given) -> Given:

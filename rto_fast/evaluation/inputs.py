@@ -8,6 +8,7 @@ from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.errors import DataError
 from rto_fast.evaluation.options import EvaluateConfig
+from rto_fast.models.directory import Kind
 from rto_fast.models.supplied import Supplied
 from rto_fast.rewards import RewardFunction
 from rto_fast.rollout import Sampling
@@ -37,15 +38,16 @@ def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> In
     config = options.as_config()
     device = prepare_process(config)
     function = RewardFunction(options.reward, "--reward", device) if options.reward else None
+    named: list[tuple[str, str | None, Kind]] = [
+        ("model", options.model, "causal_lm"),
+        ("reference", options.reference, "causal_lm"),
+        ("dpo_model", options.dpo_model, "causal_lm"),
+        ("dpo_reference", options.dpo_reference, "causal_lm"),
+        ("reward_model", options.reward_model, "scorer"),
+    ]
     models = [
         Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
-        for key, path, kind in (
-            ("model", options.model, "causal_lm"),
-            ("reference", options.reference, "causal_lm"),
-            ("dpo_model", options.dpo_model, "causal_lm"),
-            ("dpo_reference", options.dpo_reference, "causal_lm"),
-            ("reward_model", options.reward_model, "scorer"),
-        )
+        for key, path, kind in named
         if path
     ]
     session = open_session(config, models, device, say)

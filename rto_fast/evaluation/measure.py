@@ -11,7 +11,7 @@ from rto_fast.estimates import Estimate, length_controlled_win_rate, mean, rate,
 from rto_fast.evaluation.inputs import Inputs
 from rto_fast.evaluation.policies import EVALUATION_SEED, kl_terms, respond
 from rto_fast.models.directory import load_tokenizer
-from rto_fast.models.loading import load_causal_lm, load_scorer
+from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardModel, completions_of_pairs
 from rto_fast.rollout import RolloutBatch, build_engine
@@ -72,7 +72,7 @@ class Measurement:
         ranks = self.dpo_model and path in (self.dpo_model, self.dpo_reference)
         if not responds and not ranks:
             return
-        model = Model(load_causal_lm(path, trainable=False, **self.session.placement))
+        model = Model(load_model("causal_lm", path, trainable=False, **self.session.placement))
         if responds:
             self.say(f"{path}: responds to {len(prompts)} prompts")
             engine = build_engine(model, self.session.tokenizer, self.options.rollout)
@@ -108,7 +108,7 @@ class Measurement:
             yield function.path.partition(":")[2], function, rate if function.is_rate else mean
         if options.reward_model:
             self.say(f"{options.reward_model}: scores")
-            model = Model(load_scorer(options.reward_model, trainable=False, **self.session.placement))
+            model = Model(load_model("scorer", options.reward_model, trainable=False, **self.session.placement))
             scorer = RewardModel(
                 model,
                 load_tokenizer(options.reward_model, trust_remote_code=options.trust_remote_code),

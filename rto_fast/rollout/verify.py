@@ -6,7 +6,7 @@ from torch import Tensor
 from rto_fast.batch import pack_whole
 from rto_fast.errors import ModelError, RolloutError, error_text
 from rto_fast.models.agreement import compare_logits
-from rto_fast.models.loading import check_sequences
+from rto_fast.models.checks import check_sequences
 from rto_fast.models.precision import higher_precision
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
 from rto_fast.rollout.cache import PagedCache

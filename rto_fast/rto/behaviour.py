@@ -22,7 +22,7 @@ from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
 from rto_fast.rollout import RolloutBatch
 from rto_fast.training.response_logps import response_logps
 
-MONITORED = 16  # one in so many responses, and at least four
+MONITORED = 16  # the log-probs of every 16th response are compared, and of at least four
 
 
 def monitored_rows(count: int) -> range:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.config import Config
-from rto_fast.models.loading import token_scores
+from rto_fast.models.forward import token_scores
 from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.rewards import Judge, NormalizedScores
 from rto_fast.training.loader import Loader

@@ -9,7 +9,7 @@ from rto_fast.batch import pack, segment_sum
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
 from rto_fast.losses import dpo
-from rto_fast.models.loading import causal_logps
+from rto_fast.models.forward import causal_logps
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import ACCURACY, HELD_OUT_ACCURACY, LOSS, LR, MARGIN, TOKENS_PER_SECOND

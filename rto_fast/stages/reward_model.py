@@ -7,7 +7,7 @@ from torch import Tensor
 from rto_fast.batch import pack_whole
 from rto_fast.data.tokenizing import Pair
 from rto_fast.losses import bradley_terry
-from rto_fast.models.loading import token_scores
+from rto_fast.models.forward import token_scores
 from rto_fast.reporting.metric_names import (
     ACCURACY,
     HELD_OUT_ACCURACY,

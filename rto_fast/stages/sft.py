@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rto_fast.batch import pack
-from rto_fast.models.loading import causal_logps
+from rto_fast.models.forward import causal_logps
 from rto_fast.reporting.metric_names import LOSS, LR, TOKENS_PER_SECOND
 from rto_fast.session import TrainingSession
 from rto_fast.training.loader import Loader

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from rto_fast.batch import pack
-from rto_fast.models.loading import causal_logps, precise_logps
+from rto_fast.models.forward import causal_logps, precise_logps
 from rto_fast.models.model import Model
 from rto_fast.training import ranks
 

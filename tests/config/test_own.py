@@ -1,4 +1,4 @@
-"""A model and data of one's own get nothing of the embedded default, and are told what stands in for what is not named."""
+"""A run on the user's own model and data uses nothing embedded, and says what it uses for keys that are not given."""
 
 import json
 import os
@@ -301,7 +301,10 @@ def test_a_wrong_name_lists_those_that_exist(name, hint, command, tmp_path, monk
     with pytest.raises(ConfigError) as refused:
         command(["--config", name])
     known = ", ".join(NAMES)
-    assert str(refused.value) == f"--config {name}: No such file or directory, and the shipped ones are {known}{hint}"
+    assert (
+        str(refused.value)
+        == f"--config {name}: No such file or directory; the shipped configurations are {known}{hint}"
+    )
 
 
 @pytest.mark.skipif(int(setuptools.__version__.split(".")[0]) < 77, reason="building a wheel here needs setuptools 77")

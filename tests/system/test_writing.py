@@ -324,6 +324,7 @@ OTHERS = {
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
     "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
+    "benchmarks/end_to_end.py": {"TemporaryDirectory"},
     "benchmarks/gpu.py": {"open", "mkdtemp"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},
