@@ -68,6 +68,8 @@ def load_examples(
     Raises:
         DataError: names the file, the line (or row) and the remedy.
     """
+    if invalid not in ("error", "skip"):
+        raise DataError(f"invalid: {invalid!r} is not 'error' or 'skip'")
     if limit == 0:
         raise DataError(f"{source}: no examples in split {split!r} (limit 0)")
     layout, rows = open_examples(

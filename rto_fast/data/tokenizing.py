@@ -47,6 +47,12 @@ class Limits:
     max_response_tokens: int
     overlong_prompt: Literal["drop", "truncate_left"] = "drop"
 
+    def __post_init__(self) -> None:
+        if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
+            raise DataError(f"max_prompt_tokens and max_response_tokens must be at least 1: {self}")
+        if self.overlong_prompt not in ("drop", "truncate_left"):
+            raise DataError(f"overlong_prompt: {self.overlong_prompt!r} is not 'drop' or 'truncate_left'")
+
 
 @dataclass(frozen=True)
 class Demonstration:
