@@ -38,7 +38,7 @@ from rto_fast.data.messages import (
     read_messages,
     read_tools,
 )
-from rto_fast.data.text_messages import decoded, is_transcript, transcript_messages, turn_text
+from rto_fast.data.text_messages import decoded, is_transcript, transcript_messages, with_newlines
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
@@ -230,7 +230,7 @@ def _after(given: Any, prompt: Text, value: Any, name: str, origin: str) -> Text
         origin: as in `to_example`.
     """
     if isinstance(value, str):
-        return turn_text(value) if is_transcript(given) else value
+        return with_newlines(value).strip() if is_transcript(given) else value
     messages, before = read_messages(value, name, origin), as_messages(prompt)
     return messages[len(before) :] if content_of(messages[: len(before)]) == content_of(before) else messages
 

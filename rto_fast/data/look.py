@@ -252,17 +252,14 @@ def _typical(rows: Iterable[tuple[dict, Example | DataError]], count: int) -> tu
         if isinstance(example, DataError):
             first_error = first_error or example
             continue
-        usable.append((_kind(example), row, example))
+        kind = PAIRS if example.chosen is not None else DEMONSTRATIONS if example.response is not None else PROMPTS
+        usable.append((kind, row, example))
         if len(usable) == count:
             break
     if first_error and not usable:
         raise first_error
-    most = Counter(kind for kind, _, _ in usable).most_common(1)[0][0]
+    most = Counter(kind for kind, *_ in usable).most_common(1)[0][0]
     return next(found for found in usable if found[0] == most)
-
-
-def _kind(example: Example) -> Kind:
-    return PAIRS if example.chosen is not None else DEMONSTRATIONS if example.response is not None else PROMPTS
 
 
 def _lengths(

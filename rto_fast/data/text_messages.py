@@ -40,11 +40,6 @@ def transcript_messages(text: str) -> tuple[dict, ...]:
     return tuple(messages)
 
 
-def turn_text(text: str) -> str:
-    """What a turn says, if its text stands in another column than the transcript that it continues."""
-    return with_newlines(text).strip()
-
-
 def _turns(text: str) -> list[tuple[str, str]]:
     """(speaker, content) of each turn."""
     for marker in (_PLAIN, _SPACED):
