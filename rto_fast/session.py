@@ -79,7 +79,7 @@ class TrainingSession(Session):
         """The model of a stage that was trained before this run was resumed; None if the stage is still to be trained."""
         if not self.checkpoints.is_done(stage):
             return None
-        self.log.say(f"{stage}: done before")
+        self.log.say(f"{stage}: already trained")
         return str(self.folder / stage)
 
     def finish(self, stage: str, path: str) -> str:
