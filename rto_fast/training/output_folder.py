@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rto_fast.config import Config
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, how_to_go_on
 from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.training import ranks
 from rto_fast.training.progress_file import UNSTARTED
@@ -63,7 +63,8 @@ def refuse_what_is_there(folder: Path) -> None:
         return
     names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
     if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
-        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
+        resume = f", or {how_to_go_on(folder)}" if {"config.yaml", "progress.json"} <= names else ""
+        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir{resume}")
 
 
 def prepare_output(folder: Path) -> None:
