@@ -118,13 +118,11 @@ def measure(arguments: list[str]) -> dict[str, dict[str, float]]:
 
 def _items(config: Config) -> dict[str, Items]:
     """The lengths of the run's data, as the run itself has planned with."""
-    from rto_fast.models.loading import resolve_dtype
     from rto_fast.models.supplied import supplied_models
-    from rto_fast.session import open_session, resolve_device
+    from rto_fast.session import open_session, prepare_process
 
-    device = resolve_device(config.device)
     models = supplied_models(config, config.model.path or "")
-    session = open_session(config, models, device, resolve_dtype(config.model.dtype, device), say=lambda text: None)
+    session = open_session(config, models, prepare_process(config), say=lambda text: None)
     return data_items(config, session.data)
 
 

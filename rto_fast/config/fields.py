@@ -121,11 +121,6 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-@functools.cache
-def _parts_of(hint: Any) -> tuple[Any, tuple]:
-    return typing.get_origin(hint), typing.get_args(hint)
-
-
 def options_of(hint: Any) -> tuple:
     """The types of a union, or `hint` alone."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -140,7 +135,7 @@ def base_of(hint: Any) -> Any:
 
 def fits(hint: Any, value: Any) -> bool:
     """Whether a field of type `hint` can hold `value`."""
-    origin, parts = _parts_of(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return fits(parts[0], value) and all(value in rule for rule in parts[1:])
     if origin in (typing.Union, types.UnionType):

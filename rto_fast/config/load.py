@@ -11,8 +11,8 @@ import yaml
 
 from rto_fast import configs
 from rto_fast.config.fields import Location, describe, fits, shown
-from rto_fast.config.help import Command, print_help
-from rto_fast.config.options import asks_for_help, build, flattened, from_option, split_arguments
+from rto_fast.config.help import Command, help_if_asked
+from rto_fast.config.options import build, flattened, from_option, split_arguments
 from rto_fast.config.removed import INSTEAD, without_removed
 from rto_fast.config.run import Config
 from rto_fast.config.yaml_text import Dumper, Given, Value, read, read_file
@@ -131,9 +131,7 @@ def load_config(
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file.
     """
-    if asks_for_help(arguments):
-        print_help(Config, TRAIN, arguments)
-        raise SystemExit(0)
+    help_if_asked(Config, TRAIN, arguments)
     options = [*split_arguments(arguments, Config, others={"config", *beside}, switches={"print_config"})]
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}

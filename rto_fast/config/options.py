@@ -8,12 +8,13 @@ import dataclasses
 import difflib
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
-from rto_fast.config.help import Command, print_help
+from rto_fast.config.help import Command, help_if_asked
 from rto_fast.config.removed import INSTEAD, refusal
 from rto_fast.config.yaml_text import Given, Value, read, resolve
 from rto_fast.errors import ConfigError, FieldError
@@ -143,15 +144,14 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     return given
 
 
-def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settings:
-    """Fills the dataclass from command-line `arguments`; `--help` prints its options and exits.
+def parse(cls: type[Settings], arguments: list[str] | None, command: Command) -> Settings:
+    """Fills the dataclass from command-line `arguments`, by default this process's; `--help` prints its options and exits.
 
     Raises:
         ConfigError: there is a mistake in the arguments.
     """
-    if asks_for_help(arguments):
-        print_help(cls, command, arguments)
-        raise SystemExit(0)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    help_if_asked(cls, command, arguments)
     given: Given = {}
     for key, text in split_arguments(arguments, cls, switches=command.switches, positional=command.positional):
         if key == command.positional:
@@ -177,10 +177,6 @@ def own_arguments(cls: type, arguments: list[str], command: Command) -> tuple[li
         if is_own and not has_value and name not in {*command.switches, "help"}:
             own += itertools.islice(words, 1)
     return own, others
-
-
-def asks_for_help(arguments: list[str]) -> bool:
-    return "--help" in arguments or arguments[:1] == ["-h"]
 
 
 def named(key: str, place: str, message: str) -> str:

@@ -108,22 +108,19 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
     Raises:
         DataError: the row does not fit the layout; names `origin` and what was found.
     """
-    present = _mapped(row, columns or {}, origin)
+    present = {name: value for name, value in role_values(row, columns or {}, origin).items() if value is not None}
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
-    prompt: Text
-    response: str | dict | None = None
-    chosen: str | dict | None = None
-    rejected: str | dict | None = None
+    responses: dict[str, str | dict] = {}
     if layout in PAIR_LAYOUTS:
         _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
         _check_layout(present, layout, origin)
-        prompt, chosen, rejected = _preference(present, layout, origin)
+        prompt, responses["chosen"], responses["rejected"] = _preference(present, layout, origin)
     elif layout == "messages":
         _need(present, ("messages",), row, origin)
         messages = read_messages(present["messages"], "messages", origin)
         if messages[-1]["role"] == "assistant":
-            prompt, response = messages[:-1], only_response(messages[-1:], "messages", origin)
+            prompt, responses["response"] = messages[:-1], only_response(messages[-1:], "messages", origin)
         else:
             prompt = messages
     else:
@@ -132,13 +129,14 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
         if layout == "prompt/response":
             name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
-            response = only_response(_after(present["prompt"], prompt, present[name], name, origin), name, origin)
+            responses["response"] = only_response(
+                _after(present["prompt"], prompt, present[name], name, origin), name, origin
+            )
     check_prompt(prompt, origin)
     tools = read_tools(present.get("tools"), origin)
-    texts = {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected, "tools": tools}
-    for name, value in texts.items():
+    for name, value in {"prompt": prompt, **responses, "tools": tools}.items():
         check_unicode(value, name, origin)
-    return Example(prompt, response, chosen, rejected, origin, extra, tools)
+    return Example(prompt, origin=origin, extra=extra, tools=tools, **responses)
 
 
 def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
@@ -205,11 +203,6 @@ def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str)
     natural = {name: row[name] for name in COLUMNS if name in row and name not in taken}
     named = natural | {ours: row[theirs] for ours, theirs in columns.items()}
     return {name: decoded(value, name, origin) if isinstance(value, str) else value for name, value in named.items()}
-
-
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """`role_values` without nulls."""
-    return {name: value for name, value in role_values(row, columns, origin).items() if value is not None}
 
 
 def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, Any], origin: str) -> None:

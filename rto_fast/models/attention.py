@@ -122,11 +122,8 @@ def refuse_masked_window(module: nn.Module, window: int | None) -> None:
     size = getattr(config, "sliding_window", None)
     if window is not None or not size:
         return
-    if kinds := getattr(config, "layer_types", None):
-        slides = kinds[module.layer_idx] == "sliding_attention"
-    else:
-        slides = size < getattr(config, "max_position_embeddings", size)
-    if slides:
+    kinds, longest = getattr(config, "layer_types", None), getattr(config, "max_position_embeddings", size)
+    if kinds[module.layer_idx] == "sliding_attention" if kinds else size < longest:
         raise ValueError(
             f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
             "paged caches do without"
@@ -177,13 +174,9 @@ def packed_attention(
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of queries and keys
     window = (sliding_window - 1 if sliding_window else -1, 0)  # positions before and after the query's
     if half and (flash_attn := _flash_attn()):
-        options: dict[str, Any] = {
-            "softmax_scale": scaling,
-            "causal": True,
-            "window_size": window,
-            "softcap": softcap or 0.0,
-        }
-        out = flash_attn(query, key, value, *bounds, **options)
+        out = flash_attn(
+            query, key, value, *bounds, softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0
+        )
     elif half and not softcap and query.shape[-1] <= 256 and not query.shape[-1] % 8:
         varlen_attn, takes_gqa = _torch_varlen()
         options = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}

@@ -142,11 +142,8 @@ class _Check:
             return embedded.masked_fill(~inside[:, None], torch.nan) if self.precision.itemsize > 2 else embedded
 
         def spoiled() -> torch.Tensor:
-            hook = self.model.get_input_embeddings().register_forward_hook(spoil)
-            try:
+            with self.model.get_input_embeddings().register_forward_hook(spoil):
                 return self.packed(self.model, other)
-            finally:
-                hook.remove()
 
         if self.compare(spoiled()[middle], own[middle], packed[middle], self.precision).is_rounding:
             return

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rto_fast.errors import ModelError, error_text
 from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
@@ -50,8 +52,6 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers' warnings, for calls where they are intended or become errors of ours."""
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -66,11 +66,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         ModelError: it cannot be read, or does not encode text.
     """
-    from transformers import AutoTokenizer
-
     if os.path.isfile(f"{path}/config.json"):  # transformers reads it too, and would name the tokenizer as the cause
         model_config(path, trust_remote_code=trust_remote_code)
-    tokenizer = from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(transformers.AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
     try:
         tokenizer.decode(tokenizer("a").input_ids)
     except Exception as error:  # nothing has checked its settings
@@ -86,10 +84,10 @@ def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     Raises:
         ModelError: it cannot be read, or a number in it cannot be right.
     """
-    from transformers import AutoConfig
-
     check_sizes(path)
-    config = from_pretrained(AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code)
+    config = from_pretrained(
+        transformers.AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code
+    )
     check_rope(config, path)
     return config
 
@@ -192,8 +190,7 @@ def _weight_files(path: str) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
-    strange = [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]
-    if strange:
+    if strange := [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]:
         raise ModelError(f"{index}: {strange[0]!r} is no file name in this directory; copy the file again")
     return [index.with_name(name) for name in sorted(set(names))]
 
@@ -212,8 +209,7 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
             f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that it was "
             "merged into"
         )
-    files = _weight_files(path)
-    if not files:
+    if not (files := _weight_files(path)):
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
         reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
         raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
@@ -245,8 +241,6 @@ def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None
     """
     if not os.path.isdir(path):
         return
-    import transformers
-
     config = model_config(path, trust_remote_code=trust_remote_code)
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -284,8 +278,7 @@ def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None
             return
         key = key_of(config.to_dict(), error.args[0]) if isinstance(error, KeyError) and error.args else None
         reason = f"{key} is {error.args[0]!r}, which transformers does not know" if key else error_text(error)
-        method = getattr(config, "quantization_config", None)
-        if method:
+        if method := getattr(config, "quantization_config", None):
             method = method.get("quant_method", method) if isinstance(method, dict) else method
             reason = f"it is quantised ({method}): {reason}; give the model as it was before"
         raise ModelError(f"{path}: cannot be {what}: {reason}") from error
@@ -309,17 +302,16 @@ def refuse_misfit(path: str, kind: Kind, info: dict[str, Any]) -> None:
         raise ModelError(
             f"{path}: {name} is {found} in the checkpoint and {expected} by config.json: two models are mixed"
         )
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if not missing and not unexpected:
-        return
-    faults = [f"the checkpoint lacks weights: {_some(missing)}"] if missing else []
-    faults += [f"it holds weights that would not be used: {_some(unexpected)}"] if unexpected else []
+    faults = {"the checkpoint lacks weights": info["missing_keys"]}
+    faults["it holds weights that would not be used"] = info["unexpected_keys"]
+    found = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
     remedy = (
         "give one with transformers' own `score` head, without a bias, as AutoModelForSequenceClassification writes it"
         if kind == "scorer"
         else "if it is one all the same, write it anew with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
     )
-    raise ModelError(f"{path}: not {KINDS[kind][0]}: {'; '.join(faults)}; {remedy}")
+    if found:
+        raise ModelError(f"{path}: not {KINDS[kind][0]}: {found}; {remedy}")
 
 
 def _some(names: Iterable[str], shown: int = 4) -> str:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and the layer needs o
 
 
 class OpLinear(nn.Linear):
-    """A linear layer whose forward can be an op of its weight (and bias):
+    """A linear layer whose forward pass can be an op on its weight and bias:
 
         head(hidden_states, op=linear_ppo_loss, labels=labels, old_logps=old_logps, ...)
 
-    ZeRO-3 gathers a weight around the forward and the backward pass of the module it belongs to, by hooks that reading
-    `lm_head.weight` does not trigger; a weight tied to the embedding likewise.
+    ZeRO-3 gathers a weight, also one that is tied to the embedding, in hooks around the forward and the backward pass of
+    its module. Reading `lm_head.weight` does not trigger them.
     """
 
     # nn.Linear's name for the first argument is `input`.
@@ -86,37 +86,36 @@ def output_head(model: "PreTrainedModel") -> Head:
     return Head.of(model.get_output_embeddings(), divisor, softcap)
 
 
-def use_op_linear(model: "PreTrainedModel | Adapter") -> OpLinear:
-    """Puts an `OpLinear` in the place of a model's output layer, or of a scorer's head; parameters and names stay.
+def use_op_linear(model: "PreTrainedModel") -> OpLinear:
+    """Replaces a model's output layer, or a scorer's head, by an `OpLinear` with the same parameters and names.
 
-    To be called before `deepspeed.initialize`.
+    It must be called before `deepspeed.initialize`.
 
     Returns:
-        the new layer.
+        The new layer.
     Raises:
-        ModelError: the output layer is more than a linear layer (an adapter, a quantised one).
+        ModelError: the layer is not a plain linear layer (it has an adapter or is quantised).
     """
-    head = model.get_output_embeddings()
-    is_scorer = head is None
-    head = score_head(model) if is_scorer else head
+    embeddings = model.get_output_embeddings()
+    head = score_head(model) if embeddings is None else embeddings
     if type(head) is OpLinear:
         return head
     if type(head) is not nn.Linear:
         raise ModelError(f"{type(model).__name__}: its output layer is a {type(head).__name__}, not a torch.nn.Linear")
     layer = OpLinear(head.in_features, head.out_features, bias=False, device="meta").train(head.training)
     layer.weight, layer.bias = head.weight, head.bias
-    if is_scorer:
-        model.score = layer
-    else:
-        model.set_output_embeddings(layer)
+    # By name: a model's own code may have no `set_output_embeddings` that knows where its layer is.
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if part is head:
+            model.set_submodule(name, layer)
     return layer
 
 
 def score_head(model: "PreTrainedModel | Adapter") -> nn.Linear:
-    """The layer that makes a scorer's scores of its hidden states.
+    """Returns the layer that computes a scorer's scores from hidden states.
 
     Raises:
-        ModelError: there is none of the name that transformers gives it in decoders.
+        ModelError: the model has no `score` layer, as transformers names it in decoders.
     """
     head = getattr(model, "score", None)
     if head is None:

@@ -163,9 +163,8 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
 def has_adapter(folder: str | Path | None, base: str | Path) -> bool:
     """Returns whether a model's folder holds an adapter of the model at `base`."""
     path = Path(folder or "") / FOLDER
-    if not folder or not (path / "adapter_config.json").is_file():
-        return False
-    return _peft().LoraConfig.from_pretrained(path).base_model_name_or_path == str(base)
+    is_there = bool(folder) and (path / "adapter_config.json").is_file()
+    return is_there and _peft().LoraConfig.from_pretrained(path).base_model_name_or_path == str(base)
 
 
 def _inject(base: PreTrainedModel, name: str, config: Any, scorer: bool) -> Adapter:

@@ -102,6 +102,7 @@ def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence
 
 def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of a `MicroBatch`, {name: one part for each response}."""
+    batch = experience.batch
     columns = {
         "old_logps": experience.old_logps,
         "old_values": experience.old_values,
@@ -110,7 +111,7 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
     }
     if rto.loss_per_sequence:
         counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
-        weights = (1.0 / counts).repeat_interleave(experience.batch.cu_seqlens.diff())
+        weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
         columns |= {"policy_weights": weights, "value_weights": weights}
     if experience.importance is not None:
         columns["policy_weights"] = experience.importance * columns.get("policy_weights", 1.0)

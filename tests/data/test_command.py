@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from rto_fast.config.options import parse
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import sources
 from rto_fast.data.look import Page, histogram
@@ -154,7 +155,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a stream does not tell"):
         load_examples("org/name", split="train[90%:]", streaming=True)
     with pytest.raises(ConfigError, match="data.limit: expected a number with data.streaming"):
-        data_command.load_options(["org/name", "--data.streaming", "true"])
+        parse(data_command.InspectConfig, ["org/name", "--data.streaming", "true"], data_command.INSPECT)
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
@@ -257,7 +258,7 @@ def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
 )
 def test_mistakes_in_the_options_are_named(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        data_command.load_options(arguments)
+        parse(data_command.InspectConfig, arguments, data_command.INSPECT)
 
 
 def command(*arguments, module="rto_fast.data", **environment):
