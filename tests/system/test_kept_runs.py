@@ -188,6 +188,14 @@ def test_a_folder_with_somebodys_model_and_configuration_is_no_place_for_a_run(r
     assert {path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"somebody's"}
 
 
+def test_a_new_run_in_a_runs_folder_is_refused_with_the_command_that_resumes_it(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.yaml", "progress.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    resume = f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}"
+    assert f"out exists and is not empty; give another one with --output_dir, or {resume}\n" in refused(*SFT)
+
+
 def test_what_was_trained_before_a_reward_function_failed_is_kept(start, stopped, tmp_path):
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     shutil.copytree(stopped, resumed)
