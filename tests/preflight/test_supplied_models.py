@@ -265,7 +265,7 @@ def test_an_adapter_alone_is_no_model(refused, folder, tmp_path):
 
 
 def test_a_reward_model_of_another_vocabulary_is_measured_by_its_own_tokens(folder, tmp_path):
-    """By the policy's tokens the text is too long, which is a warning. By its own, one text is too long: the run is saved."""
+    """By the policy's tokens the text is too long, which is a warning; by its own one text is too long: the run is saved."""
     path = shutil.copytree(folder / "short_scorer", tmp_path / "foreign")
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])
