@@ -44,10 +44,9 @@ def float_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def check_floats(like: Tensor, shape: tuple[int, ...], **tensors: Any) -> None:
-    device = like.device
-    dtypes = float_dtypes(device)
+    dtypes = float_dtypes(like.device)
     for name, tensor in tensors.items():
-        check_tensor(name, tensor, shape, dtypes, device)
+        check_tensor(name, tensor, shape, dtypes, like.device)
 
 
 def check_optional(like: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], **tensors: Any) -> None:
@@ -105,8 +104,8 @@ def check_number(name: str, number: Any, allowed: _Range) -> None:
     if number is None and allowed.is_optional:
         return
     if not isinstance(number, allowed.kind) or not allowed.low <= number <= allowed.high:
-        got = number if isinstance(number, float) or isinstance(number, int) and abs(number) < 1 << 64 else None
-        got = f"a {type(number).__name__}" if got is None else got
+        is_short = isinstance(number, float) or isinstance(number, int) and abs(number) < 1 << 64
+        got = number if is_short else f"a {type(number).__name__}"
         raise ValueError(f"{name}: expected {allowed.expected}{' or None' * allowed.is_optional}, got {got}")
 
 

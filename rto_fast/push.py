@@ -6,7 +6,7 @@ from rto_fast.config.fields import Location, Word, check_fields
 from rto_fast.config.help import Command
 from rto_fast.config.options import parse
 from rto_fast.errors import ConfigError
-from rto_fast.reporting.hub import push
+from rto_fast.reporting.finish import push
 from rto_fast.system.command_line import as_command
 from rto_fast.system.terminal import say
 

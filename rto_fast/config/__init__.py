@@ -8,11 +8,9 @@ data is given `configs/own.yaml`.
 
 from rto_fast.config.data import DataConfig
 from rto_fast.config.load import dump_config, load_config
-from rto_fast.config.model import LoraConfig, ModelConfig
-from rto_fast.config.outputs import EvalConfig, HubConfig, TrackConfig
-from rto_fast.config.rollout import RolloutConfig
+from rto_fast.config.model import LoraConfig, ModelConfig, RolloutConfig
 from rto_fast.config.rto import RTOConfig
-from rto_fast.config.run import Config, check_repo, check_rollout
+from rto_fast.config.run import Config, EvalConfig, HubConfig, TrackConfig, check_repo, check_rollout
 from rto_fast.config.stages import (
     STAGES,
     DeepSpeedConfig,

@@ -110,7 +110,7 @@ def _first_page(cls: type, command: Command) -> list[str]:
     if groups:
         lines += ["", "groups of options (--help GROUP shows one, --help all shows every option):"]
         first_sentences = {name: summary(part).partition(". ")[0].rstrip(".") for name, part in groups.items()}
-        lines += [line for name, text in first_sentences.items() for line in _columns(name, text, 14)]
+        lines += [line for name, text in first_sentences.items() for line in _wrapped(text, 16, f"  {name}")]
     return [*lines, "", "options:", *_options(entries(cls), command)]
 
 
@@ -128,14 +128,10 @@ def _options(options: list[Entry], command: Command | None = None) -> list[str]:
     return lines
 
 
-def _wrapped(text: str, indent: int = 0) -> list[str]:
+def _wrapped(text: str, indent: int = 0, begin: str = "") -> list[str]:
+    """The lines of a text; `begin` stands in front of the first one, within the indent."""
     width = max(40, min(100, shutil.get_terminal_size().columns - 1))
-    return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
-
-
-def _columns(name: str, text: str, width: int) -> list[str]:
-    first, *rest = _wrapped(text, width + 2)
-    return [f"  {name:<{width}}{first.lstrip()}", *rest]
+    return textwrap.wrap(text, width, initial_indent=begin.ljust(indent), subsequent_indent=" " * indent)
 
 
 def _texts(cls: type) -> dict[str, str]:

@@ -156,7 +156,10 @@ def load_config(
             f"{place}: resume: expected on the command line: --resume FOLDER goes on with that folder's run"
         )
     if any(not isinstance(value.content, str) or len(value.content) > LONG for value in given.values()):
-        _check_saved(config)
+        try:  # --resume reads config.yaml, which holds every field
+            read(dump_config(config), "config.yaml")
+        except ConfigError as error:
+            raise ConfigError(f"the configuration is too long to be saved and read again: {error}") from None
     if "print_config" in dict(options):
         terminal.say(dump_config(config).rstrip("\n"))
         raise SystemExit(0)
@@ -173,14 +176,6 @@ def _check_model_is_used(config: Config, given: Given) -> None:
             f"--model.path: {start.place} gives sft.model ({shown(config.sft.model)}), where the run starts instead; give "
             "--sft.model for another such model, or add --sft.model null to train SFT first"
         )
-
-
-def _check_saved(config: Config) -> None:
-    """Raises ConfigError where the run's config.yaml, which holds every field, could not be read: --resume does so."""
-    try:
-        read(dump_config(config), "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(f"the configuration is too long to be saved and read again: {error}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -1,4 +1,5 @@
-"""The configuration of a run: its sections, what follows from them, and which settings do not go together."""
+"""The configuration of a run: what it shows and leaves (`eval`, `track`, `hub`), all sections, what follows from them, and
+which settings do not go together."""
 
 import functools
 from collections.abc import Iterator
@@ -6,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rto_fast.config.data import DataConfig
-from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, check_fields, shown
-from rto_fast.config.model import LoraConfig, ModelConfig
-from rto_fast.config.outputs import EvalConfig, HubConfig, TrackConfig
-from rto_fast.config.rollout import RolloutConfig
+from rto_fast.config.fields import Count, CountOr0, Location, Seed, Threads, Word, check_fields, shown
+from rto_fast.config.model import LoraConfig, ModelConfig, RolloutConfig
 from rto_fast.config.rto import RTOConfig
 from rto_fast.config.stages import (
     DeepSpeedConfig,
@@ -21,6 +20,42 @@ from rto_fast.config.stages import (
     of_stage,
 )
 from rto_fast.errors import FieldError
+
+
+@dataclass
+class EvalConfig:
+    """Comparison of the SFT, DPO and RTO policies on held-out prompts."""
+
+    function: Word | None = None
+    """`module:function` that judges (prompts, responses). Default: the normalised score of the reward model."""
+    prompts: Count = 256
+    """Prompts to which the policies respond."""
+    every: CountOr0 = 0
+    """Evaluate the RTO policy every this many iterations too; 0 evaluates it only at the end."""
+    show: CountOr0 = 2
+    """Responses that are printed and recorded in each evaluation."""
+    keep_best: bool = False
+    """Keep the RTO policy with the best evaluation so far in `rto_best`. Needs eval.every."""
+
+
+@dataclass
+class TrackConfig:
+    """Where metrics go besides the run's folder, which has metrics.jsonl and TensorBoard's event files."""
+
+    service: Literal["wandb", "trackio"] | None = None
+    """Weights & Biases, or trackio, which needs no account. You install the package."""
+    project: Word = "rto-fast"
+    """Name of the project there. The run is named after output_dir."""
+
+
+@dataclass
+class HubConfig:
+    """The final model on the Hugging Face Hub."""
+
+    repo: Word | None = None
+    """OWNER/NAME to which the model is pushed when the run ends. `python -m rto_fast.push` does it later."""
+    private: bool = True
+    """Make the repository private if it does not exist yet."""
 
 
 @dataclass

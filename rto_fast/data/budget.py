@@ -5,10 +5,8 @@ large they are once unpacked. The format is described in
 https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format and in its Message.fbs.
 """
 
-import contextlib
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,6 @@ class Budget:
         """Takes `size` bytes; raises DataError where they are not left."""
         self.check(size)
         self.left -= size
-
-    @contextlib.contextmanager
-    def set_aside(self, size: int) -> Iterator[None]:
-        """Takes `size` bytes for the duration of a `with` block."""
-        self.take(size)
-        yield
-        self.left += size
 
 
 def size_of(value: Any) -> int:

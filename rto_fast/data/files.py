@@ -34,9 +34,7 @@ Row = dict[str, Any] | DataError
 
 def read_lines(file: TextIO, path: Path) -> Iterator[str]:
     """Yields the lines with their ends; raises DataError for a line that is longer than a row."""
-    number = 0
-    while line := file.readline(LONGEST_ROW):
-        number += 1
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW), ""), 1):
         if len(line) == LONGEST_ROW:
             raise DataError(f"{path}:{number}: a line of {len(line):,} characters or more; write one row a line")
         yield line

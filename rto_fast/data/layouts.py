@@ -29,7 +29,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rto_fast.data.encoded import decoded
 from rto_fast.data.messages import (
     as_messages,
     check_prompt,
@@ -39,7 +38,7 @@ from rto_fast.data.messages import (
     read_messages,
     read_tools,
 )
-from rto_fast.data.transcripts import is_transcript, transcript_messages, turn_text
+from rto_fast.data.text_messages import decoded, is_transcript, transcript_messages, turn_text
 from rto_fast.errors import DataError
 
 ROLES = ("prompt", "response", "completion", "chosen", "rejected", "messages")
@@ -209,7 +208,7 @@ def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, 
     for name in names:
         if name not in present:
             raise DataError(f"{origin}: {name} is missing or null; found {listing(row)}")
-        if isinstance(present[name], DataError):  # see encoded.decoded
+        if isinstance(present[name], DataError):  # see text_messages.decoded
             raise present[name]
 
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import DataConfig
-from rto_fast.data.cleaning import repeated_prompts
 from rto_fast.data.layouts import Example
 from rto_fast.data.messages import as_messages, message_text, response_text
-from rto_fast.data.run_data import RunData, split_of_source
+from rto_fast.data.run_data import RunData, repeated_prompts, split_of_source
 from rto_fast.data.sources import WINDOW, open_examples
 from rto_fast.data.tokenizing import Limits, preference_pairs, prompts, sft_sequences, stop_token_ids
 from rto_fast.errors import DataError

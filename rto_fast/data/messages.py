@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rto_fast.data.encoded import parsed
+from rto_fast.data.text_messages import parsed
 from rto_fast.errors import DataError
 
 CALLS = ("tool_calls", "function_call")  # keys of what an assistant may say instead of text

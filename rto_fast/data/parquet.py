@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple
 
 from rto_fast.data.budget import Budget
 from rto_fast.errors import DataError
@@ -54,20 +54,6 @@ class _Pages(NamedTuple):
     delta: bool
 
 
-class _Reading(NamedTuple):
-    """How a row group is read.
-
-    Attributes:
-        needed: bytes to set aside.
-        rows: the number of rows to decode at once.
-        numbered: the columns whose texts are decoded as numbers of a dictionary.
-    """
-
-    needed: int
-    rows: int
-    numbered: list[str]
-
-
 def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
     """Yields the rows.
 
@@ -80,11 +66,12 @@ def parquet_rows(path: Path, budget: Budget) -> Iterator[dict[str, Any]]:
 
     with open(path, "rb") as raw, contextlib.closing(ParquetFile(path)) as file:
         for index, chunks in enumerate(_row_groups(raw, path)):
-            reading = _plan(raw, file, chunks, budget)
-            numbered = ParquetFile(path, read_dictionary=reading.numbered) if reading.numbered else file
-            with budget.set_aside(reading.needed):
-                for batch in numbered.iter_batches(batch_size=reading.rows, row_groups=[index]):
-                    yield from _as_rows(batch, budget)
+            needed, rows, numbered = _plan(raw, file, chunks, budget)
+            reader = ParquetFile(path, read_dictionary=numbered) if numbered else file
+            budget.take(needed)
+            for batch in reader.iter_batches(batch_size=rows, row_groups=[index]):
+                yield from _as_rows(batch, budget)
+            budget.left += needed
 
 
 def _row_groups(raw: BinaryIO, path: Path) -> list[list[_Chunk]]:
@@ -97,10 +84,9 @@ def _row_groups(raw: BinaryIO, path: Path) -> list[list[_Chunk]]:
     raw.seek(-8 - length, os.SEEK_END)
     try:
         footer = _Compact(raw.read(length)).struct()
-        groups = [[_chunk(column, path) for column in group[1]] for group in footer.get(4, [])]
+        return [[_chunk(column, path) for column in group[1]] for group in footer.get(4, [])]
     except (LookupError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a readable parquet file: its footer is damaged") from error
-    return groups
 
 
 def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
@@ -111,8 +97,13 @@ def _chunk(column: dict[int, Any], path: Path) -> _Chunk:
     return _Chunk(meta[1], meta[4], start, start + meta[7])
 
 
-def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Reading:
-    """How to read a row group so that nothing in it takes more memory than the budget has."""
+def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> tuple[int, int, list[str]]:
+    """How to read a row group so that nothing in it takes more memory than the budget has.
+
+    Returns:
+        The bytes to set aside, the number of rows to decode at once, and the columns whose texts are decoded as numbers of a
+        dictionary.
+    """
     schema = file.metadata.schema
     needed = longest = 0
     numbered = []
@@ -128,7 +119,7 @@ def _plan(raw: BinaryIO, file: Any, chunks: list[_Chunk], budget: Budget) -> _Re
                 needed += texts
             else:  # slower, but the lengths are known before the texts are made
                 numbered.append(field.path)
-    return _Reading(needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered)
+    return needed, min(ROWS, max(1, AT_ONCE // max(1, longest))), numbered
 
 
 def _as_rows(batch: Any, budget: Budget) -> Iterator[dict[str, Any]]:
@@ -193,11 +184,11 @@ def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
     while position < chunk.end:
         raw.seek(position)
         header, length = _read_header(raw, path)
-        kind, unpacked, packed = header.get(1), header.get(2), header.get(3)
+        kind, unpacked, packed = (header.get(field, -1) for field in (1, 2, 3))
         is_v2 = kind == _DATA_PAGE_V2
         data = header.get(8 if is_v2 else 5, {})
-        number = data.get(1, 0) if isinstance(data, dict) else None
-        if not (_is_size(unpacked) and _is_size(packed) and _is_size(number)):
+        number = data.get(1, 0) if isinstance(data, dict) else -1
+        if not all(isinstance(size, int) and size >= 0 for size in (unpacked, packed, number)):
             raise DataError(f"{path}: not a readable parquet file: a damaged page at byte {position:,}")
         if kind == _DICTIONARY_PAGE:
             dictionary += unpacked
@@ -209,10 +200,6 @@ def _read_pages(raw: BinaryIO, chunk: _Chunk, path: Path) -> _Pages:
             largest, total = max(largest, unpacked), total + unpacked
         position += length + packed
     return _Pages(dictionary + largest, max(value, total * delta), count, delta)
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and value >= 0
 
 
 def _longest_text(content: bytes, unpacked: int, chunk: _Chunk) -> int:

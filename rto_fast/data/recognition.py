@@ -16,7 +16,7 @@ from rto_fast.data.templates import (
     any_of,
     as_user,
 )
-from rto_fast.data.transcripts import with_newlines
+from rto_fast.data.text_messages import with_newlines
 from rto_fast.errors import DataError
 
 _BOS = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*")

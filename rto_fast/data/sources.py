@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sized
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rto_fast.data.budget import Budget, check_arrow_files
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
@@ -52,7 +52,7 @@ def load_examples(
     split: str = "train",
     columns: dict[str, str] | None = None,
     limit: int | None = None,
-    invalid: str = "error",
+    invalid: Literal["error", "skip"] = "error",
     streaming: bool = False,
     max_unpacked_gib: float = 4.0,
     demonstrations: bool = False,
@@ -68,8 +68,6 @@ def load_examples(
     Raises:
         DataError: names the file, the line (or row) and the remedy.
     """
-    if invalid not in ("error", "skip"):
-        raise DataError(f"invalid: {invalid!r} is not 'error' or 'skip'")
     if limit == 0:
         raise DataError(f"{source}: no examples in split {split!r} (limit 0)")
     layout, rows = open_examples(
@@ -90,8 +88,10 @@ def load_examples(
             skipped, first_error = skipped + 1, first_error or example
             continue
         examples.append(example)
-        if layout == "prompt only" and _has_response(row, columns, example.origin):
-            unread.append(example.origin)
+        if layout == "prompt only":
+            values = role_values(row, columns or {}, example.origin)
+            if any(values.get(name) for name in ROLES if name != "prompt"):
+                unread.append(example.origin)
         if len(examples) == limit:
             break
     if unread:
@@ -147,11 +147,6 @@ def _with_example(
         return row, to_example(row, layout, origin, columns)
     except DataError as error:
         return row, error
-
-
-def _has_response(row: dict, columns: dict[str, str] | None, origin: str) -> bool:
-    values = role_values(row, columns or {}, origin)
-    return any(values.get(name) for name in ROLES if name != "prompt")
 
 
 def _window(rows: Iterator[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], Iterator[tuple[str, Row]]]:

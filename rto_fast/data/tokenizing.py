@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -45,13 +45,7 @@ class Limits:
 
     max_prompt_tokens: int
     max_response_tokens: int
-    overlong_prompt: str = "drop"  # or "truncate_left"
-
-    def __post_init__(self) -> None:
-        if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
-            raise DataError(f"max_prompt_tokens and max_response_tokens must be at least 1: {self}")
-        if self.overlong_prompt not in ("drop", "truncate_left"):
-            raise DataError(f"overlong_prompt: {self.overlong_prompt!r} is not 'drop' or 'truncate_left'")
+    overlong_prompt: Literal["drop", "truncate_left"] = "drop"
 
 
 @dataclass(frozen=True)

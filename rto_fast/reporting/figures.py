@@ -61,18 +61,15 @@ PART_COLORS = {"score": COLORS[0], "DPO reward": COLORS[2], "− KL penalty": CO
 
 def sections(runs: Sequence[RunFiles]) -> list[tuple[str, list[Panel]]]:
     """The sections of the report, each a title and its panels; those for which the runs have no numbers are left out."""
+    pays_dense_reward = any(value for run in runs for value in run.series("rto", metric_names.DPO_REWARD)[1])
     found = [
-        ("Reinforced Token Optimization" if _pays_dense(runs) else "Reinforcement learning", _rto(runs)),
+        ("Reinforced Token Optimization" if pays_dense_reward else "Reinforcement learning", _rto(runs)),
         ("Where the reward comes from", _rewards(runs)),
         ("Supervised stages", _supervised(runs)),
         ("Throughput", _throughput(runs)),
     ]
     drawable = [(title, [panel for panel in panels if panel.is_drawable]) for title, panels in found]
     return [(title, panels) for title, panels in drawable if panels]
-
-
-def _pays_dense(runs: Sequence[RunFiles]) -> bool:
-    return any(value for run in runs for value in run.series("rto", metric_names.DPO_REWARD)[1])
 
 
 def _lines(
@@ -190,8 +187,7 @@ def _throughput(runs: Sequence[RunFiles]) -> list[Panel]:
     panels = []
     for index, run in enumerate(runs):
         of, suffix = (f" ({brief(run.name)})", f"_{index + 1}") if len(runs) > 1 else ("", "")
-        series = _phases(run)
-        if series:
+        if series := _phases(run):
             title = f"Seconds of an iteration, by phase{of}"
             panels.append(Panel(f"seconds{suffix}", title, series, "stack", xlabel="iteration"))
     rates = {TOKENS_PER_SECOND: "whole iteration", metric_names.ROLLOUT_TOKENS_PER_SECOND: "rollout"}

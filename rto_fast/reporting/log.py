@@ -177,8 +177,7 @@ class RunLog:
     def metrics(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Records the metrics of a step (numbers, or tensors of one element) and returns them as numbers."""
         values = {key: _number(value) for key, value in values.items()}
-        seconds = round(self.seconds(), 3)
-        self._append("metrics.jsonl", {"stage": stage, "step": step, "seconds": seconds} | values)
+        self._append("metrics.jsonl", {"stage": stage, "step": step, SECONDS: round(self.seconds(), 3)} | values)
         finite = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         for tracker in self.trackers:
             tracker.log(stage, step, finite)
@@ -201,8 +200,7 @@ class RunLog:
         self.warned.append(record)
         place = f"{stage}, step {step}: " if step else ""
         self.say(terminal.one_line(f"warning: {place}{what}{f'; {remedy}' if remedy else ''}"))
-        path = self.folder / "warnings.jsonl"
-        if record not in read_records(path, []):  # a resumed run checks its models again
+        if record not in read_records(self.folder / "warnings.jsonl", []):  # a resumed run checks its models again
             self._append("warnings.jsonl", record)
 
     def warning_over(self, stage: str, step: int, name: str) -> None:

@@ -158,16 +158,14 @@ def observed(observer: Callable[[Progress], AbstractContextManager[object]]) -> 
 
 def advance(count: int = 1) -> None:
     """Advances the innermost phase, for code that does not know the phase."""
-    phases = _DISPLAY.phases
-    if phases:
-        phases[-1].advance(count)
+    if _DISPLAY.phases:
+        _DISPLAY.phases[-1].advance(count)
 
 
 def advance_part(part: float) -> None:
     """Sets how much of the next item of the innermost phase is done (0 to 1), for items that take long."""
-    phases = _DISPLAY.phases
-    if phases:
-        phases[-1].part = part
+    if _DISPLAY.phases:
+        _DISPLAY.phases[-1].part = part
 
 
 def duration(seconds: float) -> str:

@@ -66,14 +66,13 @@ def _myself() -> dict[str, Any]:
 
 def _holder(content: bytes) -> dict[str, Any] | None:
     """The process that a lock names; None: what is written there is no lock's."""
+    kinds = {"pid": int, "start": int | None, "host": str, "since": str, "boot": str | None, "namespace": str | None}
     try:
         holder = json.loads(content)
-        pid, start = holder["pid"], holder["start"]
-        names = [holder[name] for name in ("host", "since")] + [holder[name] or "" for name in ("boot", "namespace")]
+        is_sound = 0 < holder["pid"] < 2**31 and all(isinstance(holder[name], kind) for name, kind in kinds.items())
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    is_sound = type(pid) is int and 0 < pid < 2**31 and (start is None or type(start) is int)
-    return holder if is_sound and all(isinstance(name, str) for name in names) else None
+    return holder if is_sound else None
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:

@@ -119,12 +119,9 @@ def is_live(err: bool = False) -> bool:
         return False
 
 
-_last_said = -math.inf
-
-
 def last_said() -> float:
     """The time at which `say` last printed, by `time.monotonic`."""
-    return _last_said
+    return _live.said
 
 
 def speaks() -> bool:
@@ -143,8 +140,7 @@ def say(*parts: object, err: bool = False) -> None:
         parts: the text.
         err: print to stderr instead of stdout.
     """
-    global _last_said
-    _last_said = time.monotonic()
+    _live.said = time.monotonic()
     text = "".join(map(_printable, parts)) + "\n"
     if not _live.lock.acquire(timeout=1.0):  # another thread hangs in a stream that nobody reads
         return _write(text, err)
@@ -158,10 +154,10 @@ def say(*parts: object, err: bool = False) -> None:
 
 
 class _LiveLine:
-    """The text that is drawn in the terminal's last line, below all that `say` prints."""
+    """The text that is drawn in the terminal's last line, below all that `say` prints, and when `say` printed last."""
 
     def __init__(self) -> None:
-        self.text, self.err, self.lock = "", False, threading.RLock()
+        self.text, self.err, self.lock, self.said = "", False, threading.RLock(), -math.inf
 
 
 _live = _LiveLine()

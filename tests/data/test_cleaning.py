@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
 from rto_fast.data.layouts import Example
+from rto_fast.data.run_data import prompt_key, without_duplicates, without_prompts_of
 from rto_fast.errors import DataError
 from tests.data.rows import jsonl, run_data
 from tests.embedded_world import preference_rows

@@ -15,10 +15,9 @@ import pytest
 
 from rto_fast.config import DataConfig
 from rto_fast.data import __main__ as data_command
-from rto_fast.data.encoded import decoded
 from rto_fast.data.run_data import RunData
 from rto_fast.data.sources import load_examples
-from rto_fast.data.transcripts import is_transcript, transcript_messages
+from rto_fast.data.text_messages import decoded, is_transcript, transcript_messages
 from rto_fast.errors import DataError
 
 

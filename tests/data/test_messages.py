@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rto_fast.data import __main__ as data_command
-from rto_fast.data.cleaning import prompt_key, without_duplicates
 from rto_fast.data.messages import message_text
+from rto_fast.data.run_data import prompt_key, without_duplicates
 from rto_fast.data.sources import load_examples
 from rto_fast.data.tokenizing import Prompt, preference_pairs, stop_token_ids
 from rto_fast.errors import DataError

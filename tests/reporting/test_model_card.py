@@ -18,8 +18,7 @@ from rto_fast.config import dump_config, load_config
 from rto_fast.errors import ConfigError
 from rto_fast.push import command
 from rto_fast.reporting import model_card
-from rto_fast.reporting.finish import publish_run
-from rto_fast.reporting.hub import split_files
+from rto_fast.reporting.finish import publish_run, uploaded_files
 from rto_fast.reporting.model_card import name_in_card, plain, public, write_model_card
 from tests.tiny_models import save_world_model
 
@@ -373,7 +372,8 @@ def test_nothing_else_is_uploaded(finished, push, hub, tmp_path):
     stub = hub()
     code, out, _ = push(folder, "--repo", "me/tiny", "--private", "false")
     assert code == 0 and stub.calls[0] == ("create_repo", "me/tiny", False, True) and stub.calls[1][2] == MODEL_FILES
-    assert set(split_files(model)[1]) == {*strangers, "vocab.json"} and all(name in out for name in strangers)
+    files = {path.relative_to(model).as_posix() for path in model.rglob("*") if not path.is_dir()}
+    assert files - set(uploaded_files(model)) == {*strangers, "vocab.json"} and all(name in out for name in strangers)
 
 
 def test_a_pickle_with_a_better_name_is_refused(finished, push, hub):

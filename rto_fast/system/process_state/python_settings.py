@@ -119,8 +119,7 @@ def _set_import_path(places: dict[tuple[str, int], int]) -> None:
 
 
 def _set_streams(streams: tuple[Any, ...]) -> None:
-    sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook = streams[:-1]
-    warnings.showwarning = streams[-1]
+    sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook, warnings.showwarning = streams
 
 
 PYTHON = [
