@@ -18,7 +18,7 @@ from rto_fast.system.terminal import Styled, one_line, say, styled, wants_styles
 
 if TYPE_CHECKING:  # imported after the options: --help and mistakes in them need no torch
     from rto_fast.planning.advice import Planner
-    from rto_fast.planning.outline import Plan, StagePlan
+    from rto_fast.planning.memory import Plan, StagePlan
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 GIB = 1 << 30

@@ -1,23 +1,80 @@
-"""The measurements of `python -m rto_fast.evaluate`, one model in memory at a time."""
+"""The measurements of `python -m rto_fast.evaluate`, one model in memory at a time, and what they are made on."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from rto_fast.batch import pack
+from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import Pair, Prompt
+from rto_fast.errors import DataError
 from rto_fast.estimates import Estimate, length_controlled_win_rate, mean, rate, wins
-from rto_fast.evaluation.inputs import Inputs
+from rto_fast.evaluation.options import EvaluateConfig
 from rto_fast.evaluation.policies import EVALUATION_SEED, kl_terms, respond
 from rto_fast.models.directory import load_tokenizer
 from rto_fast.models.loading import load_causal_lm, load_scorer
 from rto_fast.models.model import Model
-from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardModel, completions_of_pairs
-from rto_fast.rollout import RolloutBatch, build_engine
-from rto_fast.stages.dpo import pair_logps
+from rto_fast.models.supplied import Supplied
+from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
+from rto_fast.rollout import RolloutBatch, Sampling, build_engine
+from rto_fast.session import Session, open_session, prepare_process
+from rto_fast.stages import pair_logps
 from rto_fast.system.progress import progress
+from rto_fast.system.terminal import one_line
 from rto_fast.training.response_logps import response_logps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is loaded before the first model."""
+
+    options: EvaluateConfig
+    session: Session
+    sampling: Sampling
+    function: RewardFunction | None  # --reward
+    prompts: list[Prompt]
+    pairs: list[Pair]
+    say: Callable[[str], object]  # called with a line of text
+
+
+def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> Inputs:
+    """Loads the tokenizer, the data and the user's function, and checks the models' files.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    config = options.as_config()
+    device = prepare_process(config)
+    function = RewardFunction(options.reward, "--reward", device) if options.reward else None
+    models = [
+        Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
+        for key, path, kind in (
+            ("model", options.model, "causal_lm"),
+            ("reference", options.reference, "causal_lm"),
+            ("dpo_model", options.dpo_model, "causal_lm"),
+            ("dpo_reference", options.dpo_reference, "causal_lm"),
+            ("reward_model", options.reward_model, "scorer"),
+        )
+        if path
+    ]
+    session = open_session(config, models, device, say)
+    sampling = dataclasses.replace(session.sampling, temperature=0.0) if options.greedy else session.sampling
+    prompts = session.data.eval_prompts[: options.prompts] if options.data else []
+    pairs: list[Pair] = []
+    if options.preferences and options.held_out:
+        pairs = session.data.held_out_pairs
+    elif (
+        options.preferences
+    ):  # all pairs: beside evaluation prompts, training data would leave out those with their prompts
+        alone = dataclasses.replace(config.data, eval_prompts=None)
+        pairs = RunData(alone, session.tokenizer, session.stop_ids, say).pairs
+    if options.preferences and not pairs:
+        raise DataError("--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs")
+    # Names of models contain no line breaks when they are printed.
+    return Inputs(options, session, sampling, function, prompts, pairs, lambda text: say(one_line(text)))
 
 
 def measure(inputs: Inputs) -> dict[str, Any]:

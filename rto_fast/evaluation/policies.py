@@ -13,7 +13,7 @@ from rto_fast.models.loading import load_causal_lm
 from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
-from rto_fast.rollout.shared import generate_shared
+from rto_fast.rollout.base import generate_shared
 from rto_fast.rto.models import Models
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.planning.machine import Machine
-from rto_fast.planning.outline import Plan
+from rto_fast.planning.memory import Plan
 from rto_fast.planning.phases import make_plan
 
 Changes = dict[str, object]  # {configuration key: value}

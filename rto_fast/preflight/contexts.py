@@ -12,7 +12,7 @@ from rto_fast.models.supplied import Supplied
 from rto_fast.reporting.log import Finding
 from rto_fast.rewards import same_tokens
 from rto_fast.session import TrainingSession
-from rto_fast.stages.dpo import CHECKED_PAIRS
+from rto_fast.stages import CHECKED_PAIRS
 
 # What a message advises, in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
 DATA_LIMITS = "lower max_prompt_tokens or max_response_tokens"

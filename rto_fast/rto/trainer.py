@@ -1,4 +1,4 @@
-"""One iteration of Reinforced Token Optimization (arXiv 2404.18922): sample → score → reward → update.
+"""Stage 4, Reinforced Token Optimization (arXiv 2404.18922). An iteration is sample → score → reward → update.
 
 Differences from the authors' code: a truncated response is not passed off as finished, β1 = 0 means 0, the DPO model's own
 reference is honoured, log-probs are float32, and the loss is a mean over tokens. `rto.compat: paper_code` restores the
@@ -16,23 +16,32 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
 from rto_fast.models.model import vocabulary_of
 from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.metric_names import KL, MICRO_BATCH_TOKENS
-from rto_fast.rollout import RolloutBatch, Sampling, build_engine
-from rto_fast.rollout.shared import generate_shared
+from rto_fast.reporting.metric_names import (
+    CLIP_FRACTION,
+    DPO_REWARD,
+    KL,
+    LENGTH,
+    MICRO_BATCH_TOKENS,
+    SCORE,
+    TOKENS_PER_SECOND,
+)
+from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
+from rto_fast.rollout.base import generate_shared
 from rto_fast.rto.experience import Experience, score_rollout
-from rto_fast.rto.first_update import check_first_rollout
-from rto_fast.rto.metrics import rollout_metrics, speed_metrics
+from rto_fast.rto.first_update import check_dpo_model, check_first_rollout
+from rto_fast.rto.health import Health
+from rto_fast.rto.metrics import recorded_iterations, rollout_metrics, speed_metrics, token_records
 from rto_fast.rto.models import Models
-from rto_fast.rto.token_records import recorded_iterations, token_records
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
+from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import build_optimizer
+from rto_fast.training.loop import train
+from rto_fast.training.optimizer import ScheduledOptimizer, count_steps
 from rto_fast.training.order import ShuffledIndices, fingerprint
-from rto_fast.training.schedule import ScheduledOptimizer
-from rto_fast.training.steps import count_steps
-from rto_fast.training.zero import release
+from rto_fast.training.saving import save_model
+from rto_fast.training.zero import build_optimizer, release
 
 KL_HORIZON = 10_000  # responses over which an adaptive kl_coef reacts
 
@@ -171,3 +180,35 @@ def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float) -> f
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * responses / KL_HORIZON)
+
+
+SHOWN = (SCORE, DPO_REWARD, KL, LENGTH, CLIP_FRACTION, TOKENS_PER_SECOND)  # on the live line
+
+
+def train_rto(
+    session: TrainingSession, models: Models, evaluate: Callable[[Models, Engine, int], object] | None = None
+) -> str:
+    """Trains the policy and the critic and saves them; returns the policy's directory.
+
+    Args:
+        models: From `load_models`.
+        evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
+    """
+    config, log, prompts = session.config, session.log, session.data.prompts
+    if config.dpo.model:
+        check_dpo_model(session, models)
+    trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log)
+    rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
+    if len(prompts) < rollout:
+        log.say(f"rto: {len(prompts)} prompts fill a rollout of {rollout} more than once")
+
+    def evaluate_policy(iteration: int) -> None:
+        if evaluate and config.eval.every and iteration % config.eval.every == 0:
+            evaluate(models, trainer.engine, iteration)
+
+    train("rto", trainer, session.checkpoints, SHOWN, after_step=Health(config, log).check, evaluate=evaluate_policy)
+    if models.critic is not None:
+        save_model(models.critic, session.tokenizer, session.folder / "rto_critic", session.stop_ids)
+    path = save_model(models.policy, session.tokenizer, session.folder / "rto", session.stop_ids)
+    trainer.release()
+    return path

@@ -20,7 +20,7 @@ from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator, add_to
-from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.optimizer import ScheduledOptimizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
-from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.optimizer import ScheduledOptimizer
 
 
 class Accumulator:

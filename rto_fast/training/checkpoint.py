@@ -18,10 +18,9 @@ from rto_fast.system.progress import progress
 from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
+from rto_fast.training.checkpoint_checks import CHECKPOINT, LOGS, UNSTARTED, find_misfit, new_run, read_progress
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.progress_file import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
 from rto_fast.training.state_files import find_damage, is_own_state, load_state, remove_state, save_state, write_text
-from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 
 # The unfinished files that a killed run leaves; see `rto_fast.system.writing`.

@@ -10,7 +10,7 @@ from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.training import ranks
-from rto_fast.training.progress_file import UNSTARTED
+from rto_fast.training.checkpoint_checks import UNSTARTED
 
 # The files of a run that ended before its first step, by a mistake or a kill.
 UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")

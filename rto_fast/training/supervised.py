@@ -10,10 +10,9 @@ from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMBALANCE, LOSS, TOKENS
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import build_optimizer
+from rto_fast.training.optimizer import ScheduledOptimizer, count_steps, stage_steps
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.schedule import ScheduledOptimizer
-from rto_fast.training.steps import count_steps, stage_steps
+from rto_fast.training.zero import build_optimizer
 
 
 class SupervisedTrainer:

@@ -287,7 +287,7 @@ def test_a_step_that_is_skipped_is_counted(start, monkeypatch, capsys, tmp_path)
     def logps(*arguments):
         return causal_logps(*arguments) * (factors.pop() if factors else 1.0)
 
-    monkeypatch.setattr("rto_fast.stages.sft.causal_logps", logps)
+    monkeypatch.setattr("rto_fast.stages.causal_logps", logps)
     start(*SFT, "--sft.max_steps", "4", "--sft.batch_size", "4", "--output_dir", tmp_path / "out")
     assert "\nsft: optimizer steps skipped for a gradient that was not finite: 1\n" in capsys.readouterr().out
 

@@ -192,7 +192,7 @@ def replaced(state, keys, value):
 
 def test_no_value_of_a_state_can_be_another(tmp_path):
     """Each value of a stage's state, replaced by each that the trainer cannot have written."""
-    from rto_fast.training.state_match import find_misfit
+    from rto_fast.training.checkpoint_checks import find_misfit
 
     whole = trainer()
     for _ in range(3):

@@ -12,10 +12,8 @@ from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Demonstration, Pair, Prompt
 from rto_fast.errors import TrainingError
 from rto_fast.models.model import Model
-from rto_fast.training.optimizer import Optimizer
+from rto_fast.training.optimizer import Optimizer, count_steps, learning_rate_factor
 from rto_fast.training.order import ShuffledIndices, fingerprint
-from rto_fast.training.schedule import learning_rate_factor
-from rto_fast.training.steps import count_steps
 from rto_fast.training.supervised import SupervisedTrainer
 
 

@@ -1,18 +1,32 @@
-"""Stage 3: direct preference optimisation. Its policy is the source of RTO's token rewards."""
+"""The stages before RTO: supervised fine-tuning, the Bradley-Terry reward model, and DPO.
+
+Each trains a model from a directory or hub id and returns the directory of the result. DPO's policy is the source of RTO's
+token rewards.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rto_fast.batch import pack, segment_sum
+from rto_fast.batch import pack, pack_whole, segment_sum
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
-from rto_fast.losses import dpo
-from rto_fast.models.loading import causal_logps
+from rto_fast.losses import bradley_terry, dpo
+from rto_fast.models.loading import causal_logps, token_scores
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
-from rto_fast.reporting.metric_names import ACCURACY, HELD_OUT_ACCURACY, LOSS, LR, MARGIN, TOKENS_PER_SECOND
+from rto_fast.reporting.metric_names import (
+    ACCURACY,
+    HELD_OUT_ACCURACY,
+    LOSS,
+    LR,
+    MARGIN,
+    SCORE_STD,
+    TOKENS_PER_SECOND,
+    TRAINING_ACCURACY,
+)
+from rto_fast.rewards import score_sequences, score_statistics
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training.loader import Loader
@@ -21,6 +35,68 @@ from rto_fast.training.order import fingerprint
 from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
 from rto_fast.training.supervised import SupervisedTrainer
+
+
+def train_sft(session: TrainingSession, base: str) -> str:
+    """Trains the model at `base` (directory or hub id) on `data.sft`; returns the directory of the result."""
+    config, sequences = session.config, session.data.sft
+    stage = config.sft
+    model = Loader(config, session.placement).trained("causal_lm", base)
+
+    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood, a mean over the labelled tokens of the whole optimizer step."""
+        prompts, responses = zip(*((sequences[i].prompt_ids, sequences[i].response_ids) for i in rows))
+        batch = pack(prompts, responses, session.device, loss_on_prompt=stage.loss_on_prompt)
+        step = [sequences[i] for i in step_items]
+        total = sum(len(s.response_ids) + stage.loss_on_prompt * (len(s.prompt_ids) - 1) for s in step)
+        return -model.forward(causal_logps, batch).sum() / total, {}
+
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+    trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
+    train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
+    path = save_model(model, session.tokenizer, session.folder / "sft", session.stop_ids)
+    trainer.release()
+    return path
+
+
+def _sides(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Prompts with their responses: all chosen, then all rejected."""
+    return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+
+
+def train_reward_model(session: TrainingSession, sft: str) -> str:
+    """Trains a reward model on the backbone of `sft` (directory or hub id); returns the directory of the result.
+
+    The mean and standard deviation of its scores over the held-out pairs (chosen and rejected; over the training pairs if
+    none are held out) are stored in its config.json as `score_mean` and `score_std`.
+    """
+    config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
+    stage = config.reward_model
+    model = Loader(config, session.placement).trained("scorer", sft, new_head=True)
+
+    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = pack_whole(_sides([pairs[i] for i in rows]), session.device)
+        chosen, rejected = model.forward(token_scores, batch)[batch.last].chunk(2)
+        share = 1.0 / len(step_items)
+        return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
+
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    shown = (LOSS, ACCURACY, LR, TOKENS_PER_SECOND)
+    train("reward_model", trainer, session.checkpoints, shown)
+    model.module.eval()
+    metric, kind, measured = TRAINING_ACCURACY, "training", pairs
+    if held_out:
+        metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
+    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
+    chosen, rejected = scores.chunk(2)
+    model.scores = statistics = score_statistics(scores)
+    accuracy = (chosen > rejected).float().mean().item()
+    log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: statistics.std})
+    log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {kind} pairs ranked right")
+    path = save_model(model, session.tokenizer, session.folder / "reward_model", session.stop_ids)
+    trainer.release()
+    return path
+
 
 CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
 
