@@ -14,11 +14,10 @@ from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
 from rto_fast.rollout.base import generate_shared
-from rto_fast.rto.models import Models
+from rto_fast.rto.models import Models, response_logps
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
-from rto_fast.training.response_logps import response_logps
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 

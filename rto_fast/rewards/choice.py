@@ -9,9 +9,8 @@ from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.models.directory import load_tokenizer
 from rto_fast.models.model import ScoreStatistics
-from rto_fast.rewards.completions import Completion, Judge, completions_of_pairs
 from rto_fast.rewards.function import RewardFunction, copies, numbers
-from rto_fast.rewards.model import RewardModel
+from rto_fast.rewards.model import Completion, Judge, RewardModel, completions_of_pairs
 from rto_fast.session import TrainingSession
 from rto_fast.system.process_state import users_settings
 from rto_fast.training.loader import Loader

@@ -14,7 +14,7 @@ import torch
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, DataError, Interrupted, RewardError, error_text
-from rto_fast.rewards.completions import Completion, check_finite
+from rto_fast.rewards.model import Completion, check_finite
 from rto_fast.system import deepspeed_import
 from rto_fast.system.process_state import users_settings
 from rto_fast.training import ranks

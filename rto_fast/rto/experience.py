@@ -24,8 +24,7 @@ from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
 from rto_fast.rewards import completions_of, judged
 from rto_fast.rollout import RolloutBatch
-from rto_fast.rto.models import Models, rollout_values
-from rto_fast.training.response_logps import response_logps
+from rto_fast.rto.models import Models, response_logps, rollout_values
 
 
 @dataclass

@@ -1,15 +1,17 @@
 """The models of the RTO stage: how they are loaded, and what the critic predicts."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rto_fast.batch import PackedBatch, pack_whole
+from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.config import Config
-from rto_fast.models.loading import token_scores
+from rto_fast.models.loading import causal_logps, precise_logps, token_scores
 from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.rewards import Judge, NormalizedScores
+from rto_fast.training import ranks
 from rto_fast.training.loader import Loader
 from rto_fast.training.ranks import map_items
 
@@ -108,3 +110,35 @@ def rollout_values(
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, last, False)
     return whole[is_state], whole[last]
+
+
+@torch.no_grad()
+def response_logps(
+    model: Model,
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    max_tokens: int,
+    temperature: float = 1.0,
+    precise: bool = False,
+) -> torch.Tensor:
+    """Log-probs of many responses.
+
+    Args:
+        prompt_ids, response_ids: token ids of each sequence.
+        max_tokens: tokens in one forward pass.
+        temperature: divides the logits.
+        precise: compute the whole pass in a higher precision than the model's.
+    Returns:
+        [T] float32 (float64 if a float32 model is run precisely), in the alignment of `pack`.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
+
+    def logps(rows: list[int]) -> torch.Tensor:
+        batch = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], model.device)
+        if not precise:
+            return model.forward(causal_logps, batch, temperature=temperature)
+        model.activate()  # and not through the engine: the weights are whole
+        return precise_logps(model.module, batch, temperature=temperature)
+
+    with model.resident(), model.whole() if precise else contextlib.nullcontext():
+        return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)

@@ -21,9 +21,9 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.loading import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
+from rto_fast.stages import SupervisedTrainer
 from rto_fast.system.command_line import as_command
 from rto_fast.training.optimizer import ScheduledOptimizer
-from rto_fast.training.supervised import SupervisedTrainer
 from tests.system.faulty_inputs import LENGTHS, RTO, SFT, how_to_go_on
 
 pytestmark = pytest.mark.usefixtures("inside")
