@@ -78,7 +78,7 @@ class TrainingSession(Session):
 
     def done(self, stage: str) -> str | None:
         """The model of a stage that was trained before this run was resumed; None if the stage is still to be trained."""
-        if not self.checkpoints.is_done(stage):
+        if stage not in self.checkpoints.done:
             return None
         self.log.say(f"{stage}: done before")
         return str(self.folder / stage)

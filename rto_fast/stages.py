@@ -35,16 +35,17 @@ from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
-from rto_fast.training.optimizer import ScheduledOptimizer, count_steps, stage_steps
+from rto_fast.training.optimizer import count_steps, stage_steps
 from rto_fast.training.order import ShuffledIndices, fingerprint
 from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer
 
 
-class SupervisedTrainer:
+class SupervisedTrainer(Trainer):
     """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
 
     Args:
@@ -67,19 +68,11 @@ class SupervisedTrainer:
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = stage_steps(stage, len(lengths))
+        self.step_count = 0
         self.optimizer = build_optimizer(model, stage, self.steps, config)
+        self.optimizers = {"optimizer": self.optimizer}
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
-
-    @property
-    def step_count(self) -> int:
-        """The number of steps done."""
-        return self.optimizer.steps
-
-    @property
-    def skipped(self) -> int:
-        """The number of steps whose gradient was not finite."""
-        return self.optimizer.skipped
 
     def step(self) -> dict[str, Any]:
         """Takes one optimizer step and returns its metrics."""
@@ -87,32 +80,20 @@ class SupervisedTrainer:
         step = self.accumulator.step(items, self.lengths, [self.optimizer])
         for rows, factor in step:
             with step:
-                step.add(self._pass(rows, items, factor))
+                loss, metrics = self.loss(rows, items)
+                self.optimizer.backward(loss * factor)
+                step.add({LOSS: loss.detach()} | metrics)
         lengths = [self.lengths[i] for i in items]
         balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
-        return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
-
-    def _pass(self, rows: list[int], items: list[int], factor: float) -> dict[str, Tensor]:
-        loss, metrics = self.loss(rows, items)
-        self.optimizer.backward(loss * factor)
-        return {LOSS: loss.detach()} | metrics
-
-    def release(self) -> None:
-        """Gives back what the stage holds beside the model's weights."""
-        self.optimizer.release()
-
-    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
-        return {"optimizer": self.optimizer, "order": self.order, "accumulator": self.accumulator}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns all that a restored trainer needs to go on exactly as this one would have."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        metrics = step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
+        self.step_count += 1
+        return metrics
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
         visited."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        super().load_state_dict(state)
+        self.step_count = self.optimizer.steps
         left = count_steps(self.order.remaining, self.stage.batch_size)
         if self.stage.max_steps is not None:
             left = min(left, max(0, self.stage.max_steps - self.step_count))

@@ -37,8 +37,9 @@ from rto_fast.rto.update import update
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loop import train
-from rto_fast.training.optimizer import ScheduledOptimizer, count_steps
+from rto_fast.training.optimizer import count_steps
 from rto_fast.training.order import ShuffledIndices, fingerprint
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer, release
@@ -46,7 +47,7 @@ from rto_fast.training.zero import build_optimizer, release
 KL_HORIZON = 10_000  # responses over which an adaptive kl_coef reacts
 
 
-class RTOTrainer:
+class RTOTrainer(Trainer):
     """The state of the stage, and one iteration of it.
 
     All randomness derives from the seed and the number of the iteration, so that a trainer restored from `state_dict` goes
@@ -70,9 +71,9 @@ class RTOTrainer:
         epochs = None if rto.iterations else rto.epochs  # a number of iterations draws on the prompts without end
         self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
         self.steps, updates = self._count_steps()
-        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config)}
+        self.optimizers = {"policy_optimizer": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:
-            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
+            self.optimizers["critic_optimizer"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
@@ -88,11 +89,6 @@ class RTOTrainer:
         whole, rest = divmod(int(left), rto.prompts_per_rollout)
         updates = [count_steps(n * rto.samples_per_prompt, rto.batch_size) for n in (rto.prompts_per_rollout, rest)]
         return self.step_count + whole + bool(rest), rto.ppo_epochs * (whole * updates[0] + updates[1])
-
-    @property
-    def skipped(self) -> int:
-        """The number of optimizer steps whose gradient was not finite."""
-        return sum(optimizer.skipped for optimizer in self.optimizers.values())
 
     def step(self) -> dict[str, Any]:
         """Runs one iteration and returns its metrics.
@@ -116,7 +112,8 @@ class RTOTrainer:
         check = self._inspect(experience, rewards)
         metrics |= update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
         updated = time.perf_counter()
-        self._adapt_kl_coef(float(metrics[KL]), len(prompts))
+        if self.config.rto.kl_target is not None:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, float(metrics[KL]), len(prompts), self.config.rto.kl_target)
         self.step_count += 1
         metrics[MICRO_BATCH_TOKENS] = self.accumulator.tokens
         return metrics | speed_metrics(rollout, sampled - start, scored - sampled, updated - scored)
@@ -143,29 +140,16 @@ class RTOTrainer:
             self.config, self.models, experience, rewards.kl, lambda finding: self.log.warning("rto", 1, *finding)
         )
 
-    def _adapt_kl_coef(self, kl: float, responses: int) -> None:
-        rto = self.config.rto
-        if rto.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, responses, rto.kl_target)
-
     def release(self) -> None:
-        """Gives back what the stage holds beside the weights of policy and critic."""
-        for optimizer in self.optimizers.values():
-            optimizer.release()
+        super().release()
         for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
             release(frozen)
 
-    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
-        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
-        return {**optimizers, "order": self.order, "accumulator": self.accumulator}
-
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
+        return super().state_dict() | {"iteration": self.step_count, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        super().load_state_dict(state)
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
         self.steps, updates = self._count_steps()
         for optimizer in self.optimizers.values():

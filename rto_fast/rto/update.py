@@ -50,7 +50,7 @@ def update(
     """Runs the PPO epochs over an experience.
 
     Args:
-        optimizers: of the "policy" and, where there is one, of the "critic".
+        optimizers: "policy_optimizer" and, where there is a critic, "critic_optimizer".
         seed: of the order in which the responses are visited.
         check: called with the metrics of the first optimizer step's passes, before that step is taken.
     Returns:
@@ -67,18 +67,20 @@ def update(
             for rows, factor in step:
                 with step:
                     micro_batch = pack_micro_batch(experience, columns, rows, num_items)
-                    sums = policy_pass(config, models.policy, optimizers["policy"], micro_batch, factor)
+                    sums = policy_pass(config, models.policy, optimizers["policy_optimizer"], micro_batch, factor)
                     if models.critic is not None:
-                        sums |= value_pass(config.rto, models.critic, optimizers["critic"], micro_batch, factor)
+                        sums |= value_pass(
+                            config.rto, models.critic, optimizers["critic_optimizer"], micro_batch, factor
+                        )
                     step.add(sums)
             metrics: dict[str, Any] = step.metrics()
             if check and number == 0:
                 check(metrics)
             if ranks.world_size() > 1:
                 metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
-            metrics |= optimizers["policy"].step()
+            metrics |= optimizers["policy_optimizer"].step()
             if models.critic is not None:
-                metrics |= {f"critic_{name}": value for name, value in optimizers["critic"].step().items()}
+                metrics |= {f"critic_{name}": value for name, value in optimizers["critic_optimizer"].step().items()}
             add_to(totals, metrics)
             phase.advance()
     return {name: value / len(minibatches) for name, value in totals.items()}

@@ -120,7 +120,7 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
     responses = rollout.prompt_ids, rollout.response_ids, batch
     experience = Experience([], *responses, *[zeros] * 6, scores=None, truncated=None, importance=2 + ids, mismatch={})
     rewards = TokenRewards(*[zeros] * 5, advantages=ids, returns=zeros, stats={})
-    update.update(config, models, {"policy": Recorder()}, experience, rewards, 0, Accumulator(10_000, print))
+    update.update(config, models, {"policy_optimizer": Recorder()}, experience, rewards, 0, Accumulator(10_000, print))
     for places, weights, part in seen:
         expected = 2 + places
         if normalization == "sequence":

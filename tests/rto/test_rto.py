@@ -365,7 +365,7 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
         trainer("--model.micro_batch_tokens", "40"),
     )
     half.accumulator.tokens = 20
-    backward, failures = failing.optimizers["critic"].backward, [True]
+    backward, failures = failing.optimizers["critic_optimizer"].backward, [True]
 
     def fails(loss):  # the policy's gradient is there already
         if failures:
@@ -373,7 +373,7 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
         backward(loss)
 
-    failing.optimizers["critic"].backward = fails
+    failing.optimizers["critic_optimizer"].backward = fails
     for _ in range(2):
         ours, theirs = failing.step(), half.step()
         assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours if "second" not in k)
