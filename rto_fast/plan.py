@@ -53,12 +53,6 @@ class PlanOptions:
         check_fields(self)
 
 
-def parse_options(arguments: list[str]) -> tuple[PlanOptions, list[str]]:
-    """(the options of this command, the options of a run)."""
-    own, others = own_arguments(PlanOptions, arguments, PLAN)
-    return parse(PlanOptions, own, PLAN), others
-
-
 def as_json(plan: "Plan") -> dict:
     """The plan as plain values, sizes in bytes."""
     machine = plan.machine
@@ -142,7 +136,8 @@ def advice(config: Config, plan: "Plan", planner: "Planner") -> str:
 
 def main(arguments: list[str] | None = None) -> "Plan":
     """Prints the plan of a run, and returns it."""
-    options, rest = parse_options(sys.argv[1:] if arguments is None else list(arguments))
+    own, rest = own_arguments(PlanOptions, sys.argv[1:] if arguments is None else list(arguments), PLAN)
+    options = parse(PlanOptions, own, PLAN)
     config = load_config(rest, say=lambda text: None if options.json else say(text))
     from rto_fast.planning.machine import Machine, local_machine, parse_machine
     from rto_fast.planning.phases import make_plan

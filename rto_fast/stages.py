@@ -101,6 +101,13 @@ class SupervisedTrainer(Trainer):
         self.optimizer.total_steps = self.steps
 
 
+def _save(session: TrainingSession, name: str, trainer: SupervisedTrainer) -> str:
+    """Writes the trained model to the run's folder `name` and gives back the trainer's memory; returns the folder."""
+    path = save_model(trainer.model, session.tokenizer, session.folder / name, session.stop_ids)
+    trainer.release()
+    return path
+
+
 def train_sft(session: TrainingSession, base: str) -> str:
     """Trains the model at `base` (directory or hub id) on `data.sft`; returns the directory of the result."""
     config, sequences = session.config, session.data.sft
@@ -118,9 +125,7 @@ def train_sft(session: TrainingSession, base: str) -> str:
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
     train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
-    path = save_model(model, session.tokenizer, session.folder / "sft", session.stop_ids)
-    trainer.release()
-    return path
+    return _save(session, "sft", trainer)
 
 
 def _sides(pairs: Sequence[Pair]) -> list[list[int]]:
@@ -145,8 +150,7 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
         return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    shown = (LOSS, ACCURACY, LR, TOKENS_PER_SECOND)
-    train("reward_model", trainer, session.checkpoints, shown)
+    train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
@@ -157,9 +161,7 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     accuracy = (chosen > rejected).float().mean().item()
     log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: statistics.std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {kind} pairs ranked right")
-    path = save_model(model, session.tokenizer, session.folder / "reward_model", session.stop_ids)
-    trainer.release()
-    return path
+    return _save(session, "reward_model", trainer)
 
 
 CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
@@ -204,8 +206,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
 
     trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
-    shown = (LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND)
-    train("dpo", trainer, session.checkpoints, shown)
+    train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
     model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):
@@ -215,9 +216,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
         if finding := preference_finding(change, supplied=False):
             log.warning("dpo", trainer.steps, *finding)
-    path = save_model(model, session.tokenizer, session.folder / "dpo", session.stop_ids)
-    trainer.release()
-    return path
+    return _save(session, "dpo", trainer)
 
 
 def preference_finding(change: Tensor, supplied: bool) -> Finding | None:

@@ -110,14 +110,20 @@ class Measurement:
         }
         for name, path in (("responses", self.model), ("reference_responses", self.reference)):
             if path in self.rollouts:
-                results[name] = self._responses(self.rollouts[path])
+                rollout = self.rollouts[path]
+                results[name] = {"length": asdict(mean(_lengths(rollout))), "finished": asdict(rate(rollout.finished))}
         if self.reference in self.logps:
             results["kl"] = self._kl(self.reference)
         scores: dict[str, dict[str, torch.Tensor]] = {}
         for name, judge, estimate in self._judges():
             results["rewards"][name] = self._reward(judge, estimate, scores.setdefault(name, {}))
         if self.dpo_model and self.dpo_reference:
-            results["dpo"] = self._implicit_reward(self.dpo_model, self.dpo_reference)
+            reward = self.pair_logps[self.dpo_model] - self.pair_logps[self.dpo_reference]
+            chosen, rejected = reward.unbind(1)
+            results["dpo"] = {
+                "preference_accuracy": asdict(rate(wins(chosen, rejected))),
+                "margin": asdict(mean(chosen - rejected)),
+            }
         results["samples"] = self._samples(scores)
         return results
 
@@ -143,10 +149,6 @@ class Measurement:
             self.say(f"{path}: log-probs of {len(pairs)} pairs")
             with progress(f"{path}: log-probs of {len(pairs):,} pairs"):
                 self.pair_logps[path] = pair_logps(model, pairs, max_tokens)
-
-    @staticmethod
-    def _responses(rollout: RolloutBatch) -> dict[str, Any]:
-        return {"length": asdict(mean(_lengths(rollout))), "finished": asdict(rate(rollout.finished))}
 
     def _kl(self, reference: str) -> dict[str, Any]:
         ours = self.rollouts[self.model]
@@ -202,14 +204,6 @@ class Measurement:
                 chosen, rejected = judge(completions).view(-1, 2).unbind(1)
             out["preference_accuracy"] = _rate_with_ties(wins(chosen, rejected))
         return out
-
-    def _implicit_reward(self, model: str, reference: str) -> dict[str, Any]:
-        reward = self.pair_logps[model] - self.pair_logps[reference]
-        chosen, rejected = reward.unbind(1)
-        return {
-            "preference_accuracy": asdict(rate(wins(chosen, rejected))),
-            "margin": asdict(mean(chosen - rejected)),
-        }
 
     def _samples(self, scores: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
         """Prints and returns the first `show` responses."""

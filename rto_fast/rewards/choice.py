@@ -90,22 +90,20 @@ def choose_scorer(
         source, path = function, function.path
     else:
         assert reward_model  # supplied or trained where there is no function
-        source, path = _load_reward_model(session, loader, reward_model), reward_model
+        source, path = (
+            RewardModel(
+                loader.frozen("scorer", reward_model),
+                load_tokenizer(reward_model, trust_remote_code=config.model.trust_remote_code),
+                session.tokenizer,
+                prompt_format=config.data.prompt_format,
+                max_tokens=config.model.micro_batch_tokens,
+            ),
+            reward_model,
+        )
         statistics = source.model.scores
     if not config.rto.normalize_scores:
         return NormalizedScores(source, path)
     return NormalizedScores(source, path, *(statistics or _measured_statistics(session, source)))
-
-
-def _load_reward_model(session: TrainingSession, loader: Loader, path: str) -> RewardModel:
-    config = session.config
-    return RewardModel(
-        loader.frozen("scorer", path),
-        load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
-        session.tokenizer,
-        prompt_format=config.data.prompt_format,
-        max_tokens=config.model.micro_batch_tokens,
-    )
 
 
 def _measured_statistics(session: TrainingSession, source: RewardFunction | RewardModel) -> ScoreStatistics:

@@ -143,14 +143,10 @@ class Prefill(Packed):
         for piece, pages in zip(pieces, self.pages):
             q, k, v = (x.transpose(0, 1)[None] for x in piece)
             if pages is not None:
-                k, v = (_gather(pool, *pages) for pool in (keys, values))
+                numbers, tokens = pages
+                k, v = (pool[numbers].transpose(0, 1).flatten(1, 2)[None, :, :tokens] for pool in (keys, values))
             out.append(sdpa_causal(q, k, v, *scores)[0].transpose(0, 1))
         return torch.cat(out)
-
-
-def _gather(pool: Tensor, pages: Tensor, tokens: int) -> Tensor:
-    """Keys or values of one sequence, [1, Hkv, tokens, D]."""
-    return pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -40,16 +40,15 @@ class RolloutModel:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
             )
+        self.config: PreTrainedConfig = self.causal_lm.config
+        self.vocab_size = vocabulary_of(self.causal_lm)
+        self.context = context_of(self.config)  # the longest sequence for which the model has positions, or None
         # The merged weight of each LoRA layer, at the same address in every rollout, and the weights of the other layers in
         # the same GEMM.
         self.merged: dict[nn.Module, Tensor] = {}
         self.rope: Tensor | None = None  # see `rope_table`
         self.fused: Callable[[Tensor, Tensor, CacheView], Tensor] | None = None
         self.head: Any = None  # a `Head` while decoding
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.causal_lm.config
 
     @property
     def device(self) -> torch.device:
@@ -59,15 +58,6 @@ class RolloutModel:
     def kind(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype, which a cache must have too."""
         return self.device, self.causal_lm.get_input_embeddings().weight.dtype
-
-    @property
-    def vocab_size(self) -> int:
-        return vocabulary_of(self.causal_lm)
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence for which the model has positions, or None."""
-        return context_of(self.config)
 
     def addresses(self) -> tuple[int, ...]:
         """Addresses of the weights and of the table of rotations, which CUDA graphs hold."""

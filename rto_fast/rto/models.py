@@ -52,16 +52,14 @@ def load_models(
         scorer: the source of the sentence scores, loaded already.
     """
     rto = config.rto
-
-    def frozen(path: str) -> Model:
-        return loader.frozen("causal_lm", path)
-
     start, paths = dpo if dpo and rto.init_from == "dpo" else sft, frozen_paths(config, sft, dpo)
+    policy = loader.trained("causal_lm", start)
+    frozen = {name: loader.frozen("causal_lm", path) for name, path in paths.items()}
     return Models(
-        policy=loader.trained("causal_lm", start),
-        reference=frozen(paths["reference"]),
-        dpo=frozen(paths["dpo"]) if "dpo" in paths else None,
-        dpo_reference=frozen(paths["dpo_reference"]) if "dpo_reference" in paths else None,
+        policy=policy,
+        reference=frozen["reference"],
+        dpo=frozen.get("dpo"),
+        dpo_reference=frozen.get("dpo_reference"),
         critic=load_critic(critic, scorer, loader, new_head=critic == sft and not rto.critic)
         if rto.advantage == "gae"
         else None,

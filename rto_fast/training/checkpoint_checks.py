@@ -64,13 +64,17 @@ def is_count(value: object) -> bool:
 
 def _fault(progress: dict[str, Any]) -> str | None:
     """Says what is wrong with the content; None if nothing is."""
-    if not isinstance(progress["run"], str) or not RUN.fullmatch(progress["run"]):
-        return '"run" is not the name of a run'
-    done, points = progress.get("done"), progress.get("points")
-    if not isinstance(done, list) or not all(stage in STAGES for stage in done):
-        return f'"done" is not a list of stages ({", ".join(STAGES)})'
-    if not isinstance(points, list) or not points:
-        return '"points" is not a list of at least one point'
+    run, done, points = progress["run"], progress.get("done"), progress.get("points")
+    for is_right, fault in (
+        (isinstance(run, str) and RUN.fullmatch(run), '"run" is not the name of a run'),
+        (
+            isinstance(done, list) and all(stage in STAGES for stage in done),
+            f'"done" is not a list of stages ({", ".join(STAGES)})',
+        ),
+        (isinstance(points, list) and points, '"points" is not a list of at least one point'),
+    ):
+        if not is_right:
+            return fault
     for number, point in enumerate(points):
         if not isinstance(point, dict):
             return f"point {number} is not an object"
@@ -80,19 +84,26 @@ def _fault(progress: dict[str, Any]) -> str | None:
 
 
 def _fault_of_point(point: dict[str, Any], is_first: bool) -> str | None:
-    name, logs = point.get("checkpoint"), point.get("logs")
-    if "checkpoint" not in point or is_first != (name is None):
-        return '"checkpoint" is null for the first point, and a name for the others'
-    if name is not None and not (isinstance(name, str) and CHECKPOINT.fullmatch(name)):
-        return '"checkpoint" is not the name of one'
-    if not isinstance(logs, dict) or not all(log in LOGS and is_count(size) for log, size in logs.items()):
-        return '"logs" does not hold the sizes of logs'
-    if not is_number(point.get("seconds"), at_least=0):
-        return '"seconds" is not a number of seconds'
-    if not ("best" in point and (point["best"] is None or is_number(point["best"]))):
-        return '"best" is not a score'
-    if not isinstance(point.get("unfinished", False), bool):
-        return '"unfinished" is neither true nor false'
+    name, logs, best = point.get("checkpoint"), point.get("logs"), point.get("best")
+    for is_right, fault in (
+        (
+            "checkpoint" in point and is_first == (name is None),
+            '"checkpoint" is null for the first point, and a name for the others',
+        ),
+        (
+            name is None or (isinstance(name, str) and CHECKPOINT.fullmatch(name)),
+            '"checkpoint" is not the name of one',
+        ),
+        (
+            isinstance(logs, dict) and all(log in LOGS and is_count(size) for log, size in logs.items()),
+            '"logs" does not hold the sizes of logs',
+        ),
+        (is_number(point.get("seconds"), at_least=0), '"seconds" is not a number of seconds'),
+        ("best" in point and (best is None or is_number(best)), '"best" is not a score'),
+        (isinstance(point.get("unfinished", False), bool), '"unfinished" is neither true nor false'),
+    ):
+        if not is_right:
+            return fault
     return None
 
 
