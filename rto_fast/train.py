@@ -64,13 +64,12 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     from rto_fast.preflight.checks import check_before_training, check_pairs_given
     from rto_fast.reporting.finish import publish_run, report_run
     from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
-    from rto_fast.rto.models import load_models
+    from rto_fast.rto.experience import load_models
     from rto_fast.rto.trainer import train_rto
-    from rto_fast.session import open_training
+    from rto_fast.session import claimed_output, open_training
     from rto_fast.stages import train_dpo, train_reward_model, train_sft
     from rto_fast.system.progress import progress
     from rto_fast.training.loader import Loader
-    from rto_fast.training.output_folder import claimed_output
     from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()

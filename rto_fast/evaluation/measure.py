@@ -20,7 +20,7 @@ from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied
 from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
-from rto_fast.rto.models import response_logps
+from rto_fast.rto.experience import response_logps
 from rto_fast.session import Session, open_session, prepare_process
 from rto_fast.stages import pair_logps
 from rto_fast.system.progress import progress

@@ -14,7 +14,7 @@ from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
 from rto_fast.rollout.base import generate_shared
-from rto_fast.rto.models import Models, response_logps
+from rto_fast.rto.experience import Models, response_logps
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
@@ -78,7 +78,7 @@ def evaluate_iteration(session: TrainingSession, judge: Judge, models: Models, e
     best = session.checkpoints.best
     if config.eval.keep_best and (best is None or result.score > best):
         save_model(models.policy, session.tokenizer, session.folder / "rto_best", session.stop_ids)
-        session.checkpoints.keep_best(result.score)
+        session.checkpoints.best = result.score
 
 
 def _evaluate(

@@ -27,7 +27,7 @@ from rto_fast.planning.passes import step_work, training_moments
 from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
 from rto_fast.rollout.scheduler import PREFILL_TOKENS
-from rto_fast.rto.models import frozen_paths
+from rto_fast.rto.experience import frozen_paths
 from rto_fast.training.optimizer import count_steps, stage_steps
 
 

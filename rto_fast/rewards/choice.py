@@ -90,15 +90,13 @@ def choose_scorer(
         source, path = function, function.path
     else:
         assert reward_model  # supplied or trained where there is no function
-        source, path = (
-            RewardModel(
-                loader.frozen("scorer", reward_model),
-                load_tokenizer(reward_model, trust_remote_code=config.model.trust_remote_code),
-                session.tokenizer,
-                prompt_format=config.data.prompt_format,
-                max_tokens=config.model.micro_batch_tokens,
-            ),
-            reward_model,
+        path = reward_model
+        source = RewardModel(
+            loader.frozen("scorer", path),
+            load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
+            session.tokenizer,
+            prompt_format=config.data.prompt_format,
+            max_tokens=config.model.micro_batch_tokens,
         )
         statistics = source.model.scores
     if not config.rto.normalize_scores:

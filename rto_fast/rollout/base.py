@@ -2,9 +2,10 @@
 
 import numbers
 import operator
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
+from rto_fast.rollout.model import RolloutModel
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 
@@ -119,9 +121,13 @@ class RolloutBatch:
         return out.masked_scatter_(batch.response_mask, values.to(out.device))
 
 
-class Engine(Protocol):
-    """A rollout engine; `NativeEngine.generate` describes the arguments."""
+class Engine:
+    """A rollout engine. It samples with the weights that its policy has at each call."""
 
+    policy: RolloutModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int] | str],
@@ -131,7 +137,37 @@ class Engine(Protocol):
         *,
         prompt_numbers: Sequence[int] | None = None,
         limits: Sequence[int] | None = None,
-    ) -> RolloutBatch: ...
+    ) -> RolloutBatch:
+        """Samples `n` responses to each prompt.
+
+        Args:
+            prompts: lists of token ids, or strings.
+            n: samples per prompt.
+            seed: determines the random numbers.
+            prompt_numbers: numbers of the prompts among those of all ranks, by default 0, 1, …
+            limits: maximal length of each of the len(prompts)·n responses, if less than max_new_tokens.
+        Raises:
+            RolloutError: an argument is invalid, a prompt leaves no room for a response, or the engine fails.
+        """
+        start = time.perf_counter()
+        prompt_ids = token_ids(prompts, self.tokenizer)
+        limits, numbers = check_request(
+            prompt_ids, n, sampling, self.policy.vocab_size, self.policy.context, prompt_numbers, limits
+        )
+        batch = self._sample(prompt_ids, n, sampling, seed, numbers, limits)
+        batch.timings = {"rollout": time.perf_counter() - start, **batch.timings}
+        return batch
+
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
+    ) -> RolloutBatch:
+        """See `generate`; the arguments are checked.
+
+        Args:
+            numbers: of the prompts.
+            limits: maximal length of each response.
+        """
+        raise NotImplementedError
 
 
 def token_ids(prompts: Sequence[Sequence[int] | str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:

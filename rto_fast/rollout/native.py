@@ -5,8 +5,6 @@ the log-probs of the policy that sampled. It batches continuously over a paged K
 graphs.
 """
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,15 +20,19 @@ from rto_fast.models.loading import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.precision import higher_precision
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
-from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons
 from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler, prefill_chunk
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Samples from a Hugging Face causal LM.
+
+    The random numbers of a sample are determined by the seed and by the numbers of the prompt and of the sample. They do not
+    depend on the batch, its order or the number of ranks, and the global random state is not used. After an error the model
+    is as before, and all memory is freed.
 
     Args:
         model: the model that is trained, bare or inside DeepSpeed (ZeRO 0–3), DistributedDataParallel or PEFT.
@@ -54,56 +56,29 @@ class NativeEngine:
     ) -> None:
         check_rollout(config)
         self.page_size, self.prefill_tokens = page_size, prefill_tokens
-        self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
+        self.policy, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None
         self.step: DecodeStep | None = None
         self.step_key: tuple[Any, ...] | None = None
         self.cache: PagedCache
-        self.model.lay_side_by_side()
+        self.policy.lay_side_by_side()
         self._check()
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int] | str],
-        n: int,
-        sampling: Sampling,
-        seed: int = 0,
-        *,
-        prompt_numbers: Sequence[int] | None = None,
-        limits: Sequence[int] | None = None,
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
     ) -> RolloutBatch:
-        """Samples `n` responses to each prompt.
-
-        Args:
-            prompts: lists of token ids, or strings.
-            n: samples per prompt.
-            seed: determines the random numbers of a sample, together with the numbers of the prompt and of the sample. They
-                do not depend on the batch, its order or the number of ranks. The global random state is not used.
-            prompt_numbers: numbers of the prompts among those of all ranks, by default 0, 1, …
-            limits: maximal length of each of the len(prompts)·n responses, if less than max_new_tokens.
-        Raises:
-            RolloutError: a prompt leaves no room for a response, a stop token is outside of the vocabulary, memory is too
-                small for one sequence, logits are NaN, or another thread is using the model. The model is as before then,
-                and all memory is freed.
-        """
-        start = time.perf_counter()
-        prompt_ids = token_ids(prompts, self.tokenizer)
-        limits, numbers = check_request(
-            prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
-        )
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
-        if self.kind != self.model.kind:
+        if self.kind != self.policy.kind:
             self._check()
-        self.model.lay_side_by_side()  # weights may have been moved
-        with self.model.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
+        self.policy.lay_side_by_side()  # weights may have been moved
+        with self.policy.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
                 sample_ids = [number * n + i for number in numbers for i in range(n)]
-                ids = torch.tensor(sample_ids, device=self.model.device)[:, None]
-                positions = torch.arange(max(limits), device=self.model.device)
+                ids = torch.tensor(sample_ids, device=self.policy.device)[:, None]
+                positions = torch.arange(max(limits), device=self.policy.device)
                 scheduler.state.reset(philox_uniforms(seed, ids, positions))
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
@@ -114,7 +89,7 @@ class NativeEngine:
                 ) from error
             finally:
                 self.cache.release()
-        batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
+        batch.timings = scheduler.seconds
         batch.stats = {
             # The share of the slots of decode steps that gave a token.
             "occupancy": (batch.num_tokens - scheduler.begun) / max(scheduler.slot_steps, 1),
@@ -124,7 +99,7 @@ class NativeEngine:
         return batch
 
     def _scheduler(self, prompt_ids: list[list[int]], n: int, limits: list[int], sampling: Sampling) -> Scheduler:
-        device, config = self.model.device, self.config
+        device, config = self.policy.device, self.config
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
@@ -137,17 +112,17 @@ class NativeEngine:
         size = (slots, samples, max(limits), 1 << (blocks - 1).bit_length())
         if self.state is None or not self.state.fits(*size):
             self.state, self.step = DecodeState(*size, device), None
-        key = (sampling, self.model.addresses() if is_cuda else None)
+        key = (sampling, self.policy.addresses() if is_cuda else None)
         if self.step is None or key != self.step_key:
-            sampler = Sampler(sampling, self.model.head, device)
+            sampler = Sampler(sampling, self.policy.head, device)
             # ZeRO-3 gathers the weights to other addresses each time.
-            use_graphs = config.cuda_graphs and not self.model.is_zero3
-            self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler, use_graphs), key
+            use_graphs = config.cuda_graphs and not self.policy.is_zero3
+            self.step, self.step_key = DecodeStep(self.policy, self.cache, self.state, sampler, use_graphs), key
         wanted = wanted_pages(totals[:slots], totals[0], n, page_size)
         self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
-            self.model,
+            self.policy,
             self.cache,
             self.state,
             self.step,
@@ -174,8 +149,8 @@ class NativeEngine:
 
     def _check(self) -> None:
         self.state = None
-        self.cache = verified_cache(self.model, self.page_size or 64)
-        self.kind = self.model.kind
+        self.cache = verified_cache(self.policy, self.page_size or 64)
+        self.kind = self.policy.kind
 
 
 PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are decoded together and compared

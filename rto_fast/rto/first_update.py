@@ -16,8 +16,7 @@ from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, IMPORTANCE_WEIGHT, MISMATCH_K3, MISMATCH_MEAN
-from rto_fast.rto.experience import Experience, monitored_rows
-from rto_fast.rto.models import Models, response_logps
+from rto_fast.rto.experience import Experience, Models, monitored_rows, response_logps
 from rto_fast.session import TrainingSession
 from rto_fast.stages import CHECKED_PAIRS, pair_logps, preference_finding
 

@@ -27,11 +27,10 @@ from rto_fast.reporting.metric_names import (
 )
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
 from rto_fast.rollout.base import generate_shared
-from rto_fast.rto.experience import Experience, score_rollout
+from rto_fast.rto.experience import Experience, Models, score_rollout
 from rto_fast.rto.first_update import check_dpo_model, check_first_rollout
 from rto_fast.rto.health import Health
 from rto_fast.rto.metrics import recorded_iterations, rollout_metrics, speed_metrics, token_records
-from rto_fast.rto.models import Models
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
 from rto_fast.session import TrainingSession

@@ -14,8 +14,7 @@ from rto_fast.models.loading import forward_hidden, output_head, run_linear
 from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
-from rto_fast.rto.experience import Experience
-from rto_fast.rto.models import Models, critic_values
+from rto_fast.rto.experience import Experience, Models, critic_values
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks

@@ -284,6 +284,3 @@ class Checkpoints:
             self.log.warning(stage, trainer.step_count, "data", f"the data has changed: {difference}", how)
         elif "fingerprint" not in state:
             self.log.say(f"{stage}: the checkpoint's version did not record its data; it is taken to be the same")
-
-    def keep_best(self, score: float) -> None:
-        self.best = score

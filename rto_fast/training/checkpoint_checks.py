@@ -75,7 +75,7 @@ def _fault(progress: dict[str, Any]) -> str | None:
     ):
         if not is_right:
             return fault
-    for number, point in enumerate(points):
+    for number, point in enumerate(points or []):
         if not isinstance(point, dict):
             return f"point {number} is not an object"
         if fault := _fault_of_point(point, is_first=number == 0):

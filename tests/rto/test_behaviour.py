@@ -11,8 +11,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import experience, update
-from rto_fast.rto.experience import Experience
-from rto_fast.rto.models import Models
+from rto_fast.rto.experience import Experience, Models
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.training.accumulate import Accumulator

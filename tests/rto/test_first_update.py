@@ -18,7 +18,7 @@ from rto_fast.models.supplied import supplied_models
 from rto_fast.preflight.checks import check_endings
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import first_update
-from rto_fast.rto.models import Models, load_models
+from rto_fast.rto.experience import Models, load_models
 from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.training.loader import Loader
 from tests.rto.recorded_log import RecordedLog

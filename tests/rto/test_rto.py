@@ -16,9 +16,8 @@ from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
-from rto_fast.rto.experience import score_rollout
+from rto_fast.rto.experience import Models, critic_values, load_models, score_rollout
 from rto_fast.rto.metrics import rollout_metrics
-from rto_fast.rto.models import Models, critic_values, load_models
 from rto_fast.rto.token_rewards import delimiter_table, token_rewards
 from rto_fast.rto.trainer import RTOTrainer, adapt_kl_coef
 from rto_fast.rto.update import update
