@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> dict:
     from rto_fast.preflight.checks import check_before_evaluation
 
     output = "/dev/stdout" if options.output == "-" else options.output
-    is_stdout = output is not None and own_descriptor(output) == 1
-    tell = functools.partial(say, err=is_stdout)
+    # Where the JSON goes to stdout, everything else goes to stderr.
+    tell = functools.partial(say, err=output is not None and own_descriptor(output) == 1)
     inputs = open_evaluation(options, tell)
     check_before_evaluation(inputs)
     results = measure(inputs)

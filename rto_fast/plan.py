@@ -98,8 +98,7 @@ def table(plan: "Plan") -> Styled:
         f"{'GiB a ' + process:<19}" + "".join(f"{title:>12}" for title in titles),
     ]
     for phase in plan.phases:
-        values = "".join(f"{_gib(getattr(phase.memory, title)):>12}" for title in titles)
-        line = f"{phase.title:<19}{values}"
+        line = f"{phase.title:<19}" + "".join(f"{_gib(getattr(phase.memory, title)):>12}" for title in titles)
         lines.append(_bold(f"{line}  ← peak") if phase is plan.peak else line)
     verdict = "fits" if plan.fits else "does NOT fit"
     share = f"{_gib(plan.peak.memory.total)} of {_gib(machine.memory)} GiB"

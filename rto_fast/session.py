@@ -112,14 +112,20 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
     stop_ids = stop_token_ids(tokenizer, base.generation_config())
     size = base.config().get_text_config().vocab_size
     check_stop_ids(stop_ids, base.path, size)
-    sampling = Sampling.of(config.rollout, stop_ids)
-    data = RunData(config.data, tokenizer, stop_ids, say, size)
-    dtype = resolve_dtype(config.model.dtype, device)
-    return Session(config, tuple(models), device, dtype, tokenizer, stop_ids, sampling, data)
+    return Session(
+        config=config,
+        models=tuple(models),
+        device=device,
+        dtype=resolve_dtype(config.model.dtype, device),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        sampling=Sampling.of(config.rollout, stop_ids),
+        data=RunData(config.data, tokenizer, stop_ids, say, size),
+    )
 
 
 def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None) -> TrainingSession:
-    """Creates or reopens the run's folder, and opens the session in it.
+    """Begins or reopens a run in its folder (see `claimed_output`), and opens the session in it.
 
     Args:
         config: The configuration.
@@ -131,7 +137,10 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     """
     folder = Path(config.resume or config.output_dir)
     if ranks.is_main() and not config.resume:
-        prepare_output(folder)
+        with _usable(folder):
+            refuse_what_is_there(folder)
+            (folder / UNSTARTED).touch()  # the run cannot be resumed yet
+            (folder / "warnings.jsonl").unlink(missing_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
     ranks.barrier()
     if not (folder / "config.yaml").exists():
@@ -232,12 +241,3 @@ def refuse_what_is_there(folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
     if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
         raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir")
-
-
-def prepare_output(folder: Path) -> None:
-    """Creates the run's folder and marks it as that of a run which cannot be resumed yet."""
-    with _usable(folder):
-        refuse_what_is_there(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNSTARTED).touch()
-        (folder / "warnings.jsonl").unlink(missing_ok=True)

@@ -32,18 +32,12 @@ def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRe
     with StopRequest() as stop:
         # deepspeed's launcher adds --local_rank, which says the same as the environment
         arguments = [a for a in arguments if not a.startswith("--local_rank=")]
-        config = load_config(arguments, _say)
+        config = load_config(arguments, say=lambda text: say(text) if speaks() else None)
         stop.folder = config.resume
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
             yield config, stop
-
-
-def _say(text: str) -> None:
-    """Says what comes before the run has its log; of several processes, one prints."""
-    if speaks():
-        say(text)
 
 
 def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:

@@ -66,11 +66,11 @@ def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> In
     pairs: list[Pair] = []
     if options.preferences and options.held_out:
         pairs = session.data.held_out_pairs
-    elif (
-        options.preferences
-    ):  # all pairs: beside evaluation prompts, training data would leave out those with their prompts
-        alone = dataclasses.replace(config.data, eval_prompts=None)
-        pairs = RunData(alone, session.tokenizer, session.stop_ids, say).pairs
+    elif options.preferences:
+        # All pairs: beside evaluation prompts, training data would leave out those with their prompts.
+        pairs = RunData(
+            dataclasses.replace(config.data, eval_prompts=None), session.tokenizer, session.stop_ids, say
+        ).pairs
     if options.preferences and not pairs:
         raise DataError("--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs")
     # Names of models contain no line breaks when they are printed.
@@ -118,8 +118,7 @@ class Measurement:
         for name, judge, estimate in self._judges():
             results["rewards"][name] = self._reward(judge, estimate, scores.setdefault(name, {}))
         if self.dpo_model and self.dpo_reference:
-            reward = self.pair_logps[self.dpo_model] - self.pair_logps[self.dpo_reference]
-            chosen, rejected = reward.unbind(1)
+            chosen, rejected = (self.pair_logps[self.dpo_model] - self.pair_logps[self.dpo_reference]).unbind(1)
             results["dpo"] = {
                 "preference_accuracy": asdict(rate(wins(chosen, rejected))),
                 "margin": asdict(mean(chosen - rejected)),
@@ -152,8 +151,7 @@ class Measurement:
 
     def _kl(self, reference: str) -> dict[str, Any]:
         ours = self.rollouts[self.model]
-        logps = self.logps[self.model], self.logps[reference]
-        k1, k3 = kl_terms(*logps, pack(ours.prompt_ids, ours.response_ids))
+        k1, k3 = kl_terms(self.logps[self.model], self.logps[reference], pack(ours.prompt_ids, ours.response_ids))
         kl = {"k1": asdict(mean(k1)), "k3": asdict(mean(k3)), "per_token": k1.sum().item() / ours.num_tokens}
         if self.inputs.sampling.filters:
             kl["note"] = "top_k, top_p or min_p is on: the samples are not the model's own, the estimates are biased"

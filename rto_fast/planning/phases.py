@@ -189,8 +189,7 @@ class RTOPlanner:
         )
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
-        room = self.machine.memory - self._states.total - copy
-        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * room
+        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (self.machine.memory - self._states.total - copy)
         if rollout.kv_cache_gib is not None:
             budget = rollout.kv_cache_gib * GIB
         return Memory(

@@ -46,9 +46,13 @@ def check_before_training(session: TrainingSession, functions: Functions) -> Non
 
 def load_data(config: Config, data: RunData) -> None:
     """Loads all data that the run uses, so that mistakes in it show before the first step."""
-    used = [(config.trains_sft, "sft"), (config.rto.enabled, "prompts"), (config.has_judge, "eval_prompts")]
-    used += [(config.trains_on_pairs, name) for name in ("pairs", "held_out_pairs")]
-    for is_used, name in used:
+    for is_used, name in (
+        (config.trains_sft, "sft"),
+        (config.rto.enabled, "prompts"),
+        (config.has_judge, "eval_prompts"),
+        (config.trains_on_pairs, "pairs"),
+        (config.trains_on_pairs, "held_out_pairs"),
+    ):
         if is_used:
             getattr(data, name)
 
@@ -91,22 +95,15 @@ def check_endings(
             own_stop_ids = stop_token_ids(own, model.generation_config())
         except (ModelError, DataError):  # without a tokenizer or stop token of its own it is taken to have the policy's
             continue
-        reads_ids = model.reads_ids or same_tokens(own, tokenizer)
-        if reads_ids and own_stop_ids and end not in own_stop_ids:
-            warn(_other_ending(model, own_stop_ids, end, tokenizer))
-
-
-def _other_ending(
-    model: Supplied, own_stop_ids: Sequence[int], end: int, tokenizer: PreTrainedTokenizerBase
-) -> Finding:
-    own = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in own_stop_ids)
-    return Finding(
-        f"{model.key} ends otherwise",
-        f"{model.key}: {model.path} ends responses with {own}, the policy's end with "
-        f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}): its numbers for the last token, and for what comes after it, "
-        "mean little",
-        "give both the same chat template and eos_token (tokenizer_config.json, generation_config.json)",
-    )
+        if (model.reads_ids or same_tokens(own, tokenizer)) and own_stop_ids and end not in own_stop_ids:
+            others = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in own_stop_ids)
+            what = (
+                f"{model.key}: {model.path} ends responses with {others}, the policy's end with "
+                f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}): its numbers for the last token, and for what comes "
+                "after it, mean little"
+            )
+            remedy = "give both the same chat template and eos_token (tokenizer_config.json, generation_config.json)"
+            warn(Finding(f"{model.key} ends otherwise", what, remedy))
 
 
 def say_dropout(models: Iterable[Supplied], say: Callable[[str], object]) -> None:
@@ -237,8 +234,9 @@ def longest_written(
     """
     longest, totals = max((len(p.prompt_ids) for p in prompts), default=0), [0]
     for policy in policies if prompts else ():
-        what = "the longest prompt with the first token of a response"
-        refuse_long([policy], longest + 1, what, "lower max_prompt_tokens")
+        refuse_long(
+            [policy], longest + 1, "the longest prompt with the first token of a response", "lower max_prompt_tokens"
+        )
         context = context_of(policy.config()) or longest + max_new_tokens
         totals.append(min(longest + max_new_tokens, context))
         if longest + max_new_tokens > context:

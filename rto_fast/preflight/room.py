@@ -41,8 +41,7 @@ def _items(prompts: Sequence[int], responses: Sequence[int], means: Sequence[flo
         means: tokens that count in the mean instead.
     """
     count = len(prompts)
-    longest = max(map(sum, zip(prompts, responses)))
-    return Items(sum(prompts) / count, sum(means or responses) / count, longest, count)
+    return Items(sum(prompts) / count, sum(means or responses) / count, max(map(sum, zip(prompts, responses))), count)
 
 
 def disk_bytes(plan: Plan, save_every: Mapping[Any, int], keep: int) -> float:

@@ -57,10 +57,9 @@ def import_functions(config: Config, device: str) -> Functions:
     Raises:
         ConfigError: One cannot be imported or called.
     """
-    timeout = config.reward_model.timeout
 
     def function(key: str, path: str | None) -> RewardFunction | None:
-        return RewardFunction(path, key, device, timeout) if path else None
+        return RewardFunction(path, key, device, config.reward_model.timeout) if path else None
 
     return Functions(
         function("reward_model.function", config.reward_model.function), function("eval.function", config.eval.function)

@@ -114,8 +114,7 @@ class RewardModel:
                 f"{context}; lower max_prompt_tokens or rollout.max_new_tokens"
             )
         read = [read_position(ids, self.model.config) for ids in sequences]
-        scores = score_sequences(self.model, sequences, self.max_tokens, read)
-        return check_finite(scores, completions, "reward model")
+        return check_finite(score_sequences(self.model, sequences, self.max_tokens, read), completions, "reward model")
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:

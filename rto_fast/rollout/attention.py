@@ -66,8 +66,7 @@ def paged_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     paged.store(module.layer_idx, key, value)  # type: ignore[arg-type]  # a layer of transformers has an int there
-    out = paged.attend(module, query, key, value, Scores(scaling, sliding_window, softcap))
-    return out[None], None
+    return paged.attend(module, query, key, value, Scores(scaling, sliding_window, softcap))[None], None
 
 
 # Only the attention is registered, not a mask: transformers' mask would ask the host what is packed, which is a sync.

@@ -66,8 +66,7 @@ class HFEngine(Engine):
                     advance(len(chosen))
             finally:
                 self.model.generation_config = defaults
-        reasons = finish_reasons(responses, sampling.stop_ids)
-        return RolloutBatch(prompt_ids, responses, reasons)
+        return RolloutBatch(prompt_ids, responses, finish_reasons(responses, sampling.stop_ids))
 
     def _decode(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         device, width = self.model.device, max(map(len, prompts))
@@ -76,8 +75,7 @@ class HFEngine(Engine):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         checks = LogitsProcessorList([_refuse_nan])
         out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=checks)[:, width:].tolist()
-        stops = set(sampling.stop_ids)
-        ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in out]
+        ends = [next((i for i, token in enumerate(row) if token in sampling.stop_ids), len(row)) for row in out]
         return [row[: end + 1] for row, end in zip(out, ends)]
 
     def _pad(self, sampling: Sampling) -> int:

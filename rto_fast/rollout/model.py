@@ -20,7 +20,7 @@ from rto_fast.models.loading import attention_implementation, output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView
-from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
+from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, siblings
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
 
@@ -67,7 +67,7 @@ class RolloutModel:
     def _groups(self) -> tuple[list[Any], list[list[Any]], list[list[Any]]]:
         """(LoRA layers, groups of projections that contain one, groups that contain none)."""
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-        groups = sibling_groups(self.causal_lm.base_model, adapted)
+        groups = [group for layer in fusible_layers(self.causal_lm.base_model, adapted) for group in siblings(layer)]
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 

@@ -118,8 +118,9 @@ class NativeEngine(Engine):
             # ZeRO-3 gathers the weights to other addresses each time.
             use_graphs = config.cuda_graphs and not self.policy.is_zero3
             self.step, self.step_key = DecodeStep(self.policy, self.cache, self.state, sampler, use_graphs), key
-        wanted = wanted_pages(totals[:slots], totals[0], n, page_size)
-        self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
+        self.cache.allocate(
+            wanted_pages(totals[:slots], totals[0], n, page_size), blocks, memory_budget(device, config.kv_cache_gib)
+        )
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
             self.policy,

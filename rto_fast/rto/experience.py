@@ -191,8 +191,7 @@ def score_rollout(
     max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
     prompt_ids, response_ids, finished = rollout.prompt_ids, rollout.response_ids, rollout.finished
     if config.rto.ends_truncated_responses:
-        eos = tokenizer.eos_token_id
-        response_ids = [r if done else r[:-1] + [eos] for r, done in zip(response_ids, finished)]
+        response_ids = [r if done else r[:-1] + [tokenizer.eos_token_id] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)
     batch = pack(prompt_ids, response_ids, device)
 
@@ -203,8 +202,9 @@ def score_rollout(
         # The implicit reward is that of the DPO model as it was trained: at temperature 1.
         dpo_logps = response_logps(models.dpo, prompt_ids, response_ids, max_tokens, 1.0)
         if models.dpo_reference is not None or temperature != 1.0:
-            dpo_reference = models.dpo_reference or models.reference
-            dpo_ref_logps = response_logps(dpo_reference, prompt_ids, response_ids, max_tokens, 1.0)
+            dpo_ref_logps = response_logps(
+                models.dpo_reference or models.reference, prompt_ids, response_ids, max_tokens, 1.0
+            )
     values, values_after = torch.zeros_like(old_logps), old_logps.new_zeros(batch.num_sequences)
     if models.critic is not None:
         values, values_after = rollout_values(models.critic, prompt_ids, response_ids, max_tokens, device)

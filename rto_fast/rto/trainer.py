@@ -121,8 +121,9 @@ class RTOTrainer(Trainer):
         """Draws the iteration's prompts and samples responses; returns the prompt of each response, and the rollout."""
         rto = self.config.rto
         drawn = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
-        prompt_ids = [prompt.prompt_ids for prompt in drawn]
-        rollout = generate_shared(self.engine, prompt_ids, rto.samples_per_prompt, self.sampling, seed)
+        rollout = generate_shared(
+            self.engine, [prompt.prompt_ids for prompt in drawn], rto.samples_per_prompt, self.sampling, seed
+        )
         return [prompt for prompt in drawn for _ in range(rto.samples_per_prompt)], rollout
 
     def _inspect(self, experience: Experience, rewards: TokenRewards) -> Callable[[Mapping[str, Any]], None] | None:

@@ -95,9 +95,7 @@ def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int
 def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence[int]) -> float:
     """What the means of an optimizer step are over. Known before its first micro-batch, so that their gradients add up
     exactly."""
-    if rto.loss_per_sequence:
-        return float(len(minibatch))
-    return float(sum(len(experience.response_ids[i]) for i in minibatch))
+    return float(sum(1 if rto.loss_per_sequence else len(experience.response_ids[i]) for i in minibatch))
 
 
 def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:

@@ -159,8 +159,7 @@ class Optimizer(ScheduledOptimizer):
 
     def _update(self, lr: float) -> float:
         if ranks.world_size() > 1:
-            gradients = [m.grad for m in self.masters if m.grad is not None]
-            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            for work in [dist.all_reduce(m.grad, async_op=True) for m in self.masters if m.grad is not None]:
                 work.wait()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm).item()
         for group in self.adam.param_groups:

@@ -129,8 +129,7 @@ class ZeroOptimizer(ScheduledOptimizer):
         groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
-        config = engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm)
-        _initialize(model, config, self.adam)
+        _initialize(model, engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm), self.adam)
         self.engine = model.engine
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -161,8 +160,7 @@ class ZeroOptimizer(ScheduledOptimizer):
         if moments:
             self._link_moments()
         for key in moments:
-            get = ds.safe_get_full_optimizer_state
-            state[key] = {name: functools.partial(get, p, key) for name, p in self.named}
+            state[key] = {name: functools.partial(ds.safe_get_full_optimizer_state, p, key) for name, p in self.named}
         return state
 
     @torch.no_grad()
