@@ -63,7 +63,7 @@ def _provider(case, function, inputs):
 
     def value(args):
         with torch.set_grad_enabled(backward):
-            # Autograd forbids to overwrite a leaf, but not a result of it.
+            # Autograd forbids overwriting a leaf, but not the result of an op.
             return function(args[0].view_as(args[0]) if case.overwritten and backward else args[0], *args[1:])
 
     def gradients(output, args):

@@ -16,6 +16,7 @@ from rto_fast.config import Config, ModelConfig, RolloutConfig, RTOConfig
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling
 from rto_fast.rto.experience import Models
@@ -49,7 +50,7 @@ def _models(device, sizes):
     scorer = copy.deepcopy(config)
     scorer.num_labels, scorer.pad_token_id = 1, 0
     critic = AutoModelForSequenceClassification.from_config(scorer)
-    # As `load_causal_lm` does on a GPU: the model has bfloat16 weights, the optimizer float32 master weights.
+    # As `load_model` does on a GPU: the model has bfloat16 weights, the optimizer float32 master weights.
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     for model in (policy, critic):
         model.to(device, dtype).set_attn_implementation(PACKED)
@@ -57,7 +58,8 @@ def _models(device, sizes):
     with torch.no_grad():
         for p in dpo.parameters():  # so that it differs from the reference
             p.add_(0.01 * torch.randn_like(p) * p.std())
-    return Models(policy.train(), reference.eval(), dpo.eval(), None, critic.train(), _length_scores)
+    policy, reference, dpo, critic = map(Model, (policy.train(), reference.eval(), dpo.eval(), critic.train()))
+    return Models(policy, reference, dpo, None, critic, _length_scores)
 
 
 def _length_scores(completions):
@@ -92,7 +94,7 @@ def measure(device, *, small, iterations):
         history = [trainer.step() for _ in range(iterations + 1)][1:]
     keys = ("tokens_per_second", "rollout_tokens_per_second", "seconds_rollout", "seconds_score", "seconds_update")
     return {key: statistics.median(float(h[key]) for h in history) for key in keys} | {
-        "parameters": sum(p.numel() for p in models.policy.parameters()),
+        "parameters": sum(p.numel() for p in models.policy.module.parameters()),
         "responses": prompts_per_rollout,
         "prompt_tokens": prompt_tokens,
         "response_tokens": new_tokens,

@@ -30,10 +30,10 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from benchmarks import cases, decode_cases  # noqa: E402
+from benchmarks.command_line import ArgumentParser  # noqa: E402
 from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY  # noqa: E402
 from benchmarks.timing import Clock, ceilings  # noqa: E402
-from rto_fast.system import terminal  # noqa: E402
-from rto_fast.system.terminal import say  # noqa: E402
+from rto_fast.system.terminal import protect, say  # noqa: E402
 from rto_fast.system.writing import write_file  # noqa: E402
 
 # Seconds of each part, together under nine minutes, so that a run with a slow start still ends within ten. A call of
@@ -227,7 +227,7 @@ def run_end_to_end(report, device, small):
 
 
 def main():
-    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="parts to run")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU, to try the script")
@@ -282,5 +282,5 @@ def main():
 
 
 if __name__ == "__main__":
-    terminal.protect()
+    protect()
     sys.exit(main())

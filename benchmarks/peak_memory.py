@@ -1,10 +1,10 @@
 """`python -m benchmarks.peak_memory`: predicted beside measured peaks of memory, on a small model of random weights.
 
-A run trains every stage in a process of its own; its peaks are read around the phases that it reports by itself (see
-`rto_fast.system.progress`). On a CPU a peak is the growth of resident memory since before the first model, by Linux's
-high-water mark, which is set back before each phase; on a GPU it is the most that torch has allocated. glibc keeps freed
-blocks of up to 32 MB for itself. What a run needs shows where glibc is told to give them back; the last column is measured
-without that. All options of `python -m rto_fast.train` work.
+A run trains every stage in a process of its own. Its peaks are read at the bounds of the phases whose progress it reports
+(see `rto_fast.system.progress`). On a GPU, a peak is the most that torch has allocated. On a CPU, it is the growth of
+resident memory since before the first model was loaded; Linux's high-water mark is reset before each phase. glibc keeps
+freed blocks of up to 32 MB, so the run is measured twice: in the column `measured` glibc returns them to the system, in
+`with kept` it does not. All options of `python -m rto_fast.train` work.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from rto_fast.config import Config, load_config
-from rto_fast.config.shipped import DEFAULT
+from rto_fast.config.load import DEFAULT
 from rto_fast.data.world import build_tokenizer
 from rto_fast.planning.machine import GIB, local_machine
 from rto_fast.planning.memory import Items
@@ -118,13 +118,11 @@ def measure(arguments: list[str]) -> dict[str, dict[str, float]]:
 
 def _items(config: Config) -> dict[str, Items]:
     """The lengths of the run's data, as the run itself has planned with."""
-    from rto_fast.models.loading import resolve_dtype
     from rto_fast.models.supplied import supplied_models
-    from rto_fast.session import open_session, resolve_device
+    from rto_fast.session import open_session, prepare_process
 
-    device = resolve_device(config.device)
     models = supplied_models(config, config.model.path or "")
-    session = open_session(config, models, device, resolve_dtype(config.model.dtype, device), say=lambda text: None)
+    session = open_session(config, models, prepare_process(config), say=lambda text: None)
     return data_items(config, session.data)
 
 

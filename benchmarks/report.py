@@ -18,11 +18,11 @@ import torch
 
 from benchmarks import decode_cases, rollout_tables
 from benchmarks.cases import cpu_cases, run
+from benchmarks.command_line import ArgumentParser
 from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot, save
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock, ceilings
-from rto_fast.system import terminal
-from rto_fast.system.terminal import say
+from rto_fast.system.terminal import protect, say
 from rto_fast.system.writing import write_file
 
 NO_RESULTS = "No GPU results yet: `python benchmarks/gpu.py` on a machine with a GPU writes them."
@@ -234,7 +234,7 @@ def write_plots(folder, stem, result):
 
 
 def main():
-    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--static", action="store_true", help="also refresh the machine-code table (takes minutes)")
     parser.add_argument("--cpu", action="store_true", help="also measure the CPU path now, and write its tables")
     options = parser.parse_args()
@@ -264,5 +264,5 @@ def main():
 
 
 if __name__ == "__main__":
-    terminal.protect()
+    protect()
     main()

@@ -9,7 +9,7 @@ import time
 
 from transformers import GenerationConfig
 
-from rto_fast.models.loading import attention_implementation
+from rto_fast.models.attention import attention_implementation
 from rto_fast.rollout import HFEngine, NativeEngine, RolloutBatch
 
 

@@ -9,10 +9,10 @@ import io
 import json
 from pathlib import Path
 
+from benchmarks.command_line import ArgumentParser
 from benchmarks.costs import DECODE_BATCH, DECODE_CONTEXT, DEVICES, LAYER_OPS, SAMPLING_OPS, table
 from benchmarks.shapes import MODELS
-from rto_fast.system import terminal
-from rto_fast.system.terminal import say
+from rto_fast.system.terminal import protect, say
 from rto_fast.system.writing import write_file
 
 FOLDER = Path(__file__).parent
@@ -114,7 +114,7 @@ def plot(path, results):
 
 
 def main():
-    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", type=Path, default=FOLDER / "roofline.png", help="where the plot goes")
     options = parser.parse_args()
     results = load_results()
@@ -130,5 +130,5 @@ def main():
 
 
 if __name__ == "__main__":
-    terminal.protect()
+    protect()
     main()

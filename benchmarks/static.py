@@ -26,9 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.command_line import ArgumentParser
 from benchmarks.static_cases import CASES, EXPECTED
-from rto_fast.system import terminal
-from rto_fast.system.terminal import say
+from rto_fast.system.terminal import protect, say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536
@@ -202,7 +202,7 @@ def print_table(collected):
 
 
 def main():
-    parser = terminal.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="?", default="", help="part of a kernel's name")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     options = parser.parse_args()
@@ -218,5 +218,5 @@ def main():
 
 
 if __name__ == "__main__":
-    terminal.protect()
+    protect()
     sys.exit(main())

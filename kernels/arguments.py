@@ -33,7 +33,7 @@ def check_tensor(
 
 
 def check_first(name: str, tensor: Any) -> None:
-    """Checks an op's first tensor, which may have any shape and device and a float dtype. Others are compared with it."""
+    """Checks an op's first tensor, with which the others are compared: any shape, any device, a float dtype."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_tensor(name, tensor, None, float_dtypes(tensor.device), tensor.device)

@@ -32,7 +32,7 @@ def _load_block(loss_mask_ptr, weights_ptr, offs_t, mask_t):
 
 @triton.jit
 def _load_valid(ptr, offs_t, mask_t, valid):
-    """Selects after the load. As a mask of the load, `valid`, read from memory, would split it into 32-bit loads."""
+    """Selects after the load: with `valid`, which is read from memory, as its mask, it would be split into 32-bit loads."""
     return tl.where(valid, tl.load(ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32), 0.0)
 
 

@@ -1,7 +1,7 @@
-"""Estimates with 95 % confidence intervals, and win rates. Plain tensors in float64; nothing here knows a model.
+"""Estimates with 95 % confidence intervals, and win rates, from plain tensors in float64.
 
-The caller chooses between `mean` and `rate`; the values do not show which it is: a KL may be 0 in all samples, and a score
-1, without being the outcomes of trials.
+The caller chooses between `mean` and `rate`, because the values do not show which of the two they need: a KL may be 0 in
+all samples, and a score 1, without being the outcomes of trials.
 """
 
 import functools

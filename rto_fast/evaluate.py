@@ -17,7 +17,6 @@
 """
 
 import functools
-import sys
 
 from rto_fast.config.help import Command
 from rto_fast.config.options import parse
@@ -40,14 +39,9 @@ EVALUATE = Command(
 )
 
 
-def load_options(arguments: list[str]) -> EvaluateConfig:
-    """Parses and validates command-line `arguments`."""
-    return parse(EvaluateConfig, arguments, EVALUATE)
-
-
 def main(arguments: list[str] | None = None) -> dict:
     """Measures what the options ask for; prints the table, writes the JSON, returns the results."""
-    options = load_options(sys.argv[1:] if arguments is None else list(arguments))
+    options = parse(EvaluateConfig, arguments, EVALUATE)
     if options.output and options.output != "-":
         check_output(options.output)
     # After the options: --help and mistakes in them need no torch.

@@ -23,12 +23,12 @@ def dpo(
 
     Args:
         chosen_log_ratios: [N] float32, nats, summed over the tokens of the chosen response, EOS included.
-        rejected_log_ratios: the same of the rejected response.
+        rejected_log_ratios: [N] float32, nats, the same for the rejected response.
         loss: "sigmoid" (arXiv 2305.18290, eq. 7; with label smoothing conservative DPO) or "ipo" (arXiv 2310.12036, eq. 17).
     Returns:
         losses [N].
     Raises:
-        ValueError: `loss` is neither.
+        ValueError: `loss` is neither of the two.
     """
     margin = chosen_log_ratios - rejected_log_ratios
     if loss == "ipo":

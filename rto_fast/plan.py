@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> "Plan":
     """Prints the plan of a run, and returns it."""
     own, rest = own_arguments(PlanOptions, sys.argv[1:] if arguments is None else list(arguments), PLAN)
     options = parse(PlanOptions, own, PLAN)
-    config = load_config(rest, say=lambda text: None if options.json else say(text))
+    config = load_config(rest, lambda text: None if options.json else say(text), beside=vars(options))
     from rto_fast.planning.machine import Machine, local_machine, parse_machine
     from rto_fast.planning.phases import make_plan
 

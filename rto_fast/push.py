@@ -1,6 +1,5 @@
 """`python -m rto_fast.push RUN_DIR --repo OWNER/NAME` uploads a run's final model to the Hugging Face Hub."""
 
-import sys
 from dataclasses import dataclass
 
 from rto_fast.config.fields import Location, Word, check_fields
@@ -48,7 +47,7 @@ class PushOptions:
 
 def main(arguments: list[str] | None = None) -> str | None:
     """Pushes a run's model; returns the repository's address, None after a dry run."""
-    options = parse(PushOptions, sys.argv[1:] if arguments is None else list(arguments), PUSH)
+    options = parse(PushOptions, arguments, PUSH)
     assert options.run_dir and options.repo
     url = push(options.run_dir, options.repo, private=options.private, dry_run=options.dry_run)
     if url:

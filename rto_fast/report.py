@@ -1,6 +1,5 @@
 """`python -m rto_fast.report RUN_DIR [RUN_DIR ...]`: a run's report, or several runs compared in one page."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,8 +41,8 @@ class ReportOptions:
 
 def main(arguments: list[str] | None = None) -> Path:
     """Writes the report; returns its path."""
-    options = parse(ReportOptions, sys.argv[1:] if arguments is None else list(arguments), REPORT)
-    from rto_fast.reporting.report import write_report  # after the options: --help needs no matplotlib
+    options = parse(ReportOptions, arguments, REPORT)
+    from rto_fast.reporting.page import write_report  # after the options: --help needs no matplotlib
 
     output = "/dev/stdout" if options.output == "-" else options.output
     path = write_report(options.run_dir, output)

@@ -23,9 +23,8 @@ from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.reporting.log import Finding, RunLog
+from rto_fast.reporting.log import Finding, RunLog, Service, TensorBoard
 from rto_fast.reporting.public import public
-from rto_fast.reporting.trackers import Service, TensorBoard
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
 from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
@@ -41,16 +40,16 @@ from rto_fast.training.stop import StopRequest
 
 @dataclass(frozen=True)
 class Session:
-    """What commands that load models and data have in common; an evaluation has this much."""
+    """What all commands that load models and data share; `rto_fast.evaluate` needs no more."""
 
     config: Config
-    models: tuple[Supplied, ...]  # that the configuration names, the policy's start first
+    models: tuple[Supplied, ...]  # named by the configuration; the policy starts from the first
     device: str
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase  # the policy's
     stop_ids: list[int]  # tokens that end a response, EOS first
     sampling: Sampling
-    data: RunData  # loads what is asked of it
+    data: RunData  # loads a source when it is first used
 
     @property
     def base(self) -> str:
@@ -59,7 +58,7 @@ class Session:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """The keyword arguments of `load_causal_lm` and `load_scorer` that are the same for all models."""
+        """The keyword arguments of `load_model` that are the same for all models."""
         return {
             "device": self.device,
             "dtype": self.dtype,
@@ -69,7 +68,7 @@ class Session:
 
 @dataclass(frozen=True)
 class TrainingSession(Session):
-    """What the stages of a training run have in common."""
+    """What the stages of a training run share."""
 
     folder: Path  # the run's output
     log: RunLog
@@ -97,7 +96,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
 
     Args:
         config: The configuration.
-        models: The models that it names, the policy's start first.
+        models: The models that it names; the policy starts from the first.
         device: From `prepare_process`.
         say: Is called with a line of text for each report of the data.
 
@@ -106,7 +105,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
     """
     base, trust = models[0], config.model.trust_remote_code
     if trust:
-        deepspeed_import.reveal()  # a model's own code may want it
+        deepspeed_import.reveal()  # a model's own code may import it
     tokenizer = load_tokenizer(config.model.tokenizer or base.path, trust_remote_code=trust)
     check_models(models, tokenizer)
     stop_ids = stop_token_ids(tokenizer, base.generation_config())

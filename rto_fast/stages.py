@@ -15,7 +15,7 @@ from rto_fast.config import Config, SupervisedConfig
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
 from rto_fast.losses import bradley_terry, dpo
-from rto_fast.models.loading import causal_logps, token_scores
+from rto_fast.models.forward import causal_logps, token_scores
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import (

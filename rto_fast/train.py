@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> dict[str, "Evaluation"]:
 
 @contextlib.contextmanager
 def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRequest]]:
-    """Reads the configuration, takes over signals and joins the other ranks, for the time of the context."""
+    """Context in which signals are handled and the ranks are joined; yields the configuration and the stop request."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with StopRequest() as stop:
         # deepspeed's launcher adds --local_rank, which says the same as the environment
@@ -67,7 +67,7 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
     from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()
-    # The run's log shows the package's own warnings, until the end.
+    # Until the end, the run's log shows this package's warnings.
     with warnings.catch_warnings(), claimed_output(config) as lock:
         with progress("reading models' settings and data"):
             check_pairs_given(config)

@@ -2,7 +2,9 @@
 
 import json
 
+from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.sources import load_examples
+from rto_fast.data.templates import NO_THOUGHTS
 from rto_fast.data.tokenizing import Limits, sft_sequences, stop_token_ids
 from tests.chat_templates import space_tokenizer
 
@@ -117,3 +119,15 @@ def always_spaces(name):
 def count_special(tokenizer, ids):
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sum(i in special for i in ids)
+
+
+def encode_prompt(tokenizer, prompt, prompt_format="auto"):
+    """The ids of a prompt (text or messages), up to where the response begins."""
+    encoder = ConversationEncoder(tokenizer, prompt_format, (), NO_THOUGHTS)
+    return encoder.prompt_ids([encoder.read(prompt, ())])[0]
+
+
+def encode_response(tokenizer, prompt, response, prompt_format, stop_ids):
+    """The ids that follow `encode_prompt(tokenizer, prompt, prompt_format)`; the last is in `stop_ids`."""
+    encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, NO_THOUGHTS)
+    return encoder.response_ids([encoder.read(prompt, [response])], 0)[0]

@@ -15,6 +15,7 @@ import torch
 
 from rto_fast import evaluate
 from rto_fast.config import load_config
+from rto_fast.config.options import parse
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -132,7 +133,7 @@ def test_training_commands_can_be_given(page, module, rest, monkeypatch):
 
 @pytest.mark.parametrize("page, module, rest", [m for m in MODULES if m[1] == "rto_fast.evaluate" and m[2]])
 def test_evaluation_commands_can_be_given(page, module, rest):
-    evaluate.load_options(shlex.split(rest))
+    parse(evaluate.EvaluateConfig, shlex.split(rest), evaluate.EVALUATE)
 
 
 @cache

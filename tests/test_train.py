@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from rto_fast.data.world import build_tokenizer, prompt_rows
+from rto_fast.data.world import build_tokenizer
 from rto_fast.train import main
+from tests.embedded_world import prompt_rows
 from tests.tiny_models import world_scorer
 
 # Every stage of the embedded default, for a few steps.

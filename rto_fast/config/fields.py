@@ -50,16 +50,6 @@ class Range:
         return text + " or .inf" * self.infinite
 
 
-class PowerOf2(Range):
-    """The powers of two from `low` to `high`."""
-
-    def __contains__(self, value: Any) -> bool:
-        return super().__contains__(value) and value & (value - 1) == 0
-
-    def __str__(self) -> str:
-        return f"that is a power of two, {super().__str__()}"
-
-
 LONGEST_PATH = 1000  # characters: messages quote paths, and systems take some 4,000 bytes
 
 
@@ -131,11 +121,6 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-@functools.cache
-def _parts_of(hint: Any) -> tuple[Any, tuple]:
-    return typing.get_origin(hint), typing.get_args(hint)
-
-
 def options_of(hint: Any) -> tuple:
     """The types of a union, or `hint` alone."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -150,7 +135,7 @@ def base_of(hint: Any) -> Any:
 
 def fits(hint: Any, value: Any) -> bool:
     """Whether a field of type `hint` can hold `value`."""
-    origin, parts = _parts_of(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return fits(parts[0], value) and all(value in rule for rule in parts[1:])
     if origin in (typing.Union, types.UnionType):

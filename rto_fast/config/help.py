@@ -7,7 +7,6 @@ import inspect
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,12 +75,14 @@ def summary(cls: type) -> str:
     return " ".join(inspect.cleandoc(cls.__doc__ or "").split())
 
 
-def print_help(cls: type, command: Command, arguments: list[str]) -> None:
-    """Prints what follows `--help` in the arguments: a group of options, `all` of them, or else the first page.
+def help_if_asked(cls: type, command: Command, arguments: list[str]) -> None:
+    """Prints what follows `--help` in the arguments, and exits: a group of options, `all` of them, or else the first page.
 
     Raises:
         ConfigError: there is no such group.
     """
+    if "--help" not in arguments and arguments[:1] != ["-h"]:
+        return
     group = next(iter(arguments[arguments.index("--help") + 1 :]), "") if "--help" in arguments else ""
     groups = sections(cls)
     if not group or group.startswith("-"):
@@ -97,6 +98,7 @@ def print_help(cls: type, command: Command, arguments: list[str]) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--help {group[:40]}: expected one of {', '.join([*groups, 'all'])}{hint}")
     say("\n".join(lines))
+    raise SystemExit(0)
 
 
 def _first_page(cls: type, command: Command) -> list[str]:
@@ -138,12 +140,15 @@ def _columns(name: str, text: str, width: int) -> list[str]:
 
 def _texts(cls: type) -> dict[str, str]:
     """The strings below a dataclass's fields."""
-    return {name: text for part in reversed(cls.__mro__[:-1]) for name, text in _texts_of(part)}
-
-
-def _texts_of(cls: type) -> Iterator[tuple[str, str]]:
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    body = typing.cast(ast.ClassDef, tree).body
-    for line, below in zip(body, body[1:]):
-        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield typing.cast(ast.Name, line.target).id, " ".join(str(below.value.value).split())
+    texts = {}
+    for part in reversed(cls.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        body = typing.cast(ast.ClassDef, tree).body
+        for line, below in zip(body, body[1:]):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                texts[typing.cast(ast.Name, line.target).id] = " ".join(str(below.value.value).split())
+    return texts

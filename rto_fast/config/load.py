@@ -1,21 +1,86 @@
-"""The configuration of a run from files and the command line, and back to a file."""
+"""Reads the configuration of a run from files and the command line, and writes it as YAML."""
 
 import dataclasses
+import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rto_fast import configs
 from rto_fast.config.fields import Location, describe, fits, shown
-from rto_fast.config.help import Command, print_help
-from rto_fast.config.options import asks_for_help, build, flattened, from_option, split_arguments
+from rto_fast.config.help import Command, help_if_asked
+from rto_fast.config.options import build, flattened, from_option, split_arguments
 from rto_fast.config.removed import INSTEAD, without_removed
 from rto_fast.config.run import Config
-from rto_fast.config.shipped import config_file, implied_config, shipped_configs
 from rto_fast.config.yaml_text import Dumper, Given, Value, read, read_file
 from rto_fast.errors import ConfigError, FieldError
 from rto_fast.system import terminal
+
+FOLDER = Path(configs.__path__[0])
+DEFAULT, OWN = "default", "own"
+MODELS = (
+    "model.path",
+    "model.tokenizer",
+    "sft.model",
+    "reward_model.model",
+    "dpo.model",
+    "dpo.ref_model",
+    "rto.ref_model",
+    "rto.critic",
+)
+FIRST_LOOK = {"data.limit": 64, "rollout.max_new_tokens": 64, "eval.prompts": 8}
+DATA = ("data.preferences", "data.sft", "data.prompts", "data.eval_prompts")
+
+
+def shipped_configs() -> list[str]:
+    """The names that `--config` takes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def config_file(name: str) -> str:
+    """The file that `--config name` means: the shipped configuration of that name, or else the file `name`.
+
+    Raises:
+        ConfigError: there is neither. It lists the shipped ones.
+    """
+    names = shipped_configs()
+    if name in names:
+        return str(FOLDER / f"{name}.yaml")
+    path = os.path.expanduser(name)
+    if not os.path.exists(path):
+        near = difflib.get_close_matches(Path(name).stem, names, n=1)
+        hint = f"; did you mean --config {near[0]}?" if near else ""
+        raise ConfigError(
+            f"--config {name}: No such file or directory; the shipped configurations are {', '.join(names)}{hint}"
+        )
+    return path
+
+
+def is_embedded(source: str) -> bool:
+    """Whether a model or data is the package's own."""
+    return source == "embedded" or source.startswith("embedded:")
+
+
+def implied_config(options: dict[str, Any]) -> tuple[str, str]:
+    """The configuration of a run without --config: (its name, and if it is not the default, lines that say why).
+
+    Args:
+        options: the values of the command line by key: {"data.preferences": "pairs.jsonl", …}.
+    """
+    given = [key for key in (*MODELS, *DATA) if options.get(key) and not is_embedded(str(options[key]))]
+    if not given:
+        return DEFAULT, ""
+    are = "are" if len(given) > 1 else "is"
+    smaller = "" if FIRST_LOOK.keys() & options.keys() else " ".join(f"--{key} {n}" for key, n in FIRST_LOOK.items())
+    first_look = f"\na first look, on a CPU too: add {smaller}" if smaller else ""
+    return OWN, (
+        f"configuration: own (`--config own`; settings for models of up to a billion parameters), since {', '.join(given)} "
+        f"{are} given; nothing of the embedded default is used{first_look}"
+    )
+
 
 TRAIN = Command(
     "rto_fast.train",
@@ -50,23 +115,24 @@ def _resumed(folder: str) -> Given:
         raise FieldError("--resume", describe(Location), shown(folder))
     files = [os.path.join(folder, name) for name in ("config.yaml", "progress.json")]
     if not all(map(os.path.isfile, files)):
-        raise ConfigError(f"--resume {folder}: no run to go on with (no progress.json and config.yaml there)")
+        raise ConfigError(f"--resume {folder}: no run to continue (no progress.json and config.yaml there)")
     return read_config(files[0])
 
 
-def load_config(arguments: list[str], say: Callable[[str], object] = lambda text: None) -> Config:
+def load_config(
+    arguments: list[str], say: Callable[[str], object] = lambda text: None, beside: Iterable[str] = ()
+) -> Config:
     """Parses command-line `arguments`. `--help` and `--print_config` print and exit.
 
     Args:
         say: called with a line of text where a model or data is given without --config: which configuration that takes.
+        beside: the other options of the command, which may have been meant by an unknown one.
     Raises:
         ConfigError: for an unknown key (the nearest valid one is suggested), a value of the wrong type or range, or an
             unreadable file.
     """
-    if asks_for_help(arguments):
-        print_help(Config, TRAIN, arguments)
-        raise SystemExit(0)
-    options = [*split_arguments(arguments, Config, others={"config"}, switches={"print_config"})]
+    help_if_asked(Config, TRAIN, arguments)
+    options = [*split_arguments(arguments, Config, others={"config", *beside}, switches={"print_config"})]
     folder = os.path.expanduser(dict(options).get("resume", ""))
     given = _resumed(folder) if folder else {}
     if not folder and "config" not in dict(options):

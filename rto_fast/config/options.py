@@ -8,12 +8,13 @@ import dataclasses
 import difflib
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rto_fast.config.fields import PathText, base_of, describe, fields_of, fits, hints_of, options_of, shown
-from rto_fast.config.help import Command, print_help
+from rto_fast.config.help import Command, help_if_asked
 from rto_fast.config.removed import INSTEAD, refusal
 from rto_fast.config.yaml_text import Given, Value, read, resolve
 from rto_fast.errors import ConfigError, FieldError
@@ -80,12 +81,14 @@ def check_known(name: str, where: str, known: Iterable[str]) -> None:
     if name not in known:
         if name.removeprefix("--") in INSTEAD:
             raise refusal(name.removeprefix("--"), where)
-        leaf = name.lstrip("-").replace("-", "_")
-        section, dot, last = name[:100].rpartition(".")
-        short = section + dot + "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
-        near = [short] if short in known else [key for key in known if leaf and key.endswith(f".{leaf}")]
-        near = near or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        key = name[:100].removeprefix("--").replace("-", "_")
+        options = {option.removeprefix("--"): option for option in known}
+        section, dot, last = key.rpartition(".")
+        initials = "".join(word[:1] for word in last.split("_"))  # learning_rate is lr here
+        same = [option for option in options if key and option.endswith((f".{key}", f".{initials}"))]
+        near = [short] if (short := section + dot + initials) in options else same
+        near = near or difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(options[option] for option in near)}?" if near else ""
         given = name[:100] if name and name.isprintable() else shown(name)
         raise ConfigError(f"{where}: unknown key {given}{hint}")
 
@@ -117,11 +120,13 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     def walk(tree: Value, prefix: str) -> None:
         if not isinstance(tree.content, dict):
             found = "nothing" if tree.is_null else shown(tree.as_python())
+            example = next((key for key in keys if prefix and key.startswith(prefix)), "").removeprefix(prefix)
+            such = f" such as {{{example}: …}}" * bool(example)
             raise ConfigError(
                 named(
                     prefix[:-1],
                     tree.place,
-                    f"expected keys and values, got {found}; leave a section out to keep its defaults",
+                    f"expected keys and values{such}, got {found}; leave a section out to keep its defaults",
                 )
             )
         for name, value in tree.content.items():
@@ -139,15 +144,14 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
     return given
 
 
-def parse(cls: type[Settings], arguments: list[str], command: Command) -> Settings:
-    """Fills the dataclass from command-line `arguments`; `--help` prints its options and exits.
+def parse(cls: type[Settings], arguments: list[str] | None, command: Command) -> Settings:
+    """Fills the dataclass from command-line `arguments`, by default this process's; `--help` prints its options and exits.
 
     Raises:
         ConfigError: there is a mistake in the arguments.
     """
-    if asks_for_help(arguments):
-        print_help(cls, command, arguments)
-        raise SystemExit(0)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    help_if_asked(cls, command, arguments)
     given: Given = {}
     for key, text in split_arguments(arguments, cls, switches=command.switches, positional=command.positional):
         if key == command.positional:
@@ -173,10 +177,6 @@ def own_arguments(cls: type, arguments: list[str], command: Command) -> tuple[li
         if is_own and not has_value and name not in {*command.switches, "help"}:
             own += itertools.islice(words, 1)
     return own, others
-
-
-def asks_for_help(arguments: list[str]) -> bool:
-    return "--help" in arguments or arguments[:1] == ["-h"]
 
 
 def named(key: str, place: str, message: str) -> str:

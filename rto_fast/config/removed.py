@@ -13,10 +13,6 @@ from rto_fast.config.yaml_text import Given, Value
 from rto_fast.errors import ConfigError
 
 
-def _cannot(old: Given, given: Given) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Removed:
     """Keys that went together.
@@ -24,12 +20,13 @@ class Removed:
     Args:
         defaults: {key: the default that it had}.
         instead: what to give now, for the error.
-        take_over: called with the old values and all others; adds to these what says the same, or returns False.
+        take_over: called with the old values and all others; adds to these what says the same, or returns False. It is None
+            where nothing does.
     """
 
     defaults: dict[str, Any]
     instead: str
-    take_over: Callable[[Given, Given], bool] = _cannot
+    take_over: Callable[[Given, Given], bool] | None = None
 
 
 def _of_stages(name: str, default: Any, key: str, may_differ: bool = False) -> Removed:
@@ -92,7 +89,7 @@ INSTEAD = {key: removed.instead for removed in REMOVED for key in removed.defaul
 
 
 def refusal(key: str, place: str) -> ConfigError:
-    return ConfigError(f"{place}: {key} is no more: {INSTEAD[key]}")
+    return ConfigError(f"{place}: {key} was removed: {INSTEAD[key]}")
 
 
 def without_removed(given: Given) -> Given:
@@ -105,6 +102,6 @@ def without_removed(given: Given) -> Given:
     for removed in REMOVED:
         old = {key: given.pop(key) for key in removed.defaults if key in given}
         changed = [key for key, value in old.items() if value.as_python() != removed.defaults[key]]
-        if changed and not removed.take_over(old, given):
+        if changed and not (removed.take_over and removed.take_over(old, given)):
             raise refusal(changed[0], old[changed[0]].place)
     return given

@@ -167,12 +167,12 @@ def _rules(config: Config) -> Iterator[tuple[object, str, str]]:
     yield (
         not config.data.streaming or config.data.limit,
         "data.limit",
-        "a number with data.streaming: so many examples are read",
+        "a number with data.streaming: the number of examples that are read",
     )
     yield (
         config.model.path or config.sft.model,
         "model.path",
-        "a model to start from (or sft.model); `embedded` is the package's",
+        "a model to start from, or sft.model; `embedded` is the tiny model of the package",
     )
     yield (
         not (config.reward_model.model and config.reward_model.function),

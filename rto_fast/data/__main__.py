@@ -5,7 +5,6 @@ them.
 """
 
 import dataclasses
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -53,16 +52,10 @@ INSPECT = Command(
 )
 
 
-def load_options(arguments: list[str]) -> InspectConfig:
-    """Parses and validates command-line `arguments`."""
-    return parse(InspectConfig, arguments, INSPECT)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prints what there is to say about a source."""
-    options = load_options(sys.argv[1:] if arguments is None else list(arguments))
-    from rto_fast.data.inspection import Page  # after the options: --help and mistakes in them need no torch
-    from rto_fast.data.look import look
+    options = parse(InspectConfig, arguments, INSPECT)
+    from rto_fast.data.look import Page, look  # after the options: --help and mistakes in them need no torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Notice)

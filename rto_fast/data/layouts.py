@@ -1,4 +1,4 @@
-r"""Makes an `Example` of a row in any common layout. `detection.find_layout` finds the layout of a source.
+r"""Finds the layout of a source by a vote of its first rows, and makes an `Example` of a row.
 
 | layout            | columns                                    | prompt                     | responses                   |
 |-------------------|--------------------------------------------|----------------------------|-----------------------------|
@@ -24,7 +24,8 @@ its next turn. A row that the layout would misread is unusable.
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,22 +108,19 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
     Raises:
         DataError: the row does not fit the layout; names `origin` and what was found.
     """
-    present = _mapped(row, columns or {}, origin)
+    present = {name: value for name, value in role_values(row, columns or {}, origin).items() if value is not None}
     used = {*ROLES, *(columns or {}).values()}
     extra = {key: value for key, value in row.items() if key not in used}
-    prompt: Text
-    response: str | dict | None = None
-    chosen: str | dict | None = None
-    rejected: str | dict | None = None
+    responses: dict[str, str | dict] = {}
     if layout in PAIR_LAYOUTS:
         _need(present, ("chosen", "rejected") + (("prompt",) if layout == "explicit prompt" else ()), row, origin)
         _check_layout(present, layout, origin)
-        prompt, chosen, rejected = _preference(present, layout, origin)
+        prompt, responses["chosen"], responses["rejected"] = _preference(present, layout, origin)
     elif layout == "messages":
         _need(present, ("messages",), row, origin)
         messages = read_messages(present["messages"], "messages", origin)
         if messages[-1]["role"] == "assistant":
-            prompt, response = messages[:-1], only_response(messages[-1:], "messages", origin)
+            prompt, responses["response"] = messages[:-1], only_response(messages[-1:], "messages", origin)
         else:
             prompt = messages
     else:
@@ -131,13 +129,14 @@ def to_example(row: Mapping[str, Any], layout: str, origin: str, columns: Mappin
         if layout == "prompt/response":
             name = next((name for name in ("response", "completion") if name in present), "response")
             _need(present, (name,), row, origin)
-            response = only_response(_after(present["prompt"], prompt, present[name], name, origin), name, origin)
+            responses["response"] = only_response(
+                _after(present["prompt"], prompt, present[name], name, origin), name, origin
+            )
     check_prompt(prompt, origin)
     tools = read_tools(present.get("tools"), origin)
-    texts = {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected, "tools": tools}
-    for name, value in texts.items():
+    for name, value in {"prompt": prompt, **responses, "tools": tools}.items():
         check_unicode(value, name, origin)
-    return Example(prompt, response, chosen, rejected, origin, extra, tools)
+    return Example(prompt, origin=origin, extra=extra, tools=tools, **responses)
 
 
 def _check_layout(present: Mapping[str, Any], layout: str, origin: str) -> None:
@@ -206,11 +205,6 @@ def role_values(row: Mapping[str, Any], columns: Mapping[str, str], origin: str)
     return {name: decoded(value, name, origin) if isinstance(value, str) else value for name, value in named.items()}
 
 
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """`role_values` without nulls."""
-    return {name: value for name, value in role_values(row, columns, origin).items() if value is not None}
-
-
 def _need(present: Mapping[str, Any], names: Collection[str], row: Mapping[str, Any], origin: str) -> None:
     for name in names:
         if name not in present:
@@ -246,3 +240,61 @@ def listing(row: Collection[str]) -> str:
     """The names of columns, for messages: at most twelve, long ones cut."""
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, row)]
     return ", ".join(names[:12] + [f"{len(names) - 12} more"] * (len(names) > 12)) or "none"
+
+
+# Of layouts with equal votes the first one wins: first the prompt alone, which any row with a prompt has, then the layouts
+# that use more of the columns.
+LAYOUTS = ("prompt only", *PAIR_LAYOUTS, "messages", "prompt/response")
+
+
+def find_layout(rows: Sequence[tuple[str, dict | DataError]], columns: Mapping[str, str] | None = None) -> str:
+    """The name of the layout that most rows have (see the table of `rto_fast.data.layouts`).
+
+    Empty text, and a value that is neither text nor messages, count as null: a row whose layout depends on one does not
+    vote. Only where no row can vote do they count as values, and nulls as missing columns.
+
+    Args:
+        rows: the origin and the row of the first rows, or the error of a row that could not be read.
+        columns: {our name: the rows' name}.
+    Raises:
+        DataError: no row has a known layout.
+    """
+    read, errors = [], []
+    for origin, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            read.append((origin, row, role_values(row, columns or {}, origin)))
+        except DataError as error:
+            errors.append(error)
+    if not read:
+        raise errors[0]
+    for strict in (True, False):
+        votes = Counter(layout for _, _, values in read if (layout := _vote(values, strict)))
+        if votes:
+            return max(LAYOUTS, key=lambda layout: votes[layout])
+    raise _unknown_layout(read)
+
+
+def _vote(values: Mapping[str, Any], strict: bool) -> str | None:
+    """The layout of a row. If `strict`, None where it depends on a null or on a value that counts as one."""
+    held = {name: value for name, value in values.items() if (_is_usable(value) if strict else value is not None)}
+    return layout_of(held, values.keys() - held.keys() if strict else ())
+
+
+def _is_usable(value: Any) -> bool:
+    """Whether a value is messages, or text that is not blank: a csv writes null as blank text."""
+    if isinstance(value, str):
+        return value != "" and not value.isspace()
+    return isinstance(value, list) and value != [] and isinstance(value[0], dict)
+
+
+def _unknown_layout(read: list[tuple[str, dict, dict]]) -> DataError:
+    origin = read[0][0]
+    names = dict.fromkeys(name for _, row, _ in read for name in row)
+    filled = {name for _, row, _ in read for name, value in row.items() if value is not None}
+    header = " (a csv begins with a line of their names)" if ".csv:" in origin else ""
+    return DataError(
+        f"{origin}: no known layout in columns {listing([n if n in filled else f'{n} (null)' for n in names])}{header}; "
+        'map them with columns, such as columns={"prompt": "question", "chosen": "better", "rejected": "worse"}'
+    )

@@ -245,31 +245,26 @@ def conversation_forms(
 ) -> Iterator[tuple[list[dict], list[dict], Any]]:
     """Yields a conversation in the forms that templates accept: as it is first, and no other form where it has no tools."""
     turns = [*prompt, *answers]
-    calls = any(key in turn for turn in turns for key in CALLS)
-    arguments = (_as_objects, _as_text) if calls else (_as_is,)
+    arguments = (_from_text, _as_json) if any(key in turn for turn in turns for key in CALLS) else (_from_text,)
     if any(turn.get("content") is None for turn in turns):
-        contents: tuple = (_without_content, _with_none, _with_empty_content)
-    elif any(_lacks_text(turn) for turn in turns):
-        contents = (_as_is, _without_content, _with_none)
+        contents: tuple = (_ABSENT, None, "")
     else:
-        contents = (_as_is,)
+        contents = ("", _ABSENT, None) if any(map(_lacks_text, turns)) else ("",)
     is_text = all(isinstance(turn.get("content"), str | None) for turn in turns)
-    results = (_as_is,) if is_text else (_as_is, _with_text)
-    bare = [tool for tool in tools or [] if "function" not in tool]
-    schemas = (
-        [tools, [{"type": "function", "function": tool} if tool in bare else tool for tool in tools]]
-        if bare
-        else [tools]
-    )
-    for content_form, result_form, tools_form, arguments_form in itertools.product(
-        contents, results, schemas, arguments
-    ):
-        formed = [content_form(result_form(arguments_form(turn))) for turn in turns]
+    schemas = [tools]
+    if any("function" not in tool for tool in tools or []):
+        schemas.append([tool if "function" in tool else {"type": "function", "function": tool} for tool in tools])
+    results = (_as_is,) if is_text else (_as_is, _as_json)
+    for content, result, tools_form, argument in itertools.product(contents, results, schemas, arguments):
+        formed = [_formed(turn, content, result, argument) for turn in turns]
         yield formed[: len(prompt)], formed[len(prompt) :], tools_form
 
 
-def _as_is(message: dict) -> dict:
-    return message
+_ABSENT = object()
+
+
+def _as_is(value: Any) -> Any:
+    return value
 
 
 def _lacks_text(message: dict) -> bool:
@@ -278,41 +273,22 @@ def _lacks_text(message: dict) -> bool:
     return content is None or (content == "" and any(key in message for key in CALLS))
 
 
-def _without_content(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key != "content"} if _lacks_text(message) else message
+def _formed(message: dict, empty: Any, result: Callable[[Any], Any], argument: Callable[[Any], Any]) -> dict:
+    """A message in one form.
 
-
-def _with_none(message: dict) -> dict:
-    return message | {"content": None} if _lacks_text(message) else message
-
-
-def _with_empty_content(message: dict) -> dict:
-    return message if message.get("content") is not None else message | {"content": ""}
-
-
-def _with_text(message: dict) -> dict:
-    content = message.get("content")
-    return message if content is None else message | {"content": _as_json(content)}
-
-
-def _as_objects(message: dict) -> dict:
-    return _with_arguments(message, _from_text)
-
-
-def _as_text(message: dict) -> dict:
-    return _with_arguments(message, _as_json)
-
-
-def _with_arguments(message: dict, form: Any) -> dict:
-    """The message with `form` applied to the arguments of its calls."""
+    Args:
+        empty: the content where the message lacks text: None, "", or `_ABSENT` for a message without the key.
+        result: changes another content, which is the result of a call if it is not text.
+        argument: changes the arguments of calls.
+    """
 
     def call(value: dict) -> dict:
-        value = value | {"arguments": form(value["arguments"])} if "arguments" in value else value
+        value = value | {"arguments": argument(value["arguments"])} if "arguments" in value else value
         return value | {"function": call(value["function"])} if isinstance(value.get("function"), dict) else value
 
-    formed = {
-        key: call(value) if isinstance(value, dict) else [call(item) for item in value]
-        for key, value in message.items()
-        if key in CALLS
-    }
-    return message | formed
+    formed = message | {"content": empty if _lacks_text(message) else result(message["content"])}
+    for key in CALLS:
+        if key in message:
+            calls = message[key]
+            formed[key] = call(calls) if isinstance(calls, dict) else [call(item) for item in calls]
+    return {key: value for key, value in formed.items() if value is not _ABSENT}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+from rto_fast.data.messages import as_message
 from rto_fast.data.templates import (
     ANSWER,
     MORE,
@@ -13,7 +14,6 @@ from rto_fast.data.templates import (
     ChatTemplate,
     Thinking,
     any_of,
-    as_assistant,
     as_user,
 )
 from rto_fast.data.transcripts import with_newlines
@@ -79,7 +79,7 @@ class Recogniser:
     @cached_property
     def _opening(self) -> re.Pattern[str]:
         """Matches the beginning of prompts that the template rendered, without BOS."""
-        question, answer = as_user(QUESTION), as_assistant(ANSWER)
+        question, answer = as_user(QUESTION), as_message(ANSWER)
         user = self._before([question, answer, as_user(MORE)], ANSWER, MORE)
         system = self._before([{"role": "system", "content": MORE}, question], "", MORE)
         if user and system == "":  # the template sets nothing before a system message

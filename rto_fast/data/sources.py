@@ -29,11 +29,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rto_fast.data.arrow_files import check_arrow_files
-from rto_fast.data.budget import Budget
-from rto_fast.data.detection import find_layout
+from rto_fast.data.budget import Budget, check_arrow_files
 from rto_fast.data.files import SUFFIXES, Row, counted, rows_of_file, without_filled_keys
-from rto_fast.data.layouts import ROLES, Example, check_columns, role_values, to_example
+from rto_fast.data.layouts import ROLES, Example, check_columns, find_layout, role_values, to_example
 from rto_fast.errors import DataError, error_text
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import advance

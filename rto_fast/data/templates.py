@@ -224,7 +224,7 @@ class ChatTemplate:
     @cached_property
     def turn(self) -> Response:
         """What the template writes behind a response: `tail`, then the token that ends the turn, if there is one."""
-        after = self.probe(as_user(QUESTION), as_assistant(ANSWER)).rpartition(ANSWER)[2]
+        after = self.probe(as_user(QUESTION), as_message(ANSWER)).rpartition(ANSWER)[2]
         end = self.mark.search(after)
         return Response("", end[0], after[: end.start()]) if end else Response("", None, after)
 
@@ -271,7 +271,7 @@ class ChatTemplate:
     @cached_property
     def control_tokens(self) -> list[str]:
         """The added tokens that the template sets around messages, except for the marks of thoughts."""
-        turns = [as_user(QUESTION), as_assistant(ANSWER)]
+        turns = [as_user(QUESTION), as_message(ANSWER)]
         try:
             text = self.probe(*turns, as_user(MORE), generation=True)
         except DataError:
@@ -318,10 +318,6 @@ def _with_thought(opening: str) -> str:
 
 def as_user(text: str) -> dict:
     return {"role": "user", "content": text}
-
-
-def as_assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
 
 
 def _brief(text: str, last: bool = False) -> str:

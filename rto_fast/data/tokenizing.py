@@ -26,10 +26,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rto_fast.data.encoding import ConversationEncoder, Row
+from rto_fast.data.encoding import ConversationEncoder, Row, notes
 from rto_fast.data.layouts import Example, Text
-from rto_fast.data.notes import notes
-from rto_fast.data.templates import NO_THOUGHTS, ChatTemplate, Thinking
+from rto_fast.data.templates import ChatTemplate, Thinking
 from rto_fast.errors import DataError
 from rto_fast.system.notices import notify
 from rto_fast.system.progress import advance, progress
@@ -147,40 +146,6 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
     if not ids:
         raise DataError("no stop token: set eos_token of the tokenizer or eos_token_id of the generation config")
     return ids
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[dict],
-    prompt_format: str = "auto",
-    tools: Any = None,
-    thinking: Thinking = NO_THOUGHTS,
-) -> list[int]:
-    """The ids of a prompt (text or messages), up to where the response begins.
-
-    Args:
-        thinking: how the prompt ends.
-    """
-    encoder = ConversationEncoder(tokenizer, prompt_format, (), thinking)
-    return encoder.prompt_ids([encoder.read(prompt, (), tools)])[0]
-
-
-def encode_response(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[dict],
-    response: str | dict,
-    prompt_format: str,
-    stop_ids: Sequence[int],
-    tools: Any = None,
-    thinking: Thinking = NO_THOUGHTS,
-) -> list[int]:
-    """The ids that follow `encode_prompt(tokenizer, prompt, prompt_format, tools, thinking)`; the last is in `stop_ids`.
-
-    Raises:
-        DataError: the response cannot follow that prompt, such as one with a thought, which `NO_THOUGHTS` rules out.
-    """
-    encoder = ConversationEncoder(tokenizer, prompt_format, stop_ids, thinking)
-    return encoder.response_ids([encoder.read(prompt, [response], tools)], 0)[0]
 
 
 def sft_sequences(

@@ -14,8 +14,8 @@ from rto_fast.errors import DataError
 from rto_fast.estimates import Estimate, length_controlled_win_rate, mean, rate, wins
 from rto_fast.evaluation.options import EvaluateConfig
 from rto_fast.evaluation.policies import EVALUATION_SEED, kl_terms, respond
-from rto_fast.models.directory import load_tokenizer
-from rto_fast.models.loading import load_causal_lm, load_scorer
+from rto_fast.models.directory import Kind, load_tokenizer
+from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied
 from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
@@ -49,15 +49,16 @@ def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> In
     config = options.as_config()
     device = prepare_process(config)
     function = RewardFunction(options.reward, "--reward", device) if options.reward else None
+    named: list[tuple[str, str | None, Kind]] = [
+        ("model", options.model, "causal_lm"),
+        ("reference", options.reference, "causal_lm"),
+        ("dpo_model", options.dpo_model, "causal_lm"),
+        ("dpo_reference", options.dpo_reference, "causal_lm"),
+        ("reward_model", options.reward_model, "scorer"),
+    ]
     models = [
         Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
-        for key, path, kind in (
-            ("model", options.model, "causal_lm"),
-            ("reference", options.reference, "causal_lm"),
-            ("dpo_model", options.dpo_model, "causal_lm"),
-            ("dpo_reference", options.dpo_reference, "causal_lm"),
-            ("reward_model", options.reward_model, "scorer"),
-        )
+        for key, path, kind in named
         if path
     ]
     session = open_session(config, models, device, say)
@@ -134,7 +135,7 @@ class Measurement:
         ranks = self.dpo_model and path in (self.dpo_model, self.dpo_reference)
         if not responds and not ranks:
             return
-        model = Model(load_causal_lm(path, trainable=False, **self.session.placement))
+        model = Model(load_model("causal_lm", path, trainable=False, **self.session.placement))
         if responds:
             self.say(f"{path}: responds to {len(prompts)} prompts")
             engine = build_engine(model, self.session.tokenizer, self.options.rollout)
@@ -165,7 +166,7 @@ class Measurement:
             yield function.path.partition(":")[2], function, rate if function.is_rate else mean
         if options.reward_model:
             self.say(f"{options.reward_model}: scores")
-            model = Model(load_scorer(options.reward_model, trainable=False, **self.session.placement))
+            model = Model(load_model("scorer", options.reward_model, trainable=False, **self.session.placement))
             scorer = RewardModel(
                 model,
                 load_tokenizer(options.reward_model, trust_remote_code=options.trust_remote_code),

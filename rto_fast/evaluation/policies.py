@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack, segment_sum
 from rto_fast.data.tokenizing import Prompt
-from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
@@ -58,7 +58,7 @@ def evaluate_policies(
 
 
 def _evaluate_saved(session: TrainingSession, name: str, path: str, judge: Judge) -> Evaluation:
-    model = Model(load_causal_lm(path, trainable=False, **session.placement))
+    model = Model(load_model("causal_lm", path, trainable=False, **session.placement))
     return _evaluate(session, name, build_engine(model, session.tokenizer, session.config.rollout), judge)
 
 

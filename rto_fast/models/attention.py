@@ -1,94 +1,84 @@
-"""Attention over packed sequences: one registered function for every Hugging Face decoder.
+"""Attention over packed sequences, registered with transformers for every decoder.
 
-The mask is ours: sequences never see each other because the kernels are told `cu_seqlens`, not because a mask is guessed
-from position ids (transformers does that only when no attention mask is given and no cache is used, and leaks silently
-otherwise). Order of preference: flash-attn's varlen kernel, torch's `varlen_attn`, scaled_dot_product_attention sequence by
-sequence. The last is exact everywhere; on a 2-core CPU, 64 sequences of 40–90 tokens take it 5 ms where one SDPA call with a
-block mask takes 239 ms (4 heads of 16), since the block mask also computes every pair of tokens that it then hides.
+Sequences do not see each other because the kernels are given `cu_seqlens`. transformers would guess a mask from position
+ids, only if there is no attention mask and no cache, and would let sequences leak otherwise without an error.
+
+The first of these that applies is used: flash-attn's varlen kernel, torch's `varlen_attn`, scaled_dot_product_attention of
+each sequence. The last is exact everywhere. On a 2-core CPU it takes 5 ms for 64 sequences of 40–90 tokens (4 heads of 16),
+where one call with a block mask takes 239 ms, since it also computes every pair of tokens that the mask hides.
 """
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "rto_packed"
 
 
 @cache
-def _flash_attn():
+def _flash_attn() -> Callable[..., Tensor] | None:
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:  # not on the registry as a wheel: optional
+    except ImportError:  # optional: the registry has no wheel of it
         return None
     return flash_attn_varlen_func
 
 
 @cache
-def _torch_varlen():
+def _torch_varlen() -> tuple[Callable[..., Any], bool]:
+    """torch's `varlen_attn`, and whether it accepts fewer key heads than query heads; torch 2.11's does not."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn, set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _flash_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window, softcap):
-    return _flash_attn()(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(window - 1 if window else -1, 0),
-        softcap=softcap or 0.0,
-    )
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeats the heads (dimension 1) of keys and values so that there are as many as of queries."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
 
 
-def _varlen_packed(query, key, value, cu_seqlens, max_seqlen, scaling, window):
-    varlen_attn, parameters = _torch_varlen()
-    options = {}
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    elif query.shape[1] != key.shape[1]:  # torch 2.11 wants equal head counts
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scaling,
-        window_size=(window - 1 if window else -1, 0),
-        **options,
-    )
+def sdpa_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of the last L of K positions.
 
-
-def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
-    """Causal attention: [N, Hq, L, D] queries, the last L of the [N, Hkv, K, D] keys' and values' positions."""
+    Args:
+        query: [N, Hq, L, D].
+        key, value: [N, Hkv, K, D].
+        scaling: of query · key; None is 1/√D.
+        window: each position sees the last `window` positions, itself among them; None is all.
+        softcap: scores become softcap·tanh(scores / softcap).
+    Returns:
+        [N, Hq, L, D].
+    """
     length, keys = query.shape[2], key.shape[2]
-    gqa = query.shape[1] != key.shape[1]
     mask = None
     if length != keys or (window and window < keys):
-        # Nothing of the mask's size but bits: a long prompt's is large.
+        # The mask of a long prompt is large, so no other tensor of its size has more than a byte an element.
         positions = torch.arange(keys, device=query.device)
         last = positions[keys - length :, None]
         mask = positions <= last
         if window:
             mask &= positions > last - window
-    if gqa and (softcap or (query.is_cuda and (mask is not None or query.dtype == torch.float32))):
-        # No kernel of CUDA takes a mask, or float32, and unequal head counts: all scores at once would be in memory.
-        groups = query.shape[1] // key.shape[1]
-        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
+    if softcap or (query.is_cuda and (mask is not None or query.dtype == torch.float32)):
+        # No CUDA kernel takes fewer key heads with a mask or in float32: torch would hold all scores in memory.
+        key, value = _repeat_heads(query, key, value)
     if not softcap:
+        gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
@@ -99,34 +89,41 @@ def sdpa_causal(query, key, value, scaling=None, window=None, softcap=None):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _sdpa_packed(query, key, value, cu_seqlens, scaling, window, softcap):
-    # Neighbours of one length go as one batch: prompts, sorted by length, above all.
+def _sdpa_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    # Neighbours of one length are one batch; prompts, which are sorted by length, profit most.
     runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
     pieces = zip(*(x.transpose(0, 1).split([n * length for length, n in runs], 1) for x in (query, key, value)))
     outputs = []
     for (length, count), piece in zip(runs, pieces):
-        if count == 1:
-            q, k, v = (x[None] for x in piece)
-            outputs.append(sdpa_causal(q, k, v, scaling, window, softcap)[0])
-        else:
-            q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
-            outputs.append(sdpa_causal(q, k, v, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
+        outputs.append(sdpa_causal(q, k, v, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-def refuse_masked_window(module, window):
-    """Raises ValueError where the configuration gives this layer a sliding window and the layer asks for none: it relies
-    on a mask, and ours are made of `window`."""
+def refuse_masked_window(module: nn.Module, window: int | None) -> None:
+    """Refuses an attention layer that leaves its sliding window to an attention mask; our masks are made of `window`.
+
+    Args:
+        module: the layer.
+        window: that the layer passes to the attention function.
+    Raises:
+        ValueError: the configuration gives the layer a sliding window, and `window` is None.
+    """
     config = getattr(module, "config", None)
     size = getattr(config, "sliding_window", None)
     if window is not None or not size:
         return
-    if kinds := getattr(config, "layer_types", None):
-        slides = kinds[module.layer_idx] == "sliding_attention"
-    else:
-        slides = size < getattr(config, "max_position_embeddings", size)
-    if slides:
+    kinds, longest = getattr(config, "layer_types", None), getattr(config, "max_position_embeddings", size)
+    if kinds[module.layer_idx] == "sliding_attention" if kinds else size < longest:
         raise ValueError(
             f"its sliding window of {size} tokens is in its attention mask only, which packed sequences and "
             "paged caches do without"
@@ -134,22 +131,34 @@ def refuse_masked_window(module, window):
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    cu_seq_lens_q=None,
-    max_length_q=None,
-    s_aux=None,
-    **_,
-):
-    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed sequences, with the interface of transformers' attention functions.
+
+    Args:
+        query: [1, Hq, T, D].
+        key, value: [1, Hkv, T, D].
+        cu_seq_lens_q: [N + 1] int32, the bounds of the sequences.
+        max_length_q: tokens of the longest sequence.
+        scaling, sliding_window, softcap: see `sdpa_causal`.
+    Returns:
+        ([1, T, Hq, D], None).
+    Raises:
+        ValueError: the layer needs what this does not compute.
+    """
     if cu_seq_lens_q is None:
         raise ValueError("its attention is not told where the packed sequences begin (cu_seq_lens_q)")
     for given, what in (
@@ -162,14 +171,33 @@ def packed_attention(
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    if half and _flash_attn():
-        out = _flash_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap)
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of queries and keys
+    window = (sliding_window - 1 if sliding_window else -1, 0)  # positions before and after the query's
+    if half and (flash_attn := _flash_attn()):
+        out = flash_attn(
+            query, key, value, *bounds, softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0
+        )
     elif half and not softcap and query.shape[-1] <= 256 and not query.shape[-1] % 8:
-        out = _varlen_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        varlen_attn, takes_gqa = _torch_varlen()
+        options = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
+        if not takes_gqa:
+            key, value = _repeat_heads(query, key, value)
+        out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=window, **options)
     else:
         out = _sdpa_packed(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
-    return out.contiguous()[None], None  # some models go on with `view`
+    return out.contiguous()[None], None  # some models call `view` on it
 
 
-# Only the attention is registered, not a mask: transformers then builds none and does not look for packing (a sync).
+# No mask function is registered, so transformers builds no mask and does not look for packing, which would wait for the GPU.
 AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
+    """Gives the model another of transformers' attention implementations in the context."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield model
+    finally:
+        model.set_attn_implementation(before)

@@ -1,4 +1,4 @@
-"""What `config.json` and `generation_config.json` must hold, where transformers would fail without a name, or not at all."""
+"""Checks of `config.json` and `generation_config.json` that transformers does not make, or whose errors name no setting."""
 
 import json
 import math
@@ -14,7 +14,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 def read_settings(path: str, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a model's directory; {} where there is none (a name on the hub, say).
+    """Reads the JSON object in a file of a model's directory; {} if there is no such file, as for a hub id.
 
     Raises:
         ModelError: the file holds something else.
@@ -33,13 +33,13 @@ def read_settings(path: str, name: str) -> dict[str, Any]:
 
 
 def _places(path: str, name: str) -> list[dict[str, Any]]:
-    """The settings in a file, and those of its language model where they are apart."""
+    """Returns the settings in a file, and its settings of the language model if they are in a section of their own."""
     settings = read_settings(path, name)
     return [place for place in (settings, settings.get("text_config")) if isinstance(place, dict)]
 
 
 def check_sizes(path: str) -> None:
-    """Raises ModelError where a size in a directory's `config.json` is a number below 1."""
+    """Raises ModelError if a size in the `config.json` of a directory is a number below 1."""
     for place in _places(path, "config.json"):
         for key in SIZES:
             value = place.get(key)
@@ -48,7 +48,7 @@ def check_sizes(path: str) -> None:
 
 
 def check_rope(config: PreTrainedConfig, path: str) -> None:
-    """Raises ModelError where a number among RoPE's parameters is none, or what divides by it would be infinite."""
+    """Raises ModelError if a parameter of RoPE is not a finite number, or one that RoPE divides by is not above 0."""
     for rope in ropes(config):
         if not isinstance(rope.get("rope_type", ""), str):
             raise ModelError(
@@ -62,7 +62,7 @@ def check_rope(config: PreTrainedConfig, path: str) -> None:
 
 
 def key_of(settings: dict[str, Any], value: object) -> str | None:
-    """The key, or path of keys, that has this value; None: none has."""
+    """Returns the key, or the path of keys, that has this value; None if none has."""
     for key, item in settings.items():
         if isinstance(item, dict):
             if inner := key_of(item, value):
@@ -73,7 +73,7 @@ def key_of(settings: dict[str, Any], value: object) -> str | None:
 
 
 def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """RoPE's parameters: one dict, or one for each kind of layers; [] of a model without."""
+    """Returns RoPE's parameters, one dict for each kind of layers; [] for a model without RoPE."""
     rope = getattr(config.get_text_config(), "rope_parameters", None)
     if not isinstance(rope, dict) or not rope:
         return []
@@ -81,20 +81,21 @@ def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 
 def _numbers(rope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of the numbers among RoPE's parameters, and of whatever stands where a divisor belongs."""
     for key, value in rope.items():
         for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, int | float) and not isinstance(item, bool) or key in ("rope_theta", "factor"):
-                if item is not None:
-                    yield key, item
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            if is_number or (key in ("rope_theta", "factor") and item is not None):
+                yield key, item
 
 
 def check_tokens(path: str, vocab_size: int, generates: bool) -> None:
-    """Raises ModelError where a directory's settings name a stop or padding token that the model does not have.
+    """Raises ModelError if the settings in a directory name a stop or padding token that the model does not have.
 
     Args:
-        vocab_size: rows of the embedding. generates: whether `generation_config.json` is used, too.
+        vocab_size: rows of the embedding.
+        generates: whether `generation_config.json` is used too. `generation_config` checks the stop tokens in it.
     """
-    # The stop tokens of generation_config.json are checked where they are read.
     for name, keys in (
         ("config.json", ("eos_token_id", "pad_token_id")),
         ("generation_config.json", ("pad_token_id",)),
@@ -103,8 +104,7 @@ def check_tokens(path: str, vocab_size: int, generates: bool) -> None:
             for key in keys:
                 value = place.get(key)
                 for token in value if isinstance(value, list) else [value]:
-                    # -1: none, in old configurations.
-                    if token is None or (key == "pad_token_id" and token == -1):
+                    if token is None or (key == "pad_token_id" and token == -1):  # old configurations write -1 for none
                         continue
                     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                         raise ModelError(

@@ -1,4 +1,4 @@
-"""The longest sequence that a model was made for."""
+"""The context of a model: the longest sequence that it can take."""
 
 from typing import Any
 
@@ -6,24 +6,21 @@ from transformers import PreTrainedConfig
 
 from rto_fast.models.config_file import ropes
 
-EXTENDING = ("linear", "yarn")  # RoPE scalings whose factor multiplies the context of the configuration
+EXTENDING = ("linear", "yarn")  # types of RoPE whose factor multiplies the original context
 VARYING = (
     "dynamic",
     "longrope",
-)  # whose frequencies change with the longest sequence of a batch, past the original context
+)  # types whose frequencies depend on a batch's longest sequence past the original context
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
-    """Positions of a model: those of its configuration, times what its RoPE scaling extends them by.
+    """Returns the context of a model in tokens, prompt and response together: its positions, extended by RoPE scaling.
 
-    A RoPE that changes with the longest sequence of a batch does so past the context that it extends. Of packed sequences
-    one would then depend on its neighbours, so that context is the limit.
+    The frequencies of the `VARYING` types would make a packed sequence depend on its neighbours past the original context,
+    which is therefore their limit. A sliding window limits what a token sees, not how long a sequence may be.
 
-    Args:
-        config: of the model.
     Returns:
-        tokens, prompt and response together, or None: a model that states none, or whose attention knows only distances
-        (ALiBi). A sliding window limits what a token sees, not how long a sequence may be.
+        None if the configuration names no limit, or if attention depends on distances alone (ALiBi).
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -33,7 +30,7 @@ def context_of(config: PreTrainedConfig) -> int | None:
 
 
 def varying_rope(config: PreTrainedConfig) -> str | None:
-    """The type of a model's RoPE, where it limits the context (see `context_of`)."""
+    """Returns the type of a model's RoPE if it is one of `VARYING`, which limits the context."""
     return next((r["rope_type"] for r in ropes(config) if r.get("rope_type") in VARYING), None)
 
 

@@ -1,22 +1,25 @@
-"""What the directory (or hub id) of a model tells before its weights are loaded."""
+"""Reads and checks the files of a model, in a directory or on the hub, before its weights are loaded."""
 
 import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rto_fast.errors import ModelError, error_text
 from rto_fast.models.config_file import check_rope, check_sizes, check_tokens, key_of
 from rto_fast.models.head import score_head
 
-# What a model is read as: its name in messages, and the transformers class that reads it, with these options.
-KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+Kind = Literal["causal_lm", "scorer"]
+# Each kind's name in messages, and the class of transformers that reads it, with its options.
+KINDS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
     "causal_lm": ("a causal language model", "AutoModelForCausalLM", {}),
     "scorer": ("a sequence classifier with one label", "AutoModelForSequenceClassification", {"num_labels": 1}),
 }
@@ -24,10 +27,14 @@ DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names
 
 
 def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained(path)`; whatever is wrong with the files becomes a ModelError of one line."""
+    """Calls `auto_class.from_pretrained`, and turns whatever is wrong with the files into a ModelError of one line.
+
+    Args:
+        what: what is loaded, in the message.
+    """
     try:
         return auto_class.from_pretrained(path, **options)
-    except Exception as error:  # the files may hold anything, and each mistake fails somewhere else in transformers
+    except Exception as error:  # the files may hold anything, and transformers raises something else for each mistake
         if os.path.isfile(path):
             raise ModelError(
                 f"{path}: cannot load {what}: it is a file, not a directory; give the one that it is in"
@@ -42,9 +49,7 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What transformers only warns of is refused here, or wanted."""
-    from transformers.utils import logging
-
+    """Silences transformers' warnings, for calls where they are intended or become errors of ours."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -54,19 +59,17 @@ def quiet() -> Iterator[None]:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`.
+    """Loads the tokenizer at `path`.
 
     Raises:
-        ModelError: there is none that can be read.
+        ModelError: it cannot be read, or does not encode text.
     """
-    from transformers import AutoTokenizer
-
-    if os.path.isfile(f"{path}/config.json"):  # transformers reads it first, and would blame the tokenizer
+    if os.path.isfile(f"{path}/config.json"):  # transformers reads it too, and would name the tokenizer as the cause
         model_config(path, trust_remote_code=trust_remote_code)
-    tokenizer = from_pretrained(AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(transformers.AutoTokenizer, "a tokenizer", path, trust_remote_code=trust_remote_code)
     try:
         tokenizer.decode(tokenizer("a").input_ids)
-    except Exception as error:  # its settings may hold anything, and are not looked at before
+    except Exception as error:  # nothing has checked its settings
         raise ModelError(
             f"{path}: the tokenizer does not encode text: {error_text(error)}; mend tokenizer_config.json"
         ) from error
@@ -74,11 +77,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def model_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The `config.json` at `path`, as transformers reads it."""
-    from transformers import AutoConfig
+    """Reads the `config.json` at `path` with transformers.
 
+    Raises:
+        ModelError: it cannot be read, or a number in it cannot be right.
+    """
     check_sizes(path)
-    config = from_pretrained(AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code)
+    config = from_pretrained(
+        transformers.AutoConfig, "a model's config.json", path, trust_remote_code=trust_remote_code
+    )
     check_rope(config, path)
     return config
 
@@ -88,7 +95,7 @@ def check_becomes_scorer(path: str, *, trust_remote_code: bool = False) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     config = model_config(path, trust_remote_code=trust_remote_code)
-    # Code of the model's own may bring a class along.
+    # A model with its own code may come with a class.
     if not trust_remote_code and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(
             f"{path}: transformers has no sequence classifier of the architecture {config.model_type}, so no reward model "
@@ -97,14 +104,8 @@ def check_becomes_scorer(path: str, *, trust_remote_code: bool = False) -> None:
         )
 
 
-def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
-    """Embeddings of the model at `path`."""
-    return model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-
-
 def same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both give every token the same id. A padding token that only one of them has makes no difference: no text
-    contains it."""
+    """Returns whether both tokenizers give every token the same id, padding tokens apart, which no text contains."""
     different = tokenizer.get_vocab().items() ^ other.get_vocab().items()
     return different <= {(each.pad_token, each.pad_token_id) for each in (tokenizer, other)}
 
@@ -112,9 +113,16 @@ def same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokeniz
 def check_vocabulary(
     path: str, tokenizer: PreTrainedTokenizerBase, key: str, *, trust_remote_code: bool = False
 ) -> None:
-    """Raises ModelError unless the model at `path` (a configuration's `key`) reads `tokenizer`'s ids as they are meant;
-    of a model without a tokenizer of its own only the number of embeddings is known."""
-    size = vocabulary_size(path, trust_remote_code=trust_remote_code)
+    """Checks that the token ids of `tokenizer`, the policy's, mean the same to the model at `path`.
+
+    Without a tokenizer of the model's own, only the number of its embeddings can be checked.
+
+    Args:
+        key: of the configuration, which names the model.
+    Raises:
+        ModelError: they do not.
+    """
+    size = model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
     try:
         same = same_vocabulary(load_tokenizer(path, trust_remote_code=trust_remote_code), tokenizer)
     except ModelError:
@@ -127,11 +135,10 @@ def check_vocabulary(
 
 
 def generation_config(path: str, *, trust_remote_code: bool = False) -> GenerationConfig | None:
-    """The `generation_config.json` of the model at `path`; None where it has none.
+    """Reads the `generation_config.json` of the model at `path`; None if there is none.
 
     Raises:
-        ModelError: settings that transformers refuses, so that no program can load the model, or an eos_token_id that is
-            none.
+        ModelError: transformers refuses its settings, so no program can load the model, or its eos_token_id is no id.
     """
     config = _settings(path, "generation_config.json", trust_remote_code)
     if config is None:
@@ -151,7 +158,7 @@ def _settings(path: str, name: str, trust_remote_code: bool) -> GenerationConfig
     file = f"{path}/{name}"
     try:
         return GenerationConfig.from_pretrained(path, name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the file may hold any JSON, or none: each kind fails somewhere else in transformers
+    except Exception as error:  # as in `from_pretrained`
         if isinstance(error, OSError) and not os.path.isfile(file) and "valid JSON" not in str(error):
             return None
         raise _refused(file, error_text(error)) from error
@@ -171,7 +178,7 @@ def check_stop_ids(stop_ids: Iterable[int], path: str, size: int) -> None:
 
 
 def _weight_files(path: str) -> list[Path]:
-    """The safetensors that transformers reads from a directory."""
+    """Returns the safetensors files that transformers reads from a directory."""
     single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -181,28 +188,26 @@ def _weight_files(path: str) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights: {error!r}; copy the file again") from error
-    strange = [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]
-    if strange:
+    if strange := [name for name in names if not isinstance(name, str) or os.path.basename(name) != name or not name]:
         raise ModelError(f"{index}: {strange[0]!r} is no file name in this directory; copy the file again")
     return [index.with_name(name) for name in sorted(set(names))]
 
 
 def check_weights(path: str) -> None:
-    """Raises ModelError unless a directory holds whole safetensors; of a name on the hub nothing is known yet."""
+    """Raises ModelError if a directory does not hold complete safetensors files; does nothing for a hub id."""
     if os.path.isdir(path):
         _shapes(path)
 
 
 def _shapes(path: str) -> dict[str, torch.Tensor]:
-    """{name: tensor without data} of the weights in a directory."""
+    """Returns {name: tensor on the meta device} of the weights in a directory."""
     if os.path.isfile(f"{path}/adapter_config.json"):
-        # transformers would read the base that it names, and nothing else here
+        # transformers would load the base that it names and ignore every other file
         raise ModelError(
             f"{path}: an adapter (adapter_config.json), not a whole model; give the directory of the model that it was "
             "merged into"
         )
-    files = _weight_files(path)
-    if not files:
+    if not (files := _weight_files(path)):
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(pattern)]
         reason = f"{pickles[0]} is a pickle, which can run code, and is not read" if pickles else "there are none"
         raise ModelError(f"{path}: no weights in safetensors: {reason}; write them with model.save_pretrained")
@@ -210,7 +215,7 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
                     part = opened.get_slice(name)
                     if name.endswith(".weight") and part.get_dtype() not in DTYPES:
                         raise ModelError(
@@ -223,19 +228,17 @@ def _shapes(path: str) -> dict[str, torch.Tensor]:
     return shapes
 
 
-def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError unless the weights in a directory are all those, and only those, of a model of this kind.
+def check_fit(path: str, kind: Kind, *, trust_remote_code: bool = False) -> None:
+    """Checks that a directory holds all weights of a model of this kind, and no others, without loading them.
 
-    transformers itself matches the names, on weights without data: a model of any size takes a moment. Of a name on the hub
-    nothing is known before it is loaded; then the loader refuses it in the same words.
+    transformers matches names and shapes on the meta device, which takes a moment for any size. A model on the hub is
+    checked when it is loaded.
 
-    Args:
-        kind: a key of `KINDS`.
+    Raises:
+        ModelError: they do not match.
     """
     if not os.path.isdir(path):
         return
-    import transformers
-
     config = model_config(path, trust_remote_code=trust_remote_code)
     shapes, (what, auto_class, options) = _shapes(path), KINDS[kind]
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -246,7 +249,8 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
         )
     head = getattr(config.get_text_config(), "head_dim", 0)
     widest = max(max(shape.shape, default=0) for shape in shapes.values())
-    if isinstance(head, int) and head > widest:  # of it transformers makes tensors before it looks at the weights
+    # transformers allocates tensors of this size before it reads the weights.
+    if isinstance(head, int) and head > widest:
         raise ModelError(
             f"{path}: head_dim of config.json is {head}, no weight is wider than {widest}: two models are mixed"
         )
@@ -268,12 +272,11 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     except ModelError:
         raise
     except Exception as error:  # as in `from_pretrained`
-        if trust_remote_code:  # somebody's code need not know weights without data
+        if trust_remote_code:  # a model's own code need not work on the meta device
             return
         key = key_of(config.to_dict(), error.args[0]) if isinstance(error, KeyError) and error.args else None
         reason = f"{key} is {error.args[0]!r}, which transformers does not know" if key else error_text(error)
-        method = getattr(config, "quantization_config", None)
-        if method:
+        if method := getattr(config, "quantization_config", None):
             method = method.get("quant_method", method) if isinstance(method, dict) else method
             reason = f"it is quantised ({method}): {reason}; give the model as it was before"
         raise ModelError(f"{path}: cannot be {what}: {reason}") from error
@@ -282,11 +285,11 @@ def check_fit(path: str, kind: str, *, trust_remote_code: bool = False) -> None:
     refuse_misfit(path, kind, info)
 
 
-def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
-    """Raises ModelError if transformers left a weight of the model or of the checkpoint without its counterpart.
+def refuse_misfit(path: str, kind: Kind, info: dict[str, Any]) -> None:
+    """Raises ModelError if the weights of the checkpoint are not those of the model.
 
     Args:
-        info: transformers' `output_loading_info`.
+        info: from transformers' `output_loading_info`.
     """
     for name, found, expected in sorted(info["mismatched_keys"]):
         found, expected = list(found), list(expected)
@@ -297,17 +300,16 @@ def refuse_misfit(path: str, kind: str, info: dict[str, Any]) -> None:
         raise ModelError(
             f"{path}: {name} is {found} in the checkpoint and {expected} by config.json: two models are mixed"
         )
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if not missing and not unexpected:
-        return
-    faults = [f"the checkpoint lacks weights: {_some(missing)}"] if missing else []
-    faults += [f"it holds weights that would not be used: {_some(unexpected)}"] if unexpected else []
+    faults = {"the checkpoint lacks weights": info["missing_keys"]}
+    faults["it holds weights that would not be used"] = info["unexpected_keys"]
+    found = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
     remedy = (
         "give one with transformers' own `score` head, without a bias, as AutoModelForSequenceClassification writes it"
         if kind == "scorer"
         else "if it is one all the same, write it anew with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
     )
-    raise ModelError(f"{path}: not {KINDS[kind][0]}: {'; '.join(faults)}; {remedy}")
+    if found:
+        raise ModelError(f"{path}: not {KINDS[kind][0]}: {found}; {remedy}")
 
 
 def _some(names: Iterable[str], shown: int = 4) -> str:

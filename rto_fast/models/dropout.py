@@ -1,4 +1,4 @@
-"""Dropout and its like, off: log-probs would be random, and an unchanged policy's probability ratio must be exactly 1."""
+"""Turns dropout and similar noise off: the probability ratio of an unchanged policy must be exactly 1."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,26 +7,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# attention_dropout, resid_pdrop, layerdrop, drop_path_rate, router_jitter_noise: modules take them from the configuration.
+# attention_dropout, resid_pdrop, layerdrop, drop_path_rate, router_jitter_noise, …
 _RATE = re.compile("drop|jitter_noise")
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
-    """{key: rate} of what a language model's configuration asks for and `disable_dropout` sets to 0."""
+    """Returns {key: rate} of the rates in a language model's configuration that `disable_dropout` sets to 0."""
     return dict(rate for owner in (config, config.get_text_config()) for rate in _rates(owner))
 
 
 def disable_dropout(model: PreTrainedModel, evaluate: Callable[[], Tensor]) -> None:
-    """Sets every rate to 0: of modules, whatever their attribute is called, and of the configurations that modules read.
+    """Sets the rates of modules, and of the configurations that they read, to 0.
 
-    What is random all the same, the checks of `rto_fast.models.loading` refuse.
+    `rto_fast.models.checks` refuses a model that is random all the same.
 
     Args:
-        evaluate: what the model computes in evaluation mode. A rate that changes it is none (PhiMoE's router_jitter_noise is
-            also a threshold): all stay as they are.
+        evaluate: runs the model in evaluation mode. If its result changes, a rate is more than that (PhiMoE's
+            router_jitter_noise is also a threshold), and all rates but those of dropout modules are restored.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):  # and what inherits from it
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # and its subclasses
             module.p = 0.0
     configs = [getattr(module, "config", None) for module in model.modules()]
     owners = [*model.modules(), *(config for config in configs if isinstance(config, PreTrainedConfig))]

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685; PEFT's layers) that share one frozen base.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's layers, that share one frozen base.
 
-Policy, reference, DPO model, reward model and critic are the same weights under different adapters: one copy, not five.
+Policy, reference, DPO model, reward model and critic are one copy of the weights with different adapters, not five copies.
 """
 
 import copy
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rto_fast.config import LoraConfig
 from rto_fast.errors import ConfigError, ModelError, error_text
 
-FOLDER = "adapter"  # beside the merged weights of a model that was trained with LoRA
-SCORE = "base_model.model.score.weight"  # PEFT's name
+FOLDER = "adapter"  # in the folder of a model that was trained with LoRA, beside the merged weights
+PREFIX = "base_model.model."  # of names in PEFT's adapter files
+SCORE = f"{PREFIX}score.weight"
 
 
 def _peft() -> Any:
@@ -29,89 +30,80 @@ def _peft() -> Any:
 
 
 class Adapter:
-    """A base model under one of its adapters, used as a model of its own; under none it is the base itself.
+    """One adapter of a base model, used like a model of its own.
+
+    Attributes that it does not have are those of the base.
 
     Args:
-        base: from `load_causal_lm`, frozen. name: of the adapter, or None. score: the head of a reward model or critic.
+        base: from `load_model`, frozen.
+        name: of the adapter; None stands for the base without adapters.
+        score: the head of a reward model or critic.
     """
 
     def __init__(self, base: PreTrainedModel, name: str | None = None, score: torch.nn.Linear | None = None):
-        self.base, self.name = base, name
-        self.config = base.config
+        self.base, self.name, self.score, self.config = base, name, score, base.config
         if score is not None:
-            self.score, self.config = score.requires_grad_(True), copy.deepcopy(base.config)
+            score.requires_grad_(True)
+            self.config = copy.deepcopy(base.config)
             self.config.num_labels = 1
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self.__dict__["base"], key)
 
-    def _layers(self):
-        return [module for module in self.base.modules() if hasattr(module, "lora_A")]
-
     def activate(self) -> None:
-        """Makes the next forward (and backward) pass of the base this adapter's."""
-        for layer in self._layers():
+        """Makes the following passes of the base, forward and backward, those of this adapter."""
+        for layer in _lora_layers(self.base).values():
             layer.enable_adapters(self.name is not None)
             if self.name is not None:
                 layer.set_adapter(self.name)
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
-        return None if hasattr(self, "score") else self.base.get_output_embeddings()
+        return self.base.get_output_embeddings() if self.score is None else None
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """[(name, parameter)] of this adapter (and its head) alone."""
+        """Returns [(name, parameter)] of this adapter and its head, and makes them require gradients."""
         own = _parameters(self.base, self.name)
         for _, parameter in own:
             parameter.requires_grad_(True)
-        return own + ([("score.weight", self.score.weight)] if "score" in vars(self) else [])
-
-    # On disk
+        return own + ([] if self.score is None else list(self.score.named_parameters("score")))
 
     @torch.no_grad()
     def merged(self) -> dict[str, torch.Tensor]:
-        """The base's weights with this adapter's added, under their names without adapters."""
-        deltas = {
-            f"{name}.base_layer.weight": module
-            for name, module in self.base.named_modules()
-            if hasattr(module, "lora_A")
-        }
+        """Returns the base's weights with this adapter added to them, under the names that they have without adapters."""
+        layers = _lora_layers(self.base)
         weights = {}
         for name, weight in self.base.state_dict().items():
             if ".lora_" in name:
                 continue
-            if name in deltas and self.name is not None:
-                weight = (weight.float() + deltas[name].get_delta_weight(self.name).float()).to(weight.dtype)
-            weights[name.replace(".base_layer.", ".")] = weight.cpu()  # not a second copy where there is the least room
+            layer = layers.get(name.removesuffix(".base_layer.weight"))
+            if layer is not None and self.name is not None:
+                weight = (weight.float() + layer.get_delta_weight(self.name).float()).to(weight.dtype)
+            weights[name.replace(".base_layer.", ".")] = weight.cpu()  # a second copy might not fit on the GPU
         return weights
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """An ordinary Hugging Face checkpoint, the adapter merged; in `adapter/` the adapter alone, as PEFT reads it."""
-        weights = self.merged()
-        if "score" in vars(self):
-            from transformers import AutoModelForSequenceClassification
-
+        """Writes a Hugging Face checkpoint of the merged weights, and in `adapter/` the adapter alone in PEFT's format."""
+        model, weights = self.base, self.merged()
+        if self.score is not None:
             config = copy.deepcopy(self.config)
             text = config.get_text_config()
-            if (text.pad_token_id or 0) >= text.vocab_size:  # a row that the base has not, see `load_adapter`
+            if (text.pad_token_id or 0) >= text.vocab_size:  # the base has no row for it, see `load_adapter`
                 text.pad_token_id = None
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(config)
-            names = set(model.state_dict())
+            names = model.state_dict().keys()
             weights = {name: value for name, value in weights.items() if name in names}
             weights["score.weight"] = self.score.weight.detach()
-            model.save_pretrained(folder, state_dict=weights)
-        else:
-            self.base.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         self._save_adapter(Path(folder) / FOLDER)
 
-    def _save_adapter(self, folder):
-        peft = _peft()
+    def _save_adapter(self, folder: Path) -> None:
         folder.mkdir()
-        state = peft.get_peft_model_state_dict(self.base, adapter_name=self.name)
-        state = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+        state = _peft().get_peft_model_state_dict(self.base, adapter_name=self.name)
+        state = {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in state.items()}
         config = copy.deepcopy(self.base.peft_config[self.name])
         config.base_model_name_or_path, config.task_type = self.base.name_or_path, "CAUSAL_LM"
-        if "score" in vars(self):
+        if self.score is not None:
             state[SCORE] = self.score.weight.detach().cpu()
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
@@ -120,47 +112,25 @@ class Adapter:
 
 
 def new_adapter(base: PreTrainedModel, name: str, settings: LoraConfig, seed: int, *, scorer: bool = False) -> Adapter:
-    """An adapter that changes nothing yet, the same on every rank; a scorer's head starts at 0.
+    """Returns an adapter that changes nothing yet, the same on every rank. A scorer's head starts at 0.
 
     Args:
-        seed: of its random half.
+        seed: of the half of the adapter's weights that is random.
     Raises:
-        ConfigError: PEFT is missing, or `lora.targets` names nothing.
+        ConfigError: PEFT is missing, or `lora.targets` names no layer.
     """
-    peft = _peft()
-    targets = settings.targets.split(",")
-    if settings.targets == "all-linear":
-        targets = sorted(_linear_layers(base))
-    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)
+    targets = sorted(_linear_layers(base)) if settings.targets == "all-linear" else settings.targets.split(",")
+    config = _peft().LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         return _inject(base, name, config, scorer)
 
 
-def _parameters(base, adapter):
-    """[(name, parameter)] of one of the base's adapters."""
-    return [(name, p) for name, p in base.named_parameters() if f".{adapter}." in name and ".lora_" in name]
-
-
-def _heads(base):
-    return [head for head in (base.get_output_embeddings(), getattr(base, "score", None)) if head is not None]
-
-
-def _linear_layers(base):
-    """What the linear layers of the backbone are called, adapters' own left out."""
-    heads = _heads(base)
-    return {
-        name.removesuffix(".base_layer").rpartition(".")[2]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".lora_" not in name and all(module is not head for head in heads)
-    }
-
-
 def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer: bool = False) -> Adapter:
-    """An adapter that `save_pretrained` wrote into `folder`/adapter.
+    """Loads an adapter that `save_pretrained` has written into `folder`/adapter.
 
     Raises:
-        ModelError: there is none, or it is not one of this base and of this kind (a policy's, or a scorer's with its head).
+        ModelError: there is none, it belongs to another base, or it has a score head and `scorer` is false, or the reverse.
     """
     path = Path(folder) / FOLDER
     peft = _peft()
@@ -174,12 +144,12 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
         has, needed = ("a", "language") if SCORE in state else ("no", "reward")
         raise ModelError(f"{path}: the adapter has {has} score head; give the directory of a {needed} model")
     adapter = _inject(base, name, config, scorer)
-    if scorer:
+    if adapter.score is not None:
         adapter.score.weight.data.copy_(state.pop(SCORE))
-        # With the statistics of its scores and the padding token, for which the weights on disk may have a row more.
+        # It has the statistics of the scores and a padding token, for which the weights on disk may have one more row.
         adapter.config = AutoConfig.from_pretrained(folder)
         adapter.config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
-    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    state = {key.removeprefix(PREFIX): value for key, value in state.items()}
     expected = set(peft.get_peft_model_state_dict(base, adapter_name=name))
     if odd := sorted(expected ^ set(state)):
         raise ModelError(
@@ -190,34 +160,54 @@ def load_adapter(base: PreTrainedModel, name: str, folder: str | Path, *, scorer
     return adapter
 
 
-def _inject(base, name, config, scorer):
-    peft = _peft()
+def has_adapter(folder: str | Path | None, base: str | Path) -> bool:
+    """Returns whether a model's folder holds an adapter of the model at `base`."""
+    path = Path(folder or "") / FOLDER
+    is_there = bool(folder) and (path / "adapter_config.json").is_file()
+    return is_there and _peft().LoraConfig.from_pretrained(path).base_model_name_or_path == str(base)
+
+
+def _inject(base: PreTrainedModel, name: str, config: Any, scorer: bool) -> Adapter:
+    """Adds an adapter to the base's layers, as PEFT initialises it."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
-            peft.inject_adapter_in_model(config, base, adapter_name=name)
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
+            _peft().inject_adapter_in_model(config, base, adapter_name=name)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error_text(error)}") from error
     if any(hasattr(head, "lora_A") for head in _heads(base)):
         raise ConfigError("lora.targets: the output layer cannot have an adapter; name layers of attention and MLP")
     for _, parameter in _parameters(base, name):
         parameter.data = parameter.data.to(base.dtype)
-    head = None
-    if scorer:
-        head = copy.deepcopy(base.score) if hasattr(base, "score") else _new_head(base)
-    return Adapter(base, name, head)
-
-
-def _new_head(base):
+    if not scorer:
+        return Adapter(base, name)
+    if hasattr(base, "score"):
+        return Adapter(base, name, copy.deepcopy(base.score))
     size = base.config.get_text_config().hidden_size
     head = torch.nn.Linear(size, 1, bias=False, dtype=base.dtype, device=base.device)
     torch.nn.init.zeros_(head.weight)
-    return head
+    return Adapter(base, name, head)
 
 
-def has_adapter(folder: str | Path | None, base: str | Path) -> bool:
-    """Whether a model's directory holds an adapter of the model at `base`."""
-    path = Path(folder or "") / FOLDER / "adapter_config.json"
-    if not folder or not path.is_file():
-        return False
-    return _peft().LoraConfig.from_pretrained(path.parent).base_model_name_or_path == str(base)
+def _lora_layers(base: PreTrainedModel) -> dict[str, Any]:
+    """Returns {name: layer} of the layers that have adapters."""
+    return {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
+
+
+def _parameters(base: PreTrainedModel, adapter: str | None) -> list[tuple[str, torch.nn.Parameter]]:
+    """Returns [(name, parameter)] of one of the base's adapters."""
+    return [(name, p) for name, p in base.named_parameters() if f".{adapter}." in name and ".lora_" in name]
+
+
+def _heads(base: PreTrainedModel) -> list[torch.nn.Module]:
+    return [head for head in (base.get_output_embeddings(), getattr(base, "score", None)) if head is not None]
+
+
+def _linear_layers(base: PreTrainedModel) -> set[str]:
+    """Returns the last part of the name of each linear layer in the backbone, without the layers of adapters."""
+    heads = _heads(base)
+    return {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name and all(module is not head for head in heads)
+    }

@@ -1,4 +1,4 @@
-"""A model of a run: a transformers module with its DeepSpeed engine, adapter, home device and scores."""
+"""A model of a run: a transformers model with its DeepSpeed engine, adapter, home device and score statistics."""
 
 import contextlib
 from collections import OrderedDict
@@ -13,14 +13,14 @@ from rto_fast.models.lora import Adapter
 
 
 class ScoreStatistics(NamedTuple):
-    """Mean and standard deviation of a reward model's scores over preference data; kept in config.json."""
+    """Mean and standard deviation of a reward model's scores of preference data, saved in its config.json."""
 
     mean: float = 0.0
     std: float = 1.0
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ScoreStatistics | None":
-        """The statistics that a model's configuration holds, or None."""
+        """Returns the statistics in a model's configuration, or None."""
         std = getattr(config, "score_std", None)
         return cls(getattr(config, "score_mean", 0.0), std) if std else None
 
@@ -28,53 +28,43 @@ class ScoreStatistics(NamedTuple):
 class Model:
     """A model as the stages of a run use it.
 
-    Functions of a transformers module (`causal_logps`, `token_scores`, `policy_loss`) are plain; `forward` runs one as a
-    whole forward pass of this model: with its adapter active, and through its DeepSpeed engine, whose hooks gather the
-    weights that ZeRO-3 keeps in pieces.
+    `causal_logps`, `token_scores` and `policy_loss` are functions of a transformers model. `forward` runs one of them as a
+    forward pass of this model: with its adapter active, and through its DeepSpeed engine, whose hooks gather the weights
+    that ZeRO-3 partitions.
 
     Args:
         module: a transformers model, or an `Adapter` of a base that other models share.
 
     Attributes:
+        adapter: the module if it is an adapter, else None.
         engine: the DeepSpeed engine around the module, or None.
-        home: the device where the module computes, if its weights wait in the CPU's memory (`offload`); else None.
+        home: the device where the module computes if its weights wait in CPU memory (`offload`), else None.
     """
 
     def __init__(self, module: nn.Module | Adapter):
         # An adapter stands in for a transformers model: it has the attributes of its base.
         self.module = cast(PreTrainedModel, module)
+        self.adapter = module if isinstance(module, Adapter) else None
         self.engine: Any = None
         self.home: torch.device | None = None
-
-    def __repr__(self) -> str:
-        return f"Model({self.module!r})"
-
-    @property
-    def adapter(self) -> Adapter | None:
-        module: object = self.module
-        return module if isinstance(module, Adapter) else None
 
     @property
     def config(self) -> PreTrainedConfig:
         return self.module.config
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.module.dtype
-
-    @property
     def device(self) -> torch.device:
-        """Where the model computes; offloaded weights lie elsewhere until they are needed."""
+        """The device where the model computes."""
         return self.home or (self.module.device if self.engine is None else self.engine.device)
 
     @property
     def is_zero3(self) -> bool:
-        """Whether every rank keeps only pieces of the weights."""
+        """Whether the weights are partitioned over the ranks."""
         return self.engine is not None and self.engine.zero_optimization_stage() == 3
 
     @property
     def scores(self) -> ScoreStatistics | None:
-        """A scorer's statistics, by which its scores are normalised."""
+        """The statistics that normalise a scorer's scores, or None."""
         return ScoreStatistics.of(self.config)
 
     @scores.setter
@@ -82,47 +72,40 @@ class Model:
         self.config.score_mean, self.config.score_std = statistics
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """[(name, parameter)] of what is trained; a tied parameter once."""
-        if self.adapter:
-            return self.adapter.trainable()
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        """Returns [(name, parameter)] of what is trained; a tied parameter appears once."""
+        named = self.module.named_parameters()
+        return self.adapter.trainable() if self.adapter else [(name, p) for name, p in named if p.requires_grad]
 
     def activate(self) -> None:
-        """Makes the next pass of a shared base that of this model's adapter."""
+        """Makes the following passes of a shared base those of this model's adapter."""
         if self.adapter:
             self.adapter.activate()
 
     def forward(self, function: Callable, *args: Any, **options: Any) -> Any:
-        """`function(module, *args, **options)`, which must be all of a forward pass that needs the weights."""
+        """Returns `function(module, *args, **options)`, in which every use of the weights must happen."""
         self.activate()
         if self.engine is None:
             return function(self.module, *args, **options)
         return self.engine(function, *args, **options)
 
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """With ZeRO-3 every rank holds all weights in the context; ranks may then run different numbers of passes."""
-        with whole_weights(self.module) if self.is_zero3 else contextlib.nullcontext():
-            yield
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank holds all weights, and ranks may run different numbers of passes."""
+        return whole_weights(self.module) if self.is_zero3 else contextlib.nullcontext()
 
     def offload(self, device: torch.device | str) -> None:
-        """Keeps the weights of a frozen model in the CPU's memory. `resident` brings them to `device` while needed."""
+        """Moves the weights of a frozen model to CPU memory; `resident` brings them to `device` while they are needed."""
         for parameter in self.module.parameters():
-            parameter.data = parameter.data.cpu()
-            if torch.cuda.is_available():
-                parameter.data = parameter.data.pin_memory()
+            data = parameter.data.cpu()
+            parameter.data = data.pin_memory() if torch.cuda.is_available() else data
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)  # few; inputs are made of them
+                module._buffers[name] = None if buffer is None else buffer.to(device)  # small
         self.home = torch.device(device)
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """The weights of an offloaded model lie where it computes in the context, and are dropped afterwards."""
-        if self.home is None:
-            yield
-            return
-        kept = [(parameter, parameter.data) for parameter in self.module.parameters()]
+        """Copies the weights of an offloaded model to the device where it computes, for the time of the context."""
+        kept = [(parameter, parameter.data) for parameter in self.module.parameters()] if self.home else []
         try:
             for parameter, data in kept:
                 parameter.data = data.to(self.home, non_blocking=True)
@@ -133,9 +116,9 @@ class Model:
 
 
 class EngineModule(nn.Module):
-    """The module that DeepSpeed is given: its forward pass is any function of a model's module.
+    """The module that DeepSpeed wraps. Its forward pass is any function of the model's module.
 
-    Of an adapter DeepSpeed sees only what is trained, not the base, which other models share.
+    For an adapter DeepSpeed is given only the trained weights, not those of the base, which other models share.
     """
 
     def __init__(self, model: Model):
@@ -151,14 +134,14 @@ class EngineModule(nn.Module):
 
 
 def vocabulary_of(module: PreTrainedModel | Adapter) -> int:
-    """Rows of the output layer."""
+    """Returns the number of rows of the output layer."""
     weight: Any = cast(nn.Linear, module.get_output_embeddings()).weight
-    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 empties its tensors between uses
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves its tensors empty between passes
 
 
 @contextlib.contextmanager
 def whole_weights(module: PreTrainedModel | Adapter) -> Iterator[None]:
-    """All weights of a ZeRO-3 model whole on every rank. Its hooks, which gather and release around every pass, are off."""
+    """Gathers all weights of a ZeRO-3 model on every rank, and turns off its hooks, which would gather and release them."""
     import deepspeed
 
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -1,4 +1,4 @@
-"""A model's own forward pass in a higher precision, without a second copy of its weights.
+"""Runs a model's own forward pass in a higher precision, without a second copy of its weights.
 
 What rounding does to a model's log-probs depends on the model: on its depth, its outliers, the size of its logits. It is
 measured by running the same forward pass once in the model's dtype and once in a higher one.
@@ -15,25 +15,25 @@ from torch.overrides import TorchFunctionMode
 
 _HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _CASTS = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
-_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they look at no values
-# Of a weight, cast at once: 512 MiB of float64. The output layer of a large model would take gigabytes.
+_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they read no values
+# Elements of a weight that are cast at once, 512 MiB in float64; the output layer of a large model would take gigabytes.
 CAST_ELEMENTS = 1 << 26
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose rounding does not count beside that of `dtype`: float32 for 16 bits, else float64."""
+    """Returns a dtype whose rounding is negligible beside that of `dtype`: float32 for 16 bits, else float64."""
     return _HIGHER.get(dtype, torch.float64)
 
 
 def linear_in(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias in `dtype`, the weight cast a piece at a time."""
+    """Returns x @ weight.T + bias in `dtype`, and casts the weight a piece at a time."""
     pieces = weight.split(max(1, CAST_ELEMENTS // weight.shape[1]))
     out = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in pieces], -1)
     return out if bias is None else out + bias.to(dtype)
 
 
 class _Precise(TorchFunctionMode):
-    """Every function of torch gets its floating-point tensors, and its dtype arguments, in at least `dtype`."""
+    """Raises the floating-point tensors and the dtype arguments of every function of torch to at least `dtype`."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -53,7 +53,7 @@ class _Precise(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.embedding:  # looked up first, for a whole embedding in a higher precision is large
+        if func is F.embedding:  # cast after the look-up: a whole embedding in a higher precision is large
             return self.raised(func(*args, **kwargs))
         if func.__name__ in _AS_IT_IS:
             found = func(*args, **kwargs)
@@ -69,18 +69,18 @@ class _Precise(TorchFunctionMode):
 
 @contextlib.contextmanager
 def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Forward passes of `model` compute in at least `dtype` for the time of the context, from the weights as they are.
+    """Makes forward passes of `model` compute in at least `dtype`, for the time of the context.
 
-    Weights are cast as they are used, one at a time. Kernels that take addresses instead of tensors are out of reach.
+    Each weight is cast when it is used. Kernels that are called with addresses instead of tensors are not affected.
 
     Args:
-        model: a Hugging Face model; in DeepSpeed's ZeRO-3, with its weights whole.
-        dtype: torch.float32 or torch.float64; nothing happens where the weights have it.
+        model: a Hugging Face model; with ZeRO-3 its weights must be whole.
+        dtype: torch.float32 or torch.float64.
     """
     if next(model.parameters()).dtype.itemsize >= dtype.itemsize:
         yield
         return
-    # A model may compute a buffer anew (RoPE's frequencies): it must not keep one of another dtype.
+    # A model that computes a buffer anew (RoPE's frequencies) must not keep it in another dtype.
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     try:
         with torch.no_grad(), _plain_experts(model), _Precise(dtype):
@@ -92,7 +92,7 @@ def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_experts(model: Any) -> Iterator[None]:
-    """Experts one by one: torch's grouped GEMM knows no float64."""
+    """Runs experts one by one, because torch's grouped GEMM does not take float64."""
     before = getattr(model.config, "_experts_implementation", None)
     if before in (None, "eager"):
         yield

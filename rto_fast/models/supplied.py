@@ -1,14 +1,13 @@
-"""The models that a configuration names, and whether their files are what they are read as."""
+"""The models that a configuration names, and checks of their files."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rto_fast.config import Config
 from rto_fast.errors import ModelError
-from rto_fast.models.directory import check_fit, check_vocabulary, generation_config, load_tokenizer, model_config
+from rto_fast.models.directory import Kind, check_fit, check_vocabulary, generation_config, load_tokenizer, model_config
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Supplied:
 
     key: str  # of the configuration
     path: str  # directory or hub id
-    kind: str  # a key of `rto_fast.models.directory.KINDS`
-    reads_ids: bool  # it is given the policy's token ids; else text, which its own tokenizer reads
+    kind: Kind
+    reads_ids: bool  # whether it reads the policy's token ids; otherwise text, which its own tokenizer encodes
     trust_remote_code: bool = False
 
     def config(self) -> PreTrainedConfig:
@@ -32,16 +31,16 @@ class Supplied:
 
 
 def supplied_models(config: Config, base: str) -> list[Supplied]:
-    """The models of a run's configuration; the one where the run starts (`base`) comes first."""
+    """Returns the models of a run's configuration; the one that the run starts from (`base`) comes first."""
     key = "sft.model" if config.sft.model else "model.path"
-    named = (
+    named: list[tuple[str, str | None, Kind, bool]] = [
         (key, base, "causal_lm", bool(config.sft.model or config.model.tokenizer)),
         ("dpo.model", config.dpo.model, "causal_lm", True),
         ("dpo.ref_model", config.dpo.ref_model, "causal_lm", True),
         ("rto.ref_model", config.rto.ref_model, "causal_lm", True),
         ("rto.critic", config.rto.critic, "scorer", True),
         ("reward_model.model", config.reward_model.model, "scorer", False),
-    )
+    ]
     trust = config.model.trust_remote_code
     return [Supplied(key, path, kind, reads_ids, trust) for key, path, kind, reads_ids in named if path]
 
@@ -54,7 +53,7 @@ def check_models(models: Sequence[Supplied], tokenizer: PreTrainedTokenizerBase)
         tokenizer: The policy's tokenizer.
 
     Raises:
-        ModelError: A model is missing, is not of its kind, or is given the policy's token ids and reads them otherwise.
+        ModelError: A model is missing, is not of its kind, or is given the policy's token ids but has another vocabulary.
     """
     for model in models:
         if model.reads_ids:
@@ -62,15 +61,9 @@ def check_models(models: Sequence[Supplied], tokenizer: PreTrainedTokenizerBase)
         else:
             model.tokenizer()
     for model in models:
-        with _named(model.key):
+        try:
             if model.kind == "causal_lm":
                 model.generation_config()
             check_fit(model.path, model.kind, trust_remote_code=model.trust_remote_code)
-
-
-@contextlib.contextmanager
-def _named(key: str) -> Iterator[None]:
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{key}: {error}") from error
+        except ModelError as error:
+            raise ModelError(f"{model.key}: {error}") from error

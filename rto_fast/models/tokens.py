@@ -1,4 +1,4 @@
-"""Stop and padding tokens of the models that are written, so that other programs read them as they were trained."""
+"""Stop and padding tokens in the files of trained models, so that other programs use the models as they were trained."""
 
 import contextlib
 import copy
@@ -12,13 +12,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rto_fast.models.lora import Adapter
 
-NEW_PAD = "<|pad|>"  # where a vocabulary has no token to spare
+NEW_PAD = "<|pad|>"  # for a vocabulary without an unused token
 
 
 @contextlib.contextmanager
 def plain_generation(model: PreTrainedModel | Adapter) -> Iterator[GenerationConfig]:
-    """Takes the model's generation settings away while it is written, and yields them: transformers refuses to save some
-    that it reads, and that are widespread (a temperature without do_sample)."""
+    """Yields the model's generation settings, and removes them from the model while it is written.
+
+    transformers refuses to save some widespread settings that it loads (a temperature without do_sample).
+    """
     owner = model.base if isinstance(model, Adapter) else model
     settings = owner.generation_config
     try:
@@ -34,30 +36,33 @@ def write_stop_tokens(
     """Makes a policy's `generation_config.json` and `config.json` name every token that ends its responses.
 
     Args:
-        folder: where the model was written. config_class: of its configuration. generation: the model's, which stays as it
-            is. stop_ids: the tokenizer's EOS first.
+        folder: of the model.
+        config_class: class of its configuration.
+        generation: the model's generation settings, which are copied, not changed.
+        stop_ids: the tokenizer's EOS first.
     """
     ids = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
     config, generation = config_class.from_pretrained(folder), copy.deepcopy(generation)
     config.eos_token_id = config.get_text_config().eos_token_id = ids
     config.save_pretrained(folder)
     generation.eos_token_id = ids
-    vars(generation).pop("_from_model_config", None)  # else transformers may put config.json's in its place
-    # Not by `save_pretrained`, see `plain_generation`.
+    vars(generation).pop("_from_model_config", None)  # else transformers may use config.json instead of this file
+    # `save_pretrained` would refuse some settings, see `plain_generation`.
     generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def choose_pad(
     tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], vocabulary_size: int
 ) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose padding token ends no sequence.
+    """Returns a copy of the tokenizer whose padding token is not a stop token.
 
-    transformers' ...ForSequenceClassification scores the last token that is no padding token, and many tokenizers pad with
-    a stop token, with which a scored sequence ends. The padding token is, of those that are no stop token: the tokenizer's
-    own; a special token that the chat template does not use (one called pad before others, unk and bos last); else
+    transformers' ...ForSequenceClassification scores the last token that is not padding. Many tokenizers pad with a stop
+    token, which is the last token of a scored sequence. The padding token is the first of these that is not a stop token:
+    the tokenizer's own; a special token that the chat template does not use (one named pad first, unk and bos last);
     `NEW_PAD`, a new token.
 
     Args:
+        stop_ids: ids of the stop tokens.
         vocabulary_size: rows of the model's embedding.
     """
     tokenizer = copy.deepcopy(tokenizer)
@@ -76,18 +81,20 @@ def choose_pad(
 
 
 def write_pad_token(folder: Path, config_class: type[PreTrainedConfig], pad: int, embedding: str) -> None:
-    """Makes a scorer's `config.json` name its padding token, and adds a row to its embedding where that has none for it.
+    """Makes a scorer's `config.json` name its padding token, and adds rows to its embedding if that has none for it.
 
     Args:
-        folder: where the model was written. config_class: of its configuration. embedding: name of the input embedding's
-            weight.
+        folder: of the model.
+        config_class: class of its configuration.
+        pad: id of the padding token.
+        embedding: name of the input embedding's weight.
     """
     config = config_class.from_pretrained(folder)
     text = config.get_text_config()
     config.pad_token_id = text.pad_token_id = pad
     grows, text.vocab_size = text.vocab_size <= pad, max(text.vocab_size, pad + 1)
     config.save_pretrained(folder)
-    ending = "." + ".".join(embedding.split(".")[-2:])  # on disk some architectures' names begin otherwise
+    ending = "." + ".".join(embedding.split(".")[-2:])  # the names in the files of some architectures begin differently
     for file in folder.glob("*.safetensors") if grows else ():
         with safe_open(file, "pt") as opened:
             metadata, names = opened.metadata(), [name for name in opened.keys() if f".{name}".endswith(ending)]  # noqa: SIM118

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import Config
-from rto_fast.config.shipped import DATA, is_embedded
+from rto_fast.config.load import DATA, is_embedded
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.layouts import Example
 from rto_fast.data.run_data import RunData

@@ -72,8 +72,7 @@ class Panel:
         return self.colors.get(label, COLORS[list(self.series).index(label) % len(COLORS)])
 
 
-def draw_lines(panel: Panel) -> Figure:
-    figure, axes = _start()
+def draw_lines(axes: Axes, panel: Panel) -> None:
     for label, points in panel.series.items():
         x, y = thin(*points)
         color = panel.color(label)
@@ -86,19 +85,15 @@ def draw_lines(panel: Panel) -> Figure:
             axes.plot(
                 x, y, color=color, label=_label(label), marker="o" if len(x) <= 15 else None, markersize=3, **dashes
             )
-    return _finish(figure, axes, panel)
 
 
-def draw_points(panel: Panel) -> Figure:
-    figure, axes = _start()
+def draw_points(axes: Axes, panel: Panel) -> None:
     style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linestyle": "none", "alpha": 0.7}
     for label, points in panel.series.items():
         axes.plot(*thin(*points), color=panel.color(label), label=_label(label), **style)
-    return _finish(figure, axes, panel)
 
 
-def draw_stack(panel: Panel) -> Figure:
-    figure, axes = _start()
+def draw_stack(axes: Axes, panel: Panel) -> None:
     colors = [panel.color(label) for label in panel.series]
     x = next(iter(panel.series.values()))[0]
     if len(x) == 1:  # an area needs two ends
@@ -106,11 +101,9 @@ def draw_stack(panel: Panel) -> Figure:
     heights = [list(y) if len(y) == len(x) else list(y) * 2 for _, y in panel.series.values()]
     axes.stackplot(x, heights, labels=[_label(label) for label in panel.series], colors=colors, alpha=0.85, linewidth=0)
     axes.margins(x=0)
-    return _finish(figure, axes, panel, legend=True)
 
 
-def draw_bars(panel: Panel) -> Figure:
-    figure, axes = _start()
+def draw_bars(axes: Axes, panel: Panel) -> None:
     categories = list(dict.fromkeys(name for names, _ in panel.series.values() for name in names))
     height = 0.8 / len(panel.series)
     for index, (label, (names, values)) in enumerate(panel.series.items()):
@@ -121,15 +114,9 @@ def draw_bars(panel: Panel) -> Figure:
     axes.set_yticks(range(len(categories)), [_label(name) for name in categories])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    return _finish(figure, axes, panel)
 
 
 DRAW = {"lines": draw_lines, "points": draw_points, "stack": draw_stack, "bars": draw_bars}
-
-
-def _start() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 2.9), dpi=150, facecolor="white", layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _label(text: str) -> str:
@@ -137,10 +124,13 @@ def _label(text: str) -> str:
     return f" {text}" if text.startswith("_") else text  # matplotlib hides labels that begin with one
 
 
-def _finish(figure: Figure, axes: Axes, panel: Panel, legend: bool = False) -> Figure:
+def draw(panel: Panel) -> Figure:
+    figure = Figure(figsize=(4.6, 2.9), dpi=150, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    DRAW[panel.kind](axes, panel)
     axes.set_title("\n".join(textwrap.wrap(visible(panel.title), 52)))
     axes.set_xlabel(panel.xlabel)
-    if legend or len(panel.series) > 1:
+    if panel.kind == "stack" or len(panel.series) > 1:
         # The legend stands below the axes, where it hides nothing, in as many columns as about 56 characters allow.
         columns = max(1, min(3, len(panel.series), 56 // (5 + max(len(_label(label)) for label in panel.series))))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns, borderaxespad=0.2)
@@ -173,7 +163,7 @@ def render(panel: Panel) -> tuple[str, bytes]:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # "building the font cache", "font family not found"
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font does not have is a box, not a line in the run's output
-        figure = DRAW[panel.kind](panel)
+        figure = draw(panel)
         # `savefig` would draw everything once more.
         FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 1})
         figure.set_layout_engine("none")  # the layout stays as it is; computing it takes most of a figure's time

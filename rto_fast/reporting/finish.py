@@ -11,7 +11,7 @@ from rto_fast.system.command_line import error_line
 def report_run(folder: Path, log: RunLog) -> None:
     """Writes report.html."""
     try:
-        from rto_fast.reporting.report import write_report  # matplotlib is needed here and nowhere else
+        from rto_fast.reporting.page import write_report  # matplotlib is needed here and nowhere else
 
         log.say(f"\nreport: {write_report([folder])}")
     except Exception as error:

@@ -11,7 +11,7 @@ LR = "lr"
 GRAD_NORM = "grad_norm"  # before clipping
 SKIPPED = "skipped"  # 1 where the optimizer step was skipped because a gradient was not finite
 IMBALANCE = "imbalance"  # tokens of the busiest rank divided by the mean over ranks
-CRITIC_LR = "critic_lr"
+CRITIC_LR = "critic_lr"  # `update` writes these three
 CRITIC_GRAD_NORM = "critic_grad_norm"
 CRITIC_SKIPPED = "critic_skipped"
 
@@ -37,7 +37,7 @@ REWARD = "reward"
 DPO_REWARD = "dpo_reward"
 KL_PENALTY = "kl_penalty"
 SCORE_REWARD = "score_reward"
-DPO_REWARD_SHARE = "dpo_reward_share"  # shares of the three parts' sizes |part|, which add up to 1
+DPO_REWARD_SHARE = "dpo_reward_share"  # from `reward_shares`: shares of the three sizes |part|, which add up to 1
 KL_PENALTY_SHARE = "kl_penalty_share"
 SCORE_REWARD_SHARE = "score_reward_share"
 KL_COEF = "kl_coef"
@@ -66,7 +66,8 @@ MISMATCH_K3 = "mismatch_k3"
 MISMATCH_BIAS = "mismatch_bias"
 IMPORTANCE_WEIGHT = "importance_weight"  # mean
 
-# Seconds of an RTO iteration by phase. Prefill, decode and sync are parts of the rollout, known for some engines.
+# Seconds of an RTO iteration by phase, from `speed_metrics`. Prefill, decode and sync are parts of the rollout, which some
+# engines report.
 ROLLOUT_TOKENS_PER_SECOND = "rollout_tokens_per_second"
 ROLLOUT_IMBALANCE = "rollout_imbalance"
 SECONDS_ROLLOUT = "seconds_rollout"

@@ -179,14 +179,9 @@ def _start(config: Config) -> str:
 
 def _sources(config: Config) -> dict[str, str]:
     """{stage: its training data} of the stages that the run trained."""
-    data, reward = config.data, config.reward_model
-    trained = {
-        "sft": not config.sft.model and (data.sft or data.preferences),
-        "reward_model": config.needs_reward_model and not (reward.model or reward.function) and data.preferences,
-        "dpo": config.needs_dpo_model and not config.dpo.model and data.preferences,
-        "rto": config.rto.enabled and (data.prompts or data.preferences),
-    }
-    return {stage: source for stage, source in trained.items() if source}
+    own = {"sft": config.data.sft, "rto": config.data.prompts}
+    sources = {stage: own.get(stage) or config.data.preferences for stage in config.trained_stages}
+    return {stage: source for stage, source in sources.items() if source}
 
 
 def _link(name: str, folders: Sequence[Path]) -> str:

@@ -10,9 +10,10 @@ from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import RewardError
+from rto_fast.models.checks import read_position
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
-from rto_fast.models.loading import read_position, token_scores
+from rto_fast.models.forward import token_scores
 from rto_fast.models.model import Model
 from rto_fast.training import ranks
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rto_fast.errors import RolloutError
-from rto_fast.models.loading import Head
+from rto_fast.models.head import Head
 from rto_fast.ops import sample_tokens
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, runs_triton
 from rto_fast.rollout.base import Sampling

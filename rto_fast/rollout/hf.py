@@ -6,7 +6,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError, UserError, error_text
-from rto_fast.models.loading import attention_implementation, check_sequences
+from rto_fast.models.attention import attention_implementation
+from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.trace import failing_layer
 from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons, nan_logits

@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
-from rto_fast.models.attention import PACKED
+from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
-from rto_fast.models.loading import attention_implementation, output_head
+from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView

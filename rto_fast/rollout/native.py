@@ -16,7 +16,7 @@ from rto_fast.config import RolloutConfig, check_rollout
 from rto_fast.errors import ModelError, RolloutError, error_text
 from rto_fast.kernels.sampling_reference import philox_uniforms
 from rto_fast.models.agreement import compare_logits
-from rto_fast.models.loading import check_sequences
+from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.precision import higher_precision
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
@@ -76,8 +76,9 @@ class NativeEngine(Engine):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
-                sample_ids = [number * n + i for number in numbers for i in range(n)]
-                ids = torch.tensor(sample_ids, device=self.policy.device)[:, None]
+                ids = torch.tensor(
+                    [[number * n + i] for number in numbers for i in range(n)], device=self.policy.device
+                )
                 positions = torch.arange(max(limits), device=self.policy.device)
                 scheduler.state.reset(philox_uniforms(seed, ids, positions))
                 scheduler.run()

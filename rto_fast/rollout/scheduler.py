@@ -335,8 +335,7 @@ def prefill_chunk(model: RolloutModel, cache: PagedCache, pieces: list[Piece]) -
         ids += prompt.tokens[begin:end]
         positions += range(begin, end)
         lengths.append(end - begin)
-        used = pages[: cache.pages_for(end)]
-        earlier.append((to_device(used, torch.int64, cache.device), end) if begin else None)
+        earlier.append((to_device(pages[: cache.pages_for(end)], torch.int64, cache.device), end) if begin else None)
     tensors = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
     bounds = list(accumulate(lengths, initial=0))
     cu_seqlens = to_device(bounds, torch.int32, cache.device)

@@ -118,14 +118,13 @@ class VLLMEngine(Engine):
             raise RolloutError(f"vllm: responses ended by {sorted(map(str, odd))}; vLLM's own messages tell why")
         responses = [list(out.token_ids) for out in outputs]
         sampling_logps = self._logps(outputs, responses) if sampling.temperature > 0 else None
-        whole = not sampling.filters and sampling.min_new_tokens <= 1
         return RolloutBatch(
             prompt_ids,
             responses,
             reasons,
-            sampling_logps if whole else None,
-            sampling_logps,
-            {"sync": synced - start},
+            logps=None if sampling.filters or sampling.min_new_tokens > 1 else sampling_logps,
+            sampling_logps=sampling_logps,
+            timings={"sync": synced - start},
         )
 
     def _decode(self, prompts: list[list[int]], sampling: Sampling, limits: list[int], seeds: list[int]) -> list[Any]:

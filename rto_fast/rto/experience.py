@@ -12,7 +12,7 @@ from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.models.agreement import clip_width, mismatch, ppo_notices
-from rto_fast.models.loading import causal_logps, precise_logps, token_scores
+from rto_fast.models.forward import causal_logps, precise_logps, token_scores
 from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
 from rto_fast.rewards import Judge, NormalizedScores, completions_of, judged
@@ -229,7 +229,7 @@ def score_rollout(
     )
 
 
-MONITORED = 16  # one in so many responses, and at least four
+MONITORED = 16  # the log-probs of every 16th response are compared, and of at least four
 
 
 def monitored_rows(count: int) -> range:

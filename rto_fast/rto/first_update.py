@@ -65,7 +65,7 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     own, truth, again = logps(False), logps(True), logps(True)
     apart = (truth - again).abs().mean().item()
     # Atomic additions may differ in the last bits of the higher precision, far below one bit of the model's own.
-    if not apart <= torch.finfo(policy.dtype).eps * truth.abs().mean().item():
+    if not apart <= torch.finfo(policy.module.dtype).eps * truth.abs().mean().item():
         raise TrainingError(
             f"the probability ratio of the very first update is not 1: two passes of the policy over the same responses are "
             f"{apart:.2g} nats a token apart. Its forward pass {NOT_REPEATABLE}"
@@ -179,8 +179,10 @@ def check_reference(config: Config, models: Models, experience: Experience, kl: 
 
 def check_dpo_model(session: TrainingSession, models: Models) -> None:
     """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
+    if models.dpo is None:
+        return
     pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.config.model.micro_batch_tokens
-    if not pairs or models.dpo is None:
+    if not pairs:
         return
     logps = []
     for model in (models.dpo, models.dpo_reference or models.reference):

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import Config, RTOConfig
-from rto_fast.models.loading import forward_hidden, output_head, run_linear
+from rto_fast.models.forward import forward_hidden
+from rto_fast.models.head import output_head
 from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
@@ -100,6 +101,7 @@ def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence
 
 def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of a `MicroBatch`, {name: one part for each response}."""
+    batch = experience.batch
     columns = {
         "old_logps": experience.old_logps,
         "old_values": experience.old_values,
@@ -108,7 +110,7 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
     }
     if rto.loss_per_sequence:
         counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
-        weights = (1.0 / counts).repeat_interleave(experience.batch.cu_seqlens.diff())
+        weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
         columns |= {"policy_weights": weights, "value_weights": weights}
     if experience.importance is not None:
         columns["policy_weights"] = experience.importance * columns.get("policy_weights", 1.0)
@@ -148,8 +150,7 @@ def policy_loss(
         "dual_clip": rto.dual_clip,
     }
     if head.bias is None:
-        return run_linear(
-            head.linear,
+        return head.run(
             linear_ppo_loss,
             hidden,
             batch.labels,
@@ -157,12 +158,10 @@ def policy_loss(
             micro_batch.advantages,
             mask,
             entropy_coef=rto.entropy_coef,
-            **head.options(temperature),
+            temperature=temperature,
             **options,
         )
-    logps, entropy = run_linear(
-        head.linear, linear_token_logps, hidden, batch.labels, return_entropy=True, **head.options(temperature)
-    )
+    logps, entropy = head.run(linear_token_logps, hidden, batch.labels, temperature=temperature, return_entropy=True)
     loss, metrics = ppo_policy_loss(logps, micro_batch.old_logps, micro_batch.advantages, mask, **options)
     weights = mask if micro_batch.policy_weights is None else micro_batch.policy_weights * mask
     mean_entropy = (entropy * weights).sum() / micro_batch.num_items

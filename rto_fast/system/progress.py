@@ -84,7 +84,9 @@ class _Display:
         with _LOCK:
             self.phases.remove(phase)
             thread = self.thread if not self.phases else None
-            self._clear()
+            if self.has_drawn:
+                self.has_drawn = False
+                redraw("")
             if thread:
                 self.thread = None
                 self.ended.set()
@@ -110,11 +112,6 @@ class _Display:
         word = max(last_said(), start)
         if now - word >= min(max(word - start, PATIENCE), LONGEST_SILENCE):
             say(phase.line(), err=True)
-
-    def _clear(self) -> None:
-        if self.has_drawn:
-            self.has_drawn = False
-            redraw("")
 
 
 _DISPLAY = _Display()

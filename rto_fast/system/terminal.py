@@ -4,7 +4,6 @@ Text from files, data, models and libraries is printed so that the terminal show
 no longer read, was closed or cannot encode a character, the run continues without the output.
 """
 
-import argparse
 import codecs
 import contextlib
 import errno
@@ -23,7 +22,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from rto_fast.system.notices import Notice
 
@@ -210,17 +209,6 @@ def _write(text: str, err: bool) -> None:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         stream.write(text)
         stream.flush()
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, whose output goes through `say`; a mistake is one line."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if message:
-            say(message.rstrip("\n"), err=file is not None and file is not sys.stdout)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"rto_fast: {one_line(message.removeprefix('argument '))}; see {self.prog} --help")
 
 
 class _Unfailing(io.FileIO):

@@ -133,8 +133,11 @@ class Checkpoints:
         folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
         for path in list(folder.glob("*")) if ranks.is_main() else ():
             name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
-            is_named = name in self.named
-            if path.name not in kept and CHECKPOINT.fullmatch(name) and is_own_state(path, self.run, is_named):
+            if (
+                path.name not in kept
+                and CHECKPOINT.fullmatch(name)
+                and is_own_state(path, self.run, name in self.named)
+            ):
                 with contextlib.suppress(OSError):
                     remove_state(path)
         if ranks.is_main() and kept == {None} and not folder.is_symlink():

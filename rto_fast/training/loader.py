@@ -1,18 +1,16 @@
 """Loads a run's models: whole, or as adapters of one base (LoRA)."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rto_fast.config import Config
-from rto_fast.models.loading import load_causal_lm, load_scorer
+from rto_fast.models.directory import Kind
+from rto_fast.models.loading import load_model
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.training.zero import place_frozen
-
-Kind = Literal["causal_lm", "scorer"]
-LOADERS = {"causal_lm": load_causal_lm, "scorer": load_scorer}
 
 
 class Loader:
@@ -20,7 +18,7 @@ class Loader:
 
     Args:
         config: of the run.
-        placement: the arguments `device`, `dtype` and `trust_remote_code` of `load_causal_lm`.
+        placement: the arguments `device`, `dtype` and `trust_remote_code` of `load_model`.
     """
 
     def __init__(self, config: Config, placement: dict[str, Any]):
@@ -40,7 +38,7 @@ class Loader:
         if self.base is not None and has_adapter(path, self.base_path):
             return Model(load_adapter(self.base, self._name(kind), path, scorer=kind == "scorer"))
         device = torch.device(self.placement["device"] if self.config.deepspeed.frozen == "resident" else "cpu")
-        model = Model(LOADERS[kind](path, trainable=False, **self.placement | {"device": device}))
+        model = Model(load_model(kind, path, trainable=False, **self.placement | {"device": device}))
         place_frozen(model, self.config.deepspeed, self.placement["device"])
         return model
 
@@ -62,9 +60,10 @@ class Loader:
         return Model(new_adapter(base, name, self.config.lora, self.config.seed, scorer=is_scorer))
 
     def _trainable(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
-        options: dict[str, Any] = {"new_head": True} if new_head else {}
-        options["gradient_checkpointing"] = self.config.model.gradient_checkpointing
-        return LOADERS[kind](path, trainable=True, **self.placement, **options)
+        checkpointing = self.config.model.gradient_checkpointing
+        return load_model(
+            kind, path, trainable=True, gradient_checkpointing=checkpointing, new_head=new_head, **self.placement
+        )
 
     def _frozen_base(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
         """A base for adapters. It stays in training mode: activations are checkpointed in no other."""

@@ -52,7 +52,7 @@ def _write_model(
     aside = folder.with_name(f".{folder.name}.part")
     try:
         remove(aside)
-        if hasattr(model, "score"):
+        if getattr(model, "score", None) is not None:
             model.save_pretrained(aside)
             # The tokenizer pads as the scorer does.
             embedding = model.get_input_embeddings()

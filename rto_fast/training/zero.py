@@ -15,8 +15,8 @@ import torch
 from rto_fast.batch import pack_whole
 from rto_fast.config import Config, DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
+from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
-from rto_fast.models.loading import forward_hidden
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
@@ -35,7 +35,7 @@ def engine_config(
         stage: of ZeRO.
         dtype: of the weights.
         elements: the number of weights that are trained; 0 if the model is only evaluated.
-        max_grad_norm: see `sft.max_grad_norm`.
+        max_grad_norm: see `optimizer.max_grad_norm`.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(BUCKET, max(elements, 1))}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -104,7 +104,7 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
         model.offload(device)
     elif settings.frozen == "sharded" and ranks.world_size() > 1:
         use_op_linear(model.module)
-        _initialize(model, engine_config(settings, 3, model.dtype))
+        _initialize(model, engine_config(settings, 3, model.module.dtype))
     else:
         model.module.to(device)
 
@@ -129,7 +129,8 @@ class ZeroOptimizer(ScheduledOptimizer):
         groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
         elements = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.named)
-        _initialize(model, engine_config(deepspeed, level, model.dtype, elements, settings.max_grad_norm), self.adam)
+        config = engine_config(deepspeed, level, model.module.dtype, elements, settings.max_grad_norm)
+        _initialize(model, config, self.adam)
         self.engine = model.engine
 
     def backward(self, loss: torch.Tensor) -> None:

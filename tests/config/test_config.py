@@ -9,8 +9,8 @@ import yaml
 
 from rto_fast.config import Config, OptimizerConfig, SFTConfig, dump_config, load_config
 from rto_fast.config.fields import fields_of
-from rto_fast.config.reference import reference
 from rto_fast.errors import ConfigError
+from tests.config.reference import reference
 
 # An older version's file: a setting of the SFT stage, and that of the others.
 FOUR = "sft: {{{0}}}\nreward_model: {{{1}}}\ndpo: {{{1}}}\nrto: {{{1}}}\n"
@@ -143,7 +143,7 @@ def test_a_removed_option_is_refused_with_what_replaces_it():
         "data.split": "name the split with its source",
         "deepspeed.offload_optimizer": "give deepspeed.offload",
     }.items():
-        with pytest.raises(ConfigError, match=re.escape(f"command line: {key} is no more: {instead}")):
+        with pytest.raises(ConfigError, match=re.escape(f"command line: {key} was removed: {instead}")):
             load_config([f"--{key}", "1"])
 
 
@@ -183,14 +183,14 @@ def test_a_file_of_an_older_version_says_the_same(text, key, value, tmp_path):
     [
         (
             "sft: {weight_decay: 0.1}",
-            "sft.weight_decay is no more: give optimizer.weight_decay, one value for all stages",
+            "sft.weight_decay was removed: give optimizer.weight_decay, one value for all stages",
         ),
-        (FOUR.format("max_grad_norm: 2.0", "max_grad_norm: 1.0"), "sft.max_grad_norm is no more"),
-        ("sft: {warmup_ratio: 0.1}\noptimizer: {warmup_ratio: 0.1}", "sft.warmup_ratio is no more"),
-        ("deepspeed: {offload_parameters: true}", "deepspeed.offload_parameters is no more: give deepspeed.offload"),
-        ("data: {preferences: 'x[test]', split: test}", "data.split is no more: name the split with its source"),
-        ("rto: {value_coef: 0.5}", "rto.value_coef is no more: the critic has an optimizer of its own"),
-        ("rto: {value_coef: {a: 1}}", "rto.value_coef is no more: the critic has an optimizer of its own"),
+        (FOUR.format("max_grad_norm: 2.0", "max_grad_norm: 1.0"), "sft.max_grad_norm was removed"),
+        ("sft: {warmup_ratio: 0.1}\noptimizer: {warmup_ratio: 0.1}", "sft.warmup_ratio was removed"),
+        ("deepspeed: {offload_parameters: true}", "deepspeed.offload_parameters was removed: give deepspeed.offload"),
+        ("data: {preferences: 'x[test]', split: test}", "data.split was removed: name the split with its source"),
+        ("rto: {value_coef: 0.5}", "rto.value_coef was removed: the critic has an optimizer of its own"),
+        ("rto: {value_coef: {a: 1}}", "rto.value_coef was removed: the critic has an optimizer of its own"),
     ],
 )
 def test_a_file_that_the_present_keys_cannot_say_is_refused(text, message, tmp_path):
@@ -266,4 +266,4 @@ def test_the_zero_stage_of_a_run():
 
 def test_the_page_of_the_documentation_is_made_from_the_fields():
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == reference(), "python -m rto_fast.config.reference > docs/configuration.md"
+    assert page.read_text() == reference(), "python -m tests.config.reference > docs/configuration.md"

@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from rto_fast.config import Config, ModelConfig, dump_config, load_config
-from rto_fast.data.__main__ import load_options as load_inspection
+from rto_fast.config.options import parse
+from rto_fast.data.__main__ import INSPECT, InspectConfig
 from rto_fast.errors import ConfigError
-from rto_fast.evaluate import EvaluateConfig, load_options
+from rto_fast.evaluate import EVALUATE as EVALUATE_COMMAND
+from rto_fast.evaluate import EvaluateConfig
 from rto_fast.system.command_line import as_command
 from rto_fast.system.threads import use_threads
 from rto_fast.training import launch
@@ -74,6 +76,8 @@ def leaves(config, prefix=""):
 
 
 TRAIN = leaves(Config(model=ModelConfig(path="m")))
+load_options = functools.partial(parse, EvaluateConfig, command=EVALUATE_COMMAND)
+load_inspection = functools.partial(parse, InspectConfig, command=INSPECT)
 EVALUATE = leaves(EvaluateConfig(model="m", data="d"))
 
 

@@ -1,4 +1,4 @@
-"""A model and data of one's own get nothing of the embedded default, and are told what stands in for what is not named."""
+"""A run on the user's own model and data uses nothing embedded, and says what it uses for keys that are not given."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import yaml
 from rto_fast import session
 from rto_fast.config import load_config
 from rto_fast.data.run_data import RunData
-from rto_fast.data.world import preference_rows
 from rto_fast.errors import ConfigError, DataError
 from rto_fast.plan import main as plan
 from rto_fast.train import main
+from tests.embedded_world import preference_rows
 from tests.tiny_models import save_world_model
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +301,10 @@ def test_a_wrong_name_lists_those_that_exist(name, hint, command, tmp_path, monk
     with pytest.raises(ConfigError) as refused:
         command(["--config", name])
     known = ", ".join(NAMES)
-    assert str(refused.value) == f"--config {name}: No such file or directory, and the shipped ones are {known}{hint}"
+    assert (
+        str(refused.value)
+        == f"--config {name}: No such file or directory; the shipped configurations are {known}{hint}"
+    )
 
 
 @pytest.mark.skipif(int(setuptools.__version__.split(".")[0]) < 77, reason="building a wheel here needs setuptools 77")

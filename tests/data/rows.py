@@ -5,7 +5,8 @@ import json
 from rto_fast.config import DataConfig
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
-from rto_fast.data.world import build_tokenizer, preference_rows
+from rto_fast.data.world import build_tokenizer
+from tests.embedded_world import preference_rows
 
 PAIR = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
 LINE = json.dumps(PAIR) + "\n"

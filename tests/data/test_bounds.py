@@ -270,7 +270,7 @@ def test_no_footer_of_parquet_ends_the_process(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, piece, indent, ascii_only):
-    monkeypatch.setattr("rto_fast.data.json_rows._PIECE", piece)
+    monkeypatch.setattr("rto_fast.data.files._PIECE", piece)
     path = tmp_path / "a.json"
     for values in (VALUES * 3, VALUES[:1], []):
         path.write_text(f" \n{json.dumps(values, indent=indent, ensure_ascii=ascii_only)}\n ", encoding="utf-8")
@@ -285,7 +285,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, piece, indent, asc
 
 @pytest.mark.parametrize("piece", [1, 5, 2**16])
 def test_a_malformed_list_is_refused_where_pythons_parser_refuses_it(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("rto_fast.data.json_rows._PIECE", piece)
+    monkeypatch.setattr("rto_fast.data.files._PIECE", piece)
     text, path = json.dumps(VALUES[:3], indent=1), tmp_path / "a.json"
     broken = [text[:end] for end in range(1, len(text), 3)]
     broken += [text[:i] + sign + text[i:] for i in range(1, len(text), 9) for sign in ("}", ":", "\x01", "\\")]
@@ -315,8 +315,7 @@ def test_a_list_larger_than_memory_would_hold_gives_its_first_rows(tmp_path):
 
 @pytest.mark.parametrize("text", ['"a,\n' + "b,\n" * 2**11, "r," * 2**12 + "\n"], ids=["no quotation mark", "one line"])
 def test_a_csv_row_without_end_is_refused(tmp_path, monkeypatch, text):
-    for module in ("json_rows", "files"):
-        monkeypatch.setattr(f"rto_fast.data.{module}.LONGEST_ROW", 2**12)
+    monkeypatch.setattr("rto_fast.data.files.LONGEST_ROW", 2**12)
     path = tmp_path / "a.csv"
     path.write_text(f"prompt,response\np,r\n{text}")
     with pytest.raises(DataError, match="a.csv:3: a (row|line) of 4,096 characters or more; "):

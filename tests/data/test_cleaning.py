@@ -6,9 +6,9 @@ import pytest
 
 from rto_fast.data.cleaning import prompt_key, without_duplicates, without_prompts_of
 from rto_fast.data.layouts import Example
-from rto_fast.data.world import preference_rows
 from rto_fast.errors import DataError
 from tests.data.rows import jsonl, run_data
+from tests.embedded_world import preference_rows
 
 
 def test_the_same_prompt_but_for_case_and_whitespace():

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from rto_fast.config.options import parse
 from rto_fast.data import __main__ as data_command
 from rto_fast.data import sources
-from rto_fast.data.inspection import Page, histogram
+from rto_fast.data.look import Page, histogram
 from rto_fast.data.sources import load_examples
 from rto_fast.data.world import build_tokenizer
 from rto_fast.errors import ConfigError, DataError, UserError
@@ -154,7 +155,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a stream does not tell"):
         load_examples("org/name", split="train[90%:]", streaming=True)
     with pytest.raises(ConfigError, match="data.limit: expected a number with data.streaming"):
-        data_command.load_options(["org/name", "--data.streaming", "true"])
+        parse(data_command.InspectConfig, ["org/name", "--data.streaming", "true"], data_command.INSPECT)
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
@@ -216,7 +217,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, name):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("rto_fast.data.json_rows.LONGEST_ROW", 2**20)
+    monkeypatch.setattr("rto_fast.data.files.LONGEST_ROW", 2**20)
     with pytest.raises(DataError, match="a.jsonl.gz:1: a line of 1,048,576 characters or more; write one row a line"):
         load_examples(bomb(tmp_path / "a.jsonl.gz"))
 
@@ -257,7 +258,7 @@ def test_tokenizers_without_template_or_end(tmp_path, tokenizer_folder, capsys):
 )
 def test_mistakes_in_the_options_are_named(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        data_command.load_options(arguments)
+        parse(data_command.InspectConfig, arguments, data_command.INSPECT)
 
 
 def command(*arguments, module="rto_fast.data", **environment):

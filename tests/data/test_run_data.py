@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rto_fast.data.detection import find_layout
+from rto_fast.data.layouts import find_layout
 from rto_fast.data.sources import load_examples
 from rto_fast.errors import DataError
 

@@ -14,8 +14,6 @@ from rto_fast.data.templates import FALLBACK_TEMPLATE
 from rto_fast.data.tokenizing import (
     Limits,
     Pair,
-    encode_prompt,
-    encode_response,
     preference_pairs,
     prompts,
     sft_sequences,
@@ -23,6 +21,7 @@ from rto_fast.data.tokenizing import (
 )
 from rto_fast.errors import DataError
 from tests.chat_templates import GEMMA, ZEPHYR
+from tests.conversations import encode_prompt, encode_response
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -6,13 +6,14 @@ import pytest
 
 from rto_fast.data import world
 from rto_fast.data.sources import load_examples
+from tests import embedded_world
 
 
 def test_the_packaged_files_are_what_the_code_writes_and_small():
-    files = world.data_files()
+    files = embedded_world.data_files()
     assert {path.name for path in world.EMBEDDED.glob("*.gz")} == set(files)
     for name, content in files.items():
-        assert (world.EMBEDDED / name).read_bytes() == content, f"{name}: run python -m rto_fast.data.world"
+        assert (world.EMBEDDED / name).read_bytes() == content, f"{name}: run python -m tests.embedded_world"
     assert sum(map(len, files.values())) < 2_000_000
 
 
@@ -42,11 +43,11 @@ ITEMS = [(3, "red", "cup"), (1, "blue", "box")]
 )
 def test_gold_reward_by_hand(response, finished, score):
     assert world.score_response(ITEMS, response, finished) == pytest.approx(score)
-    assert world.gold_reward([world.prompt_text(ITEMS)], [response], [finished]) == pytest.approx([score])
+    assert world.gold_reward([embedded_world.prompt_text(ITEMS)], [response], [finished]) == pytest.approx([score])
 
 
 def test_labels_follow_the_gold_reward_most_of_the_time():
-    rows = world.preference_rows(500, seed=9)
+    rows = embedded_world.preference_rows(500, seed=9)
     prompts = [row["prompt"] for row in rows]
     better, worse = (world.gold_reward(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
     agree = sum(b > w for b, w in zip(better, worse)) / len(rows)
@@ -56,7 +57,7 @@ def test_labels_follow_the_gold_reward_most_of_the_time():
 def test_the_tokenizer_knows_every_word_and_gives_texts_back():
     tokenizer, rng = world.build_tokenizer(), random.Random(0)
     for _ in range(50):
-        text = world.write_response(world.draw_items(rng), rng)
+        text = embedded_world.write_response(embedded_world.draw_items(rng), rng)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
     assert world.build_model(0).config.vocab_size == len(tokenizer)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
-from rto_fast.data.tokenizing import Prompt, encode_response
-from rto_fast.data.world import build_model, build_tokenizer, preference_rows, prompt_rows
+from rto_fast.data.tokenizing import Prompt
+from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import UserError
 from rto_fast.estimates import length_controlled_win_rate, wins
 from rto_fast.evaluate import main
@@ -24,6 +24,8 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout import RolloutBatch, Sampling, build_engine
 from rto_fast.training.saving import save_model
+from tests.conversations import encode_response
+from tests.embedded_world import preference_rows, prompt_rows
 from tests.tiny_models import perturbed, world_scorer
 
 GOLD = "rto_fast.data.world:gold_reward"

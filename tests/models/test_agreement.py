@@ -11,14 +11,8 @@ from rto_fast.errors import ModelError
 from rto_fast.models import attention, precision
 from rto_fast.models.agreement import Noise, compare_logits, compare_values, k3_limit, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import (
-    causal_logps,
-    check_causal_lm,
-    check_scorer,
-    forward_hidden,
-    packed_logits,
-    precise_logps,
-)
+from rto_fast.models.checks import check_causal_lm, check_scorer
+from rto_fast.models.forward import causal_logps, forward_hidden, packed_logits, precise_logps
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.native import verified_cache

@@ -10,7 +10,8 @@ from rto_fast.batch import pack, pack_whole
 from rto_fast.config import LoraConfig, RolloutConfig, load_config
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, ModelError
-from rto_fast.models.loading import causal_logps, load_causal_lm, load_scorer, token_scores
+from rto_fast.models.forward import causal_logps, token_scores
+from rto_fast.models.loading import load_model
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.rollout import Sampling, build_engine
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     """base/, and two models trained from it: policy/ and scorer/."""
     folder = tmp_path_factory.mktemp("models")
     save_model(Model(build_model(0)), build_tokenizer(), folder / "base")
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     for name in ("policy", "scorer"):
         adapter = disturbed(new_adapter(base, name, SETTINGS, 0, scorer=name == "scorer"))
         adapter.config.score_mean = 0.5
@@ -46,7 +47,7 @@ def disturbed(adapter, scale=0.1):
 
 
 def test_a_new_adapter_changes_nothing_and_is_alike_on_every_rank(folder):
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     before = causal_logps(base, BATCH)
     torch.manual_seed(1)
     first = new_adapter(base, "a", SETTINGS, 7)
@@ -66,18 +67,18 @@ def test_adapters_of_one_base_are_the_models_that_were_written(folder):
     assert policy.adapter.base is scorer.adapter.base is reference.adapter.base and scorer.config.score_mean == 0.5
     for _ in range(2):  # whatever was active before
         for adapter, name in ((policy, "policy"), (reference, "base")):
-            whole = load_causal_lm(folder / name, trainable=False, **PLACEMENT)
+            whole = load_model("causal_lm", folder / name, trainable=False, **PLACEMENT)
             torch.testing.assert_close(
                 adapter.forward(causal_logps, BATCH), causal_logps(whole, BATCH), atol=1e-5, rtol=1e-5
             )
-        whole = load_scorer(folder / "scorer", trainable=False, **PLACEMENT)
+        whole = load_model("scorer", folder / "scorer", trainable=False, **PLACEMENT)
         torch.testing.assert_close(
             scorer.forward(token_scores, WHOLE), token_scores(whole, WHOLE), atol=1e-5, rtol=1e-5
         )
 
 
 def test_only_the_adapter_learns(folder):
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     policy, other = disturbed(new_adapter(base, "policy", SETTINGS, 0)), new_adapter(base, "other", SETTINGS, 0)
     Model(policy).forward(causal_logps, BATCH).sum().backward()
     assert all(p.grad is not None for _, p in policy.trainable())
@@ -87,9 +88,9 @@ def test_only_the_adapter_learns(folder):
 
 
 def test_the_policys_adapter_samples(folder):
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     policy, reference = load_adapter(base, "policy", folder / "policy"), Adapter(base)
-    whole = load_causal_lm(folder / "policy", trainable=False, **PLACEMENT)
+    whole = load_model("causal_lm", folder / "policy", trainable=False, **PLACEMENT)
     sampling = Sampling(8, stop_ids=(1,))
     prompts = [[2, 13, 29], [2, 10]]
     engines = [build_engine(Model(model), build_tokenizer(), RolloutConfig()) for model in (policy, reference, whole)]
@@ -110,7 +111,7 @@ def test_peft_reads_the_adapter(folder):
 
 
 def test_layers_can_be_named(folder):
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     adapter = new_adapter(base, "a", LoraConfig(rank=2, targets="q_proj,v_proj"), 0)
     assert len(adapter.trainable()) == 2 * 2 * 2
 
@@ -119,7 +120,7 @@ def test_layers_can_be_named(folder):
     "targets, message", [("nothing", "lora.targets: "), ("q_proj,lm_head", "the output layer cannot")]
 )
 def test_wrong_layers_are_named(folder, targets, message):
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     with pytest.raises(ConfigError, match=message):
         new_adapter(base, "a", LoraConfig(rank=2, targets=targets), 0)
 
@@ -127,7 +128,7 @@ def test_wrong_layers_are_named(folder, targets, message):
 def test_what_does_not_go_with_lora_is_refused(folder, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="deepspeed.zero_stage: expected .* with lora.rank"):
         load_config(["--lora.rank", "2", "--deepspeed.zero_stage", "3"])
-    base = load_causal_lm(folder / "base", trainable=False, **PLACEMENT)
+    base = load_model("causal_lm", folder / "base", trainable=False, **PLACEMENT)
     with pytest.raises(ModelError, match="cannot load an adapter"):
         load_adapter(base, "a", tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -5,16 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.batch import pack, pack_whole
-from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import (
-    ModelError,
-    attention_implementation,
-    causal_logps,
-    check_causal_lm,
-    load_causal_lm,
-    load_scorer,
-    token_scores,
-)
+from rto_fast.errors import ModelError
+from rto_fast.models.attention import PACKED, attention_implementation
+from rto_fast.models.checks import check_causal_lm
+from rto_fast.models.forward import causal_logps, token_scores
+from rto_fast.models.loading import load_model
 from tests.tiny_models import perturbed, tiny
 
 PLACEMENT = {"device": "cpu", "dtype": torch.float32, "trainable": False}
@@ -102,28 +97,28 @@ def test_a_model_with_an_unknown_logit_transformation_is_refused():
 def test_loads_from_a_directory_and_restores_the_attention(tmp_path):
     made("llama").save_pretrained(tmp_path)
     options = dict(device="cpu", dtype=torch.float32)
-    model = load_causal_lm(tmp_path, trainable=True, **options)
+    model = load_model("causal_lm", tmp_path, trainable=True, **options)
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == PACKED
     with pytest.raises(RuntimeError), attention_implementation(model, "sdpa"):
         raise RuntimeError
     assert model.config._attn_implementation == PACKED
-    scorer = load_scorer(tmp_path, trainable=False, new_head=True, **options)
+    scorer = load_model("scorer", tmp_path, trainable=False, new_head=True, **options)
     assert not any(p.requires_grad for p in scorer.parameters())
     assert not scorer.score.weight.any() and torch.equal(
         scorer.model.embed_tokens.weight, model.model.embed_tokens.weight
     )
     with pytest.raises(ModelError, match="nowhere"):
-        load_causal_lm(tmp_path / "nowhere", trainable=False, **options)
+        load_model("causal_lm", tmp_path / "nowhere", trainable=False, **options)
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
     options = dict(device="cpu", dtype=torch.float32, trainable=False)
     made("llama", AutoModelForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="lacks weights: lm_head.weight"):
-        load_causal_lm(tmp_path, **options)
+        load_model("causal_lm", tmp_path, **options)
     with pytest.raises(ModelError, match="its score head has 2 labels; a reward model or critic has one"):
-        load_scorer(tmp_path, **options)
+        load_model("scorer", tmp_path, **options)
 
 
 OTHER_ATTENTION = {
@@ -146,9 +141,9 @@ def test_attention_that_cannot_be_packed_is_refused_in_one_line(name, tmp_path, 
     tiny(name, std=None, **SIZES | settings).save_pretrained(tmp_path)
     capfd.readouterr()
     options = {"device": "cpu", "dtype": torch.float32, "trainable": True}
-    for load, head in ((load_causal_lm, {}), (load_scorer, {"new_head": True})):
+    for kind, head in (("causal_lm", {}), ("scorer", {"new_head": True})):
         with pytest.raises(ModelError, match=message) as refused:
-            load(str(tmp_path), **options, **head)
+            load_model(kind, str(tmp_path), **options, **head)
         assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
     assert "[transformers]" not in capfd.readouterr().err
 
@@ -196,13 +191,13 @@ def write_weak(folder, name):
 def test_layers_that_carry_a_state_into_the_next_sequence_are_refused_however_weak(name, tmp_path):
     layer = write_weak(tmp_path, name)
     with pytest.raises(ModelError, match=rf"layers\.[01]\.\S+ \({layer}\) lets a packed sequence see its neighbours"):
-        load_causal_lm(str(tmp_path), **PLACEMENT)
+        load_model("causal_lm", str(tmp_path), **PLACEMENT)
 
 
 def test_a_new_head_does_not_hide_that_sequences_leak(tmp_path):
     write_weak(tmp_path, "jamba")
     with pytest.raises(ModelError, match="lets a packed sequence see its neighbours"):
-        load_scorer(str(tmp_path), new_head=True, **PLACEMENT)
+        load_model("scorer", str(tmp_path), new_head=True, **PLACEMENT)
 
 
 def leaks_in_training(module, inputs, output):
@@ -248,10 +243,10 @@ DROPOUT = {
 def test_dropout_of_whatever_kind_is_off_in_training(name, tmp_path):
     tiny(name, std=None, **SIZES | DROPOUT[name]).save_pretrained(tmp_path)
     batch = pack([[5, 6]] * 2, [[7, 8, 9], [10, 11, 12, 13]])
-    heads = [(load_causal_lm, causal_logps, {})]
-    heads += [] if name == "seed_oss" else [(load_scorer, token_scores, {"new_head": True})]
-    for load, run, head in heads:
-        model = load(str(tmp_path), **PLACEMENT | {"trainable": True}, **head)
+    heads = [("causal_lm", causal_logps, {})]
+    heads += [] if name == "seed_oss" else [("scorer", token_scores, {"new_head": True})]
+    for kind, run, head in heads:
+        model = load_model(kind, str(tmp_path), **PLACEMENT | {"trainable": True}, **head)
         assert model.training
         for _ in range(4):
             torch.testing.assert_close(run(model, batch), run(model, batch), atol=0, rtol=0)
@@ -261,11 +256,11 @@ def test_dropout_of_whatever_kind_is_off_in_training(name, tmp_path):
 
 def test_what_stays_random_is_refused_with_the_layer(tmp_path):
     tiny("phimoe", std=None, **SIZES, num_local_experts=4, router_jitter_noise=0.3).save_pretrained(tmp_path)
-    for load, head in ((load_causal_lm, {}), (load_scorer, {"new_head": True})):
+    for kind, head in (("causal_lm", {}), ("scorer", {"new_head": True})):
         with pytest.raises(
             ModelError, match=r"layers\.0\.mlp\.router \(PhimoeTopKRouter\) draws random numbers in training"
         ):
-            load(str(tmp_path), **PLACEMENT, **head)
+            load_model(kind, str(tmp_path), **PLACEMENT, **head)
 
 
 @pytest.mark.parametrize(

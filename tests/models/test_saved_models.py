@@ -17,15 +17,17 @@ from transformers import (
 from rto_fast.batch import pack_whole
 from rto_fast.config import LoraConfig
 from rto_fast.data.tokenizing import stop_token_ids
-from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer, preference_rows
+from rto_fast.data.world import CHAT_TEMPLATE, build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import load_causal_lm, load_scorer, token_scores
+from rto_fast.models.forward import token_scores
+from rto_fast.models.loading import load_model
 from rto_fast.models.lora import new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.tokens import choose_pad
 from rto_fast.rewards import RewardModel
 from rto_fast.train import main
 from rto_fast.training.saving import save_model
+from tests.embedded_world import preference_rows
 from tests.tiny_models import world_model, world_scorer
 
 END = 49  # <|im_end|>
@@ -144,7 +146,7 @@ def assert_alike(folder, sequences):
     """Scores of plain transformers, alone and in padded batches, are those that we train on: of the last token."""
     model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForSequenceClassification, AutoTokenizer))
     batch = pack_whole(sequences)
-    ours = token_scores(load_scorer(folder, trainable=False, **PLACEMENT), batch)[batch.last]
+    ours = token_scores(load_model("scorer", folder, trainable=False, **PLACEMENT), batch)[batch.last]
     assert ours.std() > 1e-3  # else any token's score would do
     assert model.config.pad_token_id == tokenizer.pad_token_id < model.get_input_embeddings().weight.shape[0]
     alone = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in sequences])
@@ -233,7 +235,7 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
     if architecture == "lora":
         pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-        base = load_causal_lm(tmp_path / "base", trainable=False, **PLACEMENT)
+        base = load_model("causal_lm", tmp_path / "base", trainable=False, **PLACEMENT)
         model = new_adapter(base, "a", LoraConfig(rank=2), 0, scorer=True)
         model.score.weight.data.normal_()
     else:
@@ -246,7 +248,7 @@ def test_a_vocabulary_without_a_token_to_spare_gets_one(architecture, special, t
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     # It still reads the policy's tokens as they are, scores them, and can be written again.
     assert RewardModel(saved, with_pad, tokenizer, prompt_format="text", max_tokens=99).same_tokens
-    save_model(Model(load_scorer(tmp_path / "rm", trainable=True, **PLACEMENT)), tokenizer, tmp_path / "again")
+    save_model(Model(load_model("scorer", tmp_path / "rm", trainable=True, **PLACEMENT)), tokenizer, tmp_path / "again")
     assert assert_alike(tmp_path / "again", WORDS)[0].config.vocab_size == 62
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rto_fast.data.world import build_model
 from rto_fast.errors import CheckpointError, ModelError
-from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter
 from rto_fast.training.state_files import load_state, save_state
 from tests.tiny_models import save_world_model
@@ -72,7 +72,7 @@ def test_a_malicious_model(trap, tmp_path, name):
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(ModelError):
-        load_causal_lm(tmp_path / "model", device="cpu", dtype=None, trainable=False)
+        load_model("causal_lm", tmp_path / "model", device="cpu", dtype=None, trainable=False)
     assert not executed.exists()
 
 

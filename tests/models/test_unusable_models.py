@@ -14,7 +14,7 @@ from rto_fast import plan
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.errors import UserError
 from rto_fast.models.directory import check_stop_ids, generation_config, load_tokenizer
-from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.loading import load_model
 from rto_fast.models.supplied import Supplied, check_models
 from tests.tiny_models import save_world_model
 
@@ -43,7 +43,7 @@ def use(folder):
     generation_config(str(folder))
     check_stop_ids([tokenizer.eos_token_id], str(folder), VOCABULARY)
     ConversationEncoder(tokenizer, "auto", [tokenizer.eos_token_id], None).usual_end()
-    return load_causal_lm(str(folder), device="cpu", dtype=torch.float32, trainable=True)
+    return load_model("causal_lm", str(folder), device="cpu", dtype=torch.float32, trainable=True)
 
 
 def refused(folder, capfd):

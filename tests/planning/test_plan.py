@@ -16,7 +16,7 @@ from rto_fast.batch import pack
 from rto_fast.config import load_config
 from rto_fast.data.world import build_model
 from rto_fast.errors import ConfigError
-from rto_fast.models.loading import forward_hidden
+from rto_fast.models.forward import forward_hidden
 from rto_fast.plan import as_json, main
 from rto_fast.planning import passes
 from rto_fast.planning.advice import changed, fitting, single_changes

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast import evaluate, train
 from rto_fast.config import load_config
-from rto_fast.data.world import build_model, preference_rows
+from rto_fast.data.world import build_model
 from rto_fast.errors import UserError
 from rto_fast.training.stop import StopRequest
+from tests.embedded_world import preference_rows
 from tests.preflight.supplied import SHORT, config_of, scorer, write
 
 

@@ -14,7 +14,7 @@ from rto_fast.data.look import load_tokenizer_and_stops
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ModelError, RewardError
 from rto_fast.models.directory import check_fit
-from rto_fast.models.loading import load_causal_lm, load_scorer
+from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
@@ -47,7 +47,7 @@ def test_a_scorer_whose_head_would_not_be_used(refused, key, name):
         line = refused(*RTO, *(GOLD if key == "rto.critic" else []), f"--{key}", name)
     assert line.startswith(f"{key}: {name}: {SCORERS[name]}")
     with pytest.raises(ModelError, match=name):  # a name on the hub is not known before it is loaded
-        load_scorer(name, **PLACEMENT)
+        load_model("scorer", name, **PLACEMENT)
 
 
 CAUSAL = {
@@ -82,7 +82,7 @@ def test_a_language_model_that_is_another_model(refused, key, name):
     line = refused(*options, command=evaluate if key == "--dpo_model" else train)
     assert line.startswith(f"{key}: {name}: {CAUSAL[name]}")
     with pytest.raises(ModelError, match=name):
-        load_causal_lm(name, **PLACEMENT)
+        load_model("causal_lm", name, **PLACEMENT)
 
 
 def test_models_that_fit(folder, tmp_path):
@@ -101,15 +101,15 @@ def test_models_that_fit(folder, tmp_path):
         assert len(list((tmp_path / str(tied)).glob("*.safetensors"))) > 1
         save_file({"foreign": torch.ones(1)}, tmp_path / str(tied) / "consolidated.safetensors")
         check_fit(str(tmp_path / str(tied)), "causal_lm")
-        load_causal_lm(tmp_path / str(tied), **PLACEMENT)
+        load_model("causal_lm", tmp_path / str(tied), **PLACEMENT)
 
 
 def test_only_training_makes_a_new_head(folder):
-    model = load_scorer("model", new_head=True, **PLACEMENT)
+    model = load_model("scorer", "model", new_head=True, **PLACEMENT)
     assert not model.score.weight.any()
     for name in ("value_head", "tied_scorer"):
         with pytest.raises(ModelError, match=f"{name}: not a causal language model: "):
-            load_scorer(name, new_head=True, **PLACEMENT)
+            load_model("scorer", name, new_head=True, **PLACEMENT)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gemma3_text", "mixtral"])
@@ -126,9 +126,9 @@ def test_architectures_whose_names_on_disk_are_others(architecture, tied, tmp_pa
         other = {"causal_lm": "scorer", "scorer": "causal_lm"}[kind]
         with pytest.raises(ModelError, match=f"{kind}: not a"):
             check_fit(str(tmp_path / kind), other)
-    load_causal_lm(tmp_path / "causal_lm", **PLACEMENT)
-    load_scorer(tmp_path / "scorer", **PLACEMENT)
-    assert not load_scorer(tmp_path / "causal_lm", new_head=True, **PLACEMENT).score.weight.any()
+    load_model("causal_lm", tmp_path / "causal_lm", **PLACEMENT)
+    load_model("scorer", tmp_path / "scorer", **PLACEMENT)
+    assert not load_model("scorer", tmp_path / "causal_lm", new_head=True, **PLACEMENT).score.weight.any()
 
 
 def test_a_score_that_the_class_changes_is_refused(folder, monkeypatch):
@@ -141,10 +141,10 @@ def test_a_score_that_the_class_changes_is_refused(folder, monkeypatch):
         out.logits = out.logits.tanh() + 1
         return out
 
-    load_scorer("scorer", **PLACEMENT)
+    load_model("scorer", "scorer", **PLACEMENT)
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", squashed)
     with pytest.raises(ModelError, match="scorer: packed scores differ from the model's own by"):
-        load_scorer("scorer", **PLACEMENT)
+        load_model("scorer", "scorer", **PLACEMENT)
 
 
 def test_a_scorer_without_a_decoders_head_is_refused_before_anything_runs(refused, folder, tmp_path):
@@ -159,7 +159,7 @@ def test_a_scorer_without_a_decoders_head_is_refused_before_anything_runs(refuse
 
 def test_an_adapter_of_another_kind_is_refused(folder, tmp_path):
     pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
-    base = load_causal_lm("model", **PLACEMENT)
+    base = load_model("causal_lm", "model", **PLACEMENT)
     for name in ("policy", "rm"):
         save_model(
             Model(new_adapter(base, name, LoraConfig(rank=2), 0, scorer=name == "rm")),
@@ -265,7 +265,7 @@ def test_an_adapter_alone_is_no_model(refused, folder, tmp_path):
 
 
 def test_a_reward_model_of_another_vocabulary_is_measured_by_its_own_tokens(folder, tmp_path):
-    """By the policy's there are too many, which is told; then one text is too long by its own, and the run is kept."""
+    """By the policy's tokens the text is too long, which is a warning. By its own, one text is too long: the run is saved."""
     path = shutil.copytree(folder / "short_scorer", tmp_path / "foreign")
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])

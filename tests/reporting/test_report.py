@@ -15,7 +15,7 @@ from rto_fast.errors import DataError
 from rto_fast.reporting import draw, run_files
 from rto_fast.reporting.figures import sections
 from rto_fast.reporting.markup import visible
-from rto_fast.reporting.report import write_report
+from rto_fast.reporting.page import write_report
 from rto_fast.reporting.run_files import read_run
 from rto_fast.rto.metrics import token_texts
 
@@ -360,11 +360,11 @@ def test_a_run_ends_with_its_report_and_records_what_tokens_earned(tmp_path, cap
 
 
 def test_a_report_that_fails_costs_a_line_and_not_the_run(run, monkeypatch, capsys):
-    from rto_fast.reporting import report
+    from rto_fast.reporting import page
     from rto_fast.reporting.finish import report_run
     from rto_fast.reporting.log import RunLog
 
-    monkeypatch.setattr(report, "write_report", lambda folders: 1 / 0)
+    monkeypatch.setattr(page, "write_report", lambda folders: 1 / 0)
     report_run(run, RunLog(run))
     assert capsys.readouterr().out == "report: not written (ZeroDivisionError: division by zero)\n"
 

@@ -7,8 +7,7 @@ import types
 import pytest
 
 from rto_fast.errors import ConfigError
-from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.trackers import Service, TensorBoard
+from rto_fast.reporting.log import RunLog, Service, TensorBoard
 
 
 def scalars(folder):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rto_fast.data.layouts import Example
-from rto_fast.data.tokenizing import Pair, Prompt, encode_prompt, encode_response
+from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.attention import PACKED
@@ -21,6 +21,7 @@ from rto_fast.rewards import (
     completions_of_pairs,
     score_statistics,
 )
+from tests.conversations import encode_prompt, encode_response
 from tests.tiny_models import tiny
 
 TOKENIZER = build_tokenizer()

@@ -6,7 +6,7 @@ import torch
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import check_causal_lm
+from rto_fast.models.checks import check_causal_lm
 from rto_fast.rollout import HFEngine, Sampling, build_engine
 from rto_fast.rollout.attention import DenseDecode
 from tests.tiny_models import ARCHITECTURES, native_engine, prompts, tiny

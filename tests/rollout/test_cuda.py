@@ -10,7 +10,7 @@ from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
 from rto_fast.models.agreement import FACTOR, Noise, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import causal_logps, precise_logps
+from rto_fast.models.forward import causal_logps, precise_logps
 from rto_fast.rollout import NativeEngine, Sampling, fuse
 from tests.tiny_models import prompts, tiny
 

@@ -12,7 +12,7 @@ from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import causal_logps
+from rto_fast.models.forward import causal_logps
 from rto_fast.rollout import NativeEngine, Sampling, cache, native, scheduler
 from tests.tiny_models import assert_same, native_engine, prompts, state_of, tiny
 

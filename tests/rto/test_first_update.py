@@ -93,7 +93,7 @@ def test_a_sampler_of_other_weights_is_no_policy_of_ours():
     trainer = build("--rto.old_logps", "sampler")
     other_sampler(trainer, 1.0, 0.04)
     stops(trainer, TrainingError, "ratio", "is not 1", "sampler", "rto.old_logps: recompute")
-    trainer = build("--rto.old_logps", "auto")  # the samples are weighted, and the difference is told
+    trainer = build("--rto.old_logps", "auto")  # the samples are weighted, and a warning names the difference
     other_sampler(trainer, 1.0, 0.04)
     trainer.step()
     (finding,) = trainer.log.findings

@@ -7,7 +7,7 @@ import pytest
 from rto_fast.config import load_config
 from rto_fast.reporting import draw
 from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.report import write_report
+from rto_fast.reporting.page import write_report
 from rto_fast.reporting.run_files import read_run
 from rto_fast.rto.health import QUIET, RULES, Health
 

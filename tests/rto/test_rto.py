@@ -10,8 +10,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.models.attention import PACKED
-from rto_fast.models.loading import attention_implementation
+from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, UserError
-from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.loading import load_model
 from rto_fast.planning.shapes import find_shape
 from rto_fast.rollout import Sampling, build_engine
 
@@ -131,7 +131,7 @@ def outcome(name: str) -> tuple[str, str]:
         except ConfigError:
             pass
         try:
-            loaded = load_causal_lm(folder, device="cpu", dtype=torch.float32, trainable=True)
+            loaded = load_model("causal_lm", folder, device="cpu", dtype=torch.float32, trainable=True)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 engine = build_engine(loaded, None, RolloutConfig(batch_size=2))

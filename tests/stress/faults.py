@@ -1,4 +1,4 @@
-"""Harms runs at random moments and resumes them until they end; each must end as a run that was left alone.
+"""Damages runs at random moments and resumes them until they end. Each must end like an undisturbed run.
 
     python -m tests.stress.faults --minutes 5 [--ranks 2] [--seed 0]
 
@@ -55,7 +55,7 @@ CLOSE = 1e-3  # relative: the same run in float32 on another number of ranks
 
 
 class Lost(Exception):
-    """A run that did not survive, or did not say what it should have."""
+    """A run was lost, or did not print what it should have."""
 
 
 def free_port():
@@ -65,7 +65,7 @@ def free_port():
 
 
 def fork(arguments, output, environment, prepare):
-    """A process that runs the command with its output in a file; returns its id."""
+    """Starts a process that runs the command with its output in a file; returns its id."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -92,7 +92,7 @@ def fork(arguments, output, environment, prepare):
 
 
 def warm_up(ranks):
-    """What every fork would import and compile."""
+    """Imports and compiles what every fork would need."""
     assert threading.active_count() == 1  # others would be missing in a fork
     finish.report_run = finish.publish_run = lambda *_: None
     load_config([])
@@ -117,7 +117,7 @@ class Session:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def poll(self):
-        """Whether all of it has ended."""
+        """Whether all processes have ended."""
         for process in self.processes:
             if process not in self.codes:
                 found, status = os.waitpid(process, os.WNOHANG)
@@ -138,7 +138,7 @@ class Session:
                 os.kill(process, number)
 
     def end(self):
-        """Waits for the end; returns the exit codes by rank. What takes too long is killed, and lost."""
+        """Waits for the end and returns the exit codes by rank. What takes too long is killed: `Lost`."""
         if not self.run(LIMIT):
             self.send(signal.SIGKILL)
             self.run(LIMIT)
@@ -147,7 +147,7 @@ class Session:
 
 
 class BadDays:
-    """A run from its start to its end, harmed on the way.
+    """A run from its start to its end, damaged on the way.
 
     Args:
         dice: `random.Random`. ranks: of each session. resize: another number of them each time. longest: seconds until a
@@ -179,7 +179,7 @@ class BadDays:
     def parts(self):
         return [*self.folder.glob(".*.part"), *self.folder.glob("checkpoints/.*.part")]
 
-    # Harms: each is a session. They return whether it was harmed before it ended by itself.
+    # Faults: each runs one session, and returns whether the fault came before the session ended by itself.
 
     def kill(self, prepare=lambda: None):
         """SIGKILL at any moment."""
@@ -191,7 +191,7 @@ class BadDays:
         return True
 
     def kill_writing(self):
-        """SIGKILL while a checkpoint, a model or the run's memory is being written."""
+        """SIGKILL while a checkpoint, a model or `progress.json` is being written."""
         session, skipped = self.start(), self.dice.randrange(8)
         seen = set()
 
@@ -209,7 +209,7 @@ class BadDays:
         return True
 
     def kill_one(self):
-        """SIGKILL of one rank, once they have found each other: the others end by themselves."""
+        """SIGKILL of one rank after the ranks have joined: the others end by themselves."""
         session = self.start()
         session.run(LIMIT, session.said)
         if session.run(self.dice.uniform(0, self.longest)):
@@ -223,7 +223,7 @@ class BadDays:
         return True
 
     def terminate(self):
-        """A scheduler's SIGTERM: exit code 0, and how to go on."""
+        """A scheduler's SIGTERM: the run ends with exit code 0 and prints how to continue."""
         session = self.start()
         if session.run(self.dice.uniform(0, self.longest)):
             return self._whole(session)
@@ -246,7 +246,7 @@ class BadDays:
         return True
 
     def stop_twice(self):
-        """A second signal, of either kind, while what the first asked for is done: the last step, its checkpoint."""
+        """A second signal, of either kind, during the last step or the checkpoint that the first signal has started."""
         session = self.start(prepare=lambda: setattr(rto_fast.training.stop, "ECHO", 0.0))
         if session.run(self.dice.uniform(0, self.longest)):
             return self._whole(session)
@@ -254,7 +254,7 @@ class BadDays:
         session.send(first)
         session.run(self.dice.choice([0.001, 0.01, 0.03, 0.1]), every=0.0005)
         session.send(second)
-        # While a process is in foreign code two signals in quick succession are one to it: joining the ranks, for one.
+        # While a process is in foreign code, for example joins the ranks, two signals in quick succession arrive as one.
         if not session.run(5.0):
             session.send(second)
         codes = session.end()
@@ -266,7 +266,7 @@ class BadDays:
         return not self.is_over()
 
     def damage(self):
-        """Checkpoint files that are cut, changed by a bit, or gone: found, and an older one is taken."""
+        """Truncates checkpoint files, flips a bit of them or deletes them: the run notices, and uses an older checkpoint."""
         if not self.checkpoints():
             self.kill()
         found = self.checkpoints()[-self.dice.choice([1, 1, 2]) :]
@@ -292,7 +292,7 @@ class BadDays:
         return True
 
     def full_disk(self):
-        """No file may grow beyond a random size: what writes more is told by the system, as it is of a full disk."""
+        """Limits the size of files at random: the system refuses larger writes, as on a full disk."""
         size = int(math.exp(self.dice.uniform(math.log(8e3), math.log(2e6))))
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         session = self.start(prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard)))
@@ -305,7 +305,7 @@ class BadDays:
         return True
 
     def clock(self):
-        """A clock that jumps by years, forwards and back, and files from the future; and then a kill."""
+        """The clock jumps by years, forwards and back, and files come from the future; then SIGKILL."""
         for path in self.folder.rglob("*"):
             if path.exists():
                 os.utime(path, (self.dice.uniform(1e8, 4e9),) * 2)
@@ -388,7 +388,7 @@ def weights(folder):
 
 
 def records(path):
-    """Without what is measured in seconds."""
+    """The record without values measured in seconds."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
@@ -430,7 +430,7 @@ def live(text):
 
 
 def main(arguments=None):
-    """Returns how many faults cost something."""
+    """Returns the number of faults after which a run was lost or ended differently."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.stress.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

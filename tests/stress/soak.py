@@ -1,4 +1,4 @@
-"""Measures memory over many steps: RTO iterations of the embedded world's model, with all else that a run does.
+"""Measures memory over many steps: RTO iterations of the embedded default's model, with logs, checkpoints and checks.
 
     python -m tests.stress.soak --steps 2000
 

@@ -1,4 +1,4 @@
-"""A few of the bad days of `python -m tests.stress.faults`, which has hundreds of them."""
+"""A few of the faults that `python -m tests.stress.faults` injects by the hundred."""
 
 import subprocess
 import sys

@@ -6,9 +6,10 @@ import shutil
 
 import torch
 
-from rto_fast.data.world import build_model, build_tokenizer, preference_rows
+from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.model import Model
 from rto_fast.training.saving import save_model
+from tests.embedded_world import preference_rows
 
 ROWS = preference_rows(40, seed=3)
 ROW = ROWS[0]

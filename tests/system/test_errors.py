@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "nothing to resume": (
         ["--resume", "notes"],
-        "--resume notes: no run to go on with (no progress.json and config.yaml",
+        "--resume notes: no run to continue (no progress.json and config.yaml",
     ),
 }
 

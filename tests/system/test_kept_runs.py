@@ -19,7 +19,7 @@ from rto_fast import train
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, RewardError
-from rto_fast.models.loading import causal_logps
+from rto_fast.models.forward import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
 from rto_fast.stages import SupervisedTrainer
 from rto_fast.system.command_line import as_command

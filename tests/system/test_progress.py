@@ -20,7 +20,7 @@ from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.evaluation.policies import evaluate
-from rto_fast.models.loading import load_causal_lm
+from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
@@ -242,7 +242,7 @@ def test_work_of_models_is_a_phase(tmp_path):
     folder, tokenizer = tmp_path / "model", build_tokenizer()
     build_model(0).save_pretrained(folder)
     with progress_module.observed(record):
-        model = load_causal_lm(str(folder), device="cpu", dtype=torch.float32, trainable=False)
+        model = load_model("causal_lm", str(folder), device="cpu", dtype=torch.float32, trainable=False)
         engine = build_engine(model, tokenizer, RolloutConfig(engine="hf"))
         items = [Prompt([3, 4, 5], "p", {})] * 3
         stops = stop_token_ids(tokenizer)

@@ -13,8 +13,9 @@ import pytest
 from rto_fast import plan, push, report
 from rto_fast.config import DataConfig
 from rto_fast.data.run_data import RunData
-from rto_fast.data.world import build_tokenizer, preference_rows
+from rto_fast.data.world import build_tokenizer
 from rto_fast.reporting.log import RunLog
+from tests.embedded_world import preference_rows
 
 ROOT = Path(report.__file__).parent.parent
 EVIL = "\x1b]0;title\x07\x1b[2Jblue\r\u202eabc\x9b1m\x7f\u2028\u2066\ud800\x00"

@@ -19,7 +19,7 @@ from rto_fast.errors import UserError
 from rto_fast.evaluation.output import check_output, write_json
 from rto_fast.models.model import Model
 from rto_fast.reporting import draw
-from rto_fast.reporting.report import write_report
+from rto_fast.reporting.page import write_report
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import save_state, write_text
 
@@ -322,9 +322,9 @@ OTHERS = {
     "rto_fast/training/state_files.py": {"write_text", "write_bytes", "replace"},
     "rto_fast/system/run_lock.py": {"open", "write_bytes", "replace"},  # a lock is taken by creating it
     "rto_fast/reporting/log.py": {"open"},
-    "rto_fast/reporting/trackers.py": {"open"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
     "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
+    "benchmarks/end_to_end.py": {"TemporaryDirectory"},
     "benchmarks/gpu.py": {"open", "mkdtemp"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},

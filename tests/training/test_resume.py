@@ -132,7 +132,7 @@ def test_every_stage_goes_on_with_other_data(tmp_path):
 
 
 def test_resume_is_an_option_like_others(tmp_path):
-    with pytest.raises(ConfigError, match="no run to go on with"):
+    with pytest.raises(ConfigError, match="no run to continue"):
         load_config(["--resume", str(tmp_path)])
     (tmp_path / "progress.json").write_text("{}")
     (tmp_path / "config.yaml").write_text(

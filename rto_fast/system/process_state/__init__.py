@@ -14,8 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from rto_fast.system.process_state.python_settings import PYTHON
-from rto_fast.system.process_state.setting import Setting
+from rto_fast.system.process_state.python_settings import PYTHON, Setting
 from rto_fast.system.process_state.torch_settings import TORCH
 
 SETTINGS = [*TORCH, *PYTHON]
@@ -60,11 +59,7 @@ def _standard_files() -> Iterator[None]:
 
 def _put_back(spare: int, number: int) -> None:
     with contextlib.suppress(OSError):  # users' code has closed the spare one, too
-        is_same = False
-        with contextlib.suppress(OSError):
-            is_same = os.path.sameopenfile(spare, number)
-        if not is_same:
-            os.dup2(spare, number)
+        os.dup2(spare, number)
         os.close(spare)
 
 

@@ -12,11 +12,20 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy
 
-from rto_fast.system.process_state.setting import Setting
+
+class Setting(NamedTuple):
+    """One thing that users' code may change of the process: how it is read, and how it is put back."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    of_thread: bool = False  # each thread has its own, or takes part of it with it
+    is_kept: bool = True  # set again for users' next call
 
 
 def _numpy_random() -> tuple[Any, ...]:
@@ -62,10 +71,6 @@ def _set_warnings(filters: list[Any]) -> None:
         pass
 
 
-def _signals() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
-
-
 def _set_signals(handlers: dict[int, Any]) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # where users' code could not set one
@@ -97,10 +102,7 @@ def _set_timers(run: list[bool]) -> None:
 def _set_collector(state: tuple[bool, tuple[int, int, int]]) -> None:
     is_enabled, thresholds = state
     gc.set_threshold(*thresholds)
-    if is_enabled:
-        gc.enable()
-    else:
-        gc.disable()
+    (gc.enable if is_enabled else gc.disable)()
 
 
 def _streams() -> tuple[Any, ...]:
@@ -114,11 +116,6 @@ def _import_path() -> dict[tuple[str, int], int]:
 
 def _set_import_path(places: dict[tuple[str, int], int]) -> None:
     sys.path[:] = [folder for folder, _ in sorted(places, key=lambda key: places[key])]
-
-
-def _set_trace(functions: tuple[Any, Any]) -> None:
-    sys.settrace(functions[0])
-    sys.setprofile(functions[1])
 
 
 def _set_streams(streams: tuple[Any, ...]) -> None:
@@ -136,7 +133,9 @@ PYTHON = [
     Setting("locale", lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
     Setting("sys.stdout", _streams, _set_streams),
     Setting("warnings", lambda: list(warnings.filters), _set_warnings),
-    Setting("signal.signal", _signals, _set_signals, False, False),
+    Setting(
+        "signal.signal", lambda: {n: signal.getsignal(n) for n in signal.valid_signals()}, _set_signals, False, False
+    ),
     Setting("signal.set_wakeup_fd", _wakeup, lambda x: None if x is None else signal.set_wakeup_fd(x), False, False),
     Setting("signal.setitimer", lambda: [signal.getitimer(t)[0] > 0 for t in _TIMERS], _set_timers, False, False),
     Setting(
@@ -149,7 +148,8 @@ PYTHON = [
     Setting("gc", lambda: (gc.isenabled(), gc.get_threshold()), _set_collector),
     Setting("sys.path", _import_path, _set_import_path),
     Setting("sys.argv", lambda: list(sys.argv), lambda arguments: setattr(sys, "argv", arguments)),
-    Setting("sys.settrace", lambda: (sys.gettrace(), sys.getprofile()), _set_trace, True, False),
+    Setting("sys.settrace", sys.gettrace, sys.settrace, True, False),
+    Setting("sys.setprofile", sys.getprofile, sys.setprofile, True, False),
     Setting("sys.set_int_max_str_digits", sys.get_int_max_str_digits, sys.set_int_max_str_digits),
     Setting("sys.setrecursionlimit", sys.getrecursionlimit, sys.setrecursionlimit),
     Setting("socket.setdefaulttimeout", socket.getdefaulttimeout, socket.setdefaulttimeout),

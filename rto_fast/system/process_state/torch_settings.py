@@ -9,7 +9,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils import _python_dispatch
 
-from rto_fast.system.process_state.setting import Setting
+from rto_fast.system.process_state.python_settings import Setting
 
 
 def _attribute(owner: Any, name: str) -> Setting:
@@ -151,28 +151,15 @@ def _set_precision(state: tuple[Any, ...]) -> None:
         torch._C._set_fp32_precision_setter(*name, precision)
 
 
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
 _SMALLEST = sys.float_info.min
 
 
-def _sdp() -> tuple[bool, ...]:
-    backends = torch.backends.cuda
-    return (
-        backends.flash_sdp_enabled(),
-        backends.mem_efficient_sdp_enabled(),
-        backends.math_sdp_enabled(),
-        backends.cudnn_sdp_enabled(),
-    )
+_ATTENTION = "flash", "mem_efficient", "math", "cudnn"
 
 
-def _set_sdp(enabled: tuple[bool, ...]) -> None:
-    backends = torch.backends.cuda
-    setters = backends.enable_flash_sdp, backends.enable_mem_efficient_sdp, backends.enable_math_sdp
-    for write, value in zip((*setters, backends.enable_cudnn_sdp), enabled, strict=True):
-        write(value)
+def _set_attention(enabled: list[bool]) -> None:
+    for name, value in zip(_ATTENTION, enabled, strict=True):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(value)
 
 
 TORCH = [
@@ -193,7 +180,7 @@ TORCH = [
     Setting("torch.set_flush_denormal", lambda: _SMALLEST / 2 == 0, torch.set_flush_denormal, True),
     Setting(
         "torch.use_deterministic_algorithms",
-        _deterministic,
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda state: torch.use_deterministic_algorithms(state[0], warn_only=state[1]),
     ),
     Setting(
@@ -202,7 +189,11 @@ TORCH = [
         lambda state: torch.set_anomaly_enabled(*state),
     ),
     Setting("torch.set_float32_matmul_precision", _precision, _set_precision),
-    Setting("torch.backends.cuda.enable_flash_sdp", _sdp, _set_sdp),
+    Setting(
+        "torch.backends.cuda.enable_flash_sdp",
+        lambda: [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION],
+        _set_attention,
+    ),
     Setting(
         "torch.cuda.set_device",
         lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,

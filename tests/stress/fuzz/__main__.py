@@ -38,8 +38,8 @@ os.environ |= {
 
 
 from rto_fast import train  # noqa: E402
-from rto_fast.data.world import preference_rows  # noqa: E402
 from rto_fast.reporting import finish  # noqa: E402
+from tests.embedded_world import preference_rows  # noqa: E402
 
 from .cases import KINDS, TINY, Case  # noqa: E402
 from .command import Broken, entry  # noqa: E402

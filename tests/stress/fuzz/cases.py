@@ -47,7 +47,7 @@ class Case:
         self.dice, self.folder, self.stage, self.told = random.Random(seed), folder, stage, ""
 
     def value(self, key: str = "") -> str:
-        """A nasty one, or one that the field has or nearly has."""
+        """A nasty value, or one at or near the bounds of the field."""
         near = near_values(key)
         return self.dice.choice(near if near and self.dice.random() < 0.5 else VALUES)
 
@@ -101,7 +101,7 @@ def _run(case: Case) -> Path:
 
 
 def _harmed_run(case: Case) -> Path:
-    """A copy of the finished run, a file or two of it harmed."""
+    """A copy of the finished run in which one or two files are damaged."""
     run = _run(case)
     for _ in range(case.dice.randint(1, 2)):
         files = [path for path in sorted(run.rglob("*")) if path.is_file() and not path.is_symlink()]
@@ -123,7 +123,7 @@ def training(case: Case) -> None:
 
 @kind
 def harmed_data(case: Case) -> None:
-    """A tiny run, or a look, at a harmed file, now and then under another format's name."""
+    """A tiny run, or `rto_fast.data`, on a damaged file, which sometimes has the name of another format."""
     files = sorted((case.stage / "data").iterdir())
     source = case.dice.choice(files)
     path = case.folder / f"\x1b[1m{(source if case.dice.random() < 0.8 else case.dice.choice(files)).name}"
@@ -139,7 +139,7 @@ def harmed_data(case: Case) -> None:
 
 @kind
 def resuming(case: Case) -> None:
-    """A finished or unfinished run goes on with harmed files, and with links where its folders were."""
+    """Resumes a finished or unfinished run with damaged files, and with links in the place of its folders."""
     run = _harmed_run(case)
     if case.dice.random() < 0.5:  # as if it had not finished
         for name in case.dice.sample(["rto", "dpo", "rto_critic", "reward_model"], 2):
@@ -177,7 +177,7 @@ def planning(case: Case) -> None:
 
 @kind
 def evaluating(case: Case) -> None:
-    """A model of a run, harmed or not, with nasty options."""
+    """A model of a run, damaged or not, with nasty options."""
     run = _harmed_run(case) if case.dice.random() < 0.7 else _run(case)
     keys = (
         "data prompts reward reward_model reference preferences held_out dpo_model dpo_reference columns limit tokenizer "

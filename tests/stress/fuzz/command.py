@@ -24,18 +24,18 @@ LONGEST = 2000  # characters that are read as one line
 
 
 class Broken(Exception):
-    """One of the rules did not hold."""
+    """A command broke one of the rules."""
 
 
 def one_line(error: BaseException) -> None:
-    """Raises Broken unless this is how a mistake is told."""
+    """Raises Broken unless this is how a mistake should be reported."""
     text = error_line(error)
     if not text.strip() or "\n" in text or len(text) > LONGEST:
         raise Broken(f"a mistake of {len(text)} characters in {len(text.splitlines())} lines: {text[:300]!r}")
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """{path below the folder: hash of what is there}."""
+    """{path below the folder: hash of the file}."""
     found = {}
     for path in sorted(folder.rglob("*")):
         what = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b"folder"
@@ -144,7 +144,7 @@ def _fork(
 
 
 def _wait(process: int, seconds: float) -> bool:
-    """Whether it ends within that time; its status is left to be read."""
+    """Whether the process ends within that time. Its exit status is not collected."""
     end = time.monotonic() + seconds
     while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() > end:

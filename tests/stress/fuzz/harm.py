@@ -1,4 +1,4 @@
-"""What cases are made of: nasty values, nasty documents, harmed files, and names that an output should not have."""
+"""The ingredients of cases: nasty values and documents, damaged files, and names that an output should not have."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from pyarrow import csv
 from rto_fast.config import Config
 from rto_fast.config.fields import Range, fields_of
 
-# As YAML writes them; a command line has the same texts, apart from what an argument cannot hold.
+# As they are written in YAML. The command line uses the same texts, except those that an argument cannot hold.
 VALUES = (
     ".nan nan .inf -.inf inf 0 -0.0 -1 1 2 3.5 0.5 -1000 1e-320 1e308 1e30 9223372036854775807 9223372036854775808 "
     "-9223372036854775809 100000 1e3 true false null ~ '' ' ' [] [2,2] [.nan,.nan] [1] {} {a:b} {prompt:null} 0x10 1_000 "
@@ -27,7 +27,7 @@ VALUES = (
 
 
 KEYS = [key for key, hint in fields_of(Config).items() if not dataclasses.is_dataclass(hint)]
-# What a shell, a container or a launcher that is gone leaves behind.
+# Environment variables that a shell, a container or an earlier launcher leaves behind.
 ENVIRONMENTS: list[dict[str, str]] = [
     {"RANK": "1"},
     {"RANK": ""},
@@ -47,7 +47,7 @@ ENVIRONMENTS: list[dict[str, str]] = [
 
 
 def near_values(key: str) -> list[str]:
-    """A field's choices, or its range's ends with what is just outside."""
+    """The choices of a field, or the bounds of its range and values just outside."""
     values: list[str] = []
 
     def look(hint: Any) -> None:
@@ -67,7 +67,7 @@ def near_values(key: str) -> list[str]:
 
 
 def write_data(rows: list[dict], stage: Path) -> None:
-    """Pairs in every format, in `stage`/data."""
+    """Writes preference pairs in every format into `stage`/data."""
     folder = stage / "data"
     folder.mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -129,7 +129,7 @@ def document(dice: random.Random, values: dict[str, str]) -> str:
 
 
 def damage(dice: random.Random, path: Path) -> str:
-    """Harms a file as disks, editors and strangers do; returns how."""
+    """Damages a file as disks, editors and other programs do; returns a description."""
     content = path.read_bytes() if path.is_file() else b""
     how = dice.choice("bytes cut empty noise json folder gone null dangling repeat escape unharmed".split())
     if how == "bytes" and content:
@@ -161,7 +161,7 @@ def damage(dice: random.Random, path: Path) -> str:
 
 
 def _mutated(dice: random.Random, content: bytes) -> str:
-    """One value in a JSON text (or in one line of it) is another."""
+    """Replaces one value in a JSON text (or in one line of it)."""
     lines = content.decode(errors="replace").splitlines() or [""]
     with contextlib.suppress(ValueError):
         return json.dumps(_replaced(dice, json.loads("\n".join(lines))))
@@ -181,7 +181,7 @@ def _replaced(dice: random.Random, tree: Any) -> Any:
 
 
 def output_name(dice: random.Random, folder: Path) -> str:
-    """A path that a command may be told to write to."""
+    """A path that may be given to a command as its output."""
     (folder / "file").write_text("old\n")
     (folder / "folder").mkdir(exist_ok=True)
     for link, target in (("link", "file"), ("device", "/dev/null"), ("full", "/dev/full"), ("away", "nowhere")):

@@ -1,13 +1,13 @@
-"""docs/configuration.md, made from the fields: `python -m rto_fast.config.reference > docs/configuration.md`."""
+"""docs/configuration.md, made from the fields: `python -m tests.config.reference > docs/configuration.md`."""
 
 from rto_fast.config.help import Entry, entries, sections, summary
+from rto_fast.config.load import shipped_configs
 from rto_fast.config.run import Config
-from rto_fast.config.shipped import shipped_configs
 from rto_fast.system.terminal import say
 
 INTRODUCTION = """# Configuration
 
-This page is made from the fields of `rto_fast/config/`: `python -m rto_fast.config.reference > docs/configuration.md`.
+This page is made from the fields of `rto_fast/config/`: `python -m tests.config.reference > docs/configuration.md`.
 
 Every key below is a key of a YAML file and an option of the command line:
 
