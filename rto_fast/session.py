@@ -37,6 +37,9 @@ from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
 
+# The files of a run that ended before its first step, by a mistake or a kill.
+UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
+
 
 @dataclass(frozen=True)
 class Session:
@@ -186,10 +189,6 @@ def prepare_process(config: Config) -> str:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     use_threads(config.threads)
     return device
-
-
-# The files of a run that ended before its first step, by a mistake or a kill.
-UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @contextlib.contextmanager

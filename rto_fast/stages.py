@@ -44,6 +44,8 @@ from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer
 
+CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
+
 
 class SupervisedTrainer(Trainer):
     """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
@@ -162,9 +164,6 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: statistics.std})
     log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {kind} pairs ranked right")
     return _save(session, "reward_model", trainer)
-
-
-CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
 
 
 def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:

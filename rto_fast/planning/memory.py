@@ -12,6 +12,15 @@ from rto_fast.planning.machine import Machine
 from rto_fast.planning.shapes import Shape
 from rto_fast.training.zero import BUCKET
 
+# The number of examples in public data sets that the shipped configurations name, and in the generated ones.
+KNOWN_EXAMPLES = {
+    "HuggingFaceH4/ultrafeedback_binarized": 61_135,  # train_prefs
+    "Anthropic/hh-rlhf": 160_800,
+    "embedded:preferences": 3_072,
+    "embedded:sft": 8_192,
+}
+
+
 # DeepSpeed's defaults for ZeRO 3, in elements: `stage3_max_live_parameters` and `stage3_prefetch_bucket_size`.
 LIVE_PARAMETERS, PREFETCH_BUCKET = 1e9, 5e7
 
@@ -156,15 +165,6 @@ def frozen_use(parameters: float, setting: Setting) -> float:
     if setting.frozen == "offloaded" and setting.gpu:
         return setting.itemsize * parameters
     return gathered(parameters, setting) if setting.frozen == "sharded" and setting.ranks > 1 else 0.0
-
-
-# The number of examples in public data sets that the shipped configurations name, and in the generated ones.
-KNOWN_EXAMPLES = {
-    "HuggingFaceH4/ultrafeedback_binarized": 61_135,  # train_prefs
-    "Anthropic/hh-rlhf": 160_800,
-    "embedded:preferences": 3_072,
-    "embedded:sft": 8_192,
-}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ from rto_fast.rollout.scheduler import PREFILL_TOKENS
 from rto_fast.rto.experience import frozen_paths
 from rto_fast.training.optimizer import count_steps, stage_steps
 
+# Stand for the directories of the models that this run trains.
+SFT, DPO = "this run's SFT model", "this run's DPO model"
+
 
 def make_plan(
     config: Config,
@@ -78,10 +81,6 @@ def _supervised(name: str, config: Config, setting: Setting, shape: Shape, items
     peak = max((state + moment for moment in moments), key=lambda memory: memory.total)
     steps = stage.max_steps if items.count is None else stage_steps(stage, items.count)
     return StagePlan(name, (Phase(name, "step", peak),), steps, 12 * trained, setting.itemsize * parameters)
-
-
-# Stand for the directories of the models that this run trains.
-SFT, DPO = "this run's SFT model", "this run's DPO model"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ from rto_fast.rewards.choice import Functions
 from rto_fast.session import TrainingSession
 from rto_fast.stages import CHECKED_PAIRS
 
+# What a message advises, in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
+DATA_LIMITS = "lower max_prompt_tokens or max_response_tokens"
+ROLLOUT_LIMITS = "lower max_prompt_tokens or rollout.max_new_tokens"
+ROLLOUT = "the longest prompt with rollout.max_new_tokens"
+
 
 def check_before_training(session: TrainingSession, functions: Functions) -> None:
     """Loads the run's data and checks all that is known before the first step.
@@ -184,12 +189,6 @@ def check_before_evaluation(inputs: Inputs) -> None:
     refuse_long(given("dpo_model", "dpo_reference"), pairs, "the longest of --preferences", DATA_LIMITS)
     for scorer in given("reward_model"):
         check_judge(scorer, session.tokenizer, max(*totals, pairs), warn)
-
-
-# What a message advises, in a run (data.max_prompt_tokens) and in an evaluation (--max_prompt_tokens).
-DATA_LIMITS = "lower max_prompt_tokens or max_response_tokens"
-ROLLOUT_LIMITS = "lower max_prompt_tokens or rollout.max_new_tokens"
-ROLLOUT = "the longest prompt with rollout.max_new_tokens"
 
 
 def refuse_long(models: Iterable[Supplied], longest: int, what: str, remedy: str) -> None:

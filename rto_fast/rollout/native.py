@@ -26,6 +26,9 @@ from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler, prefill_chunk
 
+PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are decoded together and compared
+DECODED = 6  # positions compared of each: the prompt's last token and the tokens decoded after it
+
 
 class NativeEngine(Engine):
     """Samples from a Hugging Face causal LM.
@@ -153,10 +156,6 @@ class NativeEngine(Engine):
         self.state = None
         self.cache = verified_cache(self.policy, self.page_size or 64)
         self.kind = self.policy.kind
-
-
-PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are decoded together and compared
-DECODED = 6  # positions compared of each: the prompt's last token and the tokens decoded after it
 
 
 @torch.no_grad()
