@@ -18,7 +18,7 @@ from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.preflight.models import check_endings, say_dropout
+from rto_fast.preflight.checks import check_endings, say_dropout
 from rto_fast.training.saving import save_model
 from tests.preflight.supplied import GOLD, PLACEMENT, RTO, SFT, config_of, write
 

@@ -21,9 +21,9 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.forward import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
+from rto_fast.stages import SupervisedTrainer
 from rto_fast.system.command_line import as_command
 from rto_fast.training.optimizer import ScheduledOptimizer
-from rto_fast.training.supervised import SupervisedTrainer
 from tests.system.faulty_inputs import LENGTHS, RTO, SFT, how_to_go_on
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -295,7 +295,7 @@ def test_a_step_that_is_skipped_is_counted(start, monkeypatch, capsys, tmp_path)
     def logps(*arguments):
         return causal_logps(*arguments) * (factors.pop() if factors else 1.0)
 
-    monkeypatch.setattr("rto_fast.stages.sft.causal_logps", logps)
+    monkeypatch.setattr("rto_fast.stages.causal_logps", logps)
     start(*SFT, "--sft.max_steps", "4", "--sft.batch_size", "4", "--output_dir", tmp_path / "out")
     assert "\nsft: optimizer steps skipped for a gradient that was not finite: 1\n" in capsys.readouterr().out
 
