@@ -19,7 +19,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling
-from rto_fast.rto.models import Models
+from rto_fast.rto.experience import Models
 from rto_fast.rto.trainer import RTOTrainer
 
 # Qwen3-0.6B's hidden size and vocabulary with fewer layers: 0.3B parameters, half of them in the output layer.

@@ -24,7 +24,7 @@ from rto_fast.config import Config, load_config
 from rto_fast.config.load import DEFAULT
 from rto_fast.data.world import build_tokenizer
 from rto_fast.planning.machine import GIB, local_machine
-from rto_fast.planning.outline import Items
+from rto_fast.planning.memory import Items
 from rto_fast.planning.phases import make_plan
 from rto_fast.preflight.room import data_items
 from rto_fast.system import terminal

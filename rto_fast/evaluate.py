@@ -45,13 +45,12 @@ def main(arguments: list[str] | None = None) -> dict:
     if options.output and options.output != "-":
         check_output(options.output)
     # After the options: --help and mistakes in them need no torch.
-    from rto_fast.evaluation.inputs import open_evaluation
-    from rto_fast.evaluation.measure import measure
-    from rto_fast.preflight.evaluation import check_before_evaluation
+    from rto_fast.evaluation.measure import measure, open_evaluation
+    from rto_fast.preflight.checks import check_before_evaluation
 
     output = "/dev/stdout" if options.output == "-" else options.output
-    is_stdout = output is not None and own_descriptor(output) == 1
-    tell = functools.partial(say, err=is_stdout)
+    # Where the JSON goes to stdout, everything else goes to stderr.
+    tell = functools.partial(say, err=output is not None and own_descriptor(output) == 1)
     inputs = open_evaluation(options, tell)
     check_before_evaluation(inputs)
     results = measure(inputs)

@@ -18,7 +18,7 @@ from rto_fast.system.terminal import Styled, one_line, say, styled, wants_styles
 
 if TYPE_CHECKING:  # imported after the options: --help and mistakes in them need no torch
     from rto_fast.planning.advice import Planner
-    from rto_fast.planning.outline import Plan, StagePlan
+    from rto_fast.planning.memory import Plan, StagePlan
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "kv", "workspace")
 GIB = 1 << 30
@@ -51,12 +51,6 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-def parse_options(arguments: list[str]) -> tuple[PlanOptions, list[str]]:
-    """(the options of this command, the options of a run)."""
-    own, others = own_arguments(PlanOptions, arguments, PLAN)
-    return parse(PlanOptions, own, PLAN), others
 
 
 def as_json(plan: "Plan") -> dict:
@@ -104,8 +98,7 @@ def table(plan: "Plan") -> Styled:
         f"{'GiB a ' + process:<19}" + "".join(f"{title:>12}" for title in titles),
     ]
     for phase in plan.phases:
-        values = "".join(f"{_gib(getattr(phase.memory, title)):>12}" for title in titles)
-        line = f"{phase.title:<19}{values}"
+        line = f"{phase.title:<19}" + "".join(f"{_gib(getattr(phase.memory, title)):>12}" for title in titles)
         lines.append(_bold(f"{line}  ← peak") if phase is plan.peak else line)
     verdict = "fits" if plan.fits else "does NOT fit"
     share = f"{_gib(plan.peak.memory.total)} of {_gib(machine.memory)} GiB"
@@ -142,7 +135,8 @@ def advice(config: Config, plan: "Plan", planner: "Planner") -> str:
 
 def main(arguments: list[str] | None = None) -> "Plan":
     """Prints the plan of a run, and returns it."""
-    options, rest = parse_options(sys.argv[1:] if arguments is None else list(arguments))
+    own, rest = own_arguments(PlanOptions, sys.argv[1:] if arguments is None else list(arguments), PLAN)
+    options = parse(PlanOptions, own, PLAN)
     config = load_config(rest, lambda text: None if options.json else say(text), beside=vars(options))
     from rto_fast.planning.machine import Machine, local_machine, parse_machine
     from rto_fast.planning.phases import make_plan

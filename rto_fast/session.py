@@ -1,9 +1,11 @@
-"""What the stages of a run, and an evaluation, share: configuration, device, tokenizer, data, log, checkpoints."""
+"""What the stages of a run, and an evaluation, share, and the folder of a run: one run uses it at a time."""
 
+import contextlib
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rto_fast.config import Config, dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, how_to_go_on
 from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
@@ -25,15 +27,18 @@ from rto_fast.reporting.log import Finding, RunLog, Service, TensorBoard
 from rto_fast.reporting.public import public
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
-from rto_fast.system.run_lock import RunLock
+from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.system.threads import use_threads
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.checkpoint_checks import UNSTARTED
 from rto_fast.training.launch import local_rank
-from rto_fast.training.output_folder import prepare_output
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
+
+# The files of a run that ended before its first step, by a mistake or a kill.
+UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,9 @@ class TrainingSession(Session):
 
     def done(self, stage: str) -> str | None:
         """The model of a stage that was trained before this run was resumed; None if the stage is still to be trained."""
-        if not self.checkpoints.is_done(stage):
+        if stage not in self.checkpoints.done:
             return None
-        self.log.say(f"{stage}: done before")
+        self.log.say(f"{stage}: already trained")
         return str(self.folder / stage)
 
     def finish(self, stage: str, path: str) -> str:
@@ -109,14 +114,20 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
     stop_ids = stop_token_ids(tokenizer, base.generation_config())
     size = base.config().get_text_config().vocab_size
     check_stop_ids(stop_ids, base.path, size)
-    sampling = Sampling.of(config.rollout, stop_ids)
-    data = RunData(config.data, tokenizer, stop_ids, say, size)
-    dtype = resolve_dtype(config.model.dtype, device)
-    return Session(config, tuple(models), device, dtype, tokenizer, stop_ids, sampling, data)
+    return Session(
+        config=config,
+        models=tuple(models),
+        device=device,
+        dtype=resolve_dtype(config.model.dtype, device),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        sampling=Sampling.of(config.rollout, stop_ids),
+        data=RunData(config.data, tokenizer, stop_ids, say, size),
+    )
 
 
 def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None) -> TrainingSession:
-    """Creates or reopens the run's folder, and opens the session in it.
+    """Begins or reopens a run in its folder (see `claimed_output`), and opens the session in it.
 
     Args:
         config: The configuration.
@@ -128,25 +139,30 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     """
     folder = Path(config.resume or config.output_dir)
     if ranks.is_main() and not config.resume:
-        prepare_output(folder)
+        with _usable(folder):
+            refuse_what_is_there(folder)
+            (folder / UNSTARTED).touch()  # the run cannot be resumed yet
+            (folder / "warnings.jsonl").unlink(missing_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
     ranks.barrier()
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"output_dir: {folder} is not the same folder on every node; give one that all nodes see")
     log = RunLog(folder, silent=not ranks.is_main())
     log.take_notices()
-    resume = bool(config.resume)
     checkpoints = Checkpoints(
         folder,
         log,
         keep=config.keep_checkpoints,
-        resume=resume,
+        resume=bool(config.resume),
         stop=stop,
         lock=lock,
         interval=config.checkpoint_interval,
     )
     if ranks.is_main():
-        log.trackers = _trackers(config, folder, checkpoints)
+        log.trackers = [TensorBoard(folder / "tensorboard", folder / "metrics.jsonl", checkpoints.run)]
+        if config.track.service:
+            settings = public(dataclasses.asdict(config))
+            log.trackers.append(Service(config.track.service, config.track.project, folder.resolve().name, settings))
     device = prepare_process(config)
     torch.manual_seed(config.seed)
     base = config.sft.model or config.model.path
@@ -157,21 +173,17 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)
 
 
-def _resolve_device(name: str) -> str:
-    """The device that the setting `device` (auto, cpu or cuda) means in this process."""
-    if name == "cuda" and not torch.cuda.is_available():
+def prepare_process(config: Config) -> str:
+    """Sets the number of CPU threads, turns off what libraries print about files and a missing GPU; returns the device."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
         raise ConfigError("device: cuda was asked for and there is none; use --device cpu")
-    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    use_cuda = has_gpu and config.device != "cpu"
     if use_cuda and local_rank() >= torch.cuda.device_count():
         raise ConfigError(
             f"device: process {local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}"
         )
-    return f"cuda:{local_rank()}" if use_cuda else "cpu"
-
-
-def prepare_process(config: Config) -> str:
-    """Sets the number of CPU threads, turns off what libraries print about files and a missing GPU; returns the device."""
-    device = _resolve_device(config.device)
+    device = f"cuda:{local_rank()}" if use_cuda else "cpu"
     logging.disable_progress_bar()
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
@@ -179,12 +191,52 @@ def prepare_process(config: Config) -> str:
     return device
 
 
-def _trackers(config: Config, folder: Path, checkpoints: Checkpoints) -> list[TensorBoard | Service]:
-    track = config.track
-    trackers: list[TensorBoard | Service] = [
-        TensorBoard(folder / "tensorboard", folder / "metrics.jsonl", checkpoints.run)
-    ]
-    if track.service:
-        settings = public(dataclasses.asdict(config))
-        trackers.append(Service(track.service, track.project, folder.resolve().name, settings))
-    return trackers
+@contextlib.contextmanager
+def claimed_output(config: Config) -> Iterator[RunLock | None]:
+    """Locks the run's folder for this run. The lock is None on all ranks but the main one.
+
+    Raises:
+        ConfigError: another run uses the folder, it cannot be used, or it is not empty for a new run. Nothing is changed.
+    """
+    if not ranks.is_main():
+        yield None
+        return
+    folder = Path(config.resume or config.output_dir)
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    with _usable(folder):
+        refuse_if_in_use(folder)
+        if not config.resume:
+            refuse_what_is_there(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    try:
+        with _usable(folder):
+            lock.take()
+        yield lock
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # empty folders of a run that was refused before it wrote anything
+            for each in made:
+                each.rmdir()
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
+
+
+def refuse_what_is_there(folder: Path) -> None:
+    """Refuses a folder that holds results or files of the user.
+
+    Raises:
+        ConfigError: it is not empty.
+    """
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
+    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
+        resume = f", or {how_to_go_on(folder)}" if {"config.yaml", "progress.json"} <= names else ""
+        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir{resume}")

@@ -32,7 +32,7 @@ def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRe
     with StopRequest() as stop:
         # deepspeed's launcher adds --local_rank, which says the same as the environment
         arguments = [a for a in arguments if not a.startswith("--local_rank=")]
-        config = load_config(arguments, lambda text: say(text) if speaks() else None)
+        config = load_config(arguments, say=lambda text: say(text) if speaks() else None)
         stop.folder = config.resume
         from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
 
@@ -55,19 +55,15 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
         Interrupted: `stop` asked for the end.
     """
     from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
-    from rto_fast.preflight.checks import check_before_training
-    from rto_fast.preflight.sources import check_pairs_given
+    from rto_fast.preflight.checks import check_before_training, check_pairs_given
     from rto_fast.reporting.finish import publish_run, report_run
     from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
-    from rto_fast.rto.models import load_models
-    from rto_fast.rto.train import train_rto
-    from rto_fast.session import open_training
-    from rto_fast.stages.dpo import train_dpo
-    from rto_fast.stages.reward_model import train_reward_model
-    from rto_fast.stages.sft import train_sft
+    from rto_fast.rto.experience import load_models
+    from rto_fast.rto.trainer import train_rto
+    from rto_fast.session import claimed_output, open_training
+    from rto_fast.stages import train_dpo, train_reward_model, train_sft
     from rto_fast.system.progress import progress
     from rto_fast.training.loader import Loader
-    from rto_fast.training.output_folder import claimed_output
     from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()

@@ -121,12 +121,12 @@ def flattened(cls: type, tree: Value, prefix: str = "", removed: Iterable[str] =
         if not isinstance(tree.content, dict):
             found = "nothing" if tree.is_null else shown(tree.as_python())
             example = next((key for key in keys if prefix and key.startswith(prefix)), "").removeprefix(prefix)
-            such = f" such as {{{example}: …}}" * bool(example)
+            give = f"give {{{example}: …}}, or " * bool(example)
             raise ConfigError(
                 named(
                     prefix[:-1],
                     tree.place,
-                    f"expected keys and values{such}, got {found}; leave a section out to keep its defaults",
+                    f"expected keys and values, got {found}; {give}leave a section out to keep its defaults",
                 )
             )
         for name, value in tree.content.items():

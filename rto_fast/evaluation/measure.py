@@ -1,23 +1,81 @@
-"""The measurements of `python -m rto_fast.evaluate`, one model in memory at a time."""
+"""The measurements of `python -m rto_fast.evaluate`, one model in memory at a time, and what they are made on."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from rto_fast.batch import pack
+from rto_fast.data.run_data import RunData
+from rto_fast.data.tokenizing import Pair, Prompt
+from rto_fast.errors import DataError
 from rto_fast.estimates import Estimate, length_controlled_win_rate, mean, rate, wins
-from rto_fast.evaluation.inputs import Inputs
+from rto_fast.evaluation.options import EvaluateConfig
 from rto_fast.evaluation.policies import EVALUATION_SEED, kl_terms, respond
-from rto_fast.models.directory import load_tokenizer
+from rto_fast.models.directory import Kind, load_tokenizer
 from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
-from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardModel, completions_of_pairs
-from rto_fast.rollout import RolloutBatch, build_engine
-from rto_fast.stages.dpo import pair_logps
+from rto_fast.models.supplied import Supplied
+from rto_fast.rewards import Completion, Judge, NormalizedScores, RewardFunction, RewardModel, completions_of_pairs
+from rto_fast.rollout import RolloutBatch, Sampling, build_engine
+from rto_fast.rto.experience import response_logps
+from rto_fast.session import Session, open_session, prepare_process
+from rto_fast.stages import pair_logps
 from rto_fast.system.progress import progress
-from rto_fast.training.response_logps import response_logps
+from rto_fast.system.terminal import one_line
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is loaded before the first model."""
+
+    options: EvaluateConfig
+    session: Session
+    sampling: Sampling
+    function: RewardFunction | None  # --reward
+    prompts: list[Prompt]
+    pairs: list[Pair]
+    say: Callable[[str], object]  # called with a line of text
+
+
+def open_evaluation(options: EvaluateConfig, say: Callable[[str], object]) -> Inputs:
+    """Loads the tokenizer, the data and the user's function, and checks the models' files.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    config = options.as_config()
+    device = prepare_process(config)
+    function = RewardFunction(options.reward, "--reward", device) if options.reward else None
+    named: list[tuple[str, str | None, Kind]] = [
+        ("model", options.model, "causal_lm"),
+        ("reference", options.reference, "causal_lm"),
+        ("dpo_model", options.dpo_model, "causal_lm"),
+        ("dpo_reference", options.dpo_reference, "causal_lm"),
+        ("reward_model", options.reward_model, "scorer"),
+    ]
+    models = [
+        Supplied(f"--{key}", path, kind, kind == "causal_lm", options.trust_remote_code)
+        for key, path, kind in named
+        if path
+    ]
+    session = open_session(config, models, device, say)
+    sampling = dataclasses.replace(session.sampling, temperature=0.0) if options.greedy else session.sampling
+    prompts = session.data.eval_prompts[: options.prompts] if options.data else []
+    pairs: list[Pair] = []
+    if options.preferences and options.held_out:
+        pairs = session.data.held_out_pairs
+    elif options.preferences:
+        # All pairs: beside evaluation prompts, training data would leave out those with their prompts.
+        pairs = RunData(
+            dataclasses.replace(config.data, eval_prompts=None), session.tokenizer, session.stop_ids, say
+        ).pairs
+    if options.preferences and not pairs:
+        raise DataError("--preferences: no pair is held out within the limits; lower --held_out to 0 to use all pairs")
+    # Names of models contain no line breaks when they are printed.
+    return Inputs(options, session, sampling, function, prompts, pairs, lambda text: say(one_line(text)))
 
 
 def measure(inputs: Inputs) -> dict[str, Any]:
@@ -53,14 +111,19 @@ class Measurement:
         }
         for name, path in (("responses", self.model), ("reference_responses", self.reference)):
             if path in self.rollouts:
-                results[name] = self._responses(self.rollouts[path])
+                rollout = self.rollouts[path]
+                results[name] = {"length": asdict(mean(_lengths(rollout))), "finished": asdict(rate(rollout.finished))}
         if self.reference in self.logps:
             results["kl"] = self._kl(self.reference)
         scores: dict[str, dict[str, torch.Tensor]] = {}
         for name, judge, estimate in self._judges():
             results["rewards"][name] = self._reward(judge, estimate, scores.setdefault(name, {}))
         if self.dpo_model and self.dpo_reference:
-            results["dpo"] = self._implicit_reward(self.dpo_model, self.dpo_reference)
+            chosen, rejected = (self.pair_logps[self.dpo_model] - self.pair_logps[self.dpo_reference]).unbind(1)
+            results["dpo"] = {
+                "preference_accuracy": asdict(rate(wins(chosen, rejected))),
+                "margin": asdict(mean(chosen - rejected)),
+            }
         results["samples"] = self._samples(scores)
         return results
 
@@ -87,14 +150,9 @@ class Measurement:
             with progress(f"{path}: log-probs of {len(pairs):,} pairs"):
                 self.pair_logps[path] = pair_logps(model, pairs, max_tokens)
 
-    @staticmethod
-    def _responses(rollout: RolloutBatch) -> dict[str, Any]:
-        return {"length": asdict(mean(_lengths(rollout))), "finished": asdict(rate(rollout.finished))}
-
     def _kl(self, reference: str) -> dict[str, Any]:
         ours = self.rollouts[self.model]
-        logps = self.logps[self.model], self.logps[reference]
-        k1, k3 = kl_terms(*logps, pack(ours.prompt_ids, ours.response_ids))
+        k1, k3 = kl_terms(self.logps[self.model], self.logps[reference], pack(ours.prompt_ids, ours.response_ids))
         kl = {"k1": asdict(mean(k1)), "k3": asdict(mean(k3)), "per_token": k1.sum().item() / ours.num_tokens}
         if self.inputs.sampling.filters:
             kl["note"] = "top_k, top_p or min_p is on: the samples are not the model's own, the estimates are biased"
@@ -145,14 +203,6 @@ class Measurement:
                 chosen, rejected = judge(completions).view(-1, 2).unbind(1)
             out["preference_accuracy"] = _rate_with_ties(wins(chosen, rejected))
         return out
-
-    def _implicit_reward(self, model: str, reference: str) -> dict[str, Any]:
-        reward = self.pair_logps[model] - self.pair_logps[reference]
-        chosen, rejected = reward.unbind(1)
-        return {
-            "preference_accuracy": asdict(rate(wins(chosen, rejected))),
-            "margin": asdict(mean(chosen - rejected)),
-        }
 
     def _samples(self, scores: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
         """Prints and returns the first `show` responses."""

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rto_fast.errors import ConfigError, UserError
 from rto_fast.system.writing import check_target, write_file
@@ -27,16 +26,9 @@ def write_json(results: dict, path: str | Path) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    plain = json.loads(json.dumps(results), parse_constant=lambda name: None)
     try:
-        write_file(path, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
+        write_file(path, json.dumps(plain, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 

@@ -13,12 +13,11 @@ from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.rewards import Completion, Judge, completions_of, judged
 from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
-from rto_fast.rollout.shared import generate_shared
-from rto_fast.rto.models import Models
+from rto_fast.rollout.base import generate_shared
+from rto_fast.rto.experience import Models, response_logps
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
-from rto_fast.training.response_logps import response_logps
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 
@@ -68,8 +67,9 @@ def evaluate_iteration(session: TrainingSession, judge: Judge, models: Models, e
     config, name = session.config, session.config.final_policy
 
     def kl(rollout: RolloutBatch) -> float:  # two forward passes cost little beside the sampling
-        settings = config.rollout.temperature, config.model.micro_batch_tokens
-        return measured_kl(models.policy, models.reference, rollout, *settings)
+        return measured_kl(
+            models.policy, models.reference, rollout, config.rollout.temperature, config.model.micro_batch_tokens
+        )
 
     result = _evaluate(session, name, engine, judge, iteration, kl)
     session.log.say(
@@ -79,7 +79,7 @@ def evaluate_iteration(session: TrainingSession, judge: Judge, models: Models, e
     best = session.checkpoints.best
     if config.eval.keep_best and (best is None or result.score > best):
         save_model(models.policy, session.tokenizer, session.folder / "rto_best", session.stop_ids)
-        session.checkpoints.keep_best(result.score)
+        session.checkpoints.best = result.score
 
 
 def _evaluate(

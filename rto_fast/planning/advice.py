@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.planning.machine import Machine
-from rto_fast.planning.outline import Plan
+from rto_fast.planning.memory import Plan
 from rto_fast.planning.phases import make_plan
 
 Changes = dict[str, object]  # {configuration key: value}
@@ -65,8 +65,7 @@ def _planned(config: Config, machine: Machine, changes: Changes, planner: Planne
 
 def single_changes(config: Config, plan: Plan, planner: Planner = make_plan) -> list[Alternative]:
     """Each change alone that lowers the peak, the most effective one first."""
-    changes = itertools.chain.from_iterable(_choices(config, plan))
-    found = [_planned(config, plan.machine, change, planner) for change in changes]
+    found = [_planned(config, plan.machine, change, planner) for kind in _choices(config, plan) for change in kind]
     better = [a for a in found if a and a.plan.peak.memory.total < plan.peak.memory.total]
     return sorted(better, key=lambda a: a.plan.peak.memory.total)
 

@@ -68,5 +68,8 @@ def local_machine(device: str = "auto", processes: int | None = None) -> Machine
     if device == "cpu" or not torch.cuda.is_available():
         return Machine(processes or 1, None, free_memory_in_container() / (processes or 1))
     found = torch.cuda.get_device_properties(0)
-    name = found.name.removeprefix("NVIDIA ")
-    return Machine(processes or torch.cuda.device_count(), name, usable_bytes(found.total_memory))
+    return Machine(
+        count=processes or torch.cuda.device_count(),
+        gpu=found.name.removeprefix("NVIDIA "),
+        memory=usable_bytes(found.total_memory),
+    )

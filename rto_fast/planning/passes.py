@@ -80,14 +80,6 @@ def kept_activations(shape: Shape, tokens: float, setting: Setting) -> float:
     return tokens * (shape.layers * layer + last_norm)
 
 
-def backward_activations(shape: Shape, tokens: float, setting: Setting) -> float:
-    """Gradients inside a layer's backward pass: of its output, and of the MLP's product, SiLU and up projection.
-
-    What autograd kept for the parts already passed is free by then.
-    """
-    return tokens * setting.itemsize * (2 * shape.intermediate_size + 2 * shape.hidden_size)
-
-
 def forward_activations(shape: Shape, tokens: float, setting: Setting) -> float:
     """The most that a forward pass without gradients takes: in the MLP, in attention (with RoPE's copies) or in a norm."""
     b = setting.itemsize
@@ -160,7 +152,9 @@ def training_moments(shape: Shape, parameters: float, work: Work, setting: Setti
     all_gradients = gradients(parameters, setting)
     before = all_gradients if work.micro_batches > 1 else 0.0
     buffers = backward_buffers(parameters, setting)
-    flowing = backward_activations(shape, work.tokens, setting)
+    # Gradients inside a layer's backward pass: of its output, and of the MLP's product, SiLU and up projection. What
+    # autograd kept for the parts already passed is free by then.
+    flowing = work.tokens * setting.itemsize * (2 * shape.intermediate_size + 2 * shape.hidden_size)
     embedding = (setting.itemsize + 4 * (setting.itemsize < 4)) * shape.largest * work.trains_all
     of_head = 0.0  # the output layer's gradient; with tied weights it waits for the embedding's
     if work.labelled and work.trains_all and setting.zero < 2:

@@ -1,17 +1,37 @@
 """The plan of a run: which models each stage holds, and what each of its phases adds.
 
 SFT, the reward model and DPO hold the model that is trained (DPO's reference is that model before its first step). RTO holds
-policy, critic, reference, DPO model and reward model all along: see `rto_fast.planning.rto_phases`.
+policy, critic, reference, DPO model and reward model all along.
 """
 
+from dataclasses import dataclass, replace
+from functools import cached_property
+
 from rto_fast.config import Config
-from rto_fast.planning.machine import Machine
-from rto_fast.planning.memory import Setting, setting_of, shared_base, trained_parameters, training_state
-from rto_fast.planning.outline import Items, Phase, Plan, StagePlan, largest_items
+from rto_fast.planning import memory, passes
+from rto_fast.planning.machine import GIB, Machine
+from rto_fast.planning.memory import (
+    Items,
+    Memory,
+    Phase,
+    Plan,
+    Setting,
+    StagePlan,
+    largest_items,
+    setting_of,
+    shared_base,
+    trained_parameters,
+    training_state,
+)
 from rto_fast.planning.passes import step_work, training_moments
-from rto_fast.planning.rto_phases import RTOPlanner
 from rto_fast.planning.shapes import Shape, find_shape
-from rto_fast.training.steps import stage_steps
+from rto_fast.rollout.cache import POOL_SHARE
+from rto_fast.rollout.scheduler import PREFILL_TOKENS
+from rto_fast.rto.experience import frozen_paths
+from rto_fast.training.optimizer import count_steps, stage_steps
+
+# Stand for the directories of the models that this run trains.
+SFT, DPO = "this run's SFT model", "this run's DPO model"
 
 
 def make_plan(
@@ -61,3 +81,163 @@ def _supervised(name: str, config: Config, setting: Setting, shape: Shape, items
     peak = max((state + moment for moment in moments), key=lambda memory: memory.total)
     steps = stage.max_steps if items.count is None else stage_steps(stage, items.count)
     return StagePlan(name, (Phase(name, "step", peak),), steps, 12 * trained, setting.itemsize * parameters)
+
+
+@dataclass(frozen=True)
+class RTOPlanner:
+    config: Config
+    machine: Machine
+    setting: Setting
+    shape: Shape  # of the policy
+    items: Items
+    model_shape: str | None  # see `substitute` of `find_shape`
+
+    def plan(self) -> StagePlan:
+        config, setting = self.config, self.setting
+        phases = (
+            Phase("rto", "rollout", self._states + self._rollout()),
+            Phase("rto", "score", self._states + self._score()),
+            Phase("rto", "update", self._update()),
+        )
+        steps = config.rto.iterations
+        if steps is None and self.items.count is not None:
+            steps = count_steps(config.rto.epochs * self.items.count, config.rto.prompts_per_rollout)
+        written = (1 + config.eval.keep_best) * self.shape.parameters
+        if self._critic:
+            written += self._critic.scorer_parameters
+        trained = sum(parameters for _, parameters in self._trained)
+        return StagePlan("rto", phases, steps, 12 * trained, setting.itemsize * written)
+
+    # The models, and what all phases hold
+
+    @cached_property
+    def _critic(self) -> Shape | None:
+        if not self.config.has_critic:
+            return None
+        return self._shape_of(self.config.rto.critic or self.config.reward_model.model)
+
+    def _shape_of(self, path: str | None) -> Shape:
+        return find_shape(path, self.model_shape) if path and path not in (SFT, DPO) else self.shape
+
+    @cached_property
+    def _trained(self) -> list[tuple[Shape, int]]:
+        """The shape of the policy and of the critic, and how many parameters of each are trained."""
+        models = [(self.shape, self.shape.parameters)]
+        if self._critic:
+            models.append((self._critic, self._critic.scorer_parameters))
+        return [(shape, memory.trained_parameters(shape, parameters, self.setting)) for shape, parameters in models]
+
+    @cached_property
+    def _frozen(self) -> list[tuple[Shape, int, bool]]:
+        """For each frozen model: its shape, the parameters that it does not share with others, whether it is a scorer."""
+        config = self.config
+        sft, dpo = config.sft.model or SFT, config.dpo.model or DPO
+        frozen = []
+        for path in frozen_paths(config, sft, dpo).values():
+            shape = self._shape_of(path)
+            frozen.append((shape, self._own_parameters(shape, shape.parameters, path in (sft, DPO)), False))
+        source = config.reward_model
+        if config.needs_reward_model and not source.function:
+            shape = self._shape_of(source.model)
+            frozen.append((shape, self._own_parameters(shape, shape.scorer_parameters, not source.model), True))
+        return frozen
+
+    def _own_parameters(self, shape: Shape, parameters: int, is_of_this_run: bool) -> int:
+        """With LoRA a model of this run is the shared base under two small matrices a layer."""
+        if self.setting.lora.rank and is_of_this_run:
+            return 2 * memory.trained_parameters(shape, 0, self.setting)
+        return parameters
+
+    @property
+    def _responses(self) -> int:
+        """Of one iteration, on all ranks together."""
+        return self.config.rto.prompts_per_rollout * self.config.rto.samples_per_prompt
+
+    @property
+    def _mean(self) -> float:
+        """Tokens of a response with its prompt."""
+        return self.items.prompt + self.items.response
+
+    @cached_property
+    def _states(self) -> Memory:
+        """What every phase holds: all models, and the rollout's tokens."""
+        setting, shape = self.setting, self.shape
+        merged = shape.layer_weights if setting.lora.rank else 0  # the engine's copy of the layers with adapters
+        copied = passes.mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
+        states = memory.shared_base(shape, setting) + Memory(
+            weights=setting.itemsize * merged + copied,
+            workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self._mean,
+        )
+        for _, parameters in self._trained:
+            states += memory.training_state(parameters, setting)
+        for _, parameters, _ in self._frozen:
+            states += memory.frozen_state(parameters, setting)
+        return states
+
+    # What each phase adds
+
+    def _rollout(self) -> Memory:
+        """The pool takes no more than its share of the free memory; with less than all slots want, fewer are busy."""
+        config, setting, shape, items = self.config, self.setting, self.shape, self.items
+        rollout = config.rollout
+        samples = max(1, round(self._responses / setting.ranks))
+        slots = min(rollout.batch_size, samples)
+        longest = items.longest - round(items.response) + rollout.max_new_tokens
+        wanted, least = (
+            passes.cache_bytes(shape, longest, n, config.rto.samples_per_prompt, setting) for n in (slots, 1)
+        )
+        has_copy = setting.zero == 3 or rollout.engine == "vllm"
+        copy = setting.itemsize * shape.parameters if has_copy else 0.0
+        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (self.machine.memory - self._states.total - copy)
+        if rollout.kv_cache_gib is not None:
+            budget = rollout.kv_cache_gib * GIB
+        return Memory(
+            weights=copy,
+            activations=passes.forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
+            kv=min(wanted, budget) if budget >= least else wanted,
+            workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
+        )
+
+    def _score(self) -> Memory:
+        """The models score one after another, each in micro-batches; the largest of them counts."""
+        setting = self.setting
+        share = self._responses / setting.ranks * self._mean
+        tokens = min(max(self.config.model.micro_batch_tokens, self.items.longest), share)
+        labelled = tokens * self.items.response / self._mean
+        uses = []
+        for shape, parameters, is_scorer in self._frozen:
+            head = 0.0 if is_scorer else passes.head_forward(shape, labelled, setting)
+            uses.append(
+                (passes.forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting))
+            )
+        for shape, parameters in self._trained:
+            own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
+            uses.append((passes.forward_activations(shape, tokens, setting), 0.0, own))
+        layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
+        return Memory(weights=own, activations=layers) if layers >= head else Memory(weights=own, workspace=head)
+
+    def _update(self) -> Memory:
+        """The peak of an update, with `_states`.
+
+        The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there, the
+        policy's from the first micro-batch on and the critic's from the second.
+        """
+        rto, setting, items = self.config.rto, self.setting, self.items
+        batch = rto.batch_size / setting.ranks
+        max_tokens = self.config.model.micro_batch_tokens
+        policy = passes.step_work(
+            self._mean, items.longest, items.response, batch, max_tokens, setting, "linear_ppo_loss"
+        )
+        kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
+        candidates = []
+        for number, (shape, parameters) in enumerate(self._trained):
+            is_policy = number == 0
+            work = policy if is_policy else replace(policy, labelled=0.0)
+            for name, moment in passes.training_moments(shape, parameters, work, setting).items():
+                if name == "step":  # the policy's comes first
+                    has_others = is_policy
+                else:
+                    has_others = not is_policy or work.micro_batches > 1
+                others = sum(kept) - kept[number] if has_others else 0.0
+                candidates.append(self._states + moment + Memory(gradients=others))
+        return max(candidates, key=lambda candidate: candidate.total)

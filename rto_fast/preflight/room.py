@@ -12,7 +12,7 @@ from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError, error_text
 from rto_fast.planning.machine import GIB, local_machine
-from rto_fast.planning.outline import Items, Plan
+from rto_fast.planning.memory import Items, Plan
 from rto_fast.planning.phases import make_plan
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
@@ -41,8 +41,7 @@ def _items(prompts: Sequence[int], responses: Sequence[int], means: Sequence[flo
         means: tokens that count in the mean instead.
     """
     count = len(prompts)
-    longest = max(map(sum, zip(prompts, responses)))
-    return Items(sum(prompts) / count, sum(means or responses) / count, longest, count)
+    return Items(sum(prompts) / count, sum(means or responses) / count, max(map(sum, zip(prompts, responses))), count)
 
 
 def disk_bytes(plan: Plan, save_every: Mapping[Any, int], keep: int) -> float:

@@ -212,7 +212,7 @@ class RunLog:
             self._append("samples.jsonl", {"stage": stage, "step": step} | sample)
 
     def tokens(self, stage: str, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Records what single tokens earned; see `rto_fast.rto.token_records`."""
+        """Records what single tokens earned; see `rto_fast.rto.metrics`."""
         for record in records:
             record = {
                 key: [_number(v) for v in value] if isinstance(value, list) else _number(value)

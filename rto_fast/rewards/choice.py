@@ -1,17 +1,47 @@
 """What scores and judges the responses of a run, and where the critic starts: read off the configuration."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
 from rto_fast.models.directory import load_tokenizer
 from rto_fast.models.model import ScoreStatistics
-from rto_fast.rewards.completions import Judge, completions_of_pairs
-from rto_fast.rewards.function import RewardFunction
-from rto_fast.rewards.model import RewardModel
-from rto_fast.rewards.normalise import NormalizedScores, score_statistics
+from rto_fast.rewards.function import RewardFunction, copies, numbers
+from rto_fast.rewards.model import Completion, Judge, RewardModel, completions_of_pairs
 from rto_fast.session import TrainingSession
+from rto_fast.system.process_state import users_settings
 from rto_fast.training.loader import Loader
+
+
+@dataclass(frozen=True)
+class NormalizedScores:
+    """(score − mean) / std of a reward source, with statistics over held-out chosen and rejected responses."""
+
+    source: RewardModel | RewardFunction
+    path: str  # the reward model's directory, or module:function
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, completions: list[Completion]) -> torch.Tensor:
+        return (judged(self.source, completions) - self.mean) / self.std
+
+
+def score_statistics(scores: torch.Tensor) -> ScoreStatistics:
+    """Returns the mean and the standard deviation of scores [N]; 1 for the deviation of constant scores."""
+    std = scores.std(correction=0).item()
+    return ScoreStatistics(scores.mean().item(), std if std > 1e-6 else 1.0)
+
+
+def judged(judge: Judge, completions: list[Completion]) -> torch.Tensor:
+    """Returns the scores [N] by any judge; one that is not of this package is called as a user's function is."""
+    if isinstance(judge, (RewardModel, RewardFunction, NormalizedScores)):
+        return judge(completions)
+    with users_settings():
+        scores = numbers(judge(copies(completions)), "judge")
+    return scores.clone()
 
 
 class Functions(NamedTuple):
@@ -27,10 +57,9 @@ def import_functions(config: Config, device: str) -> Functions:
     Raises:
         ConfigError: One cannot be imported or called.
     """
-    timeout = config.reward_model.timeout
 
     def function(key: str, path: str | None) -> RewardFunction | None:
-        return RewardFunction(path, key, device, timeout) if path else None
+        return RewardFunction(path, key, device, config.reward_model.timeout) if path else None
 
     return Functions(
         function("reward_model.function", config.reward_model.function), function("eval.function", config.eval.function)
@@ -60,22 +89,18 @@ def choose_scorer(
         source, path = function, function.path
     else:
         assert reward_model  # supplied or trained where there is no function
-        source, path = _load_reward_model(session, loader, reward_model), reward_model
+        path = reward_model
+        source = RewardModel(
+            loader.frozen("scorer", path),
+            load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
+            session.tokenizer,
+            prompt_format=config.data.prompt_format,
+            max_tokens=config.model.micro_batch_tokens,
+        )
         statistics = source.model.scores
     if not config.rto.normalize_scores:
         return NormalizedScores(source, path)
     return NormalizedScores(source, path, *(statistics or _measured_statistics(session, source)))
-
-
-def _load_reward_model(session: TrainingSession, loader: Loader, path: str) -> RewardModel:
-    config = session.config
-    return RewardModel(
-        loader.frozen("scorer", path),
-        load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
-        session.tokenizer,
-        prompt_format=config.data.prompt_format,
-        max_tokens=config.model.micro_batch_tokens,
-    )
 
 
 def _measured_statistics(session: TrainingSession, source: RewardFunction | RewardModel) -> ScoreStatistics:

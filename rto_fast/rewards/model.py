@@ -1,21 +1,67 @@
 """Reward models: sequence classifiers with one label."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import pack_whole
 from rto_fast.data.encoding import ConversationEncoder
-from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import RewardError
 from rto_fast.models.checks import read_position
 from rto_fast.models.context import context_of
 from rto_fast.models.directory import same_vocabulary
 from rto_fast.models.forward import token_scores
 from rto_fast.models.model import Model
-from rto_fast.rewards.completions import Completion, check_finite
 from rto_fast.training import ranks
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and one response to it."""
+
+    prompt: Prompt
+    response_ids: list[int]
+    text: str  # without special tokens
+    finished: bool  # ended by a stop token
+
+
+Judge = Callable[[list[Completion]], torch.Tensor]  # [N] scores
+
+
+def completions_of(
+    prompts: Sequence[Prompt], response_ids: list[list[int]], finished: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> list[Completion]:
+    """The completions of N prompts by one response each."""
+    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    return [Completion(*fields) for fields in zip(prompts, response_ids, texts, finished, strict=True)]
+
+
+def completions_of_pairs(
+    pairs: Sequence[Pair], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Completion]:
+    """The completions of N pairs: chosen, rejected, chosen, rejected, …"""
+    prompts = [
+        Prompt(p.prompt_ids, p.example.prompt, p.example.extra, p.example.origin, p.example.tools)
+        for p in pairs
+        for _ in range(2)
+    ]
+    responses = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    return completions_of(prompts, responses, [ids[-1] in stop_ids for ids in responses], tokenizer)
+
+
+def check_finite(scores: torch.Tensor, completions: Sequence[Completion], source: str) -> torch.Tensor:
+    """Returns `scores`.
+
+    Raises:
+        RewardError: One of them is NaN or infinite; names `source` and the response.
+    """
+    if not scores.isfinite().all():
+        index = int((~scores.isfinite()).nonzero()[0])
+        raise RewardError(f"{source}: score {scores[index].item()} for the response {completions[index].text[:80]!r}")
+    return scores
 
 
 class RewardModel:
@@ -69,8 +115,7 @@ class RewardModel:
                 f"{context}; lower max_prompt_tokens or rollout.max_new_tokens"
             )
         read = [read_position(ids, self.model.config) for ids in sequences]
-        scores = score_sequences(self.model, sequences, self.max_tokens, read)
-        return check_finite(scores, completions, "reward model")
+        return check_finite(score_sequences(self.model, sequences, self.max_tokens, read), completions, "reward model")
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -66,8 +66,7 @@ def paged_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     paged.store(module.layer_idx, key, value)  # type: ignore[arg-type]  # a layer of transformers has an int there
-    out = paged.attend(module, query, key, value, Scores(scaling, sliding_window, softcap))
-    return out[None], None
+    return paged.attend(module, query, key, value, Scores(scaling, sliding_window, softcap))[None], None
 
 
 # Only the attention is registered, not a mask: transformers' mask would ask the host what is packed, which is a sync.
@@ -143,14 +142,10 @@ class Prefill(Packed):
         for piece, pages in zip(pieces, self.pages):
             q, k, v = (x.transpose(0, 1)[None] for x in piece)
             if pages is not None:
-                k, v = (_gather(pool, *pages) for pool in (keys, values))
+                numbers, tokens = pages
+                k, v = (pool[numbers].transpose(0, 1).flatten(1, 2)[None, :, :tokens] for pool in (keys, values))
             out.append(sdpa_causal(q, k, v, *scores)[0].transpose(0, 1))
         return torch.cat(out)
-
-
-def _gather(pool: Tensor, pages: Tensor, tokens: int) -> Tensor:
-    """Keys or values of one sequence, [1, Hkv, tokens, D]."""
-    return pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
 
 
 def runs_triton(tensor: Tensor) -> bool:

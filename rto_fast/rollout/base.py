@@ -1,10 +1,11 @@
-"""The arguments and results of every rollout engine, and the checks of the arguments."""
+"""The arguments and results of every rollout engine, the checks of the arguments, and rollouts shared among the ranks."""
 
 import numbers
 import operator
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.batch import PackedBatch, pack
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
+from rto_fast.rollout.model import RolloutModel
+from rto_fast.system.progress import progress
+from rto_fast.training import ranks
 
 
 def _is_whole(number: object) -> bool:
@@ -117,9 +121,13 @@ class RolloutBatch:
         return out.masked_scatter_(batch.response_mask, values.to(out.device))
 
 
-class Engine(Protocol):
-    """A rollout engine; `NativeEngine.generate` describes the arguments."""
+class Engine:
+    """A rollout engine. It samples with the weights that its policy has at each call."""
 
+    policy: RolloutModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int] | str],
@@ -129,7 +137,37 @@ class Engine(Protocol):
         *,
         prompt_numbers: Sequence[int] | None = None,
         limits: Sequence[int] | None = None,
-    ) -> RolloutBatch: ...
+    ) -> RolloutBatch:
+        """Samples `n` responses to each prompt.
+
+        Args:
+            prompts: lists of token ids, or strings.
+            n: samples per prompt.
+            seed: determines the random numbers.
+            prompt_numbers: numbers of the prompts among those of all ranks, by default 0, 1, …
+            limits: maximal length of each of the len(prompts)·n responses, if less than max_new_tokens.
+        Raises:
+            RolloutError: an argument is invalid, a prompt leaves no room for a response, or the engine fails.
+        """
+        start = time.perf_counter()
+        prompt_ids = token_ids(prompts, self.tokenizer)
+        limits, numbers = check_request(
+            prompt_ids, n, sampling, self.policy.vocab_size, self.policy.context, prompt_numbers, limits
+        )
+        batch = self._sample(prompt_ids, n, sampling, seed, numbers, limits)
+        batch.timings = {"rollout": time.perf_counter() - start, **batch.timings}
+        return batch
+
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
+    ) -> RolloutBatch:
+        """See `generate`; the arguments are checked.
+
+        Args:
+            numbers: of the prompts.
+            limits: maximal length of each response.
+        """
+        raise NotImplementedError
 
 
 def token_ids(prompts: Sequence[Sequence[int] | str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -191,3 +229,50 @@ def check_request(
         raise RolloutError(f"limits: expected {count} numbers of at least 1")
     rooms = [context - len(ids) if context else sampling.max_new_tokens for ids in prompt_ids for _ in range(n)]
     return [min(limit, sampling.max_new_tokens, room) for limit, room in zip(limits, rooms)], list(given)
+
+
+def generate_shared(engine: Engine, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int) -> RolloutBatch:
+    """Samples `n` responses to each prompt; every rank calls this with the same arguments and gets the same result.
+
+    With the native engine the result is what one rank alone would have sampled.
+
+    Args:
+        engine: the rank's own engine.
+    """
+    size = ranks.world_size()
+    if size == 1:
+        with progress("sampling", n * len(prompt_ids), "responses"):
+            return engine.generate(prompt_ids, n, sampling, seed)
+    shares = ranks.share([len(ids) for ids in prompt_ids], size)
+    # A rank without prompts also samples one, because all ranks must take part in gathering sharded weights.
+    own = shares[ranks.rank()] or [0]
+    with progress("sampling", n * len(own), "responses"):
+        part = engine.generate([prompt_ids[i] for i in own], n, sampling, seed, prompt_numbers=own)
+    counts = [len(share) * n for share in shares]
+    lengths = torch.tensor([len(ids) for ids in part.response_ids])[: counts[ranks.rank()]]
+    lengths_of = ranks.gather(lengths, counts)
+    tokens = [int(lengths.sum()) for lengths in lengths_of]
+    samples = [prompt * n + i for share in shares for prompt in share for i in range(n)]
+    places = sorted(range(len(samples)), key=samples.__getitem__)
+
+    def gathered(values: Tensor) -> list[Tensor]:
+        """All ranks' values of responses, in the order of the prompts."""
+        parts = zip(ranks.gather(values[: tokens[ranks.rank()]], tokens), lengths_of)
+        pieces = [piece for part, lengths in parts for piece in part.split(lengths.tolist())]
+        return [pieces[i] for i in places]
+
+    ids = gathered(torch.tensor([token for response in part.response_ids for token in response]))
+    responses = [response.tolist() for response in ids]
+    logps, sampling_logps = (
+        None if values is None else torch.cat(gathered(values)) for values in (part.logps, part.sampling_logps)
+    )
+    prompts = [ids for ids in prompt_ids for _ in range(n)]
+    return RolloutBatch(
+        prompts,
+        responses,
+        finish_reasons(responses, sampling.stop_ids),
+        logps,
+        sampling_logps,
+        part.timings,
+        part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
+    )

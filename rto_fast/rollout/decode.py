@@ -38,7 +38,8 @@ class DecodeState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.input_ids, self.lengths, self.generated, self.limits = (zeros(slots) for _ in range(4))
-        self.rows = zeros(slots).fill_(samples)
+        self.idle_row = samples
+        self.rows = zeros(slots).fill_(self.idle_row)
         self.active = zeros(slots, dtype=torch.bool)
         self.block_tables = zeros(slots, blocks, dtype=torch.int32)
         shape = (samples + 1, max_new_tokens + 1)  # one column more, where sequences stay that are done
@@ -47,10 +48,6 @@ class DecodeState:
         self.logps, self.sampling_logps = (zeros(*shape, dtype=torch.float32) for _ in range(2))
         self.done = zeros(samples + 1, dtype=torch.bool)
         self.counts = zeros(samples + 1)
-
-    @property
-    def idle_row(self) -> int:
-        return len(self.tokens) - 1
 
     def fits(self, slots: int, samples: int, max_new_tokens: int, blocks: int) -> bool:
         return (
@@ -241,8 +238,7 @@ class DecodeStep:
             draws = state.draws(slots, self.sampler.min_new_tokens)
             decode = DenseDecode(self.cache, tables, lengths, active, longest, pages)
         logits = self.model.logits(self.model.hidden(state.input_ids[slots], lengths, decode))
-        drawn = self.sampler(logits, *draws)
-        state.finish(slots, drawn, self.sampler.stop_ids, grow=True)
+        state.finish(slots, self.sampler(logits, *draws), self.sampler.stop_ids, grow=True)
 
     def _capture(self, count: int) -> None:
         start, graph = time.perf_counter(), torch.cuda.CUDAGraph()

@@ -25,8 +25,8 @@ Projection = Callable[[Tensor], Tensor]
 Layer = Callable[[Tensor, Tensor, Tensor, CacheView], Tensor]
 
 
-def _siblings(layer: Any) -> tuple[list[Any], list[Any]]:
-    """The projections of a layer that have the same input: (query, key, value), (gate, up)."""
+def siblings(layer: Any) -> tuple[list[Any], list[Any]]:
+    """The projections of a layer that have the same input, which one GEMM can compute: (query, key, value), (gate, up)."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
 
@@ -49,7 +49,7 @@ def fusible_layers(backbone: Any, merged: Collection[nn.Module] = ()) -> list[An
     # Others, such as Liger, may have replaced a module,
     if any(type(module).__module__ != type(backbone).__module__ for module in bypassed):
         return []
-    linears = [linear for layer in backbone.layers for group in _siblings(layer) for linear in group]
+    linears = [linear for layer in backbone.layers for group in siblings(layer) for linear in group]
     # or have put hooks or adapters on its forward, which fused layers would not call.
     plain = [linear for linear in linears if linear not in merged]
     if any(m._forward_hooks or m._forward_pre_hooks for m in bypassed + linears):
@@ -58,11 +58,6 @@ def fusible_layers(backbone: Any, merged: Collection[nn.Module] = ()) -> list[An
         return []
     silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in backbone.layers)
     return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in plain) else []
-
-
-def sibling_groups(backbone: Any, merged: Collection[nn.Module] = ()) -> list[list[Any]]:
-    """Lists of projections of the same input, which one GEMM can compute."""
-    return [group for layer in fusible_layers(backbone, merged) for group in _siblings(layer)]
 
 
 @torch.inference_mode(False)
@@ -91,8 +86,7 @@ def _joined(tensors: list[Tensor]) -> Tensor | None:
         if not shared or tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
             return None
         end += tensor.nbytes
-    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-    return tensors[0].detach().as_strided(shape, tensors[0].stride())
+    return tensors[0].detach().as_strided((sum(map(len, tensors)), *tensors[0].shape[1:]), tensors[0].stride())
 
 
 def _projection(linears: list[Any], merged: Mapping[nn.Module, Tensor]) -> Callable[[Tensor], Tensor]:
@@ -238,7 +232,7 @@ def fused_backbone(
     kernels = _Triton() if runs_triton(table) else _Torch()
     norms = [*(layer.input_layernorm for layer in layers), backbone.norm]
     for layer, next_norm in zip(layers, norms[1:]):
-        qkv, gate_up = (_projection(group, merged) for group in _siblings(layer))
+        qkv, gate_up = (_projection(group, merged) for group in siblings(layer))
         forwards.append(_layer_forward(layer, next_norm, qkv, gate_up, kernels))
 
     def forward(input_ids: Tensor, position_ids: Tensor, paged: Any) -> Tensor:

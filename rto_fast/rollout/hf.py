@@ -1,8 +1,5 @@
 """Rollouts by transformers' `generate`. It works for every model, and pads the prompts of a batch."""
 
-import time
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
@@ -13,7 +10,7 @@ from rto_fast.models.attention import attention_implementation
 from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.trace import failing_layer
-from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, nan_logits, token_ids
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons, nan_logits
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.system.progress import advance
 
@@ -26,18 +23,20 @@ def _refuse_nan(input_ids: Tensor, scores: Tensor) -> Tensor:
     return scores
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Samples from a Hugging Face causal LM by its own `generate`. Arguments as those of `NativeEngine`.
+
+    A sample also depends on the batch in which it is decoded, and is cut to its limit only afterwards.
 
     Raises:
         ModelError: `generate` fails on a few tokens, which are tried here.
     """
 
     def __init__(self, model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig):
-        self.wrapped, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
-        self.model = self.wrapped.causal_lm
+        self.policy, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
+        self.model = self.policy.causal_lm
         try:
-            self.generate(check_sequences(self.wrapped.vocab_size, [3, 5]), 1, Sampling(2, temperature=0.0))
+            self.generate(check_sequences(self.policy.vocab_size, [3, 5]), 1, Sampling(2, temperature=0.0))
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever foreign code raises, the model cannot be sampled
@@ -46,26 +45,9 @@ class HFEngine:
                 f"{type(self.model).__name__} cannot be decoded by transformers' generate: {layer}: {error_text(error)}"
             ) from error
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int] | str],
-        n: int,
-        sampling: Sampling,
-        seed: int = 0,
-        *,
-        prompt_numbers: Sequence[int] | None = None,
-        limits: Sequence[int] | None = None,
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
     ) -> RolloutBatch:
-        """Samples `n` responses to each prompt; see `NativeEngine.generate`.
-
-        Here a sample also depends on the batch in which it is decoded, and is cut to its limit only afterwards.
-        """
-        start = time.perf_counter()
-        prompt_ids = token_ids(prompts, self.tokenizer)
-        limits, numbers = check_request(
-            prompt_ids, n, sampling, self.wrapped.vocab_size, self.wrapped.context, prompt_numbers, limits
-        )
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
         responses: list[list[int]] = [[] for _ in prompt_ids]
         # Prompts of similar length are decoded together, which saves padding.
@@ -73,7 +55,7 @@ class HFEngine:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         attention = "sdpa" if self.model._supports_sdpa else "eager"  # Gemma-2 has no sdpa
         defaults = self.model.generation_config
-        with self.wrapped.evaluating(), torch.random.fork_rng(devices), attention_implementation(self.model, attention):
+        with self.policy.evaluating(), torch.random.fork_rng(devices), attention_implementation(self.model, attention):
             torch.manual_seed(seed + 1_000_003 * (numbers[0] if numbers else 0))  # ranks draw differently
             try:
                 # `generate` takes from here what we leave unset, for example a repetition penalty.
@@ -85,8 +67,7 @@ class HFEngine:
                     advance(len(chosen))
             finally:
                 self.model.generation_config = defaults
-        reasons = finish_reasons(responses, sampling.stop_ids)
-        return RolloutBatch(prompt_ids, responses, reasons, timings={"rollout": time.perf_counter() - start})
+        return RolloutBatch(prompt_ids, responses, finish_reasons(responses, sampling.stop_ids))
 
     def _decode(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         device, width = self.model.device, max(map(len, prompts))
@@ -95,8 +76,7 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         checks = LogitsProcessorList([_refuse_nan])
         out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=checks)[:, width:].tolist()
-        stops = set(sampling.stop_ids)
-        ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in out]
+        ends = [next((i for i, token in enumerate(row) if token in sampling.stop_ids), len(row)) for row in out]
         return [row[: end + 1] for row, end in zip(out, ends)]
 
     def _pad(self, sampling: Sampling) -> int:

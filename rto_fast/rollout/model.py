@@ -20,7 +20,7 @@ from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView
-from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, sibling_groups
+from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, siblings
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
 
@@ -40,16 +40,15 @@ class RolloutModel:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no output layer; rollouts need a causal language model"
             )
+        self.config: PreTrainedConfig = self.causal_lm.config
+        self.vocab_size = vocabulary_of(self.causal_lm)
+        self.context = context_of(self.config)  # the longest sequence for which the model has positions, or None
         # The merged weight of each LoRA layer, at the same address in every rollout, and the weights of the other layers in
         # the same GEMM.
         self.merged: dict[nn.Module, Tensor] = {}
         self.rope: Tensor | None = None  # see `rope_table`
         self.fused: Callable[[Tensor, Tensor, CacheView], Tensor] | None = None
         self.head: Any = None  # a `Head` while decoding
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.causal_lm.config
 
     @property
     def device(self) -> torch.device:
@@ -60,15 +59,6 @@ class RolloutModel:
         """Device and dtype, which a cache must have too."""
         return self.device, self.causal_lm.get_input_embeddings().weight.dtype
 
-    @property
-    def vocab_size(self) -> int:
-        return vocabulary_of(self.causal_lm)
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence for which the model has positions, or None."""
-        return context_of(self.config)
-
     def addresses(self) -> tuple[int, ...]:
         """Addresses of the weights and of the table of rotations, which CUDA graphs hold."""
         rope = () if self.rope is None else (self.rope.data_ptr(),)
@@ -77,7 +67,7 @@ class RolloutModel:
     def _groups(self) -> tuple[list[Any], list[list[Any]], list[list[Any]]]:
         """(LoRA layers, groups of projections that contain one, groups that contain none)."""
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-        groups = sibling_groups(self.causal_lm.base_model, adapted)
+        groups = [group for layer in fusible_layers(self.causal_lm.base_model, adapted) for group in siblings(layer)]
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 

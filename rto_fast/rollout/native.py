@@ -5,28 +5,37 @@ the log-probs of the policy that sampled. It batches continuously over a paged K
 graphs.
 """
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rto_fast.batch import pack_whole
 from rto_fast.config import RolloutConfig, check_rollout
-from rto_fast.errors import RolloutError
+from rto_fast.errors import ModelError, RolloutError, error_text
 from rto_fast.kernels.sampling_reference import philox_uniforms
+from rto_fast.models.agreement import compare_logits
+from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
-from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, finish_reasons, token_ids
+from rto_fast.models.precision import higher_precision
+from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons
 from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler
-from rto_fast.rollout.verify import verified_cache
+from rto_fast.rollout.scheduler import PREFILL_TOKENS, Request, Scheduler, prefill_chunk
+
+PROMPT_LENGTHS = (7, 10, 13, 16)  # of the sequences that are decoded together and compared
+DECODED = 6  # positions compared of each: the prompt's last token and the tokens decoded after it
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Samples from a Hugging Face causal LM.
+
+    The random numbers of a sample are determined by the seed and by the numbers of the prompt and of the sample. They do not
+    depend on the batch, its order or the number of ranks, and the global random state is not used. After an error the model
+    is as before, and all memory is freed.
 
     Args:
         model: the model that is trained, bare or inside DeepSpeed (ZeRO 0–3), DistributedDataParallel or PEFT.
@@ -50,56 +59,30 @@ class NativeEngine:
     ) -> None:
         check_rollout(config)
         self.page_size, self.prefill_tokens = page_size, prefill_tokens
-        self.model, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
+        self.policy, self.tokenizer, self.config = RolloutModel(model), tokenizer, config
         self.state: DecodeState | None
         self.step: DecodeStep | None = None
         self.step_key: tuple[Any, ...] | None = None
         self.cache: PagedCache
-        self.model.lay_side_by_side()
+        self.policy.lay_side_by_side()
         self._check()
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int] | str],
-        n: int,
-        sampling: Sampling,
-        seed: int = 0,
-        *,
-        prompt_numbers: Sequence[int] | None = None,
-        limits: Sequence[int] | None = None,
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
     ) -> RolloutBatch:
-        """Samples `n` responses to each prompt.
-
-        Args:
-            prompts: lists of token ids, or strings.
-            n: samples per prompt.
-            seed: determines the random numbers of a sample, together with the numbers of the prompt and of the sample. They
-                do not depend on the batch, its order or the number of ranks. The global random state is not used.
-            prompt_numbers: numbers of the prompts among those of all ranks, by default 0, 1, …
-            limits: maximal length of each of the len(prompts)·n responses, if less than max_new_tokens.
-        Raises:
-            RolloutError: a prompt leaves no room for a response, a stop token is outside of the vocabulary, memory is too
-                small for one sequence, logits are NaN, or another thread is using the model. The model is as before then,
-                and all memory is freed.
-        """
-        start = time.perf_counter()
-        prompt_ids = token_ids(prompts, self.tokenizer)
-        limits, numbers = check_request(
-            prompt_ids, n, sampling, self.model.vocab_size, self.model.context, prompt_numbers, limits
-        )
         if not prompt_ids:
             return RolloutBatch([], [], [], torch.empty(0), torch.empty(0))
-        if self.kind != self.model.kind:
+        if self.kind != self.policy.kind:
             self._check()
-        self.model.lay_side_by_side()  # weights may have been moved
-        with self.model.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
+        self.policy.lay_side_by_side()  # weights may have been moved
+        with self.policy.decoding(max(len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits))):
             try:
                 scheduler = self._scheduler(prompt_ids, n, limits, sampling)
                 captured = scheduler.step.capture_seconds
-                sample_ids = [number * n + i for number in numbers for i in range(n)]
-                ids = torch.tensor(sample_ids, device=self.model.device)[:, None]
-                positions = torch.arange(max(limits), device=self.model.device)
+                ids = torch.tensor(
+                    [[number * n + i] for number in numbers for i in range(n)], device=self.policy.device
+                )
+                positions = torch.arange(max(limits), device=self.policy.device)
                 scheduler.state.reset(philox_uniforms(seed, ids, positions))
                 scheduler.run()
                 batch = self._batch(scheduler.state, [ids for ids in prompt_ids for _ in range(n)], sampling)
@@ -110,7 +93,7 @@ class NativeEngine:
                 ) from error
             finally:
                 self.cache.release()
-        batch.timings = {"rollout": time.perf_counter() - start, **scheduler.seconds}
+        batch.timings = scheduler.seconds
         batch.stats = {
             # The share of the slots of decode steps that gave a token.
             "occupancy": (batch.num_tokens - scheduler.begun) / max(scheduler.slot_steps, 1),
@@ -120,7 +103,7 @@ class NativeEngine:
         return batch
 
     def _scheduler(self, prompt_ids: list[list[int]], n: int, limits: list[int], sampling: Sampling) -> Scheduler:
-        device, config = self.model.device, self.config
+        device, config = self.policy.device, self.config
         samples, is_cuda = len(prompt_ids) * n, device.type == "cuda"
         slots = min(config.batch_size, samples)
         totals = sorted((len(prompt_ids[i // n]) + limit for i, limit in enumerate(limits)), reverse=True)
@@ -133,17 +116,18 @@ class NativeEngine:
         size = (slots, samples, max(limits), 1 << (blocks - 1).bit_length())
         if self.state is None or not self.state.fits(*size):
             self.state, self.step = DecodeState(*size, device), None
-        key = (sampling, self.model.addresses() if is_cuda else None)
+        key = (sampling, self.policy.addresses() if is_cuda else None)
         if self.step is None or key != self.step_key:
-            sampler = Sampler(sampling, self.model.head, device)
+            sampler = Sampler(sampling, self.policy.head, device)
             # ZeRO-3 gathers the weights to other addresses each time.
-            use_graphs = config.cuda_graphs and not self.model.is_zero3
-            self.step, self.step_key = DecodeStep(self.model, self.cache, self.state, sampler, use_graphs), key
-        wanted = wanted_pages(totals[:slots], totals[0], n, page_size)
-        self.cache.allocate(wanted, blocks, memory_budget(device, config.kv_cache_gib))
+            use_graphs = config.cuda_graphs and not self.policy.is_zero3
+            self.step, self.step_key = DecodeStep(self.policy, self.cache, self.state, sampler, use_graphs), key
+        self.cache.allocate(
+            wanted_pages(totals[:slots], totals[0], n, page_size), blocks, memory_budget(device, config.kv_cache_gib)
+        )
         requests = [Request(ids, list(range(i * n, i * n + n))) for i, ids in enumerate(prompt_ids)]
         return Scheduler(
-            self.model,
+            self.policy,
             self.cache,
             self.state,
             self.step,
@@ -170,5 +154,95 @@ class NativeEngine:
 
     def _check(self) -> None:
         self.state = None
-        self.cache = verified_cache(self.model, self.page_size or 64)
-        self.kind = self.model.kind
+        self.cache = verified_cache(self.policy, self.page_size or 64)
+        self.kind = self.policy.kind
+
+
+@torch.no_grad()
+def verified_cache(model: RolloutModel, page_size: int = 64) -> PagedCache:
+    """The cache that the model's layers need, after a check that decoding with it computes the model.
+
+    Prompts are prefilled in two pieces and some tokens are decoded, in one batch. See `rto_fast.models.agreement`.
+
+    Raises:
+        ModelError: the model cannot be decoded, or its decoded logits differ by more than rounding explains.
+    """
+    name = type(model.causal_lm).__name__
+    sequences = check_sequences(model.vocab_size, [length + DECODED for length in PROMPT_LENGTHS])
+    batch = pack_whole(sequences, model.device)
+    ends = [length - 1 for length in PROMPT_LENGTHS]
+    rows = [first + end + i for first, end in zip(batch.cu_seqlens.tolist(), ends) for i in range(DECODED)]
+    try:
+        with model.decoding(max(map(len, sequences))):
+            layers, dtype = _probe(model, sequences[-1], name)
+            cache = PagedCache(layers, page_size, dtype, model.device)
+            decoded = _decoded_logits(model, cache, sequences)
+        own = model.packed_logits(batch)[rows]
+        precision = model.kind[1]
+        truth = model.packed_logits(batch, higher_precision(precision))[rows]
+    except (ModelError, RolloutError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from code that we do not know: whatever it is, it is no model for this engine
+        raise ModelError(f"{name} cannot be decoded natively: {error_text(error)}") from error
+    found = compare_logits(decoded, own, truth, precision)
+    if not found.is_rounding:
+        raise ModelError(
+            f"{name}: decoded log-probs differ from those of its forward pass by {found.error:.2g} nats, where rounding "
+            f"explains {found.limit:.2g}"
+        )
+    return cache
+
+
+def _probe(model: RolloutModel, ids: list[int], name: str) -> tuple[list[tuple[int, int]], torch.dtype]:
+    """((kv heads, head_dim) of each layer, dtype of the hidden states), from a forward pass."""
+    batch = pack_whole([ids], model.device)
+    probe = Probe(batch.cu_seqlens, batch.max_seqlen)
+    for module in model.causal_lm.modules():
+        kinds = getattr(module, "rope_type", None)
+        if {"longrope", "dynamic"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            raise ModelError(
+                f"{name}: its RoPE ({kinds}) changes with the longest sequence of a batch, so a sample would depend on its "
+                "neighbours"
+            )
+    hidden = model.backbone(batch.input_ids, batch.position_ids, probe)
+    if sorted(probe.layers) != list(range(model.config.get_text_config().num_hidden_layers)):
+        raise ModelError(f"{name}: not every layer is an attention that a KV cache serves")
+    return [probe.layers[i] for i in sorted(probe.layers)], hidden.dtype
+
+
+def _decoded_logits(model: RolloutModel, cache: PagedCache, sequences: list[list[int]]) -> Tensor:
+    """Logits [len(sequences) · DECODED, V], sequence after sequence."""
+    pages = cache.pages_for(max(map(len, sequences)))
+    count = pages * len(sequences)
+    cache.allocate(
+        count, count, (count + 1) * cache.page_bytes
+    )  # these few tokens do not count as rollout.kv_cache_gib
+    try:
+        return model.head.logits(model.logits(_decode(model, cache, sequences, pages)))
+    finally:
+        cache.release()
+
+
+def _decode(model: RolloutModel, cache: PagedCache, sequences: list[list[int]], pages: int) -> Tensor:
+    """Last hidden states [len(sequences) · DECODED, D]: of prompts in two pieces, then of all sequences token by token."""
+    count, device = len(sequences), model.device
+    table = torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages)
+    prompts = [Request(ids[:length], [row]) for row, (ids, length) in enumerate(zip(sequences, PROMPT_LENGTHS))]
+    middles = [2 * length // 3 for length in PROMPT_LENGTHS]
+    own = table.tolist()
+    prefill_chunk(model, cache, [(p, own[row], 0, middles[row]) for row, p in enumerate(prompts)])
+    prefill_chunk(model, cache, [(p, own[row], middles[row], len(p.ids)) for row, p in enumerate(prompts)])
+    hidden = [torch.stack([prompt.hidden for prompt in prompts])]
+    places = torch.tensor(PROMPT_LENGTHS, device=device)
+    for step in range(DECODED - 1):
+        positions = places + step
+        ids = torch.tensor([ids[length + step] for ids, length in zip(sequences, PROMPT_LENGTHS)], device=device)
+        if runs_triton(positions):
+            page = table.gather(1, (positions // cache.page_size)[:, None])[:, 0].long()
+            slot_mapping = page * cache.page_size + positions % cache.page_size
+            decode = PagedDecode(cache, table, slot_mapping, (positions + 1).int())
+        else:
+            longest = max(PROMPT_LENGTHS) + step + 1
+            decode = DenseDecode(cache, table, positions, positions >= 0, longest, (0, count) if pages == 1 else None)
+        hidden.append(model.hidden(ids, positions, decode))
+    return torch.stack(hidden, 1).flatten(0, 1)

@@ -244,7 +244,7 @@ class Scheduler:
             rows, prompt.rows = prompt.rows[:number], prompt.rows[number:]
             # Pages are taken now, so that the next prompt sees what is left. They are filled after the prefill.
             pages, sources, targets = self._pages_of_samples(prompt, number, keep)
-            growing += sum(self._grows(own, self._capacity(prompt, row)) for own, row in zip(pages, rows))
+            growing += sum(self._grows(own, len(prompt.ids) + self.limits[row]) for own, row in zip(pages, rows))
             admitted.append((prompt, rows, pages, sources, targets))
             free -= number
             if prompt.rows:
@@ -253,9 +253,6 @@ class Scheduler:
         if admitted:
             self._prefill(fresh)
             self._begin(admitted)
-
-    def _capacity(self, prompt: Request, row: int) -> int:
-        return len(prompt.ids) + self.limits[row]
 
     def _grows(self, pages: list[int], capacity: int) -> bool:
         return len(pages) < self.cache.pages_for(capacity)
@@ -314,7 +311,7 @@ class Scheduler:
         hidden, sequences, sources, targets = [], [], [], []
         for prompt, rows, pages, copied, copies in admitted:
             for row, own in zip(rows, pages):
-                slot, capacity = len(self.running) + len(sequences), self._capacity(prompt, row)
+                slot, capacity = len(self.running) + len(sequences), len(prompt.ids) + self.limits[row]
                 sequences.append(Sequence(next(self.ages), row, prompt.ids, capacity, own, len(prompt.tokens), slot))
             hidden += [prompt.hidden] * len(rows)
             sources, targets = sources + copied, targets + copies
@@ -338,8 +335,7 @@ def prefill_chunk(model: RolloutModel, cache: PagedCache, pieces: list[Piece]) -
         ids += prompt.tokens[begin:end]
         positions += range(begin, end)
         lengths.append(end - begin)
-        used = pages[: cache.pages_for(end)]
-        earlier.append((to_device(used, torch.int64, cache.device), end) if begin else None)
+        earlier.append((to_device(pages[: cache.pages_for(end)], torch.int64, cache.device), end) if begin else None)
     tensors = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
     bounds = list(accumulate(lengths, initial=0))
     cu_seqlens = to_device(bounds, torch.int32, cache.device)

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ConfigError, ModelError, RolloutError, error_text
 from rto_fast.models.model import Model
-from rto_fast.rollout.base import RolloutBatch, Sampling, check_request, token_ids
+from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.training.launch import from_environment, local_rank
 
@@ -43,7 +43,7 @@ def request_seed(seed: int, prompt: int, sample: int) -> int:
     return state >> 1
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Samples from a Hugging Face causal LM by a vLLM instance of its own.
 
     Args:
@@ -66,7 +66,8 @@ class VLLMEngine:
         policy = RolloutModel(model)
         if policy.is_zero3 or any(hasattr(module, "lora_A") for module in policy.causal_lm.modules()):
             raise ModelError("rollout.engine: vllm needs the policy's weights whole; with ZeRO-3 or LoRA use native")
-        self.policy, self.tokenizer, self.sampling_params = policy, tokenizer, vllm.SamplingParams
+        self.policy, self.sampling_params = policy, vllm.SamplingParams
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.model = policy.causal_lm
         self.refusals = (TypeError, ValueError, VLLMValidationError)
         options: dict[str, Any] = {
@@ -90,34 +91,20 @@ class VLLMEngine:
                 raise ConfigError(f"rollout.vllm: {error_text(error, with_type=False)}") from error
         self._sleep()
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int] | str],
-        n: int,
-        sampling: Sampling,
-        seed: int = 0,
-        *,
-        prompt_numbers: Sequence[int] | None = None,
-        limits: Sequence[int] | None = None,
+    def _sample(
+        self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int], limits: list[int]
     ) -> RolloutBatch:
-        """Samples `n` responses to each prompt, with the weights that the model has now.
-
-        The arguments are those of `NativeEngine.generate`. The random numbers of a sample do not depend on the batch, but
-        the rounding of vLLM's sums does, unless VLLM_BATCH_INVARIANT=1 is set.
+        """The random numbers of a sample do not depend on the batch, but the rounding of vLLM's sums does, unless
+        VLLM_BATCH_INVARIANT=1 is set.
 
         Returns:
             RolloutBatch. `sampling_logps` are vLLM's. `logps` are the same if nothing is filtered (top_p, top_k and min_p
             are off) and min_new_tokens is at most 1, else None. With min_new_tokens = 1 the first log-prob of a response
             leaves out the stop tokens, so it is off by log(1 − their probability). Both are None for greedy decoding.
         Raises:
-            RolloutError: a prompt leaves no room for a response, a stop token is outside of the vocabulary, vLLM refuses a
-                request or gives up on a response, or its log-probs are not finite.
+            RolloutError: vLLM refuses a request or gives up on a response, or its log-probs are not finite.
         """
         start = time.perf_counter()
-        prompt_ids = token_ids(prompts, self.tokenizer)
-        limits, numbers = check_request(
-            prompt_ids, n, sampling, self.policy.vocab_size, self.policy.context, prompt_numbers, limits
-        )
         seeds = [request_seed(seed, number, sample) for number in numbers for sample in range(n)]
         prompt_ids = [ids for ids in prompt_ids for _ in range(n)]
         try:
@@ -131,14 +118,13 @@ class VLLMEngine:
             raise RolloutError(f"vllm: responses ended by {sorted(map(str, odd))}; vLLM's own messages tell why")
         responses = [list(out.token_ids) for out in outputs]
         sampling_logps = self._logps(outputs, responses) if sampling.temperature > 0 else None
-        whole = not sampling.filters and sampling.min_new_tokens <= 1
         return RolloutBatch(
             prompt_ids,
             responses,
             reasons,
-            sampling_logps if whole else None,
-            sampling_logps,
-            {"rollout": time.perf_counter() - start, "sync": synced - start},
+            logps=None if sampling.filters or sampling.min_new_tokens > 1 else sampling_logps,
+            sampling_logps=sampling_logps,
+            timings={"sync": synced - start},
         )
 
     def _decode(self, prompts: list[list[int]], sampling: Sampling, limits: list[int], seeds: list[int]) -> list[Any]:

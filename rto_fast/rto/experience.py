@@ -1,5 +1,6 @@
-"""A rollout as the models judge it: log-probs, values and scores. Nothing is paid yet (`rto_fast.rto.token_rewards`)."""
+"""RTO's models, and a rollout as they judge it: log-probs, values and scores. Nothing is paid yet (see `token_rewards`)."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,14 +8,144 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import PackedBatch, pack
+from rto_fast.batch import PackedBatch, pack, pack_whole
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
-from rto_fast.rewards import completions_of, judged
+from rto_fast.models.agreement import clip_width, mismatch, ppo_notices
+from rto_fast.models.forward import causal_logps, precise_logps, token_scores
+from rto_fast.models.model import Model, ScoreStatistics
+from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
+from rto_fast.rewards import Judge, NormalizedScores, completions_of, judged
 from rto_fast.rollout import RolloutBatch
-from rto_fast.rto.behaviour import behaviour_logps
-from rto_fast.rto.models import Models, rollout_values
-from rto_fast.training.response_logps import response_logps
+from rto_fast.training import ranks
+from rto_fast.training.loader import Loader
+from rto_fast.training.ranks import map_items
+
+
+@dataclass
+class Models:
+    """The policy and the critic are trained; the others are frozen."""
+
+    policy: Model
+    reference: Model  # π_ref of the KL penalty
+    dpo: Model | None  # None: no dense reward
+    dpo_reference: Model | None  # None: the same as `reference`
+    critic: Model | None  # None: advantages without a baseline
+    scorer: Judge | None  # completions → [N] scores; None: every score is 0
+    origins: tuple[str, str] | None = None  # where the policy and the reference were loaded from
+
+
+def frozen_paths(config: Config, sft: str, dpo: str | None) -> dict[str, str]:
+    """Where each frozen language model comes from: `reference` and, where they are used, `dpo` and `dpo_reference`.
+
+    Args:
+        sft, dpo: as for `load_models`.
+    """
+    paths = {"reference": config.rto.ref_model or sft}
+    if dpo and config.pays_dense_reward:
+        paths["dpo"] = dpo
+    dpo_reference = config.dpo_reference or sft
+    return paths if dpo_reference == paths["reference"] else paths | {"dpo_reference": dpo_reference}
+
+
+def load_models(
+    config: Config, sft: str, dpo: str | None, critic: str, scorer: NormalizedScores | None, loader: Loader
+) -> Models:
+    """Loads every model of the stage.
+
+    Args:
+        sft, dpo, critic: directories or hub ids of the models that the stages before it trained or the user supplied.
+        scorer: the source of the sentence scores, loaded already.
+    """
+    rto = config.rto
+    start, paths = dpo if dpo and rto.init_from == "dpo" else sft, frozen_paths(config, sft, dpo)
+    policy = loader.trained("causal_lm", start)
+    frozen = {name: loader.frozen("causal_lm", path) for name, path in paths.items()}
+    return Models(
+        policy=policy,
+        reference=frozen["reference"],
+        dpo=frozen.get("dpo"),
+        dpo_reference=frozen.get("dpo_reference"),
+        critic=load_critic(critic, scorer, loader, new_head=critic == sft and not rto.critic)
+        if rto.advantage == "gae"
+        else None,
+        scorer=scorer,
+        origins=(start, paths["reference"]),
+    )
+
+
+def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_head: bool) -> Model:
+    """Loads a critic that predicts in the units of the scores.
+
+    A critic that starts from the reward model takes over the mean and the standard deviation by which the scores are
+    normalised, and keeps them in its config.
+
+    Args:
+        new_head: the model at `path` is a language model, and the critic's head starts at 0.
+    """
+    critic = loader.trained("scorer", path, new_head)
+    if scorer is not None and path == scorer.path:
+        critic.scores = ScoreStatistics(scorer.mean, scorer.std)
+    return critic
+
+
+def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
+    """The value of each state of a packed batch, [T], in the units of the normalised scores."""
+    mean, std = critic.scores or ScoreStatistics()
+    return (critic.forward(token_scores, batch) - mean) / std
+
+
+@torch.no_grad()
+def rollout_values(
+    critic: Model, prompt_ids: list[list[int]], response_ids: list[list[int]], max_tokens: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Evaluates the critic on a rollout, `max_tokens` at a time.
+
+    Returns:
+        The value of each state, [T] in the alignment of `pack`, and the value after the last token of each response, [N].
+    """
+    sequences = [p + r for p, r in zip(prompt_ids, response_ids)]
+
+    def values(rows: list[int]) -> Tensor:
+        return critic_values(critic, pack_whole([sequences[i] for i in rows], device))
+
+    lengths = [len(s) for s in sequences]
+    whole = map_items(values, lengths, lengths, max_tokens)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, last, False)
+    return whole[is_state], whole[last]
+
+
+@torch.no_grad()
+def response_logps(
+    model: Model,
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    max_tokens: int,
+    temperature: float = 1.0,
+    precise: bool = False,
+) -> torch.Tensor:
+    """Log-probs of many responses.
+
+    Args:
+        prompt_ids, response_ids: token ids of each sequence.
+        max_tokens: tokens in one forward pass.
+        temperature: divides the logits.
+        precise: compute the whole pass in a higher precision than the model's.
+    Returns:
+        [T] float32 (float64 if a float32 model is run precisely), in the alignment of `pack`.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
+
+    def logps(rows: list[int]) -> torch.Tensor:
+        batch = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], model.device)
+        if not precise:
+            return model.forward(causal_logps, batch, temperature=temperature)
+        model.activate()  # and not through the engine: the weights are whole
+        return precise_logps(model.module, batch, temperature=temperature)
+
+    with model.resident(), model.whole() if precise else contextlib.nullcontext():
+        return ranks.map_items(logps, lengths, [length - 1 for length in lengths], max_tokens)
 
 
 @dataclass
@@ -60,8 +191,7 @@ def score_rollout(
     max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
     prompt_ids, response_ids, finished = rollout.prompt_ids, rollout.response_ids, rollout.finished
     if config.rto.ends_truncated_responses:
-        eos = tokenizer.eos_token_id
-        response_ids = [r if done else r[:-1] + [eos] for r, done in zip(response_ids, finished)]
+        response_ids = [r if done else r[:-1] + [tokenizer.eos_token_id] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)
     batch = pack(prompt_ids, response_ids, device)
 
@@ -72,8 +202,9 @@ def score_rollout(
         # The implicit reward is that of the DPO model as it was trained: at temperature 1.
         dpo_logps = response_logps(models.dpo, prompt_ids, response_ids, max_tokens, 1.0)
         if models.dpo_reference is not None or temperature != 1.0:
-            dpo_reference = models.dpo_reference or models.reference
-            dpo_ref_logps = response_logps(dpo_reference, prompt_ids, response_ids, max_tokens, 1.0)
+            dpo_ref_logps = response_logps(
+                models.dpo_reference or models.reference, prompt_ids, response_ids, max_tokens, 1.0
+            )
     values, values_after = torch.zeros_like(old_logps), old_logps.new_zeros(batch.num_sequences)
     if models.critic is not None:
         values, values_after = rollout_values(models.critic, prompt_ids, response_ids, max_tokens, device)
@@ -96,3 +227,60 @@ def score_rollout(
         importance=importance,
         mismatch=mismatch,
     )
+
+
+MONITORED = 16  # the log-probs of every 16th response are compared, and of at least four
+
+
+def monitored_rows(count: int) -> range:
+    """The responses of a rollout of `count` whose log-probs are computed twice."""
+    return range(0, count, max(1, min(MONITORED, count // 4)))
+
+
+def behaviour_logps(
+    config: Config,
+    policy: Model,
+    rollout: RolloutBatch,
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    batch: PackedBatch,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Chooses the old log-probs of a rollout: the sampler's own where they can be trusted, else those of a forward pass.
+
+    The sampler decodes with other kernels than the training forward pass runs, so in 16 bits its log-probs are a little off
+    from those that PPO's first step computes. The difference is measured on some of the responses of every rollout. While
+    PPO does not notice it (`rto_fast.models.agreement` says when), the sampler's log-probs are the old log-probs, which
+    saves a forward pass; the KL penalty then contains that difference, for the reference's log-probs come from the training
+    forward pass. When PPO would notice it, the old log-probs are recomputed, the loss is weighted with
+    min(π_training/π_sampler, cap) (truncated importance sampling, Espeholt et al., arXiv 1802.01561, section 4.1), and both
+    sides of the KL penalty come from the same forward pass.
+
+    Args:
+        rollout: as it was sampled.
+        prompt_ids, response_ids: what is trained on.
+        batch: the same, packed.
+    Returns:
+        The old log-probs, [T] float32 in nats; the weights of the policy's loss, [T] float32 or None for 1; and the metrics
+        of the difference between the sampler and the training forward pass, none where nothing was compared.
+    """
+    rto = config.rto
+
+    def recompute(rows: Sequence[int]) -> Tensor:
+        prompts, responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
+        return response_logps(policy, prompts, responses, config.model.micro_batch_tokens, config.rollout.temperature)
+
+    every = range(len(response_ids))
+    # `paper_code` may have put another token in the place of the one that was drawn.
+    if rollout.logps is None or rto.old_logps == "recompute" or response_ids != rollout.response_ids:
+        return recompute(every), None, {}
+    device = batch.labels.device
+    sampled = rollout.aligned(rollout.logps, batch)
+    rows = monitored_rows(len(response_ids))
+    monitored = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], device).response_mask
+    parts = rollout.logps.split([len(ids) for ids in response_ids])
+    metrics = mismatch(recompute(rows)[monitored], torch.cat([parts[i] for i in rows]).to(device))
+    if rto.old_logps == "sampler" or not ppo_notices(metrics, clip_width(rto)):
+        return sampled, None, metrics
+    old_logps = recompute(every)
+    weights = (old_logps - sampled).exp().clamp(max=rto.importance_cap)
+    return old_logps, weights, metrics | {IMPORTANCE_WEIGHT: weights[batch.response_mask].mean()}

@@ -16,12 +16,9 @@ from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, IMPORTANCE_WEIGHT, MISMATCH_K3, MISMATCH_MEAN
-from rto_fast.rto.behaviour import monitored_rows
-from rto_fast.rto.experience import Experience
-from rto_fast.rto.models import Models
+from rto_fast.rto.experience import Experience, Models, monitored_rows, response_logps
 from rto_fast.session import TrainingSession
-from rto_fast.stages.dpo import CHECKED_PAIRS, pair_logps, preference_finding
-from rto_fast.training.response_logps import response_logps
+from rto_fast.stages import CHECKED_PAIRS, pair_logps, preference_finding
 
 NOT_REPEATABLE = "is not repeatable: look for randomness in the model (noise, dropout) or state that it keeps"
 UNRELATED = 2.0  # nats a token, about what a language model knows of a token at all

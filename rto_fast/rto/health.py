@@ -6,13 +6,13 @@ shipped runs stay far below all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
 from rto_fast.config import Config
 from rto_fast.models.agreement import clip_width, k3_limit, ppo_notices
-from rto_fast.reporting.log import Finding, RunLog
+from rto_fast.reporting.log import RunLog
 from rto_fast.reporting.metric_names import (
     APPROX_KL,
     CLIP_FRACTION,
@@ -269,7 +269,7 @@ class Health:
         if not log.silent:
             (log.folder / "warnings.jsonl").touch()  # its presence tells the report that the run was checked
             for record in self._recorded():
-                list(self._events(record["step"], record))
+                self.check(record["step"], record, is_recorded=True)
 
     def _recorded(self) -> History:
         """Reads the iterations of a resumed run so far, whose warnings have been said."""
@@ -284,19 +284,14 @@ class Health:
         plain = [{k: v if math.isfinite(number(v)) else None for k, v in record.items()} for record in records]
         return [record for record in plain if record.get("step") is not None]
 
-    def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Checks the metrics of iteration `step`, as `RunLog.metrics` returns them."""
+    def check(self, step: int, metrics: dict[str, Any], is_recorded: bool = False) -> None:
+        """Checks the metrics of iteration `step`, as `RunLog.metrics` returns them.
+
+        Args:
+            is_recorded: the run was resumed after this iteration, and its warnings have been said.
+        """
         if self.log.silent:
             return
-        for finding, last_step in self._events(step, metrics):
-            if finding.what:
-                self.log.warning(self.stage, step, *finding)
-            else:
-                self.log.warning_over(self.stage, last_step, finding.name)
-
-    def _events(self, step: int, metrics: dict[str, Any]) -> Iterator[tuple[Finding, int]]:
-        """Yields each finding that begins, with `step`, and for each that is over a finding without text, with its last
-        step."""
         self.history.append(metrics)
         for rule in RULES:
             name = rule.__name__
@@ -305,8 +300,10 @@ class Health:
             except ArithmeticError:  # the metrics come from a damaged file, see `_recorded`
                 found = None
             if found:
-                if name not in self.seen:
-                    yield Finding(name, *found), step
+                if name not in self.seen and not is_recorded:
+                    self.log.warning(self.stage, step, name, *found)
                 self.seen[name] = step
             elif step - self.seen.get(name, step) >= QUIET:
-                yield Finding(name, "", ""), self.seen.pop(name)
+                last_step = self.seen.pop(name)
+                if not is_recorded:
+                    self.log.warning_over(self.stage, last_step, name)

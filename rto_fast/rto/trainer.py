@@ -1,4 +1,4 @@
-"""One iteration of Reinforced Token Optimization (arXiv 2404.18922): sample → score → reward → update.
+"""Stage 4, Reinforced Token Optimization (arXiv 2404.18922). An iteration is sample → score → reward → update.
 
 Differences from the authors' code: a truncated response is not passed off as finished, β1 = 0 means 0, the DPO model's own
 reference is honoured, log-probs are float32, and the loss is a mean over tokens. `rto.compat: paper_code` restores the
@@ -16,28 +16,37 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
 from rto_fast.models.model import vocabulary_of
 from rto_fast.reporting.log import RunLog
-from rto_fast.reporting.metric_names import KL, MICRO_BATCH_TOKENS
-from rto_fast.rollout import RolloutBatch, Sampling, build_engine
-from rto_fast.rollout.shared import generate_shared
-from rto_fast.rto.experience import Experience, score_rollout
-from rto_fast.rto.first_update import check_first_rollout
-from rto_fast.rto.metrics import rollout_metrics, speed_metrics
-from rto_fast.rto.models import Models
-from rto_fast.rto.token_records import recorded_iterations, token_records
+from rto_fast.reporting.metric_names import (
+    CLIP_FRACTION,
+    DPO_REWARD,
+    KL,
+    LENGTH,
+    MICRO_BATCH_TOKENS,
+    SCORE,
+    TOKENS_PER_SECOND,
+)
+from rto_fast.rollout import Engine, RolloutBatch, Sampling, build_engine
+from rto_fast.rollout.base import generate_shared
+from rto_fast.rto.experience import Experience, Models, score_rollout
+from rto_fast.rto.first_update import check_dpo_model, check_first_rollout
+from rto_fast.rto.health import Health
+from rto_fast.rto.metrics import recorded_iterations, rollout_metrics, speed_metrics, token_records
 from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewards
 from rto_fast.rto.update import update
+from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
-from rto_fast.training.optimizer import build_optimizer
+from rto_fast.training.checkpoint import Trainer
+from rto_fast.training.loop import train
+from rto_fast.training.optimizer import count_steps
 from rto_fast.training.order import ShuffledIndices, fingerprint
-from rto_fast.training.schedule import ScheduledOptimizer
-from rto_fast.training.steps import count_steps
-from rto_fast.training.zero import release
+from rto_fast.training.saving import save_model
+from rto_fast.training.zero import build_optimizer, release
 
 KL_HORIZON = 10_000  # responses over which an adaptive kl_coef reacts
 
 
-class RTOTrainer:
+class RTOTrainer(Trainer):
     """The state of the stage, and one iteration of it.
 
     All randomness derives from the seed and the number of the iteration, so that a trainer restored from `state_dict` goes
@@ -61,9 +70,9 @@ class RTOTrainer:
         epochs = None if rto.iterations else rto.epochs  # a number of iterations draws on the prompts without end
         self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
         self.steps, updates = self._count_steps()
-        self.optimizers = {"policy": build_optimizer(models.policy, rto, updates, config)}
+        self.optimizers = {"policy_optimizer": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:
-            self.optimizers["critic"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
+            self.optimizers["critic_optimizer"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
@@ -79,11 +88,6 @@ class RTOTrainer:
         whole, rest = divmod(int(left), rto.prompts_per_rollout)
         updates = [count_steps(n * rto.samples_per_prompt, rto.batch_size) for n in (rto.prompts_per_rollout, rest)]
         return self.step_count + whole + bool(rest), rto.ppo_epochs * (whole * updates[0] + updates[1])
-
-    @property
-    def skipped(self) -> int:
-        """The number of optimizer steps whose gradient was not finite."""
-        return sum(optimizer.skipped for optimizer in self.optimizers.values())
 
     def step(self) -> dict[str, Any]:
         """Runs one iteration and returns its metrics.
@@ -107,7 +111,8 @@ class RTOTrainer:
         check = self._inspect(experience, rewards)
         metrics |= update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
         updated = time.perf_counter()
-        self._adapt_kl_coef(float(metrics[KL]), len(prompts))
+        if self.config.rto.kl_target is not None:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, float(metrics[KL]), len(prompts), self.config.rto.kl_target)
         self.step_count += 1
         metrics[MICRO_BATCH_TOKENS] = self.accumulator.tokens
         return metrics | speed_metrics(rollout, sampled - start, scored - sampled, updated - scored)
@@ -116,8 +121,9 @@ class RTOTrainer:
         """Draws the iteration's prompts and samples responses; returns the prompt of each response, and the rollout."""
         rto = self.config.rto
         drawn = [self.prompts[i] for i in self.order.take(rto.prompts_per_rollout)]
-        prompt_ids = [prompt.prompt_ids for prompt in drawn]
-        rollout = generate_shared(self.engine, prompt_ids, rto.samples_per_prompt, self.sampling, seed)
+        rollout = generate_shared(
+            self.engine, [prompt.prompt_ids for prompt in drawn], rto.samples_per_prompt, self.sampling, seed
+        )
         return [prompt for prompt in drawn for _ in range(rto.samples_per_prompt)], rollout
 
     def _inspect(self, experience: Experience, rewards: TokenRewards) -> Callable[[Mapping[str, Any]], None] | None:
@@ -134,29 +140,16 @@ class RTOTrainer:
             self.config, self.models, experience, rewards.kl, lambda finding: self.log.warning("rto", 1, *finding)
         )
 
-    def _adapt_kl_coef(self, kl: float, responses: int) -> None:
-        rto = self.config.rto
-        if rto.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, responses, rto.kl_target)
-
     def release(self) -> None:
-        """Gives back what the stage holds beside the weights of policy and critic."""
-        for optimizer in self.optimizers.values():
-            optimizer.release()
+        super().release()
         for frozen in (self.models.reference, self.models.dpo, self.models.dpo_reference):
             release(frozen)
 
-    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
-        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
-        return {**optimizers, "order": self.order, "accumulator": self.accumulator}
-
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"iteration": self.step_count, "kl_coef": self.kl_coef}
+        return super().state_dict() | {"iteration": self.step_count, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        super().load_state_dict(state)
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
         self.steps, updates = self._count_steps()
         for optimizer in self.optimizers.values():
@@ -171,3 +164,35 @@ def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float) -> f
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * responses / KL_HORIZON)
+
+
+SHOWN = (SCORE, DPO_REWARD, KL, LENGTH, CLIP_FRACTION, TOKENS_PER_SECOND)  # on the live line
+
+
+def train_rto(
+    session: TrainingSession, models: Models, evaluate: Callable[[Models, Engine, int], object] | None = None
+) -> str:
+    """Trains the policy and the critic and saves them; returns the policy's directory.
+
+    Args:
+        models: From `load_models`.
+        evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
+    """
+    config, log, prompts = session.config, session.log, session.data.prompts
+    if config.dpo.model:
+        check_dpo_model(session, models)
+    trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log)
+    rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
+    if len(prompts) < rollout:
+        log.say(f"rto: {len(prompts)} prompts fill a rollout of {rollout} more than once")
+
+    def evaluate_policy(iteration: int) -> None:
+        if evaluate and config.eval.every and iteration % config.eval.every == 0:
+            evaluate(models, trainer.engine, iteration)
+
+    train("rto", trainer, session.checkpoints, SHOWN, after_step=Health(config, log).check, evaluate=evaluate_policy)
+    if models.critic is not None:
+        save_model(models.critic, session.tokenizer, session.folder / "rto_critic", session.stop_ids)
+    path = save_model(models.policy, session.tokenizer, session.folder / "rto", session.stop_ids)
+    trainer.release()
+    return path

@@ -15,13 +15,12 @@ from rto_fast.models.head import output_head
 from rto_fast.models.model import Model
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
-from rto_fast.rto.experience import Experience
-from rto_fast.rto.models import Models, critic_values
+from rto_fast.rto.experience import Experience, Models, critic_values
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator, add_to
-from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.optimizer import ScheduledOptimizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def update(
     """Runs the PPO epochs over an experience.
 
     Args:
-        optimizers: of the "policy" and, where there is one, of the "critic".
+        optimizers: "policy_optimizer" and, where there is a critic, "critic_optimizer".
         seed: of the order in which the responses are visited.
         check: called with the metrics of the first optimizer step's passes, before that step is taken.
     Returns:
@@ -68,18 +67,20 @@ def update(
             for rows, factor in step:
                 with step:
                     micro_batch = pack_micro_batch(experience, columns, rows, num_items)
-                    sums = policy_pass(config, models.policy, optimizers["policy"], micro_batch, factor)
+                    sums = policy_pass(config, models.policy, optimizers["policy_optimizer"], micro_batch, factor)
                     if models.critic is not None:
-                        sums |= value_pass(config.rto, models.critic, optimizers["critic"], micro_batch, factor)
+                        sums |= value_pass(
+                            config.rto, models.critic, optimizers["critic_optimizer"], micro_batch, factor
+                        )
                     step.add(sums)
             metrics: dict[str, Any] = step.metrics()
             if check and number == 0:
                 check(metrics)
             if ranks.world_size() > 1:
                 metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
-            metrics |= optimizers["policy"].step()
+            metrics |= optimizers["policy_optimizer"].step()
             if models.critic is not None:
-                metrics |= {f"critic_{name}": value for name, value in optimizers["critic"].step().items()}
+                metrics |= {f"critic_{name}": value for name, value in optimizers["critic_optimizer"].step().items()}
             add_to(totals, metrics)
             phase.advance()
     return {name: value / len(minibatches) for name, value in totals.items()}
@@ -95,9 +96,7 @@ def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int
 def loss_denominator(rto: RTOConfig, experience: Experience, minibatch: Sequence[int]) -> float:
     """What the means of an optimizer step are over. Known before its first micro-batch, so that their gradients add up
     exactly."""
-    if rto.loss_per_sequence:
-        return float(len(minibatch))
-    return float(sum(len(experience.response_ids[i]) for i in minibatch))
+    return float(sum(1 if rto.loss_per_sequence else len(experience.response_ids[i]) for i in minibatch))
 
 
 def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewards) -> dict[str, tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
-from rto_fast.training.schedule import ScheduledOptimizer
+from rto_fast.training.optimizer import ScheduledOptimizer
 
 
 class Accumulator:
@@ -125,7 +125,10 @@ class AccumulatedStep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        # torch.OutOfMemoryError is a RuntimeError; on a CPU there is no class for it.
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        ):
             # Not the error itself: its traceback holds what the passes left in memory.
             self.failure = str(error) or "out of memory."
         return bool(self.failure)
@@ -135,7 +138,3 @@ def add_to(totals: dict[str, Any], metrics: Mapping[str, Any]) -> None:
     """Adds metrics to their sums so far."""
     for name, value in metrics.items():
         totals[name] = value + totals[name] if name in totals else value
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,35 +18,50 @@ from rto_fast.system.progress import progress
 from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
+from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.checkpoint_checks import CHECKPOINT, LOGS, UNSTARTED, find_misfit, new_run, read_progress
+from rto_fast.training.optimizer import ScheduledOptimizer
 from rto_fast.training.order import ShuffledIndices
-from rto_fast.training.progress_file import CHECKPOINT, LOGS, UNSTARTED, new_run, read_progress
 from rto_fast.training.state_files import find_damage, is_own_state, load_state, remove_state, save_state, write_text
-from rto_fast.training.state_match import find_misfit
 from rto_fast.training.stop import StopRequest
 
 # The unfinished files that a killed run leaves; see `rto_fast.system.writing`.
 UNFINISHED = re.compile(r"\.(progress\.json|results\.json|config\.yaml)\.\d+\.part")
 
 
-class Trainer(Protocol):
+class Trainer:
     """What the training loop steps and a checkpoint saves."""
 
-    steps: int
+    steps: int  # of the whole stage
+    step_count: int  # steps done
     order: ShuffledIndices
-
-    @property
-    def step_count(self) -> int:
-        """The number of steps done."""
+    accumulator: Accumulator
+    optimizers: dict[str, ScheduledOptimizer]  # by their names in a checkpoint
 
     @property
     def skipped(self) -> int:
         """The number of optimizer steps whose gradient was not finite."""
+        return sum(optimizer.skipped for optimizer in self.optimizers.values())
 
     def step(self) -> dict[str, Any]:
         """Takes one step and returns its metrics."""
+        raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def release(self) -> None:
+        """Gives back what the stage holds beside the weights that it trains."""
+        for optimizer in self.optimizers.values():
+            optimizer.release()
+
+    def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
+        return {**self.optimizers, "order": self.order, "accumulator": self.accumulator}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that a restored trainer needs to go on exactly as this one would have."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
 
 
 class Checkpoints:
@@ -118,8 +133,11 @@ class Checkpoints:
         folder, kept = self.folder / "checkpoints", {point["checkpoint"] for point in self.points}
         for path in list(folder.glob("*")) if ranks.is_main() else ():
             name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".old")
-            is_named = name in self.named
-            if path.name not in kept and CHECKPOINT.fullmatch(name) and is_own_state(path, self.run, is_named):
+            if (
+                path.name not in kept
+                and CHECKPOINT.fullmatch(name)
+                and is_own_state(path, self.run, name in self.named)
+            ):
                 with contextlib.suppress(OSError):
                     remove_state(path)
         if ranks.is_main() and kept == {None} and not folder.is_symlink():
@@ -207,9 +225,6 @@ class Checkpoints:
             ended.add_note(how_to_go_on(self.folder))
             raise ended from error
 
-    def is_done(self, stage: str) -> bool:
-        return stage in self.done
-
     def finish(self, stage: str) -> None:
         """Records that `stage` has written its model, and removes its checkpoints.
 
@@ -272,6 +287,3 @@ class Checkpoints:
             self.log.warning(stage, trainer.step_count, "data", f"the data has changed: {difference}", how)
         elif "fingerprint" not in state:
             self.log.say(f"{stage}: the checkpoint's version did not record its data; it is taken to be the same")
-
-    def keep_best(self, score: float) -> None:
-        self.best = score

@@ -54,7 +54,11 @@ def _write_model(
         remove(aside)
         if getattr(model, "score", None) is not None:
             model.save_pretrained(aside)
-            tokenizer = _write_padding(model, tokenizer, aside, stop_ids)
+            # The tokenizer pads as the scorer does.
+            embedding = model.get_input_embeddings()
+            name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
+            tokenizer = choose_pad(tokenizer, stop_ids, model.config.get_text_config().vocab_size)
+            write_pad_token(aside, type(model.config), tokenizer.pad_token_id, name)
         else:
             with plain_generation(model) as generation:
                 model.save_pretrained(aside)
@@ -66,14 +70,3 @@ def _write_model(
     except Exception as error:  # on a full disk safetensors, tokenizers and Python raise different errors
         remove(aside)
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
-
-
-def _write_padding(
-    model: PreTrainedModel | Adapter, tokenizer: PreTrainedTokenizerBase, aside: Path, stop_ids: Sequence[int]
-) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer that pads as the scorer in `aside` does."""
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
-    tokenizer = choose_pad(tokenizer, stop_ids, model.config.get_text_config().vocab_size)
-    write_pad_token(aside, type(model.config), tokenizer.pad_token_id, name)
-    return tokenizer

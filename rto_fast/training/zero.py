@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from rto_fast.batch import pack_whole
-from rto_fast.config import DeepSpeedConfig, OptimizerConfig, TrainingConfig
+from rto_fast.config import Config, DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from rto_fast.errors import TrainingError
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.schedule import MOMENTS, ScheduledOptimizer, parameter_groups
+from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, parameter_groups
 
 BUCKET = 200_000_000  # elements that are reduced at once; each ZeRO-3 engine holds a buffer of this size
 
@@ -161,8 +161,7 @@ class ZeroOptimizer(ScheduledOptimizer):
         if moments:
             self._link_moments()
         for key in moments:
-            get = ds.safe_get_full_optimizer_state
-            state[key] = {name: functools.partial(get, p, key) for name, p in self.named}
+            state[key] = {name: functools.partial(ds.safe_get_full_optimizer_state, p, key) for name, p in self.named}
         return state
 
     @torch.no_grad()
@@ -198,3 +197,18 @@ class ZeroOptimizer(ScheduledOptimizer):
         if not self.is_zero3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def build_optimizer(
+    model: Model, stage: TrainingConfig, total_steps: int, config: Config, lr: float | None = None
+) -> ScheduledOptimizer:
+    """Builds a `ZeroOptimizer` where DeepSpeed is asked for or there is more than one rank, else an `Optimizer`.
+
+    Args:
+        stage: the stage's section of the configuration.
+        total_steps: the length of the schedule.
+        lr: the peak learning rate; default: the stage's.
+    """
+    if config.deepspeed.stage_for(ranks.world_size()):
+        return ZeroOptimizer(model, stage, config.optimizer, total_steps, config.deepspeed, lr)
+    return Optimizer(model, stage, config.optimizer, total_steps, lr)

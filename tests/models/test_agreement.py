@@ -15,7 +15,7 @@ from rto_fast.models.checks import check_causal_lm, check_scorer
 from rto_fast.models.forward import causal_logps, forward_hidden, packed_logits, precise_logps
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.verify import verified_cache
+from rto_fast.rollout.native import verified_cache
 from tests.tiny_models import ARCHITECTURES, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")

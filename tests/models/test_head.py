@@ -141,16 +141,18 @@ def test_without_zero3(tied):
     assert torch.equal(model.lm(batch[0][None]).logits, dense.lm(batch[0][None]).logits)
 
 
-def test_bias():
-    head = nn.Linear(8, 20)
+def test_any_linear_layer_is_replaced_under_its_name():
     model = nn.Module()
-    model.get_output_embeddings = lambda: head
+    model.own_head = nn.Linear(8, 20)  # a model's own code may have no `set_output_embeddings`
+    model.get_output_embeddings = lambda: model.own_head
     hidden, labels = torch.randn(5, 8), torch.arange(5)
-    expected = head(hidden).log_softmax(-1)[labels, labels]
-    torch.testing.assert_close(use_op_linear(model)(hidden, op=linear_token_logps, labels=labels), expected)
+    expected = model.own_head(hidden).log_softmax(-1)[labels, labels]
+    head = use_op_linear(model)
+    assert head is model.own_head
+    torch.testing.assert_close(head(hidden, op=linear_token_logps, labels=labels), expected)
     with pytest.raises(TypeError, match="bias"):
-        use_op_linear(model)(hidden, op=linear_ppo_loss, labels=labels)
-    head = nn.Sequential(head)
+        head(hidden, op=linear_ppo_loss, labels=labels)
+    model.own_head = nn.Sequential(head)
     with pytest.raises(ModelError, match="Module: its output layer is a Sequential"):
         use_op_linear(model)
 

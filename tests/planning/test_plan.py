@@ -21,8 +21,7 @@ from rto_fast.plan import as_json, main
 from rto_fast.planning import passes
 from rto_fast.planning.advice import changed, fitting, single_changes
 from rto_fast.planning.machine import GIB, GPUS, parse_machine, usable_bytes
-from rto_fast.planning.memory import Setting, frozen_state, frozen_use, training_state
-from rto_fast.planning.outline import Items
+from rto_fast.planning.memory import Items, Setting, frozen_state, frozen_use, training_state
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.shapes import KNOWN, find_shape, shape_of
 from rto_fast.preflight import room

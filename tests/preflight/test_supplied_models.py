@@ -18,7 +18,7 @@ from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import Supplied, check_models, supplied_models
-from rto_fast.preflight.models import check_endings, say_dropout
+from rto_fast.preflight.checks import check_endings, say_dropout
 from rto_fast.training.saving import save_model
 from tests.preflight.supplied import GOLD, PLACEMENT, RTO, SFT, config_of, write
 
@@ -265,7 +265,7 @@ def test_an_adapter_alone_is_no_model(refused, folder, tmp_path):
 
 
 def test_a_reward_model_of_another_vocabulary_is_measured_by_its_own_tokens(folder, tmp_path):
-    """By the policy's tokens the text is too long: a warning. By its own, one text is too long: the run is saved."""
+    """By the policy's tokens the text is too long, which is a warning. By its own, one text is too long: the run stops."""
     path = shutil.copytree(folder / "short_scorer", tmp_path / "foreign")
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["unheard-of"])

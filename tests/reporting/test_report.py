@@ -17,7 +17,7 @@ from rto_fast.reporting.figures import sections
 from rto_fast.reporting.markup import visible
 from rto_fast.reporting.page import write_report
 from rto_fast.reporting.run_files import read_run
-from rto_fast.rto.token_records import token_texts
+from rto_fast.rto.metrics import token_texts
 
 ATTACKS = [
     "<script>document.title='owned'</script>",

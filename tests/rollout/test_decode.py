@@ -14,7 +14,7 @@ from benchmarks import costs
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, verify
+from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -137,7 +137,7 @@ def triton_decode(monkeypatch, device):
 
     if device.type == "cpu":
         monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
-        for module in (decode, fuse, verify):
+        for module in (decode, fuse, native):
             monkeypatch.setattr(module, "runs_triton", lambda _: True)
 
 

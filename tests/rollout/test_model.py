@@ -207,7 +207,7 @@ def test_an_adapter_that_cannot_be_merged_leaves_the_others_as_they_are(lora, mo
     merge = rollout_model._merge
 
     def fails(layer, out):
-        if layer is list(engine.model.merged)[2]:
+        if layer is list(engine.policy.merged)[2]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return merge(layer, out)
 

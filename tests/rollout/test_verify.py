@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
-from rto_fast.rollout import NativeEngine, fuse, verify
+from rto_fast.rollout import NativeEngine, fuse, native
 from rto_fast.rollout.model import RolloutModel
-from rto_fast.rollout.verify import verified_cache
+from rto_fast.rollout.native import verified_cache
 from tests.tiny_models import ARCHITECTURES, native_engine, tiny
 
 REAL = os.environ.get("RTO_FAST_SMOLLM2")
@@ -49,29 +49,29 @@ def rotated_too_far(monkeypatch, model):
     hidden = RolloutModel.hidden
 
     def shifted(self, ids, positions, paged):
-        return hidden(self, ids, positions + (4 if isinstance(paged, verify.DenseDecode) else 0), paged)
+        return hidden(self, ids, positions + (4 if isinstance(paged, native.DenseDecode) else 0), paged)
 
     monkeypatch.setattr(RolloutModel, "hidden", shifted)
 
 
 def wrong_scale(monkeypatch, model):
-    attend = verify.DenseDecode.attend
+    attend = native.DenseDecode.attend
 
     def scaled(self, module, query, *arguments):
         return attend(self, module, 1.25 * query, *arguments)
 
-    monkeypatch.setattr(verify.DenseDecode, "attend", scaled)
+    monkeypatch.setattr(native.DenseDecode, "attend", scaled)
 
 
 def neighbours_page(monkeypatch, model):
-    rectangle = verify.DenseDecode._rectangle
+    rectangle = native.DenseDecode._rectangle
 
     def rolled(self, pool):
         whole = rectangle(self, pool).clone()
         whole[:, 3] = whole.roll(len(whole) // 4, 0)[:, 3]  # one token of each sequence is its neighbour's
         return whole
 
-    monkeypatch.setattr(verify.DenseDecode, "_rectangle", rolled)
+    monkeypatch.setattr(native.DenseDecode, "_rectangle", rolled)
 
 
 def stale_weights(monkeypatch, model):

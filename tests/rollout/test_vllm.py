@@ -14,7 +14,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout.base import Sampling
 from rto_fast.rollout.vllm import VLLMEngine, request_seed
-from rto_fast.training.response_logps import response_logps
+from rto_fast.rto.experience import response_logps
 
 STUB = Path(__file__).parent / "vllm_stub"
 TOKENIZER = build_tokenizer()

@@ -10,9 +10,8 @@ from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout import NativeEngine, Sampling
-from rto_fast.rto import behaviour, update
-from rto_fast.rto.experience import Experience
-from rto_fast.rto.models import Models
+from rto_fast.rto import experience, update
+from rto_fast.rto.experience import Experience, Models
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.training.accumulate import Accumulator
@@ -38,13 +37,13 @@ def rollout(policy):
 @pytest.fixture
 def forwards(monkeypatch):
     """How many responses each forward pass was asked for."""
-    calls, response_logps = [], behaviour.response_logps
+    calls, response_logps = [], experience.response_logps
 
     def count(model, prompt_ids, *arguments):
         calls.append(len(prompt_ids))
         return response_logps(model, prompt_ids, *arguments)
 
-    monkeypatch.setattr(behaviour, "response_logps", count)
+    monkeypatch.setattr(experience, "response_logps", count)
     return calls
 
 
@@ -52,7 +51,7 @@ def logps_of(policy, rollout, *options):
     batch = pack(rollout.prompt_ids, rollout.response_ids)
     config = load_config(list(options))
     return (
-        *behaviour.behaviour_logps(config, policy, rollout, rollout.prompt_ids, rollout.response_ids, batch),
+        *experience.behaviour_logps(config, policy, rollout, rollout.prompt_ids, rollout.response_ids, batch),
         batch.response_mask,
     )
 
@@ -120,7 +119,7 @@ def test_the_weights_reach_the_policys_loss_and_not_the_values(policy, rollout, 
     responses = rollout.prompt_ids, rollout.response_ids, batch
     experience = Experience([], *responses, *[zeros] * 6, scores=None, truncated=None, importance=2 + ids, mismatch={})
     rewards = TokenRewards(*[zeros] * 5, advantages=ids, returns=zeros, stats={})
-    update.update(config, models, {"policy": Recorder()}, experience, rewards, 0, Accumulator(10_000, print))
+    update.update(config, models, {"policy_optimizer": Recorder()}, experience, rewards, 0, Accumulator(10_000, print))
     for places, weights, part in seen:
         expected = 2 + places
         if normalization == "sequence":

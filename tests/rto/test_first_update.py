@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from rto_fast import stages
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Pair, Prompt
 from rto_fast.data.world import build_model, build_tokenizer
@@ -14,12 +15,11 @@ from rto_fast.models.agreement import Noise
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.models.supplied import supplied_models
-from rto_fast.preflight.models import check_endings
+from rto_fast.preflight.checks import check_endings
 from rto_fast.rollout import NativeEngine, Sampling
 from rto_fast.rto import first_update
-from rto_fast.rto.models import Models, load_models
+from rto_fast.rto.experience import Models, load_models
 from rto_fast.rto.trainer import RTOTrainer
-from rto_fast.stages import dpo
 from rto_fast.training.loader import Loader
 from tests.rto.recorded_log import RecordedLog
 from tests.sessions import training_session
@@ -182,7 +182,7 @@ def test_a_reference_that_is_the_start_passes_and_another_is_said(directories):
 def test_preference_accuracy_is_judged_by_its_interval():
     def finding(right, wrong, ties=0, supplied=True):
         change = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * wrong + [[0.0, 0.0]] * ties)
-        return dpo.preference_finding(change, supplied)
+        return stages.preference_finding(change, supplied)
 
     assert finding(45, 19) is finding(39, 25) is finding(3, 5) is None  # real models; too few to say
     assert finding(20, 44).name == "dense_reward_is_inverted" and "wrong way" in finding(20, 44).what
@@ -206,7 +206,7 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
     model(input_ids=torch.tensor([PROMPTS[0].prompt_ids])).logits[0, -1, [17, 25]].diff().backward()
     with torch.no_grad():  # a step that makes one word likelier than the other
         packed(model).lm_head.weight.sub_(sign * 0.1 * model.lm_head.weight.grad)
-    measured, pair_logps = [], dpo.pair_logps
+    measured, pair_logps = [], stages.pair_logps
     monkeypatch.setattr(first_update, "pair_logps", lambda m, p, n: (measured.append(len(p)), pair_logps(m, p, n))[1])
     config = load_config(["--config", "default", "--dpo.model", "somewhere"])
     session = training_session(config, tmp_path, TOKENIZER, held_out_pairs=pairs(100))
@@ -218,7 +218,7 @@ def test_a_supplied_dpo_model_is_measured_on_a_few_held_out_pairs(sign, tmp_path
 def test_the_dpo_stage_says_when_it_learned_the_wrong_way(directories, tmp_path, capsys):
     data = {"pairs": pairs(64), "held_out_pairs": pairs(64, better=25, worse=17)}
     session = training_session(load_config(["--dpo.lr", "1e-3"]), tmp_path, TOKENIZER, **data)
-    dpo.train_dpo(session, directories["sft"])
+    stages.train_dpo(session, directories["sft"])
     (found,) = recorded(tmp_path)
     assert (found["stage"], found["step"], found["name"]) == ("dpo", 2, "dense_reward_is_inverted")
     assert "warning: dpo, step 2: the dense reward points the wrong way" in capsys.readouterr().out

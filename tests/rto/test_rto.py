@@ -15,9 +15,8 @@ from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
 from rto_fast.rollout.base import finish_reasons
-from rto_fast.rto.experience import score_rollout
+from rto_fast.rto.experience import Models, critic_values, load_models, score_rollout
 from rto_fast.rto.metrics import rollout_metrics
-from rto_fast.rto.models import Models, critic_values, load_models
 from rto_fast.rto.token_rewards import delimiter_table, token_rewards
 from rto_fast.rto.trainer import RTOTrainer, adapt_kl_coef
 from rto_fast.rto.update import update
@@ -364,7 +363,7 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
         trainer("--model.micro_batch_tokens", "40"),
     )
     half.accumulator.tokens = 20
-    backward, failures = failing.optimizers["critic"].backward, [True]
+    backward, failures = failing.optimizers["critic_optimizer"].backward, [True]
 
     def fails(loss):  # the policy's gradient is there already
         if failures:
@@ -372,7 +371,7 @@ def test_an_update_that_runs_out_of_memory_is_begun_anew_with_half_the_tokens():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
         backward(loss)
 
-    failing.optimizers["critic"].backward = fails
+    failing.optimizers["critic_optimizer"].backward = fails
     for _ in range(2):
         ours, theirs = failing.step(), half.step()
         assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours if "second" not in k)

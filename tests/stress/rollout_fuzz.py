@@ -28,7 +28,7 @@ if __name__ == "__main__" and "--triton" in sys.argv:
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.kernels.sampling_reference import philox_uniforms, sample_tokens  # noqa: E402
-from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, scheduler, verify  # noqa: E402
+from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native, scheduler  # noqa: E402
 from tests.tiny_models import ARCHITECTURES, state_of, tiny  # noqa: E402
 
 GIB = 1 << 30
@@ -62,7 +62,7 @@ def settings(r, engine, prompts, n, sampling, page_sizes):
     config.batch_size, engine.prefill_tokens = r.randint(1, 20), r.choice([r.randint(1, 64), 16384])
     engine.page_size, config.kv_cache_gib = r.choice(page_sizes), None
     if r.random() < 0.5:
-        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, engine.model.context)
+        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, engine.policy.context)
         page = engine.page_size or -(-longest // 16) * 16
         page_bytes = engine.cache.page_bytes // engine.cache.page_size * page
         pages = -(-longest // page) + r.randint(0, 6)
@@ -140,7 +140,7 @@ def case(seed, counts, request=request, page_sizes=PAGE_SIZES):
     r = random.Random(seed)
     model = tiny(r.choice(list(ARCHITECTURES)), tie_word_embeddings=r.random() < 0.3).train(r.random() < 0.5)
     engine = NativeEngine(model, None, RolloutConfig())
-    context, vocabulary = engine.model.context, engine.model.vocab_size
+    context, vocabulary = engine.policy.context, engine.policy.vocab_size
     for _ in range(r.choice([1, 2, 3])):
         prompts, n, sampling, limits = request(r, vocabulary, context)
         settings(r, engine, prompts, n, sampling, page_sizes)
@@ -183,7 +183,7 @@ def run_as_on_a_gpu():
                 return prompts, n, sampling, limits
 
     scheduler.Scheduler.__init__, decode.sample_tokens = late, sampling.sample_tokens
-    for module in (decode, fuse, verify):
+    for module in (decode, fuse, native):
         module.runs_triton = lambda _: True
     return small
 

@@ -75,6 +75,7 @@ MISTAKES = {
     ),
     "damaged weights": ([*SFT, "--model.path", "cut"], "cut/model.safetensors: damaged weights: "),
     "no model": ([*RTO, "--reward_model.model", "notes"], "notes: cannot load a tokenizer from this directory"),
+    "no directory": ([*RTO, "--sft.model", "/no/model"], "/no/model: cannot load a tokenizer: no such directory"),
     "model on the hub": (
         [*RTO, "--sft.model", "nobody/nothing"],
         "nobody/nothing: cannot load a tokenizer from this name (no such directory; tried as a hub id)",

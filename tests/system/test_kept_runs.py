@@ -21,9 +21,9 @@ from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.forward import causal_logps
 from rto_fast.rewards import Completion, RewardFunction
+from rto_fast.stages import SupervisedTrainer
 from rto_fast.system.command_line import as_command
 from rto_fast.training.optimizer import ScheduledOptimizer
-from rto_fast.training.supervised import SupervisedTrainer
 from tests.system.faulty_inputs import LENGTHS, RTO, SFT, how_to_go_on
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -188,6 +188,14 @@ def test_a_folder_with_somebodys_model_and_configuration_is_no_place_for_a_run(r
     assert {path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"somebody's"}
 
 
+def test_a_new_run_in_a_runs_folder_is_refused_with_the_command_that_resumes_it(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.yaml", "progress.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    resume = f"go on with: python -m rto_fast.train --resume {tmp_path / 'out'}"
+    assert f"out exists and is not empty; give another one with --output_dir, or {resume}\n" in refused(*SFT)
+
+
 def test_what_was_trained_before_a_reward_function_failed_is_kept(start, stopped, tmp_path):
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     shutil.copytree(stopped, resumed)
@@ -287,7 +295,7 @@ def test_a_step_that_is_skipped_is_counted(start, monkeypatch, capsys, tmp_path)
     def logps(*arguments):
         return causal_logps(*arguments) * (factors.pop() if factors else 1.0)
 
-    monkeypatch.setattr("rto_fast.stages.sft.causal_logps", logps)
+    monkeypatch.setattr("rto_fast.stages.causal_logps", logps)
     start(*SFT, "--sft.max_steps", "4", "--sft.batch_size", "4", "--output_dir", tmp_path / "out")
     assert "\nsft: optimizer steps skipped for a gradient that was not finite: 1\n" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rto_fast import stages
 from rto_fast.config import RolloutConfig
 from rto_fast.data.tokenizing import Prompt, stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
@@ -23,7 +24,6 @@ from rto_fast.models.loading import load_model
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling, build_engine
-from rto_fast.stages import dpo
 from rto_fast.system import progress as progress_module
 from rto_fast.system.terminal import say
 from rto_fast.training.accumulate import Accumulator
@@ -249,7 +249,7 @@ def test_work_of_models_is_a_phase(tmp_path):
         evaluate(
             engine, items, Sampling(max_new_tokens=4, stop_ids=tuple(stops)), lambda c: torch.zeros(len(c)), tokenizer
         )
-        dpo.pair_logps(
+        stages.pair_logps(
             Model(model), [SimpleNamespace(prompt_ids=[3], chosen_ids=[4], rejected_ids=[5], num_tokens=4)] * 5, 8
         )
         save_model(Model(model), tokenizer, tmp_path / "saved")

@@ -155,8 +155,8 @@ def test_an_evaluation_to_stdout_is_all_that_is_there(name, capfd, monkeypatch):
     def opened(options, say):
         return types.SimpleNamespace(say=say)
 
-    monkeypatch.setattr("rto_fast.evaluation.inputs.open_evaluation", opened)
-    monkeypatch.setattr("rto_fast.preflight.evaluation.check_before_evaluation", lambda inputs: None)
+    monkeypatch.setattr("rto_fast.evaluation.measure.open_evaluation", opened)
+    monkeypatch.setattr("rto_fast.preflight.checks.check_before_evaluation", lambda inputs: None)
     monkeypatch.setattr("rto_fast.evaluation.measure.measure", measure)
     Path("link").symlink_to("/dev/stdout")
     evaluate.main(["--model", "m", "--data", "embedded:eval_prompts", "--output", name])

@@ -12,10 +12,10 @@ import torch
 from rto_fast.config import load_config
 from rto_fast.errors import CheckpointError
 from rto_fast.models.model import Model
+from rto_fast.stages import SupervisedTrainer
 from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.state_files import find_damage, load_state, save_state
-from rto_fast.training.supervised import SupervisedTrainer
 from tests.training.stand_ins import STATE, Log, flip_a_bit
 
 
@@ -192,7 +192,7 @@ def replaced(state, keys, value):
 
 def test_no_value_of_a_state_can_be_another(tmp_path):
     """Each value of a stage's state, replaced by each that the trainer cannot have written."""
-    from rto_fast.training.state_match import find_misfit
+    from rto_fast.training.checkpoint_checks import find_misfit
 
     whole = trainer()
     for _ in range(3):

@@ -12,11 +12,9 @@ from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Demonstration, Pair, Prompt
 from rto_fast.errors import TrainingError
 from rto_fast.models.model import Model
-from rto_fast.training.optimizer import Optimizer
+from rto_fast.stages import SupervisedTrainer
+from rto_fast.training.optimizer import Optimizer, count_steps, learning_rate_factor
 from rto_fast.training.order import ShuffledIndices, fingerprint
-from rto_fast.training.schedule import learning_rate_factor
-from rto_fast.training.steps import count_steps
-from rto_fast.training.supervised import SupervisedTrainer
 
 
 def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():

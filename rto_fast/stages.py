@@ -1,0 +1,245 @@
+"""The stages before RTO: supervised fine-tuning, the Bradley-Terry reward model, and DPO.
+
+Each trains a model from a directory or hub id and returns the directory of the result. DPO's policy is the source of RTO's
+token rewards.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rto_fast.batch import pack, pack_whole, segment_sum
+from rto_fast.config import Config, SupervisedConfig
+from rto_fast.data.tokenizing import Pair
+from rto_fast.estimates import rate, wins
+from rto_fast.losses import bradley_terry, dpo
+from rto_fast.models.forward import causal_logps, token_scores
+from rto_fast.models.model import Model
+from rto_fast.reporting.log import Finding
+from rto_fast.reporting.metric_names import (
+    ACCURACY,
+    HELD_OUT_ACCURACY,
+    IMBALANCE,
+    LOSS,
+    LR,
+    MARGIN,
+    SCORE_STD,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRAINING_ACCURACY,
+)
+from rto_fast.rewards import score_sequences, score_statistics
+from rto_fast.session import TrainingSession
+from rto_fast.system.progress import progress
+from rto_fast.training import ranks
+from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.checkpoint import Trainer
+from rto_fast.training.loader import Loader
+from rto_fast.training.loop import train
+from rto_fast.training.optimizer import count_steps, stage_steps
+from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.ranks import map_items
+from rto_fast.training.saving import save_model
+from rto_fast.training.zero import build_optimizer
+
+CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
+
+
+class SupervisedTrainer(Trainer):
+    """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
+
+    Args:
+        lengths: the tokens of each item.
+        loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
+            metrics of the micro-batch, which add up to those of the step.
+        say: see `Accumulator`.
+        fingerprint: of the items, see `ShuffledIndices`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stage: SupervisedConfig,
+        lengths: Sequence[int],
+        loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
+        config: Config,
+        say: Callable[[str], object],
+        fingerprint: str = "",
+    ):
+        self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
+        self.steps = stage_steps(stage, len(lengths))
+        self.step_count = 0
+        self.optimizer = build_optimizer(model, stage, self.steps, config)
+        self.optimizers = {"optimizer": self.optimizer}
+        self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
+        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
+
+    def step(self) -> dict[str, Any]:
+        """Takes one optimizer step and returns its metrics."""
+        items = self.order.take(self.stage.batch_size)
+        step = self.accumulator.step(items, self.lengths, [self.optimizer])
+        for rows, factor in step:
+            with step:
+                loss, metrics = self.loss(rows, items)
+                self.optimizer.backward(loss * factor)
+                step.add({LOSS: loss.detach()} | metrics)
+        lengths = [self.lengths[i] for i in items]
+        balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
+        metrics = step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
+        self.step_count += 1
+        return metrics
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
+        visited."""
+        super().load_state_dict(state)
+        self.step_count = self.optimizer.steps
+        left = count_steps(self.order.remaining, self.stage.batch_size)
+        if self.stage.max_steps is not None:
+            left = min(left, max(0, self.stage.max_steps - self.step_count))
+        self.steps = self.step_count + left
+        self.optimizer.total_steps = self.steps
+
+
+def _save(session: TrainingSession, name: str, trainer: SupervisedTrainer) -> str:
+    """Writes the trained model to the run's folder `name` and gives back the trainer's memory; returns the folder."""
+    path = save_model(trainer.model, session.tokenizer, session.folder / name, session.stop_ids)
+    trainer.release()
+    return path
+
+
+def train_sft(session: TrainingSession, base: str) -> str:
+    """Trains the model at `base` (directory or hub id) on `data.sft`; returns the directory of the result."""
+    config, sequences = session.config, session.data.sft
+    stage = config.sft
+    model = Loader(config, session.placement).trained("causal_lm", base)
+
+    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood, a mean over the labelled tokens of the whole optimizer step."""
+        prompts, responses = zip(*((sequences[i].prompt_ids, sequences[i].response_ids) for i in rows))
+        batch = pack(prompts, responses, session.device, loss_on_prompt=stage.loss_on_prompt)
+        step = [sequences[i] for i in step_items]
+        total = sum(len(s.response_ids) + stage.loss_on_prompt * (len(s.prompt_ids) - 1) for s in step)
+        return -model.forward(causal_logps, batch).sum() / total, {}
+
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+    trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
+    train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
+    return _save(session, "sft", trainer)
+
+
+def _sides(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Prompts with their responses: all chosen, then all rejected."""
+    return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+
+
+def train_reward_model(session: TrainingSession, sft: str) -> str:
+    """Trains a reward model on the backbone of `sft` (directory or hub id); returns the directory of the result.
+
+    The mean and standard deviation of its scores over the held-out pairs (chosen and rejected; over the training pairs if
+    none are held out) are stored in its config.json as `score_mean` and `score_std`.
+    """
+    config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
+    stage = config.reward_model
+    model = Loader(config, session.placement).trained("scorer", sft, new_head=True)
+
+    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = pack_whole(_sides([pairs[i] for i in rows]), session.device)
+        chosen, rejected = model.forward(token_scores, batch)[batch.last].chunk(2)
+        share = 1.0 / len(step_items)
+        return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
+
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
+    model.module.eval()
+    metric, kind, measured = TRAINING_ACCURACY, "training", pairs
+    if held_out:
+        metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
+    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
+    chosen, rejected = scores.chunk(2)
+    model.scores = statistics = score_statistics(scores)
+    accuracy = (chosen > rejected).float().mean().item()
+    log.metrics("reward_model", trainer.steps, {metric: accuracy, SCORE_STD: statistics.std})
+    log.say(f"reward model: {100 * accuracy:.1f} % of {len(measured)} {kind} pairs ranked right")
+    return _save(session, "reward_model", trainer)
+
+
+def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of the chosen and of the rejected responses, EOS included: [N] each, nats."""
+    prompts = [p.prompt_ids for p in pairs]
+    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
+    chosen, rejected = segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
+    """Summed log-probs of chosen and rejected responses, [len(pairs), 2] float32 on the CPU, `max_tokens` at a time."""
+
+    def logps(rows: list[int]) -> Tensor:
+        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1).cpu()
+
+    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
+
+
+def train_dpo(session: TrainingSession, sft: str) -> str:
+    """Trains the model at `sft` (directory or hub id), which is also the reference; returns the directory of the result."""
+    config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
+    stage = config.dpo
+    model = Loader(config, session.placement).trained("causal_lm", sft)
+    # The reference is the model before its first step: no second copy, and each pair is scored once.
+    log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
+    with progress("dpo: reference log-probs"):
+        reference = pair_logps(model, pairs, config.model.micro_batch_tokens)
+        held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
+
+    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        before = reference[rows].to(session.device)
+        chosen, rejected = _side_logps(model, [pairs[i] for i in rows])
+        chosen, rejected = chosen - before[:, 0], rejected - before[:, 1]  # log π/π_ref
+        share = 1.0 / len(step_items)
+        losses = dpo(chosen, rejected, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing)
+        margin = stage.beta * (chosen - rejected).detach()
+        return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
+
+    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
+    model.module.eval()
+    if held_out_reference is not None:
+        with progress("dpo: held-out pairs"):
+            change = pair_logps(model, held_out, config.model.micro_batch_tokens) - held_out_reference
+        accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
+        log.metrics("dpo", trainer.steps, {HELD_OUT_ACCURACY: accuracy})
+        log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")
+        if finding := preference_finding(change, supplied=False):
+            log.warning("dpo", trainer.steps, *finding)
+    return _save(session, "dpo", trainer)
+
+
+def preference_finding(change: Tensor, supplied: bool) -> Finding | None:
+    """Judges whether a DPO model's implicit reward ranks preference pairs as people did.
+
+    Args:
+        change: [N, 2] log π_dpo/π_ref of the chosen and the rejected responses, nats.
+        supplied: the model is `dpo.model`; else it was trained here.
+    """
+    accuracy = rate(wins(change[:, 0], change[:, 1]))
+    measured = (
+        f"the DPO model ranks {accuracy.value:.0%} of {accuracy.count} held-out pairs right "
+        f"(95 % interval {accuracy.low:.0%} to {accuracy.high:.0%})"
+    )
+    cause = (
+        "dpo.ref_model must be what dpo.model was trained from" if supplied else "dpo.lr or dpo.epochs may be too low"
+    )
+    remedy = (
+        "see that chosen and rejected are the right way round (python -m rto_fast.data shows them); "
+        f"{cause}; rto.dpo_reward_scale: 0 does without it"
+    )
+    if accuracy.high < 0.5:
+        return Finding("dense_reward_is_inverted", f"the dense reward points the wrong way: {measured}", remedy)
+    # Of few pairs every model might be a coin; people agree with each other on two thirds to three quarters.
+    if accuracy.count >= CHECKED_PAIRS // 2 and accuracy.low < 0.5 and accuracy.value < 0.55:
+        return Finding("dense_reward_is_noise", f"the dense reward may be noise: {measured}", remedy)
+    return None
