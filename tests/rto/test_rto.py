@@ -166,9 +166,9 @@ def gradients(models, settings, experience, rewards):
             self.model.zero_grad()
             return {}
 
-    recorders = {name: Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
+    optimizers = {f"{name}_optimizer": Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
     metrics = update(
-        settings, models, recorders, experience, rewards, 0, Accumulator(settings.model.micro_batch_tokens, print)
+        settings, models, optimizers, experience, rewards, 0, Accumulator(settings.model.micro_batch_tokens, print)
     )
     return seen, metrics
 
