@@ -305,7 +305,7 @@ def test_no_memory(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
     monkeypatch.setattr(SupervisedTrainer, "step", step)
-    assert "sft: out of memory: CUDA out of memory. Tried to allocate 1 GiB. Lower sft.micro_batch" in refused(*SFT)
+    assert "sft: out of memory: CUDA out of memory. Tried to allocate 1 GiB. Lower model.micro_batch" in refused(*SFT)
 
 
 @contextlib.contextmanager
