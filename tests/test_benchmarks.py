@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     cases,
     costs,
     decode_cases,
@@ -27,8 +25,8 @@ from benchmarks import (  # noqa: E402
     shapes,
     timing,
 )
-from rto_fast import ops  # noqa: E402
-from rto_fast.data import world  # noqa: E402
+from rto_fast import ops
+from rto_fast.data import world
 
 ROOT = Path(__file__).parents[1]
 H200 = costs.DEVICES["H200"]

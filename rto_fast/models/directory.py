@@ -39,8 +39,8 @@ def from_pretrained(auto_class: Any, what: str, path: str, **options: Any) -> An
             raise ModelError(
                 f"{path}: cannot load {what}: it is a file, not a directory; give the one that it is in"
             ) from None
-        is_local, reason = os.path.isdir(path), error_text(error)
-        if not is_local and (path[:1] in ("/", ".") or path.count("/") > 1):  # no id on the hub is like that
+        is_local, reason, name = os.path.isdir(path), error_text(error), os.fspath(path)
+        if not is_local and (name[:1] in ("/", ".") or name.count("/") > 1):  # no id on the hub is like that
             raise ModelError(f"{path}: cannot load {what}: no such directory") from None
         if type(error).__name__.startswith("StrictDataclass"):  # it quotes the error of a field
             reason = reason.rpartition("Error: ")[2]
