@@ -83,4 +83,5 @@ def test_the_way_from_the_command_to_the_kernel_is_short(monkeypatch, tmp_path):
     with pytest.raises(Launched):
         runpy.run_module("rto_fast.train", run_name="__main__")
     assert frames[0] == "rto_fast/train.py <module>" and frames[-1] == "rto_fast/ops.py linear_ppo_loss"
-    assert len(frames) <= 12, "\n".join(frames)
+    # On a GPU two more follow, both in kernels/linear_ppo_loss.py: linear_ppo_loss, and the sweep that launches the kernel.
+    assert len(frames) + 2 <= 12, "\n".join(frames)

@@ -56,22 +56,24 @@ def update(
     Returns:
         The metrics, averaged over the optimizer steps.
     """
-    columns = split_by_response(config.rto, experience, rewards)
-    minibatches = shuffled_minibatches(config.rto, len(experience.response_ids), seed)
+    rto, temperature = config.rto, config.rollout.temperature
+    columns = split_by_response(rto, experience, rewards)
+    minibatches = shuffled_minibatches(rto, len(experience.response_ids), seed)
     lengths = experience.lengths
     totals: dict[str, Any] = {}
     with progress("rto: update", len(minibatches), "optimizer steps") as phase:
         for number, minibatch in enumerate(minibatches):
-            num_items = loss_denominator(config.rto, experience, minibatch)
+            num_items = loss_denominator(rto, experience, minibatch)
             step = accumulator.step(minibatch, lengths, optimizers.values())
             for rows, factor in step:
                 with step:
                     micro_batch = pack_micro_batch(experience, columns, rows, num_items)
-                    sums = policy_pass(config, models.policy, optimizers["policy_optimizer"], micro_batch, factor)
+                    loss, sums = models.policy.forward(policy_loss, micro_batch, rto, temperature)
+                    optimizers["policy_optimizer"].backward(factor * loss)
                     if models.critic is not None:
-                        sums |= value_pass(
-                            config.rto, models.critic, optimizers["critic_optimizer"], micro_batch, factor
-                        )
+                        loss, value_sums = value_loss(models.critic, micro_batch, rto)
+                        optimizers["critic_optimizer"].backward(factor * loss)
+                        sums |= value_sums
                     step.add(sums)
             metrics: dict[str, Any] = step.metrics()
             if check and number == 0:
@@ -127,15 +129,6 @@ def pack_micro_batch(
     return MicroBatch(batch, num_items, **tensors)
 
 
-def policy_pass(
-    config: Config, policy: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
-) -> dict[str, Tensor]:
-    """Forward and backward pass of the policy; returns metrics that add up over micro-batches."""
-    loss, metrics = policy.forward(policy_loss, micro_batch, config.rto, config.rollout.temperature)
-    optimizer.backward(factor * loss)
-    return metrics
-
-
 def policy_loss(
     module: PreTrainedModel, micro_batch: MicroBatch, rto: RTOConfig, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -168,11 +161,9 @@ def policy_loss(
     return loss - rto.entropy_coef * mean_entropy, metrics | {ENTROPY: mean_entropy.detach()}
 
 
-def value_pass(
-    rto: RTOConfig, critic: Model, optimizer: ScheduledOptimizer, micro_batch: MicroBatch, factor: float
-) -> dict[str, Tensor]:
-    """Forward and backward pass of the critic; returns metrics that add up over micro-batches."""
-    loss, metrics = ppo_value_loss(
+def value_loss(critic: Model, micro_batch: MicroBatch, rto: RTOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's clipped loss; see `rto_fast.ops.ppo_value_loss`."""
+    return ppo_value_loss(
         critic_values(critic, micro_batch.batch),
         micro_batch.old_values,
         micro_batch.returns,
@@ -181,5 +172,3 @@ def value_pass(
         num_items=micro_batch.num_items,
         value_clip_eps=rto.value_clip_eps,
     )
-    optimizer.backward(factor * loss)
-    return metrics
