@@ -1,5 +1,7 @@
 """Forward passes over packed sequences: hidden states, log-probs and scores."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -11,17 +13,22 @@ from rto_fast.models.precision import higher_precision, linear_in, precise
 from rto_fast.ops import linear_token_logps
 
 
+def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """The arguments by which a transformers model takes a packed batch: one row, and where its sequences begin."""
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        "use_cache": False,
+    }
+
+
 def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Returns the last hidden states [T, D] of the backbone, without logits."""
-    return model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-        use_cache=False,
-    ).last_hidden_state[0]
+    return model.base_model(**packed_inputs(batch)).last_hidden_state[0]
 
 
 def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:

@@ -16,6 +16,7 @@ from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
+from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.precision import precise
@@ -149,15 +150,7 @@ class RolloutModel:
             attention_implementation(self.causal_lm, PACKED),
             precise(self.causal_lm, dtype or self.kind[1]),
         ):
-            return self.causal_lm(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens,
-                max_length_q=batch.max_seqlen,
-                max_length_k=batch.max_seqlen,
-                use_cache=False,
-            ).logits[0]
+            return self.causal_lm(**packed_inputs(batch)).logits[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] float32, not yet divided or capped (see `Head`)."""
