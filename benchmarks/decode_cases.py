@@ -149,7 +149,7 @@ def norm_inputs(shape, device, dtype):
 
 
 def torch_add_rms_norm(x, residual, weight):
-    return decode_reference.rms_norm(residual + x, weight, 1e-6)
+    return layer_reference.rms_norm(residual + x, weight, 1e-6)
 
 
 def add_rms_norm(device):
@@ -185,11 +185,11 @@ def rotate_and_store(decoder, device):
     with_norms = decoder.model_type == "qwen3"
 
     def normed(x):
-        return decode_reference.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6) if with_norms else x
+        return layer_reference.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6) if with_norms else x
 
     def torch_way(qkv, rope, keys, values, addresses, slots):
         query, key, value = qkv.split(heads, 1)
-        query, key = (decode_reference.rotate(normed(x), rope) for x in (query, key))
+        query, key = (layer_reference.rotate(normed(x), rope) for x in (query, key))
         keys[slots // PAGE, :, slots % PAGE], values[slots // PAGE, :, slots % PAGE] = key, value
         return torch.cat([query, key], 1)
 

@@ -1,38 +1,11 @@
-"""What a decode step computes besides GEMMs, attention and draw, in plain torch.
+"""What a decode step computes besides its forward pass and the draw, in plain torch.
 
-The kernels of `decode_layer` and `decode_step` are tested against it. CPU tensors run it, except `begin_step`, of which
+The kernels of `decode_step` are tested against it. CPU tensors run it, except `begin_step`, of which
 a CPU needs less.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Like transformers' LlamaRMSNorm: computes in float32, and rounds to x's dtype before the product with the weight."""
-    if x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, x.shape[-1:], weight, eps)  # one call instead of six
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return weight * (wide * scale).to(x.dtype)
-
-
-def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `rto_fast.kernels.decode_layer.add_rms_norm`."""
-    if x is not None:
-        residual += x
-    return rms_norm(residual, weight, eps)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, D] by rope [T, 2, D], cosines and sines.
-
-    Both halves of the cosines are the same; the first half of the sines is negative. The halves (a, b) of a head become
-    (a·cos − b·sin, b·cos + a·sin). As in transformers, both products are rounded before they are added. `torch.addcmul`
-    would round one of them together with the sum.
-    """
-    return (x * rope[:, None, 0]).add_(x.roll(x.shape[-1] // 2, -1).mul_(rope[:, None, 1]))
 
 
 def begin_step(

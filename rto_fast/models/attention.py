@@ -12,13 +12,13 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+
+from rto_fast.kernels.layer_reference import packed_sdpa, repeat_heads
 
 PACKED = "rto_packed"
 
@@ -38,75 +38,6 @@ def _torch_varlen() -> tuple[Callable[..., Any], bool]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeats the heads (dimension 1) of keys and values so that there are as many as of queries."""
-    groups = query.shape[1] // key.shape[1]
-    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
-
-
-def sdpa_causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention of the last L of K positions.
-
-    Args:
-        query: [N, Hq, L, D].
-        key, value: [N, Hkv, K, D].
-        scaling: of query · key; None is 1/√D.
-        window: each position sees the last `window` positions, itself among them; None is all.
-        softcap: scores become softcap·tanh(scores / softcap).
-    Returns:
-        [N, Hq, L, D].
-    """
-    length, keys = query.shape[2], key.shape[2]
-    mask = None
-    if length != keys or (window and window < keys):
-        # The mask of a long prompt is large, so no other tensor of its size has more than a byte an element.
-        positions = torch.arange(keys, device=query.device)
-        last = positions[keys - length :, None]
-        mask = positions <= last
-        if window:
-            mask &= positions > last - window
-    if softcap or (query.is_cuda and (mask is not None or query.dtype == torch.float32)):
-        # No CUDA kernel takes fewer key heads with a mask or in float32: torch would hold all scores in memory.
-        key, value = _repeat_heads(query, key, value)
-    if not softcap:
-        gqa = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-        )
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-
-
-def _sdpa_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    # Neighbours of one length are one batch; prompts, which are sorted by length, profit most.
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
-    # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
-    pieces = zip(*(x.transpose(0, 1).split([n * length for length, n in runs], 1) for x in (query, key, value)))
-    outputs = []
-    for (length, count), piece in zip(runs, pieces):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
-        outputs.append(sdpa_causal(q, k, v, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
-    return torch.cat(outputs, 1).transpose(0, 1)
 
 
 def refuse_masked_window(module: nn.Module, window: int | None) -> None:
@@ -153,7 +84,7 @@ def packed_attention(
         key, value: [1, Hkv, T, D].
         cu_seq_lens_q: [N + 1] int32, the bounds of the sequences.
         max_length_q: tokens of the longest sequence.
-        scaling, sliding_window, softcap: see `sdpa_causal`.
+        scaling, sliding_window, softcap: see `rto_fast.kernels.layer_reference.sdpa_causal`.
     Returns:
         ([1, T, Hq, D], None).
     Raises:
@@ -181,10 +112,10 @@ def packed_attention(
         varlen_attn, takes_gqa = _torch_varlen()
         options = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
         if not takes_gqa:
-            key, value = _repeat_heads(query, key, value)
+            key, value = repeat_heads(query, key, value)
         out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=window, **options)
     else:
-        out = _sdpa_packed(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
+        out = packed_sdpa(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
     return out.contiguous()[None], None  # some models call `view` on it
 
 

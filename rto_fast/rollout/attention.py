@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rto_fast.models.attention import packed_attention, refuse_masked_window, sdpa_causal
+from rto_fast.kernels.layer_reference import sdpa_causal
+from rto_fast.models.attention import packed_attention, refuse_masked_window
 from rto_fast.rollout.cache import PagedCache
 
 PAGED = "rto_paged"

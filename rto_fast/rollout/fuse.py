@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rto_fast.kernels import decode_reference
+from rto_fast.kernels import layer_reference
 from rto_fast.rollout.attention import CacheView, Scores, runs_triton
 
 # These consist of embedding, decoder layers and norm. A layer is norm, attention that rotates whole heads (and in Qwen3
@@ -104,7 +104,9 @@ class _Torch:
     @staticmethod
     def add_norm(x: Tensor | None, residual: Tensor, norm: Any) -> Tensor:
         """Norm of residual + x, [T, D] each; `residual` becomes the sum. x may be None, for nothing to add."""
-        return decode_reference.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+        if x is not None:
+            residual += x
+        return layer_reference.rms_norm(residual, norm.weight, norm.variance_epsilon)
 
     @staticmethod
     def rotate(attention: Any, qkv: Tensor, heads: list[int], rope: Tensor, paged: Any) -> Sequence[Tensor]:
@@ -115,11 +117,11 @@ class _Torch:
         query, key, value = qkv.split(heads, 1)
         if norms := _head_norms(attention):
             query, key = (
-                decode_reference.rms_norm(x, n.weight, n.variance_epsilon) for x, n in zip((query, key), norms)
+                layer_reference.rms_norm(x, n.weight, n.variance_epsilon) for x, n in zip((query, key), norms)
             )
-            query, key = decode_reference.rotate(query, rope), decode_reference.rotate(key, rope)
+            query, key = layer_reference.rotate(query, rope), layer_reference.rotate(key, rope)
         else:
-            query, key = decode_reference.rotate(qkv[:, : heads[0] + heads[1]], rope).split(heads[:2], 1)
+            query, key = layer_reference.rotate(qkv[:, : heads[0] + heads[1]], rope).split(heads[:2], 1)
         paged.store(attention.layer_idx, key, value)
         return query, key, value
 
@@ -177,7 +179,7 @@ def _head_norms(attention: Any) -> tuple[Any, Any] | None:
 def rope_table(backbone: Any, layers: list[Any], longest: int, table: Tensor | None) -> Tensor | None:
     """Cosines and sines of at least `longest` positions from the backbone's own module, [positions, 2, head_dim].
 
-    `decode_reference.rotate` describes the layout. Returns None for a backbone that cannot be fused.
+    `layer_reference.rotate` describes the layout. Returns None for a backbone that cannot be fused.
 
     Args:
         layers: those of `fusible_layers`.

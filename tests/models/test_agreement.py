@@ -46,8 +46,8 @@ def leak(monkeypatch, model):
     def one_sequence(query, key, value, cu_seqlens, *options):
         return packed_attention(query, key, value, cu_seqlens[[0, -1]], *options)
 
-    packed_attention = attention._sdpa_packed
-    monkeypatch.setattr(attention, "_sdpa_packed", one_sequence)
+    packed_attention = attention.packed_sdpa
+    monkeypatch.setattr(attention, "packed_sdpa", one_sequence)
 
 
 def small_leak(monkeypatch, model):
@@ -57,16 +57,16 @@ def small_leak(monkeypatch, model):
         out = packed_attention(query, *arguments)
         return out + 1e-3 * out.roll(1, 0)
 
-    packed_attention = attention._sdpa_packed
-    monkeypatch.setattr(attention, "_sdpa_packed", mixed)
+    packed_attention = attention.packed_sdpa
+    monkeypatch.setattr(attention, "packed_sdpa", mixed)
 
 
 def wrong_scale(monkeypatch, model):
     def scaled(query, *arguments):
         return packed_attention(1.02 * query, *arguments)
 
-    packed_attention = attention._sdpa_packed
-    monkeypatch.setattr(attention, "_sdpa_packed", scaled)
+    packed_attention = attention.packed_sdpa
+    monkeypatch.setattr(attention, "packed_sdpa", scaled)
 
 
 def unknown_logits(monkeypatch, model):
@@ -157,8 +157,8 @@ def test_a_kernel_that_is_wrong_in_16_bits_alone_is_found(monkeypatch):
     def wrong_in_16_bits(query, *arguments):
         return packed_attention((1.3 if query.dtype.itemsize == 2 else 1.0) * query, *arguments)
 
-    packed_attention = attention._sdpa_packed
-    monkeypatch.setattr(attention, "_sdpa_packed", wrong_in_16_bits)
+    packed_attention = attention.packed_sdpa
+    monkeypatch.setattr(attention, "packed_sdpa", wrong_in_16_bits)
     check_causal_lm(packed("llama"), "float32")
     with pytest.raises(ModelError, match="in torch.bfloat16"):
         check_causal_lm(packed("llama", torch.bfloat16), "bfloat16")

@@ -1,0 +1,175 @@
+"""What a decoder layer computes between its GEMMs, in plain torch: norms, rotary embedding, gate, attention.
+
+The Triton kernels of `rms_norm`, `rotary`, `gated` and `attention` are tested against it, and CPU tensors run it. Each
+function rounds where transformers' modules round.
+"""
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """See `rto_fast.layer_ops.rms_norm`."""
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, x.shape[-1:], weight + 1.0 if unit_offset else weight, eps)  # one call instead of six
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add(eps))
+    if unit_offset:
+        return (normed * (1.0 + weight.float())).to(x.dtype)
+    return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """See `rto_fast.layer_ops.add_rms_norm`."""
+    total = residual + (x if multiplier == 1.0 else x * multiplier)
+    return rms_norm(total, weight, eps, unit_offset), total
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of the first R elements of x [T, heads, D] by rope [T, 2, R], cosines and sines.
+
+    Both halves of the cosines are the same; the first half of the sines is negative. The halves (a, b) of what is
+    rotated become (a·cos − b·sin, b·cos + a·sin). As in transformers, both products are rounded before they are added.
+    `torch.addcmul` would round one of them together with the sum.
+    """
+    size = rope.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], rope), x[..., size:]], -1)
+    return (x * rope[:, None, 0]).add_(x.roll(size // 2, -1).mul_(rope[:, None, 1]))
+
+
+def rotary_embedding(
+    qkv: Tensor,
+    rope: Tensor | None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `rto_fast.layer_ops.rotary_embedding`."""
+    both, value = qkv.split([num_heads + num_kv_heads, num_kv_heads], 1)
+    if query_norm is not None and key_norm is not None:
+        query, key = both.split([num_heads, num_kv_heads], 1)
+        query, key = rms_norm(query, query_norm, eps, unit_offset), rms_norm(key, key_norm, eps, unit_offset)
+        return (query, key, value) if rope is None else (rotate(query, rope), rotate(key, rope), value)
+    query, key = (both if rope is None else rotate(both, rope)).split([num_heads, num_kv_heads], 1)
+    return query, key, value
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
+def gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See `rto_fast.layer_ops.gated_activation`."""
+    gate, up = gate_up.chunk(2, -1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeats the heads (dimension 1) of keys and values so that there are as many as of queries."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+def sdpa_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of the last L of K positions.
+
+    Args:
+        query: [N, Hq, L, D].
+        key, value: [N, Hkv, K, D].
+        scaling: of query · key; None is 1/√D.
+        window: each position sees the last `window` positions, itself among them; None is all.
+        softcap: scores become softcap·tanh(scores / softcap).
+    Returns:
+        [N, Hq, L, D].
+    """
+    length, keys = query.shape[2], key.shape[2]
+    mask = None
+    if length != keys or (window and window < keys):
+        # The mask of a long prompt is large, so no other tensor of its size has more than a byte an element.
+        positions = torch.arange(keys, device=query.device)
+        last = positions[keys - length :, None]
+        mask = positions <= last
+        if window:
+            mask &= positions > last - window
+    if softcap or (query.is_cuda and (mask is not None or query.dtype == torch.float32)):
+        # No CUDA kernel takes fewer key heads with a mask or in float32: torch would hold all scores in memory.
+        key, value = repeat_heads(query, key, value)
+    if not softcap:
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def packed_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of packed sequences, each to itself: [T, Hq, D]; the arguments are those of `packed_attention`."""
+    # Neighbours of one length are one batch; prompts, which are sorted by length, profit most.
+    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
+    # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
+    pieces = zip(*(x.transpose(0, 1).split([n * length for length, n in runs], 1) for x in (query, key, value)))
+    outputs = []
+    for (length, count), piece in zip(runs, pieces):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
+        outputs.append(sdpa_causal(q, k, v, scaling, window, softcap).transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, 1).transpose(0, 1)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """See `rto_fast.layer_ops.packed_attention`."""
+    if cu_seqlens_k is None:
+        return packed_sdpa(query, key, value, cu_seqlens, scale, window, softcap)
+    lengths, key_lengths = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
+    pieces = zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths))
+    outputs = []
+    for piece in pieces:
+        q, k, v = (x.transpose(0, 1)[None] for x in piece)
+        outputs.append(sdpa_causal(q, k, v, scale, window, softcap)[0].transpose(0, 1))
+    return torch.cat(outputs)
