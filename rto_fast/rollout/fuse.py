@@ -5,7 +5,7 @@ kernels: four GEMMs, attention, two residual sums with their norms, head norms w
 SwiGLU. Other architectures run as transformers implements them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rto_fast.kernels import layer_reference
+from rto_fast.models.placement import joined
 from rto_fast.rollout.attention import CacheView, Scores, runs_triton
 
 # These consist of embedding, decoder layers and norm. A layer is norm, attention that rotates whole heads (and in Qwen3
@@ -60,39 +61,10 @@ def fusible_layers(backbone: Any, merged: Collection[nn.Module] = ()) -> list[An
     return list(backbone.layers) if silu and all(type(linear) is nn.Linear for linear in plain) else []
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def lay_side_by_side(groups: Iterable[list[Any]], names: Sequence[str] = ("weight", "bias")) -> None:
-    """Moves the weights of each group of projections into one buffer.
-
-    The parameters stay the same objects with the same values. Parameters that share their memory with others, such as an
-    optimizer's flat buffer, are left alone.
-    """
-    for group in groups:
-        for name in names:
-            tensors = [getattr(linear, name) for linear in group]
-            if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
-                continue
-            for tensor, part in zip(tensors, torch.cat(tensors).split([len(t) for t in tensors])):
-                tensor.data = part
-
-
-def _joined(tensors: list[Tensor]) -> Tensor | None:
-    """One view of tensors that lie side by side, stacked along the first dimension; None if they do not."""
-    end = tensors[0].data_ptr()
-    for tensor in tensors:
-        # Tensors that are neighbours by chance have different storages, which no view can span.
-        shared = tensor.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
-        if not shared or tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
-            return None
-        end += tensor.nbytes
-    return tensors[0].detach().as_strided((sum(map(len, tensors)), *tensors[0].shape[1:]), tensors[0].stride())
-
-
 def _projection(linears: list[Any], merged: Mapping[nn.Module, Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that computes the outputs of all `linears` for x, side by side."""
     weights, biases = [merged.get(linear, linear.weight) for linear in linears], [linear.bias for linear in linears]
-    weight, bias = _joined(weights), None if None in biases else _joined(biases)
+    weight, bias = joined(weights), None if None in biases else joined(biases)
     if weight is not None and (bias is None) == all(b is None for b in biases):
         return lambda x: F.linear(x, weight, bias)
     return lambda x: torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases)], -1)

@@ -19,9 +19,10 @@ from rto_fast.models.context import context_of
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
+from rto_fast.models.placement import lay_side_by_side
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView
-from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, siblings
+from rto_fast.rollout.fuse import fused_backbone, fusible_layers, rope_table, siblings
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
 

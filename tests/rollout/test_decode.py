@@ -71,7 +71,7 @@ def meta_step(name, monkeypatch, patch=None, under=None):
         monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
         monkeypatch.setitem(sys.modules, f"rto_fast.kernels.{module}", shapes)
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
-    monkeypatch.setattr(fuse, "_joined", torch.cat)  # meta tensors have no addresses: neighbours cannot be told
+    monkeypatch.setattr(fuse, "joined", torch.cat)  # meta tensors have no addresses: neighbours cannot be told
     monkeypatch.setattr(fuse._Triton, "__init__", lambda self: setattr(self, "gated", lambda x: shapes.gated(x)))
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
