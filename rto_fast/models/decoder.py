@@ -26,7 +26,7 @@ from rto_fast.models.decoder_families import (
     reason_against,
     unlike_ours,
 )
-from rto_fast.models.stand_in_linear import JoinedLinear
+from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.rope import RopeTables
 
 Linear = Callable[[Tensor], Tensor]

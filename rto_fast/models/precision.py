@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 _HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _CASTS = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
-_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they read no values
+# They read no values. Views of neighbours in memory (`rto_fast.models.placement.joined`) need the weights' own addresses.
+_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split", "stride", "is_contiguous")
+_AS_IT_IS += ("data_ptr", "untyped_storage", "detach", "as_strided")
 # Elements of a weight that are cast at once, 512 MiB in float64; the output layer of a large model would take gigabytes.
 CAST_ELEMENTS = 1 << 26
 _RAISES: ContextVar[bool] = ContextVar("raises", default=False)  # whether `precise` raises the precision here

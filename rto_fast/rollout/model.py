@@ -14,15 +14,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
+from rto_fast.kernels import gemm
 from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
-from rto_fast.models.decoder_families import parts, projections, reason_against
+from rto_fast.models.decoder_families import parts, reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
+from rto_fast.models.joined_linear import JoinedLinear
+from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
 from rto_fast.models.precision import precise
-from rto_fast.models.stand_in_linear import JoinedLinear, joined, lay_side_by_side
 from rto_fast.rollout.attention import PAGED, CacheView
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
@@ -74,8 +76,7 @@ class RolloutModel:
         """
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
         backbone: Any = self.causal_lm.base_model
-        layers = [] if reason_against(backbone, parts(backbone), adapted) else backbone.layers
-        groups = [group for layer in layers for group in projections(layer)]
+        groups = [] if reason_against(backbone, parts(backbone), adapted) else projection_groups(backbone)
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 
@@ -147,8 +148,8 @@ class RolloutModel:
         weight, biases = joined([self.merged[linear] for linear in group]), [linear.bias for linear in group]
         bias = None if None in biases else joined(biases)
         if weight is not None and (bias is None) == all(b is None for b in biases):
-            return lambda x: F.linear(x, weight, bias)
-        return lambda x: torch.cat([F.linear(x, self.merged[linear], linear.bias) for linear in group], -1)
+            return lambda x: gemm.linear(x, weight, bias)
+        return lambda x: torch.cat([gemm.linear(x, self.merged[linear], linear.bias) for linear in group], -1)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
         """Last hidden states [T, D], while `decoding`."""

@@ -15,7 +15,7 @@ from rto_fast import layer_ops
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.models import stand_in_linear
+from rto_fast.models import joined_linear
 from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
@@ -79,7 +79,7 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
     monkeypatch.setattr(layer_ops, "_implementation", lambda *_: shapes)
     # Meta tensors have no addresses: neighbours cannot be told.
-    monkeypatch.setattr(stand_in_linear, "joined", lambda tensors: torch.empty(sum(map(len, tensors)), *tensors[0].shape[1:], device="meta"))
+    monkeypatch.setattr(joined_linear, "joined", torch.cat)
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
