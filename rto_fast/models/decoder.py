@@ -136,9 +136,7 @@ class Decoder:
         rope = self.ropes.rows(position_ids, longest, residual)
         if self.layers[0].is_checkpointed:
             for layer in self.layers:
-                residual = checkpoint(
-                    layer.whole, residual, rope, view, use_reentrant=False, preserve_rng_state=False
-                )
+                residual = checkpoint(layer.whole, residual, rope, view, use_reentrant=False, preserve_rng_state=False)
             return self.norms[-1](residual)
         x = self.norms[0](residual)
         for layer, next_norm in zip(self.layers, self.norms[1:]):
