@@ -17,6 +17,10 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
+# Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
+# added to something is rounded first. The compiler would contract both into one fused multiply-add, even if the product
+# is cast to 16 bits in between: it narrows the product to 16 bits, then contracts.
+EXACT = {"enable_fp_fusion": False}
 
 
 def row_block(num_cols: int, itemsize: int) -> tuple[int, int]:
@@ -228,6 +232,12 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     series = log_ratio * log_ratio * (0.5 + log_ratio * (1 / 6 + log_ratio * (1 / 24 + log_ratio * (1 / 120))))
     kl = tl.where(tl.abs(log_ratio) < 0.05, series, ratio - 1.0 - log_ratio)
     return loss, dlogp, kl, is_clipped.to(tl.float32)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as rows [T, D] whose elements follow each other; copies only what strides cannot describe."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
