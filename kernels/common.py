@@ -251,6 +251,18 @@ def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.devic
     return torch.full((), num_items, dtype=torch.float32, device=device)
 
 
+def kept_rows(
+    rows: torch.Tensor | None, values: torch.Tensor, ignored: int, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices, hidden states) of the rows whose value [T] is not `ignored`. Waits for the device if `rows` is None."""
+    if rows is None:
+        rows = (values != ignored).nonzero().squeeze(-1)
+        if len(rows) == len(values):
+            return rows, hidden_states
+    # As many rows as tokens may hold one twice, where a batch is filled up.
+    return rows, hidden_states.index_select(0, rows)
+
+
 def equal_share(total: int, largest: int) -> int:
     """The length of the fewest equal parts of `total` that are at most `largest`, rounded up to a multiple of 128."""
     return triton.cdiv(triton.cdiv(total, triton.cdiv(total, largest)), 128) * 128

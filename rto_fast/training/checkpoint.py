@@ -47,6 +47,11 @@ class Trainer:
         """Takes one step and returns its metrics."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Checks the optimizer steps so far; see `ScheduledOptimizer.check`."""
+        for optimizer in self.optimizers.values():
+            optimizer.check()
+
     def release(self) -> None:
         """Gives back what the stage holds beside the weights that it trains."""
         for optimizer in self.optimizers.values():
