@@ -97,15 +97,9 @@ class StagePlanner:
         """The peak of passes without gradients that have `tokens`."""
         raise NotImplementedError
 
-    @property
-    def shapes(self) -> list[Shape]:
-        """Of all models of the stage."""
-        return [self.shape]
-
     def choose_budget(self) -> TokenBudget:
         bound = self.config.model.micro_batch_tokens
-        widest = max(self.shapes, key=lambda shape: shape.widest)
-        tokens = choices(widest, self.setting.gpu, bound)
+        tokens = choices(self.setting.gpu, bound)
         longest = replace(self, items=self.items.all_longest())
         training, scoring = (choose(peak, tokens, self.machine) for peak in (longest.training, longest.scoring))
         return TokenBudget(training, scoring, bound)
@@ -187,10 +181,6 @@ class RTOPlanner(StagePlanner):
         return StagePlan("rto", phases, budget, steps, 12 * trained, setting.itemsize * written)
 
     # The models, and what all phases hold
-
-    @property
-    def shapes(self) -> list[Shape]:
-        return [shape for shape, _ in self._trained] + [shape for shape, *_ in self._frozen]
 
     @cached_property
     def _critic(self) -> Shape | None:

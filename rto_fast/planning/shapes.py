@@ -49,11 +49,6 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
-    def widest(self) -> int:
-        """Elements of one token in the widest tensor of a layer."""
-        return max(2 * self.intermediate_size, self.query_width + 2 * self.key_width)
-
-    @property
     def head_weights(self) -> int:
         return self.hidden_size * self.vocab_size
 
