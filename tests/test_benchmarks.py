@@ -322,8 +322,8 @@ def test_a_gemm_bound_op_is_held_against_gemms_that_run_as_long(monkeypatch):
 
 
 def test_outcomes_of_one_process_and_of_several_are_counted():
-    serial = "tests/a.py::test_x[1] PASSED [ 50%]\ntests/a.py::test_y FAILED [100%]\nFAILED tests/a.py::test_y - boom\n"
-    parallel = "[gw0] [ 50%] PASSED tests/a.py::test_x[1] \n[gw11] [100%] FAILED tests/a.py::test_y \nFAILED tests/a.py::test_y\n"
+    serial = "a.py::test_x[1] PASSED [ 50%]\na.py::test_y FAILED [100%]\nFAILED a.py::test_y - boom\n"
+    parallel = "[gw0] [ 50%] PASSED a.py::test_x[1] \n[gw11] [100%] FAILED a.py::test_y \nFAILED a.py::test_y\n"
     expected = {"passed": 1, "failed": 1}
     assert gpu_parts.count_outcomes(serial) == gpu_parts.count_outcomes(parallel) == expected
 

@@ -326,7 +326,8 @@ OTHERS = {
     "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
     "benchmarks/iteration.py": {"TemporaryDirectory"},
     "benchmarks/trl_iteration.py": {"TemporaryDirectory", "write_text"},
-    "benchmarks/gpu.py": {"open", "mkdtemp"},
+    "benchmarks/gpu.py": {"mkdtemp"},
+    "benchmarks/gpu_parts.py": {"open", "TemporaryDirectory"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},
 }
