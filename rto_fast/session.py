@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import re
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rto_fast.config import Config, dump_config
-from rto_fast.data.run_data import RunData
+from rto_fast.data.run_data import RunData, Use
 from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.visited import Visits
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.errors import ConfigError, how_to_go_on
 from rto_fast.models.directory import check_stop_ids, load_tokenizer
@@ -33,6 +35,7 @@ from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.checkpoint_checks import UNSTARTED
 from rto_fast.training.launch import local_rank
+from rto_fast.training.order import visits_of
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
@@ -94,7 +97,13 @@ class TrainingSession(Session):
         return path
 
 
-def open_session(config: Config, models: Sequence[Supplied], device: str, say: Callable[[str], object]) -> Session:
+def open_session(
+    config: Config,
+    models: Sequence[Supplied],
+    device: str,
+    say: Callable[[str], object],
+    visits: Callable[[Use, int], Visits | None] = lambda use, count: None,
+) -> Session:
     """Loads the tokenizer, checks the models' files and prepares the data.
 
     Args:
@@ -102,6 +111,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
         models: The models that it names; the policy starts from the first.
         device: From `prepare_process`.
         say: Is called with a line of text for each report of the data.
+        visits: Which examples are used, see `RunData`.
 
     Raises:
         ModelError: A model or the tokenizer cannot be used.
@@ -122,7 +132,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         sampling=Sampling.of(config.rollout, stop_ids),
-        data=RunData(config.data, tokenizer, stop_ids, say, size),
+        data=RunData(config.data, tokenizer, stop_ids, say, size, visits),
     )
 
 
@@ -169,7 +179,8 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     assert base  # a configuration without one is refused when it is read
     if base == "embedded" and not config.sft.model:
         base = save_model(Model(build_model(config.seed)), build_tokenizer(), folder / "base")
-    session = open_session(config, supplied_models(config, base), device, log.say)
+    visits = functools.partial(visits_of, config)
+    session = open_session(config, supplied_models(config, base), device, log.say, visits)
     return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)
 
 

@@ -133,7 +133,9 @@ def linear_trainer(say=print, items=10, data="", seen=None, micro_batch_tokens=1
     model_config = ModelConfig(micro_batch_tokens=micro_batch_tokens)
     optimizer = OptimizerConfig(**optimizer or {})
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer, model=model_config)
-    return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, say, data)
+    return SupervisedTrainer(
+        Model(model), stage, ShuffledIndices(items, config.seed, stage.epochs, data), [5] * items, loss, config, say
+    )
 
 
 def train(trainer, steps=None):
