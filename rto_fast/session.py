@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import gc
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rto_fast.data.run_data import RunData, Use
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.visited import Visits
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError, how_to_go_on
+from rto_fast.errors import ConfigError
 from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
@@ -29,19 +28,16 @@ from rto_fast.reporting.log import Finding, RunLog, Service, TensorBoard
 from rto_fast.reporting.public import public
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
-from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
+from rto_fast.system.output_folder import UNSTARTED, refuse_what_is_there, usable
+from rto_fast.system.run_lock import RunLock, refuse_if_in_use
 from rto_fast.system.threads import use_threads
 from rto_fast.training import ranks
 from rto_fast.training.checkpoint import Checkpoints
-from rto_fast.training.checkpoint_checks import UNSTARTED
 from rto_fast.training.launch import local_rank
 from rto_fast.training.order import visits_of
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
-
-# The files of a run that ended before its first step, by a mistake or a kill.
-UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     """
     folder = Path(config.resume or config.output_dir)
     if ranks.is_main() and not config.resume:
-        with _usable(folder):
+        with usable(folder):
             refuse_what_is_there(folder)
             (folder / UNSTARTED).touch()  # the run cannot be resumed yet
             (folder / "warnings.jsonl").unlink(missing_ok=True)
@@ -214,14 +210,14 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         return
     folder = Path(config.resume or config.output_dir)
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    with _usable(folder):
+    with usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
             refuse_what_is_there(folder)
             folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     try:
-        with _usable(folder):
+        with usable(folder):
             lock.take()
         yield lock
     finally:
@@ -229,25 +225,3 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         with contextlib.suppress(OSError):  # empty folders of a run that was refused before it wrote anything
             for each in made:
                 each.rmdir()
-
-
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
-
-
-def refuse_what_is_there(folder: Path) -> None:
-    """Refuses a folder that holds results or files of the user.
-
-    Raises:
-        ConfigError: it is not empty.
-    """
-    if not folder.exists():
-        return
-    names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
-    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
-        resume = f", or {how_to_go_on(folder)}" if {"config.yaml", "progress.json"} <= names else ""
-        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir{resume}")
