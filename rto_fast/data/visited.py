@@ -14,11 +14,11 @@ class Visits(NamedTuple):
 
     Args:
         order: The indices of all examples, in the order in which the stage comes to them.
-        count: How many usable examples it visits, from the beginning of that order.
+        most: How many usable examples it visits, from the beginning of that order.
     """
 
     order: Sequence[int]
-    count: int
+    most: int
 
 
 class Visited(list[Item]):
@@ -48,7 +48,7 @@ def read_visited(
     Raises:
         NothingLeft: No example can be used.
     """
-    count, every = min(visits.count, len(examples)), len(examples)
+    count, every = min(visits.most, len(examples)), len(examples)
     while True:
         chosen = sorted(visits.order[:count])
         try:
@@ -57,7 +57,7 @@ def read_visited(
             if count == every:
                 raise
             items = []
-        if len(items) >= visits.count or count == every:
+        if len(items) >= visits.most or count == every:
             break
         count = min(every, 2 * count)
     report.unread = every - count

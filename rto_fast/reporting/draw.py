@@ -135,10 +135,10 @@ def draw(panel: Panel) -> Figure:
 
 
 def _arrange(figure: Figure, axes: Axes, panel: Panel) -> None:
-    """Sets title, label, legend and margins. Each text is measured once: matplotlib's own layout takes half a figure's time."""
+    """Sets title, label, legend and margins. Each text is measured once, matplotlib's layout takes half the time."""
     renderer, point = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72
     inside, width, height = axes.bbox.frozen(), figure.bbox.width, figure.bbox.height
-    ticks_x, ticks_y = (axis.get_tightbbox(renderer) for axis in (axes.xaxis, axes.yaxis))
+    ticks_x, ticks_y = (axis.get_tightbbox(renderer) or inside for axis in (axes.xaxis, axes.yaxis))
     label = inside.y0 - ticks_x.y0 + 3 * point  # from the axes to the top of the label, which is 12 points high
     bottom = label + 16 * point
     legend = None
