@@ -132,7 +132,8 @@ def linear_trainer(say=print, items=10, data="", seen=None, micro_batch_tokens=1
     stage = SFTConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
     optimizer = OptimizerConfig(**optimizer or {})
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer)
-    return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, micro_batch_tokens, say, data)
+    order = ShuffledIndices(items, config.seed, stage.epochs, data)
+    return SupervisedTrainer(Model(model), stage, order, [5] * items, loss, config, micro_batch_tokens, say)
 
 
 def train(trainer, steps=None):
