@@ -15,8 +15,16 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
+# The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Launch options that forbid to contract a product and a sum into one rounding.
+EXACT = {"enable_fp_fusion": False}
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
+# Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
+# added to something is rounded first. The compiler would contract both into one fused multiply-add, even if the product
+# is cast to 16 bits in between: it narrows the product to 16 bits, then contracts.
+EXACT = {"enable_fp_fusion": False}
 
 
 def row_block(num_cols: int, itemsize: int) -> tuple[int, int]:
@@ -230,6 +238,12 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as rows [T, D] whose elements follow each other; copies only what strides cannot describe."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -239,6 +253,18 @@ def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.devic
     if num_items is None or isinstance(num_items, torch.Tensor):
         return None if num_items is None else num_items.to(device, torch.float32)
     return torch.full((), num_items, dtype=torch.float32, device=device)
+
+
+def kept_rows(
+    rows: torch.Tensor | None, values: torch.Tensor, ignored: int, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices, hidden states) of the rows whose value [T] is not `ignored`. Waits for the device if `rows` is None."""
+    if rows is None:
+        rows = (values != ignored).nonzero().squeeze(-1)
+        if len(rows) == len(values):
+            return rows, hidden_states
+    # As many rows as tokens may hold one twice, where a batch is filled up.
+    return rows, hidden_states.index_select(0, rows)
 
 
 def equal_share(total: int, largest: int) -> int:
