@@ -106,6 +106,11 @@ def from_liger(value: Any) -> bool:
     return callable(value) and (getattr(value, "__module__", None) or "").startswith("liger_kernel")
 
 
+def runs_liger(model: nn.Module) -> bool:
+    """Whether layers of a model run Liger's kernels now."""
+    return any(from_liger(vars(module).get("forward")) for module in model.modules())
+
+
 @contextlib.contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
     """Takes Liger's kernels off a model, whose layers run as transformers implements them, for the time of the context."""

@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.batch import pack_whole
+from rto_fast.config import DeepSpeedConfig
 from rto_fast.models import liger
 from rto_fast.models.attention import PACKED
+from rto_fast.models.decoder import decoder_of, layers_of
 from rto_fast.models.forward import packed_inputs
-from rto_fast.models.precision import from_liger, plain_layers, precise
+from rto_fast.models.loading import load_model
+from rto_fast.models.model import Model
+from rto_fast.models.precision import from_liger, plain_layers, precise, runs_liger
+from rto_fast.training import zero
+from rto_fast.training.zero import place_frozen
 from tests.tiny_models import tiny
 
 pytest.importorskip("liger_kernel", reason="Liger is not installed")
@@ -59,9 +65,14 @@ class Kernels:
 
         def rotate(kind, q, k, cos, sin, *_):
             self.calls["rope"] += 1
-            half = q.shape[-1] // 2
-            turn = lambda x: torch.cat([-x[..., half:], x[..., :half]], -1)  # noqa: E731
-            return tuple(x * cos[:, None] + turn(x) * sin[:, None] for x in (q, k))
+            size = cos.shape[-1]  # in Phi-3 it may be less than a head
+
+            def turned(x):
+                return torch.cat([-x[..., size // 2 : size], x[..., : size // 2]], -1)
+
+            return tuple(
+                torch.cat([x[..., :size] * cos[:, None] + turned(x) * sin[:, None], x[..., size:]], -1) for x in (q, k)
+            )
 
         class Silu:
             apply = staticmethod(gate(F.silu))
@@ -228,6 +239,28 @@ def test_a_cpu_runs_plain_layers():
     model = packed()
     assert liger.use_liger(model) == "Liger's kernels need a GPU"
     assert not patched(model)
+
+
+# Which models run it
+
+
+def test_models_without_our_decoder_run_it(kernels, tmp_path):
+    for name in ("olmo2", "llama"):
+        tiny(name, std=None).save_pretrained(tmp_path / name)
+        for trainable in (False, True):
+            model = load_model("causal_lm", tmp_path / name, device="cpu", dtype=torch.float32, trainable=trainable)
+            assert runs_liger(model) == (name == "olmo2")
+            assert ("with Liger's kernels" in layers_of(model)) == (name == "olmo2")
+
+
+def test_zero_3_runs_it_in_every_family(kernels, monkeypatch):
+    monkeypatch.setattr(zero, "_initialize", lambda *_: None)
+    monkeypatch.setattr(zero.ranks, "world_size", lambda: 2)
+    model = Model(packed("llama"))
+    place_frozen(model, DeepSpeedConfig(frozen="sharded"), "cpu")
+    assert runs_liger(model.module) and decoder_of(model.module) is None
+    with plain_layers(model.module):  # as in a rollout
+        assert decoder_of(model.module) is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: Liger's own kernels")
