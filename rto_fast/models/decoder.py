@@ -78,7 +78,7 @@ class _Layer:
         self.gate_up, self.down = linear(spec.gate_up), linear(spec.down)
 
     def __call__(self, x: Tensor, residual: Tensor, rope: dict[str, Tensor], view: View) -> tuple[Tensor, Tensor]:
-        """From the normed input x [T, D] to the output of the MLP; its sum with the residual stream is left to the next norm.
+        """From the normed input x [T, D] to the output of the MLP; the next norm adds the residual stream.
 
         Args:
             residual: [T, D], the residual stream at the layer's input.
@@ -149,7 +149,7 @@ class Decoder:
         return Decoder(self.spec, self.ropes, linear)
 
 
-# By backbone. A decoder holds the backbone's parts, which do not refer to the backbone, so that an entry ends with its model.
+# By backbone. A decoder holds the backbone's parts, which do not refer to the backbone: an entry ends with its model.
 _DECODERS: WeakKeyDictionary[nn.Module, tuple[list[Any], Decoder | str]] = WeakKeyDictionary()
 _REFUSED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 

@@ -21,8 +21,8 @@ from rto_fast.models.decoder import Decoder, Linear, decoder_of
 from rto_fast.models.decoder_families import parts, reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
-from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.joined_linear import JoinedLinear
+from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView

@@ -8,10 +8,10 @@ import torch
 
 from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
+from rto_fast.models import decoder_families
 from rto_fast.models.agreement import FACTOR, Noise, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
 from rto_fast.models.forward import causal_logps, precise_logps
-from rto_fast.models import decoder_families
 from rto_fast.rollout import NativeEngine, Sampling
 from tests.tiny_models import prompts, tiny
 

@@ -73,7 +73,7 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     if patch:
         patch(causal_lm)
     shapes = Shapes()
-    for module in ("paged_attention", "decode_layer", "decode_step"):
+    for module in ("paged_attention", "rotary", "decode_step"):
         monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
         monkeypatch.setitem(sys.modules, f"rto_fast.kernels.{module}", shapes)
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
