@@ -91,7 +91,8 @@ class _Layer:
         if spec.attention_norm is not None:
             x = spec.attention_norm(x)
         x, residual = spec.mlp_norm.of_sum(x, residual, spec.residual_multiplier)
-        x = self.down(layer_ops.gated_activation(self.gate_up(x), spec.activation))
+        gate_up = self.gate_up(x)
+        x = self.down(layer_ops.implementation("gated", gate_up).gated_activation(gate_up, spec.activation))
         return (x if spec.output_norm is None else spec.output_norm(x)), residual
 
     def whole(self, residual: Tensor, rope: dict[str, Tensor], view: View) -> Tensor:

@@ -54,14 +54,13 @@ class Norm:
     unit_offset: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return layer_ops.rms_norm(x, self.module.weight, self.eps, unit_offset=self.unit_offset)
+        ops = layer_ops.implementation("rms_norm", x)
+        return ops.rms_norm(x, self.module.weight, self.eps, self.unit_offset)
 
     def of_sum(self, x: Tensor, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """See `rto_fast.layer_ops.add_rms_norm`."""
-        weight = self.module.weight
-        return layer_ops.add_rms_norm(
-            x, residual, weight, self.eps, unit_offset=self.unit_offset, multiplier=multiplier
-        )
+        ops = layer_ops.implementation("rms_norm", x)
+        return ops.add_rms_norm(x, residual, self.module.weight, self.eps, self.unit_offset, multiplier)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class AttentionSpec:
 
     def rotated(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of qkv [T, heads, head_dim], rotated by rope [T, 2, R]."""
-        return layer_ops.rotary_embedding(qkv, rope, **self.rotation)
+        return layer_ops.implementation("rotary", qkv).rotary_embedding(qkv, rope, **self.rotation)
 
 
 @dataclass(frozen=True)
