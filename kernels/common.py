@@ -15,6 +15,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
+# The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Launch options that forbid to contract a product and a sum into one rounding.
+EXACT = {"enable_fp_fusion": False}
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
 # Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
@@ -249,6 +253,18 @@ def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.devic
     if num_items is None or isinstance(num_items, torch.Tensor):
         return None if num_items is None else num_items.to(device, torch.float32)
     return torch.full((), num_items, dtype=torch.float32, device=device)
+
+
+def kept_rows(
+    rows: torch.Tensor | None, values: torch.Tensor, ignored: int, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices, hidden states) of the rows whose value [T] is not `ignored`. Waits for the device if `rows` is None."""
+    if rows is None:
+        rows = (values != ignored).nonzero().squeeze(-1)
+        if len(rows) == len(values):
+            return rows, hidden_states
+    # As many rows as tokens may hold one twice, where a batch is filled up.
+    return rows, hidden_states.index_select(0, rows)
 
 
 def equal_share(total: int, largest: int) -> int:

@@ -43,7 +43,7 @@ def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
     """Returns the log-prob of each label, [T] float32, 0 where the label is ignored; never holds logits [T, V]."""
     hidden = forward_hidden(model, batch)
-    return output_head(model).run(linear_token_logps, hidden, batch.labels, temperature=temperature)
+    return output_head(model).run(linear_token_logps, hidden, batch.labels, rows=batch.rows, temperature=temperature)
 
 
 @torch.no_grad()
@@ -51,7 +51,8 @@ def precise_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: fl
     """`causal_logps` in a higher precision than the model's, [T]. With ZeRO-3 the weights must be whole."""
     with precise(model, higher_precision(next(model.parameters()).dtype)):
         hidden = forward_hidden(model, batch)
-        return output_head(model).run(reference.linear_token_logps, hidden, batch.labels, temperature=temperature)
+        op = reference.linear_token_logps
+        return output_head(model).run(op, hidden, batch.labels, rows=batch.rows, temperature=temperature)
 
 
 def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:

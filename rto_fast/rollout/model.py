@@ -18,7 +18,7 @@ from rto_fast.kernels import gemm
 from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
-from rto_fast.models.decoder_families import parts, reason_against
+from rto_fast.models.decoder_families import reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
@@ -75,7 +75,7 @@ class RolloutModel:
         """
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
         backbone: Any = self.causal_lm.base_model
-        groups = [] if reason_against(backbone, parts(backbone), adapted) else projection_groups(backbone)
+        groups = [] if reason_against(backbone, adapted) else projection_groups(backbone)
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 
