@@ -162,6 +162,16 @@ def check_linear(
     check_numbers(temperature=temperature, softcap=softcap)
 
 
+def checked_rows(rows: Any, values: Tensor, ignored: int) -> Tensor | None:
+    """Checks the positions that a linear op looks at: among them is each whose value [...] is not `ignored`."""
+    if rows is None:
+        return None
+    check_tensor("rows", rows, None, (torch.int64,), values.device)
+    if rows.dim() != 1:
+        raise ValueError(f"rows: expected shape [n], got {tuple(rows.shape)}")
+    return reference.checked_rows(rows, values.reshape(-1) != ignored) if rows.device.type == "cpu" else rows
+
+
 def check_ppo(
     like: Tensor, loss_mask: Any, weights: Any, clip_eps: Any, clip_eps_high: Any, dual_clip: Any, **tensors: Any
 ) -> None:

@@ -150,11 +150,14 @@ def policy_loss(
             micro_batch.old_logps,
             micro_batch.advantages,
             mask,
+            rows=batch.rows,
             entropy_coef=rto.entropy_coef,
             temperature=temperature,
             **options,
         )
-    logps, entropy = head.run(linear_token_logps, hidden, batch.labels, temperature=temperature, return_entropy=True)
+    logps, entropy = head.run(
+        linear_token_logps, hidden, batch.labels, rows=batch.rows, temperature=temperature, return_entropy=True
+    )
     loss, metrics = ppo_policy_loss(logps, micro_batch.old_logps, micro_batch.advantages, mask, **options)
     weights = mask if micro_batch.policy_weights is None else micro_batch.policy_weights * mask
     mean_entropy = (entropy * weights).sum() / micro_batch.num_items
