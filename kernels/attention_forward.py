@@ -28,30 +28,23 @@ BLOCK_KEYS = 64  # a constant, because the bits of a result depend on it
 
 @triton.jit
 def _mask(first, end, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of rows [first, first + BLOCK) are part of a head, up to row `end`; None for all."""
-    rows = (first + tl.arange(0, BLOCK) < end)[:, None] if end is not None else None
-    columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :] if HEAD_DIM < BLOCK_D else None
-    if rows is None or columns is None:
-        return columns if rows is None else rows
-    else:
-        return rows & columns
+    mask = (first + tl.arange(0, BLOCK) < end)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    return mask
 
 
 @triton.jit
 def load_rows(ptr, first, end, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [first, first + BLOCK) of one head, [BLOCK, BLOCK_D], 0 from row `end` on (None: there are all). first is int64."""
+    """Rows [first, first + BLOCK) of one head, [BLOCK, BLOCK_D], 0 from row `end` on; `first` is an int64."""
     # What differs between elements does not depend on `first`, so the compiler moves it out of a loop.
     offs = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-    mask = _mask(first, end, HEAD_DIM, BLOCK, BLOCK_D)
-    if mask is None:
-        return tl.load(ptr + first * stride + offs)
-    else:
-        return tl.load(ptr + first * stride + offs, mask=mask, other=0.0)
+    return tl.load(ptr + first * stride + offs, mask=_mask(first, end, HEAD_DIM, BLOCK, BLOCK_D), other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, rows, first, end, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows [first, first + BLOCK) of one head, up to row `end`."""
+    """Stores what `load_rows` loads."""
     offs = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
     mask = _mask(first, end, HEAD_DIM, BLOCK, BLOCK_D)
     tl.store(ptr + first * stride + offs, rows.to(ptr.dtype.element_ty), mask=mask)
@@ -77,7 +70,7 @@ def soft_cap(dots, scale, cap):
 
 @triton.jit
 def weights(dots, lse, scale, cap):
-    """(the weights 2^(score − lse), the derivative of scores by `scale`d products, 1 without a cap), for the backward pass."""
+    """(the weights 2^(score − lse), what the cap multiplies the gradients of scores with), for the backward pass."""
     if cap is None:
         return tl.exp2(tl.fma(dots, scale, -lse)), 1.0
     else:
@@ -193,7 +186,9 @@ def attention_fwd_kernel(
         if cap is not None:
             x, _ = soft_cap(x, scale, cap)
         if start < edge or start >= full:
-            x = tl.where(visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), x, float("-inf"))
+            x = tl.where(
+                visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), x, float("-inf")
+            )
         m, s, acc = fold_block(x, value, m, s, acc, 1.0 if cap is not None else scale)
 
     total = sum_columns(s, BLOCK_M, BLOCK_N)
