@@ -198,8 +198,9 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     visited = order.first(most)
     log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = torch.full((len(pairs), 2), torch.nan)
-        reference[visited] = pair_logps(model, [pairs[i] for i in visited], config.model.micro_batch_tokens)
+        scored = pair_logps(model, [pairs[i] for i in visited], config.model.micro_batch_tokens)
+        reference = scored.new_full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
+        reference[visited] = scored
         held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
