@@ -70,11 +70,14 @@ class SupervisedTrainer(Trainer):
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = stage_steps(stage, len(lengths))
-        self.step_count = 0
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
         self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
+
+    @property
+    def step_count(self) -> int:
+        return self.optimizer.steps
 
     def step(self) -> dict[str, Any]:
         """Takes one optimizer step and returns its metrics."""
@@ -87,15 +90,12 @@ class SupervisedTrainer(Trainer):
                 step.add({LOSS: loss.detach()} | metrics)
         lengths = [self.lengths[i] for i in items]
         balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
-        metrics = step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
-        self.step_count += 1
-        return metrics
+        return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
         visited."""
         super().load_state_dict(state)
-        self.step_count = self.optimizer.steps
         left = count_steps(self.order.remaining, self.stage.batch_size)
         if self.stage.max_steps is not None:
             left = min(left, max(0, self.stage.max_steps - self.step_count))

@@ -85,6 +85,8 @@ def update(
                 metrics |= {f"critic_{name}": value for name, value in optimizers["critic_optimizer"].step().items()}
             add_to(totals, metrics)
             phase.advance()
+    for optimizer in optimizers.values():
+        optimizer.free_gradients()
     return {name: value / len(minibatches) for name, value in totals.items()}
 
 

@@ -162,7 +162,8 @@ class Optimizer(ScheduledOptimizer):
         super().__init__(stage, settings, total_steps, lr)
         self.keep_gradients = False
         named = sorted(model.trainable(), key=lambda item: item[1].dim() < 2)  # stable
-        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.names = [name for name, _ in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self._skips = self._skips.to(self.parameters[0].device)
         self.layout = Layout(self.parameters)
         self.gradients = Gradients(self.parameters, self.layout)
