@@ -18,6 +18,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.model import EngineModule, Model
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
 from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, not_finite, parameter_groups
@@ -107,6 +108,7 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
         _initialize(model, engine_config(settings, 3, model.module.dtype))
     else:
         model.module.to(device)
+        lay_side_by_side(projection_groups(model.module))  # it moves each weight on its own
 
 
 class ZeroOptimizer(ScheduledOptimizer):
