@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rto_fast.batch import pack, pack_whole, segment_sum
+from rto_fast.batch import pack, pack_whole, segment_sum, to_device
 from rto_fast.config import Config, SupervisedConfig
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
@@ -183,9 +183,9 @@ def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
     """Summed log-probs of chosen and rejected responses, [len(pairs), 2] float32 on the CPU, `max_tokens` at a time."""
 
     def logps(rows: list[int]) -> Tensor:
-        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1).cpu()
+        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1)
 
-    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
+    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens).cpu()
 
 
 def train_dpo(session: TrainingSession, sft: str) -> str:
@@ -205,7 +205,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        before = reference[rows].to(session.device)
+        before = to_device([reference[rows]], session.device)[0]
         chosen, rejected = _side_logps(model, [pairs[i] for i in rows])
         chosen, rejected = chosen - before[:, 0], rejected - before[:, 1]  # log π/π_ref
         share = 1.0 / len(step_items)
