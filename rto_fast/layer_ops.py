@@ -209,7 +209,7 @@ def packed_attention(
     """
     _check_attention(query, key, value, cu_seqlens, cu_seqlens_k)
     check_numbers(max_seqlen=max_seqlen, scale=scale, window=window, softcap=softcap)
-    return _implementation("attention", query).packed_attention(
+    return implementation("attention", query).packed_attention(
         query,
         key,
         value,
