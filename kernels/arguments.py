@@ -92,6 +92,9 @@ _RANGES = {
     "top_k": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
     "top_p": _Range("a number in (0, 1]", _SMALLEST, 1.0),
     "min_p": _FROM_0_TO_1,
+    "scale": _ABOVE_0._replace(is_optional=True),
+    "window": _Range("an integer of at least 1", 1, (1 << 31) - 1, is_optional=True, kind=(int, Integral)),
+    "max_seqlen": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
 }
 
 
@@ -160,6 +163,16 @@ def check_linear(
     check_tensor("labels", labels, hidden_states.shape[:-1], (torch.int64,), device)
     check_optional(hidden_states, lm_head_weight.shape[:1], float_dtypes(device), bias=bias)
     check_numbers(temperature=temperature, softcap=softcap)
+
+
+def checked_rows(rows: Any, values: Tensor, ignored: int) -> Tensor | None:
+    """Checks the positions that a linear op looks at: among them is each whose value [...] is not `ignored`."""
+    if rows is None:
+        return None
+    check_tensor("rows", rows, None, (torch.int64,), values.device)
+    if rows.dim() != 1:
+        raise ValueError(f"rows: expected shape [n], got {tuple(rows.shape)}")
+    return reference.checked_rows(rows, values.reshape(-1) != ignored) if rows.device.type == "cpu" else rows
 
 
 def check_ppo(

@@ -1,4 +1,4 @@
-"""Shared by the log-prob kernels: the softmax state of a row of logits, its gradient, and GEMMs that accumulate in float32.
+"""Shared by the log-prob kernels: the softmax state of a row of logits, and its gradient.
 
 The state of a row is (m, s, u) with m = max z, t = (z - m)·log2(e)/temperature, s = Σ 2^t and u = Σ 2^t·t. It is in
 base 2 because the hardware has ex2 and lg2. With u, entropy = ln s - u/s (base e) needs no second pass and does not
@@ -15,6 +15,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
+# The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
 # Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
@@ -251,6 +253,18 @@ def num_items_tensor(num_items: float | torch.Tensor | None, device: torch.devic
     return torch.full((), num_items, dtype=torch.float32, device=device)
 
 
+def kept_rows(
+    rows: torch.Tensor | None, values: torch.Tensor, ignored: int, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices, hidden states) of the rows whose value [T] is not `ignored`. Waits for the device if `rows` is None."""
+    if rows is None:
+        rows = (values != ignored).nonzero().squeeze(-1)
+        if len(rows) == len(values):
+            return rows, hidden_states
+    # As many rows as tokens may hold one twice, where a batch is filled up.
+    return rows, hidden_states.index_select(0, rows)
+
+
 def equal_share(total: int, largest: int) -> int:
     """The length of the fewest equal parts of `total` that are at most `largest`, rounded up to a multiple of 128."""
     return triton.cdiv(triton.cdiv(total, triton.cdiv(total, largest)), 128) * 128
@@ -269,30 +283,6 @@ def gradient_view(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     read.
     """
     return buffer if dtype == torch.float32 else buffer.view(dtype)[:, buffer.shape[1] :]
-
-
-# cuBLAS splits the sum over K if a product has too few tiles to fill the GPU, and may then add up the parts in the
-# dtype of a 16-bit output. So products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in
-# float32, at most 32 MiB, and then rounded. (The largest that was seen to be split on an H200 had 2^20 elements.)
-SPLIT_K_ELEMENTS = 1 << 23
-
-
-def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """out (+)= a @ b, accumulated in float32 and rounded once to the dtype of `out`.
-
-    torch can forbid 16-bit parts only by global flags (`allow_bf16_reduced_precision_reduction`), which belong to the
-    user.
-    """
-    # Always with `out=`, because autocast changes only the forms without it.
-    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
-    if a.dtype != torch.float32 and not a.is_cuda:
-        # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
-        product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
-    elif out.dtype.itemsize == 2 and out.numel() <= SPLIT_K_ELEMENTS:
-        product = gemm(a, b, torch.empty(out.shape, dtype=torch.float32, device=out.device))
-    else:
-        return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
-    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def autocast_operands(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

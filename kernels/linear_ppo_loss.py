@@ -6,8 +6,9 @@ its logits to (logp, entropy), computes the loss terms and overwrites the logits
 dweight += mm. The gradients are those of the unnormalised sum, so that float16 does not underflow by 1/num_items. The
 backward pass multiplies them by upstream/num_items, a scalar that never leaves the device. No gradient scaler acts on
 the sum, so a token whose |A·ratio·weight| exceeds 2^15 saturates in float16. Once the norm is clipped, that token
-dominates its batch anyway. Tokens outside of the mask are dropped before the GEMMs. This takes one host sync
-(`nonzero`), and they are half of a batch or more if it contains prompts.
+dominates its batch anyway. Tokens outside of the mask are dropped before the GEMMs: they are half of a batch or more
+if it contains prompts. Which these are, the host has to know: a caller who does not say it (`rows`) waits for the
+device.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ from rto_fast.kernels.common import (
     equal_share,
     finish_row,
     fold_row,
-    gemm,
     gradient_view,
+    kept_rows,
     load_logits,
     logits_buffer,
     num_items_tensor,
@@ -34,6 +35,7 @@ from rto_fast.kernels.common import (
     row_block,
     write_gradient,
 )
+from rto_fast.kernels.gemm import gemm
 
 # Float32 logits of a chunk. Reading and writing dweight's float32 accumulator takes 735/C of the time of the dweight
 # GEMM of a chunk of C tokens (H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V =
@@ -48,6 +50,7 @@ def linear_ppo_kernel(
     dx_ptr,
     rows_ptr,
     labels_ptr,
+    loss_mask_ptr,
     old_logps_ptr,
     advantages_ptr,
     weights_ptr,
@@ -68,19 +71,24 @@ def linear_ppo_kernel(
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
     label = tl.load(labels_ptr + token)
+    counts = tl.load(loss_mask_ptr + token) != 0
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + token).to(tl.float32)
+    weight = tl.where(counts, weight, 0.0)
     x_ptr += pid_t * stride_x_t
     # A label outside of the row is not read: its log-prob is NaN, and so are the loss and the gradient.
     is_label = (label >= 0) & (label < num_cols)
     z_label, _ = load_logits(x_ptr, None, tl.where(is_label, label, 0) + tl.arange(0, 1), num_cols, cap, False)
     m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
     logp, entropy, log2_s = finish_row(tl.where(is_label, tl.sum(z_label, 0), float("nan")), m, s, u, scale)
+    # A row outside of the mask is exactly 0, whatever its tensors hold: 0·NaN must not occur.
+    m = tl.where(counts, m, 0.0)
+    entropy = tl.where(counts, entropy, 0.0)
     loss, dlogp, kl, is_clipped = ppo_terms(
-        logp,
-        tl.load(old_logps_ptr + token).to(tl.float32),
-        tl.load(advantages_ptr + token).to(tl.float32),
+        tl.where(counts, logp, 0.0),
+        tl.where(counts, tl.load(old_logps_ptr + token).to(tl.float32), 0.0),
+        tl.where(counts, tl.load(advantages_ptr + token).to(tl.float32), 0.0),
         ratio_low,
         ratio_high,
         dual_clip,
@@ -138,6 +146,7 @@ def linear_ppo_sweep(
     old_logps: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
+    rows: Tensor | None,
     weights: Tensor | None,
     num_items: Tensor | None,
     clip_eps: float,
@@ -149,12 +158,11 @@ def linear_ppo_sweep(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden_states [T, D], weight [V, D], other tensors [T] → (loss, metrics [4], 1 / num_items, and the gradients of
-    loss·num_items with respect to hidden_states and weight; those not needed are empty)."""
-    rows = loss_mask.nonzero().squeeze(-1)
+    """hidden_states [T, D], weight [V, D], rows [n], other tensors [T] → (loss, metrics [4], 1 / num_items, and the
+    gradients of loss·num_items with respect to hidden_states and weight; those not needed are empty)."""
+    rows, hidden = kept_rows(rows, loss_mask, False, hidden_states)
     num_rows, vocab_size, dtype = len(rows), len(weight), _gradient_dtype(hidden_states.dtype)
-    hidden = hidden_states if num_rows == len(hidden_states) else hidden_states.index_select(0, rows)
-    labels, old_logps, advantages, weights = contiguous(labels, old_logps, advantages, weights)
+    labels, loss_mask, old_logps, advantages, weights = contiguous(labels, loss_mask, old_logps, advantages, weights)
     need_gradient = need_dhidden or need_dweight
 
     terms = hidden.new_zeros(4, num_rows, dtype=torch.float32)
@@ -179,6 +187,7 @@ def linear_ppo_sweep(
                 dlogits if need_gradient else None,
                 rows[here],
                 labels,
+                loss_mask,
                 old_logps,
                 advantages,
                 weights,
@@ -200,7 +209,7 @@ def linear_ppo_sweep(
                 gemm(dlogits, weight, dhidden[here])
             if need_dweight:
                 gemm(dlogits.t(), chunk, dweight, accumulate=first > 0)
-    if need_dhidden and num_rows < len(hidden_states):
+    if need_dhidden and hidden is not hidden_states:
         dhidden = dhidden.new_zeros(hidden_states.shape).index_copy_(0, rows, dhidden)
 
     if num_items is None:
@@ -219,6 +228,7 @@ def _(
     old_logps: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
+    rows: Tensor | None,
     weights: Tensor | None,
     num_items: Tensor | None,
     clip_eps: float,
@@ -248,12 +258,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     inverse, *gradients = ctx.saved_tensors
     if dloss is None:
-        return (None,) * 16
+        return (None,) * 17
     gradients = [
         (gradient * (dloss * inverse)).to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needed)
     ]
-    return *gradients, *(None,) * 14
+    return *gradients, *(None,) * 15
 
 
 linear_ppo_sweep.register_autograd(_backward, setup_context=_setup_context)
@@ -267,6 +277,7 @@ def linear_ppo_loss(
     advantages: Tensor,
     loss_mask: Tensor,
     *,
+    rows: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
     clip_eps: float = 0.2,
@@ -276,7 +287,7 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """See `rto_fast.ops.linear_ppo_loss`. Waits for the device once, to count the tokens in the mask."""
+    """See `rto_fast.ops.linear_ppo_loss`. Without `rows` it waits for the device, to count the tokens in the mask."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     needs_grad = torch.is_grad_enabled()
     loss, metrics, *_ = linear_ppo_sweep(
@@ -286,6 +297,7 @@ def linear_ppo_loss(
         old_logps.reshape(-1),
         advantages.reshape(-1),
         loss_mask.reshape(-1),
+        rows,
         None if weights is None else weights.reshape(-1),
         num_items_tensor(num_items, hidden.device),
         clip_eps,

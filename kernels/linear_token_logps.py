@@ -4,8 +4,8 @@ Forward pass: cuBLAS writes a tile of float32 logits at a time, an eighth of all
 kernel folds each tile into a state of 16 bytes a row. Backward pass: recomputes the logits in chunks of the vocabulary,
 so that dW of a chunk is written once, with all tokens in one accumulation. Only dX, which is small, is accumulated over
 chunks, in float32. Logits must be float32: bfloat16 costs .03 nats of log-prob at |z| ~ 19, more than PPO's clipping
-range resolves. Ignored rows are dropped before the GEMMs. This takes one host sync (`nonzero`) and saves half of the
-FLOPs or more if prompts are in the batch.
+range resolves. Ignored rows are dropped before the GEMMs, which saves half of the FLOPs or more if prompts are in the
+batch. Which these are, the host has to know: a caller who does not say it (`rows`) waits for the device.
 """
 
 from typing import Any
@@ -20,12 +20,13 @@ from rto_fast.kernels.common import (
     autocast_operands,
     contiguous,
     equal_share,
-    gemm,
     gradient_view,
+    kept_rows,
     logits_buffer,
     row_block,
     write_gradient,
 )
+from rto_fast.kernels.gemm import gemm
 from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
 # A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do
@@ -59,27 +60,29 @@ def logits_gradient_kernel(
     first_col,
     scale,
     cap,
+    ignore_index,
     BLOCK_V: tl.constexpr,
 ):
-    """Overwrites a row of a chunk of logits with its gradient; see `gradient_view`."""
+    """Overwrites a row of a chunk of logits with its gradient; see `gradient_view`. That of an ignored row is 0."""
     pid_t = tl.program_id(0).to(tl.int64)
     token = tl.load(rows_ptr + pid_t)
-    label = tl.load(labels_ptr + token) - first_col
-    dlogp = tl.load(dlogps_ptr + token)
+    label = tl.load(labels_ptr + token)
+    counts = label != ignore_index
+    dlogp = tl.where(counts, tl.load(dlogps_ptr + token), 0.0)
     m = tl.load(state_ptr + token)
     log2_s = tl.load(state_ptr + num_tokens + token)
     entropy = 0.0
     dentropy = 0.0
     if dentropy_ptr is not None:
         entropy = tl.load(entropy_ptr + token)
-        dentropy = tl.load(dentropy_ptr + token)
+        dentropy = tl.where(counts, tl.load(dentropy_ptr + token), 0.0)
     write_gradient(
         x_ptr + pid_t * stride_x_t,
         dx_ptr + pid_t * stride_dx_t,
         bias_ptr,
         0,
         num_cols,
-        label.to(tl.int32),
+        (label - first_col).to(tl.int32),
         m,
         log2_s,
         entropy,
@@ -90,12 +93,6 @@ def logits_gradient_kernel(
         dentropy_ptr is not None,
         BLOCK_V,
     )
-
-
-def _kept_rows(labels: Tensor, ignore_index: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices, hidden states) of the rows that are not ignored."""
-    rows = (labels != ignore_index).nonzero().squeeze(-1)
-    return rows, hidden_states if len(rows) == len(labels) else hidden_states.index_select(0, rows)
 
 
 def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
@@ -118,19 +115,20 @@ def linear_token_logps_fwd(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    rows: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states [T, D], weight [V, D], labels [T] → logps [T], entropy [T or 0], state [2, T]."""
+    """hidden_states [T, D], weight [V, D], labels [T], rows [n] → logps [T], entropy [T or 0], state [2, T]."""
     logps = hidden_states.new_zeros(len(labels), dtype=torch.float32)
     entropy = logps.new_zeros(len(labels) if with_entropy else 0)
     state = logps.new_zeros(2, len(labels))
-    rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
+    rows, hidden = kept_rows(rows, labels, ignore_index, hidden_states)
     if not len(rows):
         return logps, entropy, state
-    labels, vocab_size, scale = labels[rows], len(weight), LOG2E.value / temperature
+    labels, vocab_size, scale = labels.index_select(0, rows), len(weight), LOG2E.value / temperature
     tile_rows, tile_cols = forward_tile(len(rows), vocab_size)
     buffer = logits_buffer(tile_rows, tile_cols, hidden)
     partials = logps.new_empty(triton.cdiv(vocab_size, tile_cols), 4, len(rows))
@@ -175,6 +173,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    rows: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -192,6 +191,7 @@ def linear_token_logps_bwd(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    rows: Tensor | None,
     state: Tensor,
     entropy: Tensor,
     temperature: float,
@@ -202,7 +202,7 @@ def linear_token_logps_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_states, weight and bias; those not needed are empty."""
-    rows, hidden = _kept_rows(labels, ignore_index, hidden_states)
+    rows, hidden = kept_rows(rows, labels, ignore_index, hidden_states)
     vocab_size = len(weight)
     new = torch.empty_like if len(rows) else torch.zeros_like
     dweight = new(weight, memory_format=torch.contiguous_format) if need_dweight else weight.new_empty(0)
@@ -237,6 +237,7 @@ def linear_token_logps_bwd(
                 first_col,
                 LOG2E.value / temperature,
                 softcap,
+                ignore_index,
                 BLOCK_V=block_v,
                 num_warps=num_warps,
             )
@@ -248,7 +249,7 @@ def linear_token_logps_bwd(
                 dbias[here] = dlogits.sum(0, dtype=torch.float32)
     if not need_dhidden:
         dhidden = hidden.new_empty(0)
-    elif len(rows) < len(hidden_states):
+    elif hidden is not hidden_states:
         dhidden = torch.zeros_like(hidden_states).index_copy_(0, rows, dhidden.to(hidden.dtype))
     return dhidden.to(hidden.dtype), dweight, dbias
 
@@ -261,6 +262,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    rows: Tensor | None,
     state: Tensor,
     entropy: Tensor,
     temperature: float,
@@ -280,15 +282,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, bias, labels, *ctx.settings = inputs
+    hidden_states, weight, bias, labels, rows, *ctx.settings = inputs
     _, entropy, state = output
-    ctx.save_for_backward(hidden_states, weight, bias, labels, state, entropy)
+    ctx.save_for_backward(hidden_states, weight, bias, labels, rows, state, entropy)
     ctx.mark_non_differentiable(state)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    hidden_states, weight, bias, labels, state, entropy = ctx.saved_tensors
+    hidden_states, weight, bias, labels, rows, state, entropy = ctx.saved_tensors
     temperature, softcap, ignore_index, with_entropy = ctx.settings
     dlogps = torch.zeros_like(state[0]) if dlogps is None else dlogps
     needed = ctx.needs_input_grad[:3]
@@ -299,6 +301,7 @@ def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) 
         weight,
         bias,
         labels,
+        rows,
         state,
         entropy,
         temperature,
@@ -306,7 +309,7 @@ def _backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any) 
         ignore_index,
         *needed,
     )
-    return *(g if need else None for g, need in zip(gradients, needed)), None, None, None, None, None
+    return *(g if need else None for g, need in zip(gradients, needed)), *(None,) * 6
 
 
 linear_token_logps_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -317,16 +320,17 @@ def linear_token_logps(
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `rto_fast.ops.linear_token_logps`. Waits for the device once, to count the rows that are not ignored."""
+    """See `rto_fast.ops.linear_token_logps`. Without `rows` both passes wait for the device, to count the rows."""
     hidden, weight = autocast_operands(hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight)
     logps, entropy, _ = linear_token_logps_fwd(
-        hidden, weight, bias, labels.reshape(-1), temperature, softcap, ignore_index, return_entropy
+        hidden, weight, bias, labels.reshape(-1), rows, temperature, softcap, ignore_index, return_entropy
     )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps

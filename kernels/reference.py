@@ -102,6 +102,31 @@ def _(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.empty_like(cu_seqlens)
 
 
+@torch.library.custom_op("rto_fast::checked_rows", mutates_args=())
+def checked_rows(rows: Tensor, counts: Tensor) -> Tensor:
+    """Checks rows [n] int64; an op of its own like `checked_labels`.
+
+    Args:
+        counts: [T] bool, the positions that must be among them.
+    Raises:
+        ValueError: they are not ascending positions in [0, T), or one that counts is missing.
+    """
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(counts):
+        got = f"{int(rows.min())} to {int(rows.max())}"
+        raise ValueError(f"rows: expected positions in [0, {len(counts)}), got {got}")
+    if (rows[1:] < rows[:-1]).any():
+        raise ValueError("rows: expected ascending positions")
+    missing = counts.index_fill(0, rows, False)
+    if missing.any():
+        raise ValueError(f"rows: position {int(missing.nonzero()[0])} counts and is missing")
+    return rows.clone()
+
+
+@checked_rows.register_fake
+def _(rows: Tensor, counts: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
 def _without_ignored(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     return checked_labels(labels, labels != ignore_index, vocab_size, f" or ignore_index ({ignore_index})")
 
@@ -206,6 +231,7 @@ def linear_token_logps(
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -215,10 +241,12 @@ def linear_token_logps(
     """See `rto_fast.ops.linear_token_logps`. Ignored rows never reach the GEMM."""
     flat_labels = _without_ignored(labels, ignore_index, len(lm_head_weight)).reshape(-1)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    rows = (flat_labels >= 0).nonzero().squeeze(-1)
-    is_sparse = len(rows) < len(flat_labels)
+    is_sparse = rows is not None
+    if rows is None:
+        rows = (flat_labels >= 0).nonzero().squeeze(-1)
+        is_sparse = len(rows) < len(flat_labels)
     if is_sparse:
-        hidden, flat_labels = hidden.index_select(0, rows), flat_labels[rows]
+        hidden, flat_labels = hidden.index_select(0, rows), flat_labels.index_select(0, rows)
     block_rows, kept_rows = block_sizes(max(len(lm_head_weight), 1))
     logps, entropies = [], []
     for first in range(0, max(len(rows), 1), block_rows):
@@ -323,6 +351,7 @@ def linear_ppo_loss(
     advantages: Tensor,
     loss_mask: Tensor,
     *,
+    rows: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
     clip_eps: float = 0.2,
@@ -338,6 +367,7 @@ def linear_ppo_loss(
         hidden_states,
         lm_head_weight,
         labels,
+        rows=rows,
         temperature=temperature,
         softcap=softcap,
         ignore_index=-1,

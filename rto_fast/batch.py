@@ -7,10 +7,13 @@ returns at t belong to the same action. Sequences lie back to back without paddi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 
 IGNORE_INDEX = -100
+ALIGNMENT = 128  # bytes: tensors that share a copy begin where kernels may load vectors
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32
     max_seqlen: int
+    rows: torch.Tensor  # [n] int64, the positions with a label, ascending
 
     @property
     def response_mask(self) -> torch.Tensor:
@@ -39,20 +43,47 @@ class PackedBatch:
         return self.cu_seqlens[1:].long() - 1
 
 
-def _pack(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: torch.device | str) -> PackedBatch:
-    lengths = torch.tensor([len(ids) for ids in inputs], dtype=torch.int32)
-    if not len(lengths) or int(lengths.min()) < 1:
-        raise ValueError("pack: every sequence needs at least one position, and there must be one sequence")
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
-    starts = cu_seqlens[:-1].repeat_interleave(lengths)
-    total = int(cu_seqlens[-1])
-    return PackedBatch(
-        input_ids=torch.tensor([t for ids in inputs for t in ids]).to(device),
-        labels=torch.tensor([t for ids in labels for t in ids]).to(device),
-        position_ids=(torch.arange(total) - starts).to(device),
-        cu_seqlens=cu_seqlens.to(device),
-        max_seqlen=int(lengths.max()),
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device | str) -> list[torch.Tensor]:
+    """Moves CPU tensors to the device, all in one copy from pinned memory, for which the host does not wait."""
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+
+    def views(whole: torch.Tensor) -> list[torch.Tensor]:
+        parts = zip(tensors, whole.split(sizes))
+        return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for tensor, part in parts]
+
+    for view, tensor in zip(views(buffer), tensors):
+        view.copy_(tensor)
+    return views(buffer.to(device, non_blocking=True))
+
+
+def _flat(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(the tokens of all sequences, the number of each one's), int64."""
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    return np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum())), lengths
+
+
+def _pack(
+    input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, unlabelled: np.ndarray, device: torch.device | str
+) -> PackedBatch:
+    """Packs sequences of `lengths` positions, in each of which the first `unlabelled` positions have no label."""
+    ends = lengths.cumsum()
+    position_ids = np.arange(len(input_ids)) - (ends - lengths).repeat(lengths)
+    is_labelled = position_ids >= unlabelled.repeat(lengths)
+    arrays = (
+        input_ids,
+        np.where(is_labelled, labels, IGNORE_INDEX),
+        position_ids,
+        np.concatenate([[0], ends]).astype(np.int32),
+        is_labelled.nonzero()[0],
     )
+    input_ids, labels, position_ids, cu_seqlens, rows = to_device([torch.from_numpy(array) for array in arrays], device)
+    return PackedBatch(input_ids, labels, position_ids, cu_seqlens, int(lengths.max()), rows)
+
+
+def _check(lengths: np.ndarray) -> None:
+    if not len(lengths) or lengths.min() < 1:
+        raise ValueError("pack: every sequence needs at least one position, and there must be one sequence")
 
 
 def pack(
@@ -67,18 +98,22 @@ def pack(
     Args:
         loss_on_prompt: whether labels of the prompt count too.
     """
-    inputs, labels = [], []
-    for prompt, response in zip(prompt_ids, response_ids, strict=True):
-        raw = list(prompt) + list(response)
-        inputs.append(raw[:-1])
-        first = 1 if loss_on_prompt else max(len(prompt), 1)
-        labels.append([IGNORE_INDEX] * (first - 1) + raw[first:])
-    return _pack(inputs, labels, device)
+    tokens, parts = _flat([part for pair in zip(prompt_ids, response_ids, strict=True) for part in pair])
+    prompt_lengths, response_lengths = parts.reshape(-1, 2).T
+    lengths = prompt_lengths + response_lengths
+    _check(lengths - 1)
+    is_first, is_last = np.zeros((2, len(tokens)), bool)
+    ends = lengths.cumsum()
+    is_first[ends - lengths], is_last[ends - 1] = True, True
+    unlabelled = np.zeros_like(lengths) if loss_on_prompt else np.maximum(prompt_lengths - 1, 0)
+    return _pack(tokens[~is_last], tokens[~is_first], lengths - 1, unlabelled, device)
 
 
 def pack_whole(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedBatch:
     """Packs sequences with all their L tokens as inputs and without labels, for models that score whole sequences."""
-    return _pack(sequences, [[IGNORE_INDEX] * len(ids) for ids in sequences], device)
+    tokens, lengths = _flat(sequences)
+    _check(lengths)
+    return _pack(tokens, tokens, lengths, lengths, device)
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ from rto_fast.kernels.arguments import (
     check_tensor,
     checked_cu_seqlens,
     checked_num_items,
+    checked_rows,
     float_dtypes,
 )
 from rto_fast.kernels.reference import RTOAdvantages
@@ -137,6 +138,7 @@ def linear_token_logps(
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = ...,
     bias: Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
@@ -149,6 +151,7 @@ def linear_token_logps(
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = ...,
     bias: Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
@@ -160,6 +163,7 @@ def linear_token_logps(
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -176,6 +180,11 @@ def linear_token_logps(
         lm_head_weight: [V, D], of the same dtype.
         labels: [...] int64 in [0, V), or `ignore_index` for rows that are dropped before the GEMM. Other labels raise a
             ValueError on a CPU and give NaN on CUDA.
+        rows: [n] int64, the positions of labels that are not ignored, ascending, in the flattened `labels`; None to look for
+            them, for which each pass waits for the device. Others may be among them, also twice, so that a CUDA graph has
+            rows of a fixed number: where the label is ignored, the result and its gradient are 0. A missing position raises
+            a ValueError on a CPU and gives 0 on CUDA. There positions are not checked either: one outside of [0, T) makes
+            kernels read and write foreign memory.
         bias: [V] or None.
         temperature: divides the logits; above 0.
         softcap: applies c·tanh(logits / c) before the temperature (Gemma-2), or None.
@@ -186,10 +195,12 @@ def linear_token_logps(
     """
     check_linear(hidden_states, lm_head_weight, labels, bias, temperature, softcap)
     check_numbers(ignore_index=ignore_index)
+    rows = checked_rows(rows, labels, ignore_index)
     return _implementation("linear_token_logps", hidden_states).linear_token_logps(
         hidden_states,
         lm_head_weight,
         labels,
+        rows=rows,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
@@ -206,6 +217,7 @@ def linear_ppo_loss(
     advantages: Tensor,
     loss_mask: Tensor,
     *,
+    rows: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
     clip_eps: float = 0.2,
@@ -227,6 +239,7 @@ def linear_ppo_loss(
         old_logps: [...] float, log-probs of the policy that sampled.
         advantages: [...] float.
         loss_mask: [...] bool.
+        rows: [n] int64, the positions of the mask, ascending; see `linear_token_logps`. A row outside of the mask is 0.
         entropy_coef: factor of the entropy in the loss.
         temperature: divides the logits; above 0.
         softcap: applies c·tanh(logits / c) before the temperature (Gemma-2), or None.
@@ -238,7 +251,7 @@ def linear_ppo_loss(
     check_floats(hidden_states, labels.shape, old_logps=old_logps)
     check_ppo(old_logps, loss_mask, weights, clip_eps, clip_eps_high, dual_clip, advantages=advantages)
     check_numbers(entropy_coef=entropy_coef)
-    num_items = checked_num_items(num_items)
+    num_items, rows = checked_num_items(num_items), checked_rows(rows, loss_mask, False)
     return _implementation("linear_ppo_loss", hidden_states).linear_ppo_loss(
         hidden_states,
         lm_head_weight,
@@ -246,6 +259,7 @@ def linear_ppo_loss(
         old_logps,
         advantages,
         loss_mask,
+        rows=rows,
         weights=weights,
         num_items=num_items,
         clip_eps=clip_eps,

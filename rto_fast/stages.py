@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rto_fast.batch import pack, pack_whole, segment_sum
+from rto_fast.batch import pack, pack_whole, segment_sum, to_device
 from rto_fast.config import Config, SupervisedConfig
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
@@ -39,7 +39,7 @@ from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.optimizer import count_steps, stage_steps
-from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer
@@ -51,30 +51,34 @@ class SupervisedTrainer(Trainer):
     """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
 
     Args:
+        order: in which the items are visited.
         lengths: the tokens of each item.
         loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
             metrics of the micro-batch, which add up to those of the step.
-        say: see `Accumulator`.
-        fingerprint: of the items, see `ShuffledIndices`.
+        tokens, say: see `Accumulator`.
     """
 
     def __init__(
         self,
         model: Model,
         stage: SupervisedConfig,
+        order: ShuffledIndices,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
+        tokens: int,
         say: Callable[[str], object],
-        fingerprint: str = "",
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = stage_steps(stage, len(lengths))
-        self.step_count = 0
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
-        self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
-        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
+        self.order = order
+        self.accumulator = Accumulator(tokens, say)
+
+    @property
+    def step_count(self) -> int:
+        return self.optimizer.steps
 
     def step(self) -> dict[str, Any]:
         """Takes one optimizer step and returns its metrics."""
@@ -87,15 +91,12 @@ class SupervisedTrainer(Trainer):
                 step.add({LOSS: loss.detach()} | metrics)
         lengths = [self.lengths[i] for i in items]
         balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
-        metrics = step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
-        self.step_count += 1
-        return metrics
+        return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
         visited."""
         super().load_state_dict(state)
-        self.step_count = self.optimizer.steps
         left = count_steps(self.order.remaining, self.stage.batch_size)
         if self.stage.max_steps is not None:
             left = min(left, max(0, self.stage.max_steps - self.step_count))
@@ -125,7 +126,9 @@ def train_sft(session: TrainingSession, base: str) -> str:
         return -model.forward(causal_logps, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-    trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
+    order = ShuffledIndices.of(sequences, config.seed, stage.epochs)
+    tokens = session.budget("sft").training
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, tokens, session.log.say)
     train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
     return _save(session, "sft", trainer)
 
@@ -142,7 +145,7 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     none are held out) are stored in its config.json as `score_mean` and `score_std`.
     """
     config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
-    stage = config.reward_model
+    stage, budget = config.reward_model, session.budget("reward_model")
     model = Loader(config, session.placement).trained("scorer", sft, new_head=True)
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,13 +154,14 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
         share = 1.0 / len(step_items)
         return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    order, lengths = ShuffledIndices.of(pairs, config.seed, stage.epochs), [p.num_tokens for p in pairs]
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
     train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
         metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
-    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
+    scores = score_sequences(model, _sides(measured), budget.scoring)
     chosen, rejected = scores.chunk(2)
     model.scores = statistics = score_statistics(scores)
     accuracy = (chosen > rejected).float().mean().item()
@@ -179,24 +183,30 @@ def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
     """Summed log-probs of chosen and rejected responses, [len(pairs), 2] float32 on the CPU, `max_tokens` at a time."""
 
     def logps(rows: list[int]) -> Tensor:
-        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1).cpu()
+        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1)
 
-    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
+    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens).cpu()
 
 
 def train_dpo(session: TrainingSession, sft: str) -> str:
     """Trains the model at `sft` (directory or hub id), which is also the reference; returns the directory of the result."""
     config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
-    stage = config.dpo
+    stage, budget = config.dpo, session.budget("dpo")
     model = Loader(config, session.placement).trained("causal_lm", sft)
     # The reference is the model before its first step: no second copy, and each pair is scored once.
-    log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
+    order = ShuffledIndices.of(pairs, config.seed, stage.epochs)
+    # A resumed stage may have come further than its present batch size says; it scores all pairs.
+    most = None if stage.max_steps is None or config.resume else stage.max_steps * stage.batch_size
+    visited = order.first(most)
+    log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = pair_logps(model, pairs, config.model.micro_batch_tokens)
-        held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
+        scored = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
+        reference = scored.new_full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
+        reference[visited] = scored
+        held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        before = reference[rows].to(session.device)
+        before = to_device([reference[rows]], session.device)[0]
         chosen, rejected = _side_logps(model, [pairs[i] for i in rows])
         chosen, rejected = chosen - before[:, 0], rejected - before[:, 1]  # log π/π_ref
         share = 1.0 / len(step_items)
@@ -204,12 +214,13 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         margin = stage.beta * (chosen - rejected).detach()
         return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    lengths = [p.num_tokens for p in pairs]
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
     train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
     model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):
-            change = pair_logps(model, held_out, config.model.micro_batch_tokens) - held_out_reference
+            change = pair_logps(model, held_out, budget.scoring) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {HELD_OUT_ACCURACY: accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rto_fast.batch import IGNORE_INDEX, micro_batches, pack, pack_whole, segment_sum
+from rto_fast.batch import ALIGNMENT, IGNORE_INDEX, micro_batches, pack, pack_whole, segment_sum, to_device
 
 
 def test_index_t_is_a_state_and_the_action_taken_there():
@@ -54,3 +54,34 @@ def test_segment_sum_and_its_gradient():
 )
 def test_micro_batches_keep_the_order_and_the_budget(lengths, budget, expected):
     assert micro_batches(lengths, budget) == expected
+
+
+@pytest.mark.parametrize("loss_on_prompt", [False, True])
+def test_rows_are_the_positions_with_a_label(loss_on_prompt):
+    prompts, responses = [[], [5], [5, 6, 7], [9]], [[8, 9], [1], [2, 3], [4, 5, 6]]
+    batch = pack(prompts, responses, loss_on_prompt=loss_on_prompt)
+    assert batch.rows.dtype == torch.int64 and torch.equal(batch.rows, batch.response_mask.nonzero().squeeze(-1))
+    assert len(pack_whole(prompts[1:]).rows) == 0
+
+
+def test_tensors_share_one_copy_and_begin_where_kernels_load_vectors():
+    batch = pack([[5, 6]], [[8]])
+    tensors = [batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.rows]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all(tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0 for tensor in tensors)
+
+
+def test_any_tensors_move_in_one_copy():
+    tensors = [torch.arange(3), torch.tensor(True), torch.rand(2, 5), torch.zeros(0), torch.tensor([1, 2]).int()]
+    for moved, tensor in zip(to_device(tensors, "cpu"), tensors, strict=True):
+        assert torch.equal(moved, tensor) and moved.dtype == tensor.dtype
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+def test_packing_does_not_wait_for_a_gpu():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = pack([[5, 6]], [[8, 9]], "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert batch.labels.tolist() == [IGNORE_INDEX, 8, 9] and batch.rows.tolist() == [1, 2]

@@ -68,6 +68,8 @@ REFUSED = {
         ("labels", LABELS[:-1]),
         ("labels", LABELS + V),
         ("labels", LABELS - 1),
+        ("rows", LABELS[:2] + V),
+        ("rows", LABELS.int()),
         ("bias", torch.zeros(V + 1)),
         ("temperature", -1.0),
         ("softcap", 0.0),
@@ -82,6 +84,8 @@ REFUSED = {
         ("old_logps", INTEGERS),
         ("advantages", SHORT),
         ("loss_mask", FLOAT),
+        ("rows", FLOAT),
+        ("rows", LABELS[:0].view(0, 1)),
         ("weights", INTEGERS),
         ("temperature", 0.0),
         ("softcap", -1.0),
@@ -186,6 +190,7 @@ NUMBERS = {
 }
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400, 10**6000, "1", [], 1j, torch.ones(1)]
 NO_OPTIONS = {
+    "rows",
     "bias",
     "weights",
     "mask",

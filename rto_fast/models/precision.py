@@ -6,6 +6,7 @@ measured by running the same forward pass once in the model's dtype and once in 
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 _HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _CASTS = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
-_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they read no values
+# They read no values. Views of neighbours in memory (`rto_fast.models.placement.joined`) need the weights' own addresses.
+_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split", "stride", "is_contiguous")
+_AS_IT_IS += ("data_ptr", "untyped_storage", "detach", "as_strided")
 # Elements of a weight that are cast at once, 512 MiB in float64; the output layer of a large model would take gigabytes.
 CAST_ELEMENTS = 1 << 26
+_RAISES: ContextVar[bool] = ContextVar("raises", default=False)  # whether `precise` raises the precision here
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
@@ -67,11 +71,16 @@ class _Precise(TorchFunctionMode):
         return func(*self.raised(args), **self.raised(kwargs))
 
 
+def is_precise() -> bool:
+    """Whether forward passes compute in a higher precision than the model's (`precise`)."""
+    return _RAISES.get()
+
+
 @contextlib.contextmanager
 def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Makes forward passes of `model` compute in at least `dtype`, for the time of the context.
+    """Makes forward passes of `model` compute in at least `dtype`, for the time of the context, without gradients.
 
-    Each weight is cast when it is used. Kernels that are called with addresses instead of tensors are not affected.
+    `torch.enable_grad` inside of it gives gradients, of the dtype of what they belong to. Each weight is cast when it is used. Kernels that are called with addresses instead of tensors are not affected.
 
     Args:
         model: a Hugging Face model; with ZeRO-3 its weights must be whole.
@@ -82,12 +91,37 @@ def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         return
     # A model that computes a buffer anew (RoPE's frequencies) must not keep it in another dtype.
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    token = _RAISES.set(True)
     try:
-        with torch.no_grad(), _plain_experts(model), _Precise(dtype):
+        with torch.no_grad(), plain_layers(model), _plain_experts(model), _Precise(dtype):
             yield
     finally:
+        _RAISES.reset(token)
         for module, kept in buffers:
             module._buffers.update(kept)
+
+
+def from_liger(value: Any) -> bool:
+    """Whether `value` is a method or a function of Liger's (`rto_fast.models.liger`)."""
+    return callable(value) and (getattr(value, "__module__", None) or "").startswith("liger_kernel")
+
+
+def runs_liger(model: nn.Module) -> bool:
+    """Whether layers of a model run Liger's kernels now."""
+    return any(from_liger(vars(module).get("forward")) for module in model.modules())
+
+
+@contextlib.contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Takes Liger's kernels off a model, whose layers run as transformers implements them, for the time of the context."""
+    found = [(module, vars(module)["forward"]) for module in model.modules() if from_liger(vars(module).get("forward"))]
+    for module, _ in found:
+        del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        for module, forward in found:
+            module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

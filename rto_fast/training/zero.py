@@ -17,10 +17,12 @@ from rto_fast.config import Config, DeepSpeedConfig, OptimizerConfig, TrainingCo
 from rto_fast.errors import TrainingError
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
+from rto_fast.models.liger import use_liger
 from rto_fast.models.model import EngineModule, Model
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, parameter_groups
+from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, not_finite, parameter_groups
 
 BUCKET = 200_000_000  # elements that are reduced at once; each ZeRO-3 engine holds a buffer of this size
 
@@ -93,6 +95,12 @@ def release(model: Model | None) -> None:
     model.engine = None
 
 
+def _prepare_zero3(model: Model) -> None:
+    """Fits a model for ZeRO-3, which gathers weights only around the forward passes of transformers' own modules."""
+    use_op_linear(model.module)
+    use_liger(model.module)  # our decoder does not run these passes
+
+
 def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device | str) -> None:
     """Puts a model that is only evaluated where `settings.frozen` says. All ranks call it.
 
@@ -103,10 +111,11 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
     if settings.frozen == "offloaded":
         model.offload(device)
     elif settings.frozen == "sharded" and ranks.world_size() > 1:
-        use_op_linear(model.module)
+        _prepare_zero3(model)
         _initialize(model, engine_config(settings, 3, model.module.dtype))
     else:
         model.module.to(device)
+        lay_side_by_side(projection_groups(model.module))  # it moves each weight on its own
 
 
 class ZeroOptimizer(ScheduledOptimizer):
@@ -124,7 +133,7 @@ class ZeroOptimizer(ScheduledOptimizer):
         super().__init__(stage, settings, total_steps, lr)
         level = deepspeed.stage_for(ranks.world_size())
         if level == 3:
-            use_op_linear(model.module)
+            _prepare_zero3(model)
         self.model, self.named, self.is_zero3 = model, model.trainable(), level == 3
         groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)
@@ -141,11 +150,12 @@ class ZeroOptimizer(ScheduledOptimizer):
             "out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot be begun anew)"
         )
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         for group in self.adam.param_groups:
             group["lr"] = lr
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        self.engine.step()  # which waits for the device itself, to see whether the gradient is finite
+        norm = torch.tensor(float(self.engine.get_global_grad_norm()))
+        return norm, not_finite(norm)
 
     def release(self) -> None:
         release(self.model)

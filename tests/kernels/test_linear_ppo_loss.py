@@ -339,10 +339,11 @@ def test_opcheck(dtype, device):
     for tensor in inputs[:2]:
         tensor.requires_grad_()
     settings = 0.2, 0.3, 3.0, 0.1, 0.7, None, True, True
-    torch.library.opcheck(kernel.linear_ppo_sweep, (*inputs, torch.rand(6, device=device), None, *settings))
+    torch.library.opcheck(kernel.linear_ppo_sweep, (*inputs, None, torch.rand(6, device=device), None, *settings))
     settings = 0.2, 0.3, None, 0.0, 1.0, 5.0, True, False
     inputs[1].requires_grad_(False)
-    torch.library.opcheck(kernel.linear_ppo_sweep, (*inputs, None, torch.tensor(9.0, device=device), *settings))
+    rows = inputs[5].nonzero().squeeze(-1)
+    torch.library.opcheck(kernel.linear_ppo_sweep, (*inputs, rows, None, torch.tensor(9.0, device=device), *settings))
 
 
 def test_compile(device):

@@ -229,12 +229,12 @@ def test_chunks_fit_the_workspace(rows, vocab):
 def test_opcheck(with_entropy, device):
     hidden, weight, bias, labels = make(6, 64, 8, device)
     bias, softcap = (bias.requires_grad_(), 5.0) if with_entropy else (None, None)
-    settings = 0.7, softcap, -100
-    arguments = hidden.requires_grad_(), weight.requires_grad_(), bias, labels, *settings, with_entropy
+    settings, rows = (0.7, softcap, -100), (labels != -100).nonzero().squeeze(-1) if with_entropy else None
+    arguments = hidden.requires_grad_(), weight.requires_grad_(), bias, labels, rows, *settings, with_entropy
     torch.library.opcheck(kernel.linear_token_logps_fwd, arguments)
     _, entropy, state = kernel.linear_token_logps_fwd(*arguments)
     upstream = torch.randn(2, 6, device=device)
-    tensors = [None if t is None else t.detach() for t in (hidden, weight, bias, labels, state, entropy)]
+    tensors = [None if t is None else t.detach() for t in (hidden, weight, bias, labels, rows, state, entropy)]
     needed = True, with_entropy, with_entropy
     arguments = upstream[0], upstream[1] if with_entropy else None, *tensors, *settings, *needed
     torch.library.opcheck(kernel.linear_token_logps_bwd, arguments)
