@@ -269,6 +269,30 @@ def test_each_parameters_hook_runs():
     assert sorted(seen) == sorted(name for name, _ in group.named_parameters())
 
 
+def test_main_grads_that_come_and_go():
+    group = Group(biases=(True,) * 3).laid()
+    x, dy = draw(TOKENS, WIDTH), draw(TOKENS, outputs(group), seed=2)
+    expected = run(group.separate, group, x, dy)[2]
+    group.zero_grad()
+    y = group.joined(x)
+    flat = flat_main_grads(group)  # after the forward pass
+    y.backward(dy)
+    whole = 1 + torch.cat([gradient.flatten() for gradient in expected.values()])
+    torch.testing.assert_close(flat, whole, rtol=1e-12, atol=1e-12)
+    y = group.joined(x)
+    del group.layers[1].weight.main_grad
+    with pytest.raises(RuntimeError, match="lost its main_grad"):
+        y.backward(dy)
+
+
+def test_a_second_derivative_is_refused():
+    group = Group().laid()
+    x = draw(TOKENS, WIDTH).requires_grad_()
+    (gradient,) = torch.autograd.grad(group.joined(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_gradients_are_taken_without_copies():
     group = Group(biases=(True,) * 3).laid()
     group.joined(draw(TOKENS, WIDTH)).sum().backward()
@@ -429,5 +453,5 @@ def test_on_a_gpu(dtype, with_main_grads):
         (x.grad, dy.double() @ weight),
         (found, dy.double().t() @ x.double()),
     ):
-        rounding = {torch.bfloat16: 4e-3, torch.float32: 1e-5}[value.dtype]
+        rounding = {torch.bfloat16: 4e-3, torch.float32: 1e-4}[value.dtype]
         assert (value.double() - exact).norm() <= rounding * exact.norm()
