@@ -26,6 +26,7 @@ from rto_fast.models.decoder_families import (
     reason_against,
 )
 from rto_fast.models.joined_linear import JoinedLinear
+from rto_fast.models.precision import runs_liger
 from rto_fast.models.rope import RopeTables
 
 Linear = Callable[[Tensor], Tensor]
@@ -195,5 +196,6 @@ def layers_of(model: PreTrainedModel) -> str:
     """Which layers a model runs, for the log."""
     found = _decoder_or_reason(model)
     if isinstance(found, str):
-        return f"transformers' layers: {found}"
+        kernels = " with Liger's kernels" if runs_liger(model) else ""
+        return f"transformers' layers{kernels}: {found}"
     return f"the fused decoder ({found.spec.family.title})"

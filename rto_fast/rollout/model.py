@@ -23,7 +23,7 @@ from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
-from rto_fast.models.precision import precise
+from rto_fast.models.precision import plain_layers, precise
 from rto_fast.rollout.attention import PAGED, CacheView
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
@@ -121,7 +121,9 @@ class RolloutModel:
         Args:
             longest: tokens of the longest sequence possible.
         """
-        with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
+        # The gathered weights of ZeRO-3 run in our decoder, while training runs transformers' layers.
+        layers = plain_layers(self.causal_lm) if self.is_zero3 else contextlib.nullcontext()
+        with self.evaluating(), layers, attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
             linear = self.causal_lm.get_output_embeddings()
