@@ -63,10 +63,8 @@ class Loader:
         return Model(new_adapter(base, name, self.config.lora, self.config.seed, scorer=is_scorer))
 
     def _trainable(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
-        checkpointing, placement = (
-            self.config.model.gradient_checkpointing,
-            self._placement(path, self.config.deepspeed.zero_stage == 3 and not self.config.lora.rank),
-        )
+        is_zero3 = self.config.deepspeed.zero_stage == 3 and not self.config.lora.rank
+        checkpointing, placement = self.config.model.gradient_checkpointing, self._placement(path, is_zero3)
         return load_model(
             kind, path, trainable=True, gradient_checkpointing=checkpointing, new_head=new_head, **placement
         )
