@@ -1,0 +1,306 @@
+"""CUDA graphs of whole passes, for models so small that launching kernels takes longer than running them.
+
+The host needs up to 30 µs for each of the 9 kernels of a layer (29 with the backward pass); `pass_time` says where that is
+longer than the GPU needs. A graph launches them all at once. It repeats the same kernels on the same addresses. So a batch
+is padded to sizes that many batches share (`PackedBatch.padded`) and copied to static tensors, and gradients are added to
+buffers that stay where they are (`main_grad`). A replay gives the bits of the eager pass on the same padded batch.
+
+A capture takes tenths of a second: the pass runs once more, the host waits for the device, and cached memory is given back.
+Sizes that come once would never repay it, so they are captured when they come for the second time.
+"""
+
+import contextlib
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self, TypeVar, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rto_fast.batch import PackedBatch
+from rto_fast.errors import ModelError
+from rto_fast.models.pass_time import PassSizes
+from rto_fast.system.notices import notify
+
+# Sizes that a model remembers, with or without a graph: those used last. A rollout of one setting has about ten. Each graph
+# takes some MiB of the driver's memory and its static tensors; the memory of the pass itself is that of all graphs.
+MAX_SIZES = 32
+
+Value = TypeVar("Value")
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> Tensor: ...
+
+
+class TrainingInputs(Protocol):
+    """What a pass with a backward pass reads: a dataclass of tensors, dataclasses and constants."""
+
+    @property
+    def batch(self) -> PackedBatch: ...
+
+    def padded(self) -> Self:
+        """The same with tensors of sizes that many batches share, and the same loss, metrics and gradients."""
+        ...
+
+
+@contextlib.contextmanager
+def waits_forbidden() -> Iterator[None]:
+    """Makes torch raise a RuntimeError where the host would wait for the device; see `asks_the_host`."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # torch warns once that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def asks_the_host(error: RuntimeError) -> bool:
+    """Whether an error inside `waits_forbidden` says that the host would have waited."""
+    return "synchronizing" in str(error)
+
+
+class CudaGraph:
+    """A CUDA graph of work without arguments, whose result is one tensor.
+
+    All graphs share one pool of memory, for they never run at the same time. The replay of one may therefore overwrite the
+    result of another, which is copied before.
+
+    Args:
+        run: the work. It runs once before it is captured: this compiles kernels and initialises libraries, which a capture
+            forbids, and shows whether the work waits for the device, which would break the capture.
+    Raises:
+        RuntimeError: the work waits for the device, see `asks_the_host`.
+        torch.OutOfMemoryError: there may be memory enough without a graph.
+        ModelError: the capture failed.
+    """
+
+    stream: torch.cuda.Stream | None = None  # where all are captured: memory is shared within a stream
+    live: "WeakSet[CudaGraph]" = WeakSet()
+    graph: torch.cuda.CUDAGraph
+
+    def __init__(self, run: Callable[[], Tensor]):
+        current = torch.cuda.current_stream()
+        CudaGraph.stream = stream = CudaGraph.stream or torch.cuda.Stream()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream), waits_forbidden():
+                run()
+        finally:
+            current.wait_stream(stream)
+        # A pool ends with its last graph, and its name cannot be used again.
+        pool = next((other.graph.pool() for other in CudaGraph.live), None)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads may use the device meanwhile (pinned memory, NCCL, the backward pass's own).
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.result = run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(error)) from error
+            # A capture that failed leaves torch's allocator and streams in a bad state, so the run must end.
+            raise ModelError(
+                f"a pass cannot be captured as a CUDA graph ({str(error).splitlines()[0]}); start again with "
+                "--rollout.cuda_graphs false"
+            ) from error
+        CudaGraph.live.add(self)
+
+    def replay(self) -> Tensor:
+        """Runs the work again; returns a copy of its result."""
+        self.graph.replay()
+        return self.result.clone()
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph, the static tensors that it reads, and the names of its results."""
+
+    graph: Graph
+    inputs: list[Tensor]
+    names: list[str]
+
+    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+        torch._foreach_copy_(self.inputs, _tensors(inputs))
+        return dict(zip(self.names, self.graph.replay().unbind()))
+
+
+class PassGraphs:
+    """Runs a model's passes, as CUDA graphs where their launches would take longer than they do.
+
+    Args:
+        module: a transformers model with layers of ours, without DeepSpeed, adapters and gradient checkpointing.
+        graph: records work.
+    """
+
+    everyone: "WeakSet[PassGraphs]" = WeakSet()
+
+    def __init__(self, module: PreTrainedModel, graph: Callable[[Callable[[], Tensor]], Graph] = CudaGraph):
+        self.module, self.graph = module, graph
+        self.sizes, self.parameters = PassSizes.of(module), list(module.parameters())
+        self.addresses: tuple[int, ...] = ()  # of what graphs hold
+        self.recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()  # used last at the end; None: came once
+        self.capture_seconds, self.is_on = 0.0, True
+        PassGraphs.everyone.add(self)
+
+    def score(self, function: Callable[..., Tensor], batch: PackedBatch, **options: Any) -> Tensor:
+        """Returns `function(module, batch, **options)`: a number for each token, [T], without gradients."""
+
+        def run(inputs: PackedBatch) -> dict[str, Tensor]:
+            return {"": function(self.module, inputs, **options)}
+
+        if self._suits(batch, backward=False):
+            padded = (batch.padded(),)
+            if recorded := self._record((function, _key(options)), padded, run):
+                return recorded(padded)[""][: batch.num_tokens]
+        return run(batch)[""]
+
+    def learn(
+        self,
+        function: Callable[..., tuple[Tensor, Mapping[str, Tensor]]],
+        inputs: TrainingInputs,
+        *args: Any,
+        factor: float,
+        backward: Callable[[Tensor], None],
+    ) -> Mapping[str, Tensor]:
+        """Runs `function(module, inputs, *args)`, which returns a loss and metrics (0-d), and the backward pass.
+
+        Args:
+            factor: of the loss.
+            backward: adds the gradient of a loss to `main_grad`, as `Optimizer.backward` does.
+        Returns:
+            The metrics.
+        """
+
+        def run(inputs: TrainingInputs, factor: float | Tensor) -> Mapping[str, Tensor]:
+            loss, metrics = function(self.module, inputs, *args)
+            backward(factor * loss)
+            return metrics
+
+        if self._suits(inputs.batch, backward=True):
+            padded = inputs.padded(), torch.full((), factor, device=inputs.batch.labels.device)
+            if recorded := self._record((function, _key(args)), padded, run):
+                return recorded(padded)
+        return run(inputs, factor)
+
+    def _suits(self, batch: PackedBatch, backward: bool) -> bool:
+        return self.is_on and self.sizes.is_bound_by_launches(batch.num_tokens, len(batch.rows), backward)
+
+    def _record(
+        self, kind: Hashable, inputs: tuple[Any, ...], run: Callable[..., Mapping[str, Tensor]]
+    ) -> _Recorded | None:
+        """Returns the graph of `run(*inputs)` for inputs of these sizes; None where the pass has to run eagerly."""
+        self._follow()
+        key = kind, self.module.training, _key(inputs)
+        if key not in self.recorded:
+            self.recorded[key] = None
+            if len(self.recorded) > MAX_SIZES:
+                self.recorded.popitem(last=False)
+            return None
+        recorded = self.recorded.pop(key)
+        if recorded is None:
+            recorded = self._capture(inputs, run)
+            self._follow()  # the first pass of this size may have made a larger table of RoPE
+        self.recorded[key] = recorded
+        return recorded
+
+    def _follow(self) -> None:
+        """Drops the graphs where what they hold has been moved: weights, the buffers of gradients, tables of RoPE."""
+        gradients = [p.main_grad for p in self.parameters if hasattr(p, "main_grad")]
+        tables = ()  # DECODER
+        addresses = *(tensor.data_ptr() for tensor in (*self.parameters, *gradients)), *tables
+        if addresses != self.addresses:
+            self.recorded.clear()
+            self.addresses = addresses
+
+    def _capture(self, inputs: tuple[Any, ...], run: Callable[..., Mapping[str, Tensor]]) -> _Recorded | None:
+        start, names = time.perf_counter(), list[str]()
+        # The pass runs once before it is captured. With a factor of 0 it adds 0 to the gradients: wherever it breaks off,
+        # nothing has to be undone.
+        static = _map_tensors(torch.clone, (inputs[0], *map(torch.zeros_like, inputs[1:])))
+
+        def work() -> Tensor:
+            results = run(*static)
+            names[:] = results
+            return torch.stack(list(results.values()))
+
+        try:
+            graph = self.graph(work)
+        except torch.OutOfMemoryError:
+            PassGraphs.give_up()
+            _notify("there is not enough memory for them")
+            return None
+        except RuntimeError as error:  # for example experts that are routed by `nonzero`
+            if not asks_the_host(error):
+                raise
+            self.is_on = False
+            _notify(str(error).splitlines()[0])
+            return None
+        self.capture_seconds += time.perf_counter() - start
+        return _Recorded(graph, _tensors(static), names)
+
+    @classmethod
+    def drop(cls) -> bool:
+        """Gives back the memory of all graphs of all models; returns whether there were any."""
+        had_any = any(any(graphs.recorded.values()) for graphs in cls.everyone)
+        for graphs in cls.everyone:
+            graphs.recorded.clear()
+        if had_any and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return had_any
+
+    @classmethod
+    def give_up(cls) -> bool:
+        """As `drop`; from now on all passes of these models run eagerly."""
+        for graphs in cls.everyone:
+            graphs.is_on = False
+        return cls.drop()
+
+
+def _notify(reason: str) -> None:
+    notify("model", "no_pass_graphs", f"passes run without CUDA graphs: {reason}")
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Value) -> Value:
+    """The same with `function` of each tensor, in dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        return cast(Value, function(value))
+    if isinstance(value, tuple):
+        return cast(Value, tuple(_map_tensors(function, part) for part in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: _map_tensors(function, getattr(value, field.name)) for field in fields(value)}
+        return cast(Value, replace(cast(Any, value), **parts))
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a value, in the order of `_map_tensors`."""
+    found: list[Tensor] = []
+
+    def find(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map_tensors(find, value)
+    return found
+
+
+def _key(value: Any) -> Hashable:
+    """What a graph holds of a value: the sizes of tensors, and all else as it is."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), *(_key(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, Mapping):
+        return tuple((name, _key(part)) for name, part in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(_key, value))
+    return value
