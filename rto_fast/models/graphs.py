@@ -27,11 +27,25 @@ from rto_fast.errors import ModelError
 from rto_fast.models.pass_time import PassSizes
 from rto_fast.system.notices import notify
 
-# Sizes that a model remembers, with or without a graph: those used last. A rollout of one setting has about ten. Each graph
-# takes some MiB of the driver's memory and its static tensors; the memory of the pass itself is that of all graphs.
-MAX_SIZES = 32
+MAX_SIZES = 16  # that a model remembers, with or without a graph: those used last; a run of one setting has about ten
+
+# Of a token in a graph's static tensors: ids, labels, positions and rows of 8 bytes, six float32 columns, a float32 result.
+TOKEN_BYTES = 4 * 8 + 7 * 4
+GRAPH_BYTES = 2 << 20  # that the driver takes for a graph, about 2 kB a kernel (predicted)
 
 Value = TypeVar("Value")
+
+
+def held_bytes(models: int, tokens: float, working: float) -> float:
+    """The most that the graphs of all models hold between passes, for the memory plan.
+
+    Args:
+        models: with passes that run as graphs.
+        tokens: of the largest of these passes.
+        working: the most that such a pass takes beside the model's state: activations and the workspace of the output layer.
+            All graphs share this memory.
+    """
+    return working + models * MAX_SIZES * (tokens * TOKEN_BYTES + GRAPH_BYTES)
 
 
 class Graph(Protocol):
