@@ -17,12 +17,19 @@ DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, wher
 
 LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
 GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
-# Kernels of a decode step on a GPU with Liger, of each layer and around the layers, counted by tests/rollout/test_decode.py.
+# Kernels of a decode step on a GPU, of each layer and around the layers, counted by tests/rollout/test_decode.py.
 # A layer has one more where fewer sequences' key heads than FULL leave multiprocessors idle, so that attention is split (two
 # programs for each of an H200's 132).
-KERNELS_A_LAYER, KERNELS_AROUND, FULL = 9, 7, 264
-FUSED = ("llama", "qwen2", "qwen3", "mistral")
-UNFUSED_A_LAYER, UNFUSED_AROUND = 51, 20  # the other architectures run as transformers wrote them: Gemma-2's kernels
+FULL = 264
+# {model_type: (a layer, around)}. Gemma's layers have norms after both blocks too, Gemma-3 two tables of RoPE. Embeddings are
+# multiplied by a number in Gemma and Granite.
+KERNELS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"), (9, 7)),
+    "granite": (9, 8),
+    "gemma2": (11, 8),
+    "gemma3_text": (11, 9),
+}
+UNFUSED = (32, 21)  # the other architectures run as transformers wrote them: Cohere's kernels
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,7 @@ def prefill(decoder: Decoder, prompts: list[int], itemsize: int = 2) -> Step:
 
 def overhead_seconds(decoder: Decoder, sequences: int, device: Device) -> float:
     """What our decode step has on top: launches in a CUDA graph, and float32 logits that are written and read."""
-    layer, around = KERNELS_A_LAYER, KERNELS_AROUND
-    if decoder.model_type not in FUSED:
-        layer, around = UNFUSED_A_LAYER, UNFUSED_AROUND
+    layer, around = KERNELS.get(decoder.model_type, UNFUSED)
     launches = decoder.layers * (layer + (sequences * decoder.kv_heads < FULL)) + around
     return 8 * decoder.vocab_size * sequences / device.bandwidth + launches * GRAPH_SECONDS
 

@@ -11,8 +11,8 @@ from benchmarks.costs import DECODE_BATCH, LAYER_OPS, SAMPLING_OPS, decode_shape
 from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, TINY
 from benchmarks.peers import adapt, compiled, load, torch_token_logps
 from benchmarks.shapes import MODELS, Shape, packed
-from rto_fast import ops
-from rto_fast.kernels import decode_layer, decode_reference, paged_reference
+from rto_fast import layer_ops, ops
+from rto_fast.kernels import decode_layer, layer_reference, paged_reference
 from rto_fast.kernels import paged_attention as kernel
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
@@ -156,9 +156,9 @@ def add_rms_norm(device):
     def liger(function):
         return lambda x, residual, weight: function.apply(x, residual, weight, 1e-6)[0]
 
-    ours = (decode_layer if device.type == "cuda" else decode_reference).add_rms_norm
+    ours = layer_ops.add_rms_norm
     return {
-        "ours": lambda x, residual, weight: ours(x, residual, weight, 1e-6),
+        "ours": lambda x, residual, weight: ours(x, residual, weight, 1e-6)[0],
         "torch": torch_add_rms_norm,
         "Liger": adapt(
             load("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"), liger, True, device

@@ -43,11 +43,15 @@ class Decoder:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-# From their config.json on the Hugging Face Hub: meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-0.6B.
+# From their config.json on the Hugging Face Hub: meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-0.6B, HuggingFaceTB/SmolLM2-135M.
+# The Llama of 1.5B has Llama-3.2-1B's layers; the one of 0.3B Qwen3-0.6B's width, and half of it is the output layer.
 LLAMA3_8B = Decoder("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, context=8192, rope_theta=500_000.0)
 QWEN3_06B = Decoder(
     "Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072, 151936, tied=True, context=40960, rope_theta=1e6, model_type="qwen3"
 )
+LLAMA_1_5B = Decoder("Llama of 1.5B", 16, 2048, 32, 8, 64, 8192, 128256, tied=True)
+LLAMA_300M = Decoder("0.3B Llama", 12, 1024, 16, 8, 64, 3072, 151936, tied=True)
+SMOLLM2_135M = Decoder("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, tied=True, context=8192, rope_theta=1e5)
 LLAMA_20M = Decoder("20M Llama", 8, 384, 6, 2, 64, 1024, 8192)
 DECODERS = (LLAMA3_8B, QWEN3_06B, LLAMA_20M)
 EMBEDDED = Decoder("embedded", 2, 64, 4, 4, 16, 192, 49, context=256, rope_theta=1000.0)  # rto_fast.data.world

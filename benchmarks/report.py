@@ -16,7 +16,7 @@ from itertools import chain
 
 import torch
 
-from benchmarks import decode_cases, rollout_tables
+from benchmarks import decode_cases, pass_costs, result_tables, rollout_tables
 from benchmarks.cases import cpu_cases, run
 from benchmarks.command_line import ArgumentParser
 from benchmarks.roofline import DECODE_OPS, FOLDER, VECTOR_OPS, load_results, markdown, plot, save
@@ -44,39 +44,6 @@ def replace_section(path, name, text):
     return True
 
 
-def _cell(record):
-    if "median_ms" not in record:
-        return "—"
-    share = [] if record["percent_of_limit"] is None else [f"{record['percent_of_limit']:.0f} %"]
-    if "percent_of_sustained_limit" in record:
-        share.append(f"{record['percent_of_sustained_limit']:.0f} % sustained")
-    memory = [] if record["peak_bytes"] is None else [f"{record['peak_bytes'] / 2**20:,.0f} MB"]
-    return f"{record['median_ms']:.3g} ms ({', '.join(share + memory)})"
-
-
-def _table(records):
-    """A table with a row a provider and a column a shape: median (% of limit, extra memory)."""
-    shapes = list(dict.fromkeys((r["model"], r["tokens"]) for r in records))
-    cells = {(r["provider"], r["model"], r["tokens"]): _cell(r) for r in records}
-    lines = [
-        "| | " + " | ".join(f"{model}, T={tokens}" for model, tokens in shapes) + " |",
-        "|---" * (len(shapes) + 1) + "|",
-    ]
-    for provider in dict.fromkeys(r["provider"] for r in records):
-        row = [cells.get((provider, *shape), "") for shape in shapes]
-        if set(row) - {"", "—"}:
-            lines.append(f"| {provider} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def _groups(result):
-    """Records by (group, phase, mask), in the order of measurement."""
-    groups = {}
-    for record in result["kernels"]:
-        groups.setdefault((record["group"], record["phase"], record["mask"]), []).append(record)
-    return groups
-
-
 def results_section(results):
     """Markdown of all result files."""
     parts = []
@@ -93,9 +60,7 @@ def results_section(results):
                 f" Tests: {tests.get('passed', 0):,} passed, {tests.get('failed', 0) + tests.get('error', 0)} failed, "
                 f"{tests.get('skipped', 0)} skipped."
             )
-        for (group, phase, mask), records in _groups(result).items():
-            title = f"**{group}**, {phase}" + (", half of the tokens masked out" if mask == "half" else "")
-            parts.append(f"{title}: median (% of limit, extra memory)\n\n{_table(records)}")
+        parts += result_tables.kernels(result)
         missing = {}
         for r in result["kernels"]:
             if "median_ms" not in r:
@@ -107,12 +72,8 @@ def results_section(results):
         if notes := result.get("notes"):
             parts.append("\n".join(f"- {note}" for note in notes))
         parts += rollout_tables.results(result.get("rollout", []))
-        if "tokens_per_second" in (end := result.get("end_to_end", {})):
-            parts.append(
-                f"**End to end** ({end['parameters'] / 1e6:.0f}M parameters, {end['responses']} responses of "
-                f"{end['response_tokens']} tokens): {end['rollout_tokens_per_second']:,.0f} tokens/s of rollout, "
-                f"{end['tokens_per_second']:,.0f} tokens/s of a whole RTO iteration."
-            )
+        for name, table in (("passes", result_tables.passes), ("iterations", result_tables.iterations)):
+            parts += table(result.get(name, [])) + result_tables.missing(result.get(name, []), name.capitalize())
     return "\n\n".join(parts) or NO_RESULTS
 
 
@@ -137,7 +98,11 @@ def cpu_section():
         f"{rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s."
     ]
     for (group, phase, mask), records in groups.items():
-        parts.append(f"**{group}**, {phase}" + (", half masked out" * (mask == "half")) + f"\n\n{_table(records)}")
+        parts.append(
+            f"**{group}**, {phase}"
+            + (", half masked out" * (mask == "half"))
+            + f"\n\n{result_tables.kernel_table(records)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -161,7 +126,7 @@ def headline(results):
             for shape in MODELS:
                 records = [
                     r
-                    for r in _groups(result).get((op, phase, "full"), ())
+                    for r in result_tables.kernel_groups(result).get((op, phase, "full"), ())
                     if (r["model"], r["tokens"]) == (shape.name, shape.tokens) and "median_ms" in r
                 ]
                 ours = [r for r in records if r["provider"] == "ours"]
@@ -225,7 +190,7 @@ def plot_group(path, title, records):
 def write_plots(folder, stem, result):
     """Draws a PNG for each group; returns their paths."""
     paths = []
-    for (group, phase, mask), records in _groups(result).items():
+    for (group, phase, mask), records in result_tables.kernel_groups(result).items():
         if group in VECTOR_OPS + DECODE_OPS or mask != "full" or not any("median_ms" in r for r in records):
             continue
         paths.append(folder / f"{stem}-{group}-{phase.replace('+', '-')}.png")
@@ -241,6 +206,7 @@ def main():
     readme, results = FOLDER / "README.md", load_results()
     replace_section(readme, "predictions", markdown())
     replace_section(readme, "rollout-bounds", rollout_tables.bounds())
+    replace_section(readme, "pass-predictions", pass_costs.predictions())
     plot(FOLDER / "roofline.png", results)
     replace_section(readme, "results", results_section(results))
     if options.cpu:

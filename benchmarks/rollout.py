@@ -246,8 +246,8 @@ def result(item, seconds, rates, itemsize):
     }
 
 
-def run(device, rates, deadline, small=False):
-    """Yields the records of the items of `plan`."""
+def run(device, rates, deadline, items):
+    """Yields the records of items of `plan`."""
     runner = Runner(device, rates)
-    for item in plan(small):
+    for item in items:
         yield runner.run(item, deadline)

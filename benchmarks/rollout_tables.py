@@ -6,12 +6,12 @@ from benchmarks.decoders import DECODERS, workloads
 STEP = "step"  # as in benchmarks/rollout.py, which would import transformers
 
 
-def _table(head, rows):
+def markdown_table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _quantity(value, form="{:.3g}"):
+def quantity(value, form="{:.3g}"):
     return "—" if value is None else form.format(value)
 
 
@@ -30,7 +30,7 @@ def bounds():
                 found = [rollout_seconds(decoder, workload, device, ours=ours) for ours in (False, True)]
                 cells.append(" → ".join(f"{workload.response_tokens / seconds:,.0f}" for seconds in found))
             rows.append([decoder.name, f"{workload.name}, tokens/s", *cells])
-    return _table(["model", "256 sequences", *DEVICES], rows)
+    return markdown_table(["model", "256 sequences", *DEVICES], rows)
 
 
 def results(records):
@@ -44,17 +44,17 @@ def results(records):
             r["provider"],
             f"{r['tokens_per_second']:,.0f} ({r['percent_of_bound']:.0f} %)",
             f"{r['seconds']:.3g}",
-            _quantity(r["prefill_seconds"]),
-            _quantity(r["capture_seconds"]),
-            _quantity(r["occupancy"] and 100 * r["occupancy"], "{:.0f} %"),
-            _quantity(r["peak_bytes"] and r["peak_bytes"] / 2**30, "{:.1f}"),
+            quantity(r["prefill_seconds"]),
+            quantity(r["capture_seconds"]),
+            quantity(r["occupancy"] and 100 * r["occupancy"], "{:.0f} %"),
+            quantity(r["peak_bytes"] and r["peak_bytes"] / 2**30, "{:.1f}"),
         ]
         for r in measured
         if r["workload"] != STEP
     ]
     if rows:
         head = ["model", "lengths", "", "tokens/s (% of bound)", "s", "of it prefill", "capture, s", "occupancy", "GiB"]
-        parts.append(f"**Rollout** of 256 sequences\n\n{_table(head, rows)}")
+        parts.append(f"**Rollout** of 256 sequences\n\n{markdown_table(head, rows)}")
     if steps:
         buckets = sorted({r["sequences"] for r in steps})
         cells = {
@@ -66,7 +66,9 @@ def results(records):
             for model in dict.fromkeys(r["model"] for r in steps)
         ]
         head = ["sequences", *map(str, buckets), f"tokens/s of {buckets[-1]}"]
-        parts.append(f"**A decode step**, contexts of 512 to 544 tokens: ms (% of bound)\n\n{_table(head, rows)}")
+        parts.append(
+            f"**A decode step**, contexts of 512 to 544 tokens: ms (% of bound)\n\n{markdown_table(head, rows)}"
+        )
     missing = [r for r in records if "seconds" not in r]
     if missing:
         lines = dict.fromkeys(
@@ -88,4 +90,4 @@ def cpu(records):
         [provider, *(cells.get((provider, *column), "—") for column in columns)]
         for provider in dict.fromkeys(r["provider"] for r in records)
     ]
-    return _table(["", *(f"{model}, {workload}" for model, workload in columns)], rows)
+    return markdown_table(["", *(f"{model}, {workload}" for model, workload in columns)], rows)

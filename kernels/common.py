@@ -1,4 +1,4 @@
-"""Shared by the log-prob kernels: the softmax state of a row of logits, its gradient, and GEMMs that accumulate in float32.
+"""Shared by the log-prob kernels: the softmax state of a row of logits, and its gradient.
 
 The state of a row is (m, s, u) with m = max z, t = (z - m)·log2(e)/temperature, s = Σ 2^t and u = Σ 2^t·t. It is in
 base 2 because the hardware has ex2 and lg2. With u, entropy = ln s - u/s (base e) needs no second pass and does not
@@ -17,6 +17,10 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
+# Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
+# added to something is rounded first. The compiler would contract both into one fused multiply-add, even if the product
+# is cast to 16 bits in between: it narrows the product to 16 bits, then contracts.
+EXACT = {"enable_fp_fusion": False}
 
 
 def row_block(num_cols: int, itemsize: int) -> tuple[int, int]:
@@ -230,6 +234,12 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as rows [T, D] whose elements follow each other; copies only what strides cannot describe."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -271,30 +281,6 @@ def gradient_view(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     read.
     """
     return buffer if dtype == torch.float32 else buffer.view(dtype)[:, buffer.shape[1] :]
-
-
-# cuBLAS splits the sum over K if a product has too few tiles to fill the GPU, and may then add up the parts in the
-# dtype of a 16-bit output. So products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in
-# float32, at most 32 MiB, and then rounded. (The largest that was seen to be split on an H200 had 2^20 elements.)
-SPLIT_K_ELEMENTS = 1 << 23
-
-
-def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """out (+)= a @ b, accumulated in float32 and rounded once to the dtype of `out`.
-
-    torch can forbid 16-bit parts only by global flags (`allow_bf16_reduced_precision_reduction`), which belong to the
-    user.
-    """
-    # Always with `out=`, because autocast changes only the forms without it.
-    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
-    if a.dtype != torch.float32 and not a.is_cuda:
-        # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
-        product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
-    elif out.dtype.itemsize == 2 and out.numel() <= SPLIT_K_ELEMENTS:
-        product = gemm(a, b, torch.empty(out.shape, dtype=torch.float32, device=out.device))
-    else:
-        return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
-    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def autocast_operands(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -6,7 +6,7 @@ function rounds where transformers' modules round.
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,30 @@ from torch import Tensor
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
+class _MainGrad(torch.autograd.Function):
+    """A weight whose gradient is added to its `main_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Any) -> Tensor:
+        ctx.main_grad = weight.main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        ctx.main_grad.add_(gradient)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """See `rto_fast.layer_ops.rms_norm`."""
+    if weight.requires_grad and hasattr(weight, "main_grad") and torch.is_grad_enabled():
+        weight = _MainGrad.apply(weight)
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], weight + 1.0 if unit_offset else weight, eps)  # one call instead of six
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add(eps))
     if unit_offset:
         return (normed * (1.0 + weight.float())).to(x.dtype)
-    return weight * normed.to(x.dtype)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
 
 
 def add_rms_norm(

@@ -26,7 +26,6 @@ from rto_fast.kernels.common import (
     equal_share,
     finish_row,
     fold_row,
-    gemm,
     gradient_view,
     kept_rows,
     load_logits,
@@ -36,6 +35,7 @@ from rto_fast.kernels.common import (
     row_block,
     write_gradient,
 )
+from rto_fast.kernels.gemm import gemm
 
 # Float32 logits of a chunk. Reading and writing dweight's float32 accumulator takes 735/C of the time of the dweight
 # GEMM of a chunk of C tokens (H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V =

@@ -20,13 +20,13 @@ from rto_fast.kernels.common import (
     autocast_operands,
     contiguous,
     equal_share,
-    gemm,
     gradient_view,
     kept_rows,
     logits_buffer,
     row_block,
     write_gradient,
 )
+from rto_fast.kernels.gemm import gemm
 from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
 
 # A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do

@@ -1,26 +1,55 @@
 """The ops of a decoder layer between its GEMMs, with gradients: norms, rotary embedding, gated activation, attention.
 
-All tensors are packed: T tokens of N sequences back to back. CUDA tensors run the Triton kernels in `kernels/`, CPU tensors
-the plain torch of `kernels/layer_reference.py`; with TRITON_INTERPRET=1, CPU tensors run the Triton code in its
-interpreter. Decoding, prefill, scoring and training run the same kernels. Each op rounds where transformers' modules round.
+All tensors are packed: T tokens of N sequences back to back.
+
+- Implementation: CUDA tensors run the Triton kernels in `kernels/`, CPU tensors the plain torch of
+  `kernels/layer_reference.py`; with TRITON_INTERPRET=1, CPU tensors run the Triton code in its interpreter. Decoding,
+  prefill, scoring and training run the same kernels.
+- Rounding: each op rounds where transformers' modules round. Gradients are computed in float32 and rounded once. Triton adds
+  them up in a fixed order, so they are the same in every run.
+- Errors: wrong shapes, dtypes and devices raise a ValueError that begins with the argument's name.
 
 Gradients of weights (of norms) have the weight's dtype. If a weight has an attribute `main_grad`, a float32 tensor of its
 shape, its gradient is added to that tensor instead, and autograd gets none: no 16-bit rounding, no kernel that collects it.
 """
 
 from types import ModuleType
+from typing import Any, get_args
 
 from torch import Tensor
 
-from rto_fast.kernels import layer_reference
+from rto_fast.kernels import arguments, layer_reference
+from rto_fast.kernels.arguments import check_first, check_tensor, float_dtypes
 from rto_fast.kernels.layer_reference import Activation
 
 __all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention", "rms_norm", "rotary_embedding"]
 
 
+_ACTIVATIONS = get_args(Activation)
+
+
 def _implementation(module: str, tensor: Tensor) -> ModuleType:
     """The Triton module of that name for CUDA tensors, the reference otherwise."""
-    return layer_reference
+    if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
+        return layer_reference
+    # Not at the top, because CPU tensors need no Triton.
+    import rto_fast.kernels.gated
+    import rto_fast.kernels.rms_norm
+    import rto_fast.kernels.rotary
+
+    return getattr(rto_fast.kernels, module)
+
+
+def _check_norm(like: Tensor, size: int, **weights: Any) -> None:
+    """Checks the weights of norms; they may have another float dtype than what is normed."""
+    for name, weight in weights.items():
+        check_tensor(name, weight, (size,), float_dtypes(like.device), like.device)
+
+
+def _check_rows(x: Any) -> None:
+    check_first("x", x)
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"x: expected shape [T, D] with D > 0, got {tuple(x.shape)}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -28,12 +57,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
     Args:
         x: [T, D] float32, bfloat16 or float16.
-        weight: [D] of the same dtype.
+        weight: [D].
         eps: is added to the mean square.
         unit_offset: Gemma's form: the weight is stored minus 1, and the product with it is not rounded before.
     Returns:
         [T, D] of x's dtype.
     """
+    _check_rows(x)
+    _check_norm(x, x.shape[-1], weight=weight)
     return _implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
 
 
@@ -56,6 +87,9 @@ def add_rms_norm(
     Returns:
         (norm of the sum, residual + multiplier · x), [T, D] each. Both have gradients.
     """
+    _check_rows(x)
+    check_tensor("residual", residual, x.shape, (x.dtype,), x.device)
+    _check_norm(x, x.shape[-1], weight=weight)
     return _implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
 
 
@@ -75,12 +109,23 @@ def rotary_embedding(
     Args:
         qkv: [T, num_heads + 2·num_kv_heads, head_dim], queries, keys and values of each token.
         rope: [T, 2, R], cosines and sines of each token's position, with R ≤ head_dim even: the first R elements of a head
-            are rotated. See `kernels/layer_reference.py::rotate`. None: nothing is rotated.
+            are rotated. Of qkv's dtype. See `kernels/layer_reference.py::rotate`. None: nothing is rotated.
         query_norm, key_norm: [head_dim], weights of the RMSNorms of each head, or None.
         eps, unit_offset: of these norms, see `rms_norm`.
     Returns:
         query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim].
     """
+    check_first("qkv", qkv)
+    num_rows = num_heads + 2 * num_kv_heads
+    if qkv.dim() != 3 or qkv.shape[1] != num_rows or not qkv.shape[2]:
+        raise ValueError(f"qkv: expected shape [T, {num_rows}, head_dim], got {tuple(qkv.shape)}")
+    if rope is not None:
+        size = rope.shape[-1] if isinstance(rope, Tensor) and rope.dim() else 0
+        if not 0 < size <= qkv.shape[2] or size % 2:
+            size = qkv.shape[2]  # what is expected
+        check_tensor("rope", rope, (qkv.shape[0], 2, size), (qkv.dtype,), qkv.device)
+    if query_norm is not None or key_norm is not None:
+        _check_norm(qkv, qkv.shape[2], query_norm=query_norm, key_norm=key_norm)
     return _implementation("rotary", qkv).rotary_embedding(
         qkv,
         rope,
@@ -102,6 +147,11 @@ def gated_activation(gate_up: Tensor, activation: Activation = "silu") -> Tensor
     Returns:
         [T, I].
     """
+    check_first("gate_up", gate_up)
+    if not gate_up.dim() or not gate_up.shape[-1] or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: expected shape [T, 2·I] with I > 0, got {tuple(gate_up.shape)}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     return _implementation("gated", gate_up).gated_activation(gate_up, activation)
 
 
@@ -132,7 +182,7 @@ def packed_attention(
     Returns:
         [T, num_heads, head_dim].
     """
-    return _implementation("attention", query).packed_attention(
+    return layer_reference.packed_attention(
         query,
         key,
         value,

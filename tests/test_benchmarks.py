@@ -15,9 +15,14 @@ from benchmarks import (
     decode_cases,
     decoders,
     gpu,
+    gpu_parts,
+    iteration,
     loops,
+    pass_costs,
+    passes,
     peers,
     report,
+    result_tables,
     rollout,
     rollout_cpu,
     rollout_tables,
@@ -233,8 +238,8 @@ def test_without_a_gpu_the_gpu_script_says_so():
 
 
 def test_gpu_script_and_report(tmp_path):
-    """All parts except the tests, which would start pytest again."""
-    parts = ("kernels", "scaling", "advantages", "rollout", "end_to_end")
+    """All parts except the tests, which would start pytest again, and TRL, which is not installed."""
+    parts = [part for part in gpu.BUDGETS if part not in ("tests", "trl", "compiled")]
     process = run("benchmarks/gpu.py", "--cpu-smoke", "--out", str(tmp_path), "--only", *parts)
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((tmp_path / "cpu-smoke.json").read_text())
@@ -249,7 +254,15 @@ def test_gpu_script_and_report(tmp_path):
     assert {r["provider"] for r in rollouts} == set(rollout.PROVIDERS)
     assert {r["workload"] for r in rollouts} == {"uniform", "log-normal", "short", rollout.STEP}
     assert all(r["tokens_per_second"] > 0 and 0 < r["percent_of_bound"] < 100 for r in rollouts), rollouts
-    assert result["end_to_end"]["tokens_per_second"] > 0 and result["end_to_end"]["losses_finite"]
+    assert {r["layers"] for r in result["passes"]} == set(passes.FAST)
+    assert {r["phase"] for r in result["passes"] if r["layers"] == "ours"} == {"score", "train"}
+    values = {r["phase"]: r["value"] for r in result["passes"] if r["layers"] == "ours"}
+    assert all(r["value"] == pytest.approx(values[r["phase"]], rel=1e-3) for r in result["passes"] if "value" in r)
+    whole = {r["model"]: r for r in result["iterations"]}
+    assert set(whole) == {s.name for s in (*iteration.SMALL_SETTINGS, *iteration.SMALL_LORA_SETTINGS)}
+    for record in whole.values():
+        assert record["loss_is_finite"] and set(record["phases"]) == {"rollout", "score", "update"}, record
+    assert "**Passes**" in process.stdout and "**An iteration**" in process.stdout  # each part ends with its table
 
     pytest.importorskip("matplotlib")
     section = report.results_section([result])
@@ -261,7 +274,7 @@ def test_gpu_script_and_report(tmp_path):
 
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-OPTIONAL = ("tests", "seconds", "rollout", "end_to_end", "notes", "ceilings_after")
+OPTIONAL = ("tests", "seconds", "rollout", "passes", "iterations", "notes", "ceilings_after")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -283,9 +296,8 @@ def test_results_without_an_optional_part(tmp_path, absent):
     (tmp_path / "some-gpu.json").write_text(json.dumps(result | {"commit": gpu.commit()}))
     section = report.results_section(roofline.load_results(tmp_path))
     assert "**token_logps**, forward" in section
-    assert ("passed" in section) == ("tests" not in absent) and ("**End to end**" in section) == (
-        "end_to_end" not in absent
-    )
+    assert ("passed" in section) == ("tests" not in absent)
+    assert ("**An iteration**" in section) == ("iterations" not in absent)
     assert report.headline([result]) and roofline.measured_points([result])
     kept = gpu.Report(tmp_path / "some-gpu.json", torch.device("cpu"), ["advantages"]).data
     assert {r["part"] for r in kept["kernels"]} == {"kernels", "scaling"} and kept["seconds"] == {}
@@ -306,7 +318,26 @@ def test_a_gemm_bound_op_is_held_against_gemms_that_run_as_long(monkeypatch):
     (record,) = cases.run(case, timing.Clock("cpu"), rates, rounds=3)
     assert record["percent_of_limit"] == pytest.approx(100 * record["limit_ms"] / record["median_ms"])
     assert record["percent_of_limit"] < record["percent_of_sustained_limit"] <= 110  # this CPU is no 1 TFLOP/s device
-    assert "% sustained" in report._cell(record)
+    assert "% sustained" in result_tables.kernel_cell(record)
+
+
+def test_outcomes_of_one_process_and_of_several_are_counted():
+    serial = "a.py::test_x[1] PASSED [ 50%]\na.py::test_y FAILED [100%]\nFAILED a.py::test_y - boom\n"
+    parallel = "[gw0] [ 50%] PASSED a.py::test_x[1] \n[gw11] [100%] FAILED a.py::test_y \nFAILED a.py::test_y\n"
+    expected = {"passed": 1, "failed": 1}
+    assert gpu_parts.count_outcomes(serial) == gpu_parts.count_outcomes(parallel) == expected
+
+
+def test_a_pass_costs_what_its_parts_cost():
+    """Two sequences of 3 and 5 tokens of the tiny model, by hand."""
+    decoder, lengths = decoders.TINY, [3, 5]
+    weights, head = 2 * 32 * (16 * (2 * 4 + 2 * 2) + 3 * 64), 32 * 300
+    score, train = (build(decoder, lengths, 4) for build in (pass_costs.scoring_pass, pass_costs.training_pass))
+    assert score.gemm_flops == 2 * (8 * weights + 4 * head) and train.gemm_flops == 3 * score.gemm_flops
+    assert score.attention_flops == 4 * 2 * 4 * 16 * (6 + 15)
+    # Norms: 2 of 4 rows of 32; RoPE: 8 heads of 16 twice; the gate: 3 rows of 64; logits in float32, written and read.
+    assert score.bytes == 8 * 2 * 2 * (2 * 4 * 32 + 2 * 8 * 16 + 3 * 64) + 8 * 4 * 300
+    assert (score.kernels, train.kernels) == (2 * 9, 2 * (9 + 17))
 
 
 def test_sections_are_replaced(tmp_path):
@@ -318,4 +349,5 @@ def test_sections_are_replaced(tmp_path):
 
 def test_the_readme_holds_todays_predictions():
     readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert pass_costs.predictions() in readme, "run python -m benchmarks.report"
     assert roofline.markdown() in readme and rollout_tables.bounds() in readme, "run python -m benchmarks.report"

@@ -65,8 +65,8 @@ def test_the_speed_of_rollouts_and_iterations_is_what_was_measured():
     speeds = {record["provider"]: round(record["tokens_per_second"]) for record in records}
     ours = speeds.pop("ours")
     assert f"**{ours:,} tokens/s** | {max(speeds.values()):,} tokens/s (transformers' `generate`)" in README
-    part = RESULTS["end_to_end"]
+    (part,) = RESULTS["iterations"]
     assert max(speeds, key=speeds.__getitem__) == "HF generate" and round(part["parameters"] / 1e6) == 307
-    seconds = sum(part[f"seconds_{phase}"] for phase in ("rollout", "score", "update"))
+    seconds = sum(part["phases"].values())
     sizes = [part[name] for name in ("responses", "prompt_tokens", "response_tokens")]
     assert f"{sizes[0]} × ({sizes[1]} + {sizes[2]}) tokens | **{seconds:.1f} s**" in README

@@ -37,13 +37,19 @@ ARCHITECTURES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "gpt_neox": dict(num_key_value_heads=None),
     "phi": {},
-    "phi3": {},
+    "phi3": dict(
+        sliding_window=12,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+    ),
     "olmo": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
     # Not in the list of thirteen: logits that are divided, or multiplied.
-    "granite": dict(logits_scaling=3.0),
+    "granite": dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.3),
     "cohere": dict(logit_scale=0.25),
+    "smollm3": dict(no_rope_layers=[1, 0]),
 }
+# Those that run our decoder's layers.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite")
 
 
 def tiny_config(name="llama", **sizes):

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.kernels import reference
+from rto_fast.models.decoder import Packed, decoder_of
 from rto_fast.models.head import Head, output_head, score_head
-from rto_fast.models.precision import higher_precision, linear_in, precise
+from rto_fast.models.precision import higher_precision, is_precise, linear_in, precise
 from rto_fast.ops import linear_token_logps
 
 
@@ -27,8 +28,16 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
 
 def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Returns the last hidden states [T, D] of the backbone, without logits."""
-    return model.base_model(**packed_inputs(batch)).last_hidden_state[0]
+    """Returns the last hidden states [T, D] of the backbone, without logits.
+
+    Our decoder computes them if it knows the model. In a higher precision (`precise`), the model's own layers do, because
+    that is what our decoder is compared with.
+    """
+    decoder = None if is_precise() else decoder_of(model)
+    if decoder is None:
+        return model.base_model(**packed_inputs(batch)).last_hidden_state[0]
+    view = Packed(batch.cu_seqlens, batch.max_seqlen)
+    return decoder(batch.input_ids, batch.position_ids, view, longest=batch.max_seqlen)
 
 
 def causal_logps(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:

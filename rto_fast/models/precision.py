@@ -6,6 +6,7 @@ measured by running the same forward pass once in the model's dtype and once in 
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 _HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _CASTS = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
-_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split")  # they read no values
+# They read no values. Views of neighbours in memory (`rto_fast.models.placement.joined`) need the weights' own addresses.
+_AS_IT_IS = ("__get__", "__set__", "__len__", "size", "dim", "numel", "split", "stride", "is_contiguous")
+_AS_IT_IS += ("data_ptr", "untyped_storage", "detach", "as_strided")
 # Elements of a weight that are cast at once, 512 MiB in float64; the output layer of a large model would take gigabytes.
 CAST_ELEMENTS = 1 << 26
+_RAISES: ContextVar[bool] = ContextVar("raises", default=False)  # whether `precise` raises the precision here
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +71,11 @@ class _Precise(TorchFunctionMode):
         return func(*self.raised(args), **self.raised(kwargs))
 
 
+def is_precise() -> bool:
+    """Whether forward passes compute in a higher precision than the model's (`precise`)."""
+    return _RAISES.get()
+
+
 @contextlib.contextmanager
 def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Makes forward passes of `model` compute in at least `dtype`, for the time of the context.
@@ -82,10 +91,12 @@ def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         return
     # A model that computes a buffer anew (RoPE's frequencies) must not keep it in another dtype.
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    token = _RAISES.set(True)
     try:
         with torch.no_grad(), _plain_experts(model), _Precise(dtype):
             yield
     finally:
+        _RAISES.reset(token)
         for module, kept in buffers:
             module._buffers.update(kept)
 

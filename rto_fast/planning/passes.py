@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
-from rto_fast.kernels.common import SPLIT_K_ELEMENTS
+from rto_fast.kernels.gemm import SPLIT_K_ELEMENTS
 from rto_fast.kernels.reference import block_sizes
 from rto_fast.planning.memory import Memory, Setting, backward_buffers, gradients, step_buffers
 from rto_fast.planning.shapes import Shape
@@ -112,7 +112,7 @@ def head_backward(shape: Shape, work: Work, setting: Setting) -> float:
     vocab, hidden = shape.vocab_size, shape.hidden_size
 
     def product(elements: float) -> float:
-        """The float32 product from which a small 16-bit gradient of the weight is rounded; see `kernels.common.gemm`."""
+        """The float32 product from which a small 16-bit gradient of the weight is rounded; see `kernels.gemm.gemm`."""
         return 4 * elements if b < 4 and elements <= SPLIT_K_ELEMENTS else 0.0
 
     if work.op == "linear_token_logps":

@@ -1,7 +1,8 @@
-"""Attention of the native engine: the model's own layers, with keys and values in a `PagedCache`.
+"""Attention of the native engine, with keys and values in a `PagedCache`.
 
-The cache reaches the layers as an argument of the model call, `paged=...`, which is a `CacheView`: `Prefill` for prompts,
-`PagedDecode` or `DenseDecode` for decode steps, `Probe` to find out what cache a model needs.
+What a forward pass attends to is a `CacheView`: `Prefill` for prompts, `PagedDecode` or `DenseDecode` for decode steps. Our
+decoder (`rto_fast.models.decoder`) takes it as its view, layers of transformers as an argument of the model call,
+`paged=...`. `Probe` finds out what cache a model needs.
 """
 
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rto_fast.kernels.layer_reference import sdpa_causal
-from rto_fast.models.attention import packed_attention, refuse_masked_window
+from rto_fast import layer_ops
+from rto_fast.models.attention import refuse_masked_window
+from rto_fast.models.decoder_families import AttentionSpec
 from rto_fast.rollout.cache import PagedCache
 
 PAGED = "rto_paged"
@@ -26,18 +28,43 @@ class Scores(NamedTuple):
 
 
 class CacheView:
-    """What one forward pass stores in the cache and attends to. Its tokens go to pages and offsets `where`."""
+    """What one forward pass stores in the cache and attends to.
+
+    Its tokens go to pages and offsets `where`; to slots `slot_mapping` [T] int64, page · page_size + offset, where Triton
+    kernels store them.
+    """
 
     cache: PagedCache
     where: tuple[Tensor, slice, Tensor]
+    slot_mapping: Tensor
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores the keys and values [T, num_kv_heads, head_dim] of the tokens of this forward pass."""
         self.cache.keys[layer][self.where], self.cache.values[layer][self.where] = key, value
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Attention of layer `module.layer_idx`: query [T, num_heads, head_dim] → the same shape."""
+    def scored(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Attention of a layer, after `store`: query [T, num_heads, head_dim] → the same shape."""
         raise NotImplementedError
+
+    def attend(self, attention: AttentionSpec, qkv: Tensor, rope: Tensor | None) -> Tensor:
+        """Rotates, stores and attends: qkv [T, heads, head_dim], rope [T, 2, R] → [T, num_heads · head_dim]."""
+        if runs_triton(qkv):
+            from rto_fast.kernels import rotary
+
+            rotary.rotate_and_store(
+                qkv,
+                rope,
+                self.cache.addresses[attention.layer],
+                self.slot_mapping,
+                page_size=self.cache.page_size,
+                **attention.rotation,
+            )
+            query, key, value = qkv.split(attention.heads, 1)
+        else:
+            query, key, value = attention.rotated(qkv, rope)
+            self.store(attention.layer, key, value)
+        scores = Scores(attention.scale, attention.window, attention.softcap)
+        return self.scored(attention.layer, query, key, value, scores).flatten(1)
 
 
 def paged_attention(
@@ -66,16 +93,17 @@ def paged_attention(
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    paged.store(module.layer_idx, key, value)  # type: ignore[arg-type]  # a layer of transformers has an int there
-    return paged.attend(module, query, key, value, Scores(scaling, sliding_window, softcap))[None], None
+    layer: Any = module.layer_idx
+    paged.store(layer, key, value)
+    return paged.scored(layer, query, key, value, Scores(scaling, sliding_window, softcap))[None], None
 
 
 # Only the attention is registered, not a mask: transformers' mask would ask the host what is packed, which is a sync.
 AttentionInterface.register(PAGED, paged_attention)
 
 
-class Packed(CacheView):
-    """Attention within packed sequences, without a cache.
+class Probe(CacheView):
+    """Attention within packed sequences that records the (num_kv_heads, head_dim) of each layer.
 
     Args:
         cu_seqlens: [N + 1] int32, bounds of the sequences.
@@ -84,42 +112,33 @@ class Packed(CacheView):
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        return packed_attention(
-            module,
-            query,
-            key,
-            value,
-            None,
-            scaling=scores.scaling,
-            sliding_window=scores.window,
-            softcap=scores.softcap,
-            cu_seq_lens_q=self.cu_seqlens,
-            max_length_q=self.max_seqlen,
-        )[0][0]
-
-
-class Probe(Packed):
-    """Records the (num_kv_heads, head_dim) of each layer."""
-
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
-        super().__init__(cu_seqlens, max_seqlen)
         self.layers: dict[int, tuple[int, int]] = {}
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.layers[layer] = key.shape[1], key.shape[2]
 
+    def scored(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        return layer_ops.packed_attention(
+            query,
+            key,
+            value,
+            self.cu_seqlens,
+            self.max_seqlen,
+            scale=scores.scaling,
+            window=scores.window,
+            softcap=scores.softcap,
+        )
 
-class Prefill(Packed):
+
+class Prefill(CacheView):
     """Pieces of prompts, packed. A piece that continues a prompt also attends to what the cache holds of that prompt.
 
     Args:
         slot_mapping: [T] int64, where each token's key and value go: page · page_size + offset.
         cu_seqlens: [N + 1] int32, bounds of the pieces.
-        lengths: lengths of the pieces.
-        pages: for each piece that continues a prompt ([pages] int64, tokens in the cache including the piece), else None.
+        max_seqlen: tokens of the longest piece.
+        earlier: if a piece continues a prompt: the slots [K] int64 of all keys that the pieces attend to, piece after piece,
+            and their bounds [N + 1] int32. Otherwise None.
     """
 
     def __init__(
@@ -127,26 +146,31 @@ class Prefill(Packed):
         cache: PagedCache,
         slot_mapping: Tensor,
         cu_seqlens: Tensor,
-        lengths: list[int],
-        pages: list[tuple[Tensor, int] | None],
+        max_seqlen: int,
+        earlier: tuple[Tensor, Tensor] | None,
     ):
-        super().__init__(cu_seqlens, max(lengths))
-        self.cache, self.slot_mapping, self.lengths, self.pages = cache, slot_mapping, lengths, pages
-        self.where = slot_mapping // cache.page_size, slice(None), slot_mapping % cache.page_size
-        self.continues = any(piece is not None for piece in pages)
+        self.cache, self.slot_mapping, self.cu_seqlens, self.max_seqlen = cache, slot_mapping, cu_seqlens, max_seqlen
+        self.where, self.read, self.cu_seqlens_k = self._places(slot_mapping), None, None
+        if earlier is not None:
+            self.read, self.cu_seqlens_k = self._places(earlier[0]), earlier[1]
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if not self.continues:
-            return super().attend(module, query, key, value, scores)
-        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
-        pieces, out = zip(*(x.split(self.lengths) for x in (query, key, value))), []
-        for piece, pages in zip(pieces, self.pages):
-            q, k, v = (x.transpose(0, 1)[None] for x in piece)
-            if pages is not None:
-                numbers, tokens = pages
-                k, v = (pool[numbers].transpose(0, 1).flatten(1, 2)[None, :, :tokens] for pool in (keys, values))
-            out.append(sdpa_causal(q, k, v, *scores)[0].transpose(0, 1))
-        return torch.cat(out)
+    def _places(self, slots: Tensor) -> tuple[Tensor, slice, Tensor]:
+        return slots // self.cache.page_size, slice(None), slots % self.cache.page_size
+
+    def scored(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if self.read is not None:
+            key, value = self.cache.keys[layer][self.read], self.cache.values[layer][self.read]
+        return layer_ops.packed_attention(
+            query,
+            key,
+            value,
+            self.cu_seqlens,
+            self.max_seqlen,
+            scale=scores.scaling,
+            window=scores.window,
+            softcap=scores.softcap,
+            cu_seqlens_k=self.cu_seqlens_k,
+        )
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -171,12 +195,12 @@ class PagedDecode(CacheView):
 
         kernels.store_kv(key, value, self.cache.addresses[layer], self.slot_mapping, page_size=self.cache.page_size)
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def scored(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         from rto_fast.kernels import paged_attention as kernels
 
         return kernels.paged_attention(
             query,
-            self.cache.addresses[module.layer_idx],
+            self.cache.addresses[layer],
             self.block_tables,
             self.lengths,
             num_kv_heads=key.shape[1],
@@ -219,10 +243,10 @@ class DenseDecode(CacheView):
             page = torch.where(active, page, cache.num_pages)  # idle slots write to the last page
             self.where = page.long(), slice(None), lengths % cache.page_size
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def scored(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         rows, heads = len(query), key.shape[1]
         scaling, window, softcap = scores
-        keys, values = (self._rectangle(pools[module.layer_idx]) for pools in (self.cache.keys, self.cache.values))
+        keys, values = (self._rectangle(pools[layer]) for pools in (self.cache.keys, self.cache.values))
         grouped = query.reshape(rows * heads, -1, query.shape[-1])  # the query heads that share a key head
         bias = self._bias(window, heads)
         if softcap:

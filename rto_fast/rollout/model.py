@@ -14,14 +14,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
+from rto_fast.kernels import gemm
 from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
+from rto_fast.models.decoder import Decoder, Linear, decoder_of
+from rto_fast.models.decoder_families import parts, reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
+from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
+from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
 from rto_fast.models.precision import precise
 from rto_fast.rollout.attention import PAGED, CacheView
-from rto_fast.rollout.fuse import fused_backbone, fusible_layers, lay_side_by_side, rope_table, siblings
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
 
@@ -47,8 +51,8 @@ class RolloutModel:
         # The merged weight of each LoRA layer, at the same address in every rollout, and the weights of the other layers in
         # the same GEMM.
         self.merged: dict[nn.Module, Tensor] = {}
-        self.rope: Tensor | None = None  # see `rope_table`
-        self.fused: Callable[[Tensor, Tensor, CacheView], Tensor] | None = None
+        self.decoder: Decoder | None = None  # while decoding, if there is one
+        self.longest = 0  # tokens of the longest sequence possible, while decoding
         self.head: Any = None  # a `Head` while decoding
 
     @property
@@ -61,14 +65,18 @@ class RolloutModel:
         return self.device, self.causal_lm.get_input_embeddings().weight.dtype
 
     def addresses(self) -> tuple[int, ...]:
-        """Addresses of the weights and of the table of rotations, which CUDA graphs hold."""
-        rope = () if self.rope is None else (self.rope.data_ptr(),)
-        return (*(p.data_ptr() for p in self.causal_lm.parameters()), *rope)
+        """Addresses of the weights and of the tables of rotations, which CUDA graphs hold."""
+        ropes = () if self.decoder is None else self.decoder.ropes.addresses()
+        return (*(p.data_ptr() for p in self.causal_lm.parameters()), *ropes)
 
     def _groups(self) -> tuple[list[Any], list[list[Any]], list[list[Any]]]:
-        """(LoRA layers, groups of projections that contain one, groups that contain none)."""
+        """(LoRA layers, groups of projections of one input that contain one, groups that contain none).
+
+        Groups are those of our decoder; there are none if the model does not run it.
+        """
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-        groups = [group for layer in fusible_layers(self.causal_lm.base_model, adapted) for group in siblings(layer)]
+        backbone: Any = self.causal_lm.base_model
+        groups = [] if reason_against(backbone, parts(backbone), adapted) else projection_groups(backbone)
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 
@@ -109,7 +117,7 @@ class RolloutModel:
 
     @contextlib.contextmanager
     def decoding(self, longest: int) -> Iterator[Self]:
-        """Adds paged attention, merged adapters and fused layers to `evaluating`; restores everything.
+        """Adds paged attention, merged adapters and our decoder to `evaluating`; restores everything.
 
         Args:
             longest: tokens of the longest sequence possible.
@@ -121,21 +129,33 @@ class RolloutModel:
             if linear._forward_hooks or linear._forward_pre_hooks:
                 raise ModelError(f"{type(self.causal_lm).__name__}: hooks on its output layer would not run")
             with self._merged_lora(), _unwarned(self.causal_lm.base_model):
-                backbone = self.causal_lm.base_model
-                layers = fusible_layers(backbone, self.merged)
-                self.rope = rope_table(backbone, layers, longest, self.rope)
+                decoder = decoder_of(self.causal_lm, exempt=self.merged)
                 try:
-                    self.fused = fused_backbone(backbone, layers, self.rope, self.merged)
+                    if decoder is not None:
+                        self.longest, self.decoder = longest, decoder.with_linear(self._linear)
+                        decoder.ropes.prepare(longest, self.causal_lm.get_input_embeddings().weight)
                     self.head = output_head(self.causal_lm)
                     if linear in self.merged:
                         self.head = replace(self.head, weight=self.merged[linear])
                     yield self
                 finally:
-                    self.fused = self.head = None  # else they would keep weights alive that are moved elsewhere
+                    self.decoder = self.head = None  # else they would keep weights alive that are moved elsewhere
+
+    def _linear(self, group: list[Any]) -> Linear:
+        """Projections of one input, with LoRA on their merged weights."""
+        if group[0] not in self.merged:
+            return JoinedLinear(group)
+        weight, biases = joined([self.merged[linear] for linear in group]), [linear.bias for linear in group]
+        bias = None if None in biases else joined(biases)
+        if weight is not None and (bias is None) == all(b is None for b in biases):
+            return lambda x: gemm.linear(x, weight, bias)
+        return lambda x: torch.cat([gemm.linear(x, self.merged[linear], linear.bias) for linear in group], -1)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
         """Last hidden states [T, D], while `decoding`."""
-        return (self.fused or self.backbone)(input_ids, position_ids, paged)
+        if self.decoder is None:
+            return self.backbone(input_ids, position_ids, paged)
+        return self.decoder(input_ids, position_ids, paged, longest=self.longest)
 
     def backbone(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
         """Last hidden states [T, D], computed by transformers' own layers."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import accumulate, chain, count, islice
 
 import torch
 from torch import Tensor
@@ -327,19 +327,30 @@ class Scheduler:
 
 def prefill_chunk(model: RolloutModel, cache: PagedCache, pieces: list[Piece]) -> None:
     """Computes the keys and values of pieces of prompts. The last piece of a prompt sets its `hidden`."""
-    slot_mapping, ids, positions, lengths, earlier = [], [], [], [], []
-    for prompt, pages, begin, end in pieces:
-        for page in range(begin // cache.page_size, cache.pages_for(end)):
-            first, last = max(begin - page * cache.page_size, 0), min(end - page * cache.page_size, cache.page_size)
-            slot_mapping += range(pages[page] * cache.page_size + first, pages[page] * cache.page_size + last)
-        ids += prompt.tokens[begin:end]
-        positions += range(begin, end)
-        lengths.append(end - begin)
-        earlier.append((to_device(pages[: cache.pages_for(end)], torch.int64, cache.device), end) if begin else None)
-    tensors = to_device([slot_mapping, ids, positions], torch.int64, cache.device)
-    bounds = list(accumulate(lengths, initial=0))
-    cu_seqlens = to_device(bounds, torch.int32, cache.device)
-    hidden = model.hidden(tensors[1], tensors[2], Prefill(cache, tensors[0], cu_seqlens, lengths, earlier))
+    slots = [_slots(cache, pages, begin, end) for _, pages, begin, end in pieces]
+    ids = [token for prompt, _, begin, end in pieces for token in prompt.tokens[begin:end]]
+    positions = [position for _, _, begin, end in pieces for position in range(begin, end)]
+    tensors = to_device([list(chain(*slots)), ids, positions], torch.int64, cache.device)
+    bounds, cu_seqlens = _bounds(slots, cache.device)
+    earlier = None
+    if any(begin for _, _, begin, _ in pieces):
+        read = [_slots(cache, pages, 0, end) for _, pages, _, end in pieces]
+        earlier = to_device(list(chain(*read)), torch.int64, cache.device), _bounds(read, cache.device)[1]
+    view = Prefill(cache, tensors[0], cu_seqlens, max(map(len, slots)), earlier)
+    hidden = model.hidden(tensors[1], tensors[2], view)
     for (prompt, _, _, end), last in zip(pieces, bounds[1:]):
         if end == len(prompt.tokens):
             prompt.hidden = hidden[last - 1].clone()  # a view would keep all hidden states
+
+
+def _slots(cache: PagedCache, pages: list[int], begin: int, end: int) -> list[int]:
+    """Where tokens begin … end of a prompt are in the cache: page · page_size + offset."""
+    size = cache.page_size
+    whole = chain(*(range(page * size, (page + 1) * size) for page in pages[begin // size : cache.pages_for(end)]))
+    return list(islice(whole, begin % size, begin % size + end - begin))
+
+
+def _bounds(pieces: list[list[int]], device: torch.device) -> tuple[list[int], Tensor]:
+    """Bounds of pieces that follow each other, as numbers and on the device."""
+    bounds = list(accumulate(map(len, pieces), initial=0))
+    return bounds, to_device(bounds, torch.int32, device)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rto_fast.kernels import common, linear_ppo_loss, linear_token_logps
+from rto_fast.kernels import gemm as gemm_module
+from rto_fast.kernels import linear_ppo_loss, linear_token_logps
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -50,7 +51,7 @@ def test_a_split_sum_is_rounded_once(parts, dtype):
     """16-bit parts would have errors of 1.5, 2.4 and 4.2 roundings. They are simulated, without a GPU."""
     dlogits, hidden = operands(dtype)
     with SplitK(parts):
-        found = common.gemm(dlogits.t(), hidden, torch.empty(96, 64, dtype=dtype))
+        found = gemm_module.gemm(dlogits.t(), hidden, torch.empty(96, 64, dtype=dtype))
         split = torch.mm(dlogits.t(), hidden, out=torch.empty(96, 64, dtype=dtype))
     exact = dlogits.double().t() @ hidden.double()
     error, rounding = errors(found, exact)
@@ -66,7 +67,7 @@ def test_a_sum_is_added_to(dtype):
     for out in (start.clone(), start.to(dtype)):
         exact = out.double() + dlogits.double().t() @ hidden.double()
         with SplitK(8):
-            found = common.gemm(dlogits.t(), hidden, out, accumulate=True)
+            found = gemm_module.gemm(dlogits.t(), hidden, out, accumulate=True)
         error, rounding = errors(found, exact)
         assert found is out and error <= max(2 * rounding, 1e-6)
 
@@ -76,9 +77,9 @@ def test_large_products_are_written_as_they_are(dtype, monkeypatch):
     """Large products have enough tiles for the GPU, so they are not split; they would take much memory in float32."""
     dlogits, hidden = operands(dtype, tokens=16)
     for limit, written in ((96 * 64 - 1, dtype), (96 * 64, torch.float32)):
-        monkeypatch.setattr(common, "SPLIT_K_ELEMENTS", limit)
+        monkeypatch.setattr(gemm_module, "SPLIT_K_ELEMENTS", limit)
         with SplitK(1) as mode:
-            common.gemm(dlogits.t(), hidden, torch.empty(96, 64, dtype=dtype))
+            gemm_module.gemm(dlogits.t(), hidden, torch.empty(96, 64, dtype=dtype))
         assert mode.outputs == [written]
 
 
@@ -126,7 +127,7 @@ def test_gradients_of_the_weight_on_a_gpu(vocab, hidden_size, tokens, dtype, cap
     exact = dlogits.double().t() @ hidden.double()
     out = torch.empty(vocab, hidden_size, dtype=dtype, device="cuda")
     direct, rounding = errors(torch.mm(dlogits.t(), hidden, out=out), exact)
-    error, _ = errors(common.gemm(dlogits.t(), hidden, out), exact)
+    error, _ = errors(gemm_module.gemm(dlogits.t(), hidden, out), exact)
     with capsys.disabled():
         print(f"\n{dtype} [{vocab}, {hidden_size}] of {tokens} tokens: error {error:.3%}, 16-bit output {direct:.3%}")
     assert error <= 1.05 * rounding
@@ -140,7 +141,7 @@ def test_gradients_of_hidden_states_on_a_gpu(dtype, capsys):
     """Sums over 65,539 tokens, which would make 16-bit outputs wrong by 1 to 2 %."""
     weight, dlogits = operands(dtype, 65539, 256, 300, "cuda")
     exact = dlogits.double().t() @ weight.double()
-    found = common.gemm(dlogits.t(), weight, torch.empty(300, 256, dtype=torch.float32, device="cuda"))
+    found = gemm_module.gemm(dlogits.t(), weight, torch.empty(300, 256, dtype=torch.float32, device="cuda"))
     direct, rounding = errors(dlogits.t() @ weight, exact)
     error, _ = errors(found.to(dtype), exact)
     with capsys.disabled():

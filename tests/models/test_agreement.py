@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast.batch import pack, pack_whole
 from rto_fast.errors import ModelError
+from rto_fast.kernels import layer_reference
 from rto_fast.models import attention, precision
 from rto_fast.models.agreement import Noise, compare_logits, compare_values, k3_limit, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
 from rto_fast.models.checks import check_causal_lm, check_scorer
-from rto_fast.models.forward import causal_logps, forward_hidden, packed_logits, precise_logps
+from rto_fast.models.forward import causal_logps, forward_hidden, packed_inputs, packed_logits, precise_logps
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.native import verified_cache
@@ -39,6 +40,7 @@ def test_packing_passes_in_every_dtype(name, dtype):
     check_causal_lm(packed(name, dtype), name)
 
 
+PACKING = attention, layer_reference  # of transformers' layers and of ours
 FOUND = "packed {} differ from the model's own|lets a packed sequence see its neighbours"
 
 
@@ -46,8 +48,9 @@ def leak(monkeypatch, model):
     def one_sequence(query, key, value, cu_seqlens, *options):
         return packed_attention(query, key, value, cu_seqlens[[0, -1]], *options)
 
-    packed_attention = attention.packed_sdpa
-    monkeypatch.setattr(attention, "packed_sdpa", one_sequence)
+    packed_attention = layer_reference.packed_sdpa
+    for module in PACKING:
+        monkeypatch.setattr(module, "packed_sdpa", one_sequence)
 
 
 def small_leak(monkeypatch, model):
@@ -57,16 +60,18 @@ def small_leak(monkeypatch, model):
         out = packed_attention(query, *arguments)
         return out + 1e-3 * out.roll(1, 0)
 
-    packed_attention = attention.packed_sdpa
-    monkeypatch.setattr(attention, "packed_sdpa", mixed)
+    packed_attention = layer_reference.packed_sdpa
+    for module in PACKING:
+        monkeypatch.setattr(module, "packed_sdpa", mixed)
 
 
 def wrong_scale(monkeypatch, model):
     def scaled(query, *arguments):
         return packed_attention(1.02 * query, *arguments)
 
-    packed_attention = attention.packed_sdpa
-    monkeypatch.setattr(attention, "packed_sdpa", scaled)
+    packed_attention = layer_reference.packed_sdpa
+    for module in PACKING:
+        monkeypatch.setattr(module, "packed_sdpa", scaled)
 
 
 def unknown_logits(monkeypatch, model):
@@ -157,8 +162,9 @@ def test_a_kernel_that_is_wrong_in_16_bits_alone_is_found(monkeypatch):
     def wrong_in_16_bits(query, *arguments):
         return packed_attention((1.3 if query.dtype.itemsize == 2 else 1.0) * query, *arguments)
 
-    packed_attention = attention.packed_sdpa
-    monkeypatch.setattr(attention, "packed_sdpa", wrong_in_16_bits)
+    packed_attention = layer_reference.packed_sdpa
+    for module in PACKING:
+        monkeypatch.setattr(module, "packed_sdpa", wrong_in_16_bits)
     check_causal_lm(packed("llama"), "float32")
     with pytest.raises(ModelError, match="in torch.bfloat16"):
         check_causal_lm(packed("llama", torch.bfloat16), "bfloat16")
@@ -181,7 +187,8 @@ def test_precise_is_the_model_in_float32_to_the_bit(name, dtype):
     with torch.no_grad():
         if name == "mixtral":  # the experts run one by one there
             model.set_experts_implementation("eager")
-        assert torch.equal(hidden, forward_hidden(model.float(), batch))
+        own = model.float().base_model(**packed_inputs(batch)).last_hidden_state[0]
+        assert torch.equal(hidden, own)
 
 
 def test_a_large_output_layer_is_cast_in_pieces(monkeypatch):

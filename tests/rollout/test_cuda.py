@@ -8,10 +8,11 @@ import torch
 
 from rto_fast.batch import pack
 from rto_fast.config import RolloutConfig
+from rto_fast.models import decoder_families
 from rto_fast.models.agreement import FACTOR, Noise, mismatch, ppo_notices
 from rto_fast.models.attention import PACKED
 from rto_fast.models.forward import causal_logps, precise_logps
-from rto_fast.rollout import NativeEngine, Sampling, fuse
+from rto_fast.rollout import NativeEngine, Sampling
 from tests.tiny_models import prompts, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -57,7 +58,7 @@ def test_fused_layers_sample_like_transformers_own(name, monkeypatch):
     """Uses float32, where rounding does not change draws."""
     policy = model(name, torch.float32)
     found = rollout(policy)
-    monkeypatch.setattr(fuse, "FAMILY", set())
+    monkeypatch.setattr(decoder_families, "FAMILIES", {})
     expected = rollout(policy)
     same = [a == b for a, b in zip(found.response_ids, expected.response_ids)]
     assert sum(same) >= 0.9 * len(same)

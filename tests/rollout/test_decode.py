@@ -11,15 +11,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import costs
+from rto_fast import layer_ops
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native
+from rto_fast.models import joined_linear
+from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.scheduler import Scheduler
-from tests.tiny_models import ARCHITECTURES, assert_same, native_engine, prompts, tiny
+from tests.tiny_models import ARCHITECTURES, FAMILIES, assert_same, native_engine, prompts, tiny
 
 
 class Shapes:
@@ -33,8 +35,12 @@ class Shapes:
             "store_kv": lambda *_, **__: None,
             "paged_attention": lambda query, *_, **__: torch.empty_like(query),
             "rotate_and_store": lambda *_, **__: None,
-            "add_rms_norm": lambda x, residual, *_: torch.empty_like(residual),
-            "gated": lambda gate_up: gate_up.chunk(2, -1)[0],
+            "rms_norm": lambda x, *_: torch.empty_like(x),
+            "add_rms_norm": lambda x, residual, *_: (torch.empty_like(x), torch.empty_like(x)),
+            "rotary_embedding": lambda qkv, rope, *, num_heads, num_kv_heads, **_: torch.empty_like(qkv).split(
+                [num_heads, num_kv_heads, num_kv_heads], 1
+            ),
+            "gated_activation": lambda gate_up, activation: gate_up.chunk(2, -1)[0],
             "begin_step": lambda lengths, active, *_, **__: (
                 torch.empty_like(lengths),
                 torch.empty_like(lengths, dtype=torch.int32),
@@ -67,18 +73,20 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     if patch:
         patch(causal_lm)
     shapes = Shapes()
-    for module in ("paged_attention", "decode_layer", "decode_step"):
+    for module in ("paged_attention", "rotary", "decode_step"):
         monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
         monkeypatch.setitem(sys.modules, f"rto_fast.kernels.{module}", shapes)
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
-    monkeypatch.setattr(fuse, "_joined", torch.cat)  # meta tensors have no addresses: neighbours cannot be told
-    monkeypatch.setattr(fuse._Triton, "__init__", lambda self: setattr(self, "gated", lambda x: shapes.gated(x)))
+    monkeypatch.setattr(layer_ops, "_implementation", lambda *_: shapes)
+    # Meta tensors have no addresses: neighbours cannot be told.
+    monkeypatch.setattr(joined_linear, "joined", lambda all: all[0].new_empty(sum(map(len, all)), *all[0].shape[1:]))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know the meta device
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
     state = DecodeState(8, 8, 16, 2, device)
     with torch.no_grad(), model.decoding(128):
-        assert (model.fused is not None) == (name in costs.FUSED and patch is None)
+        assert (model.decoder is not None) == (name in FAMILIES and patch is None)
         sampler = Sampler(Sampling(16, 2, top_p=0.9, stop_ids=(1, 2)), model.head, device)
         with under or contextlib.nullcontext():
             DecodeStep(model, cache, state, sampler, False).run(4)
@@ -106,13 +114,9 @@ class Launches(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(
-    "name, a_layer, around",
-    [(name, costs.KERNELS_A_LAYER, costs.KERNELS_AROUND) for name in costs.FUSED]
-    + [("gemma2", costs.UNFUSED_A_LAYER, costs.UNFUSED_AROUND)],
-)
-def test_the_number_of_kernels_is_what_predictions_count(name, a_layer, around, monkeypatch):
-    launches = Launches()
+@pytest.mark.parametrize("name, kernels", [*costs.KERNELS.items(), ("cohere", costs.UNFUSED)])
+def test_the_number_of_kernels_is_what_predictions_count(name, kernels, monkeypatch):
+    launches, (a_layer, around) = Launches(), kernels
     shapes = meta_step(name, monkeypatch, under=launches)
     found = launches.found.total() + shapes.calls.total()
     assert found == 2 * a_layer + around, (launches.found, shapes.calls)
@@ -137,7 +141,7 @@ def triton_decode(monkeypatch, device):
 
     if device.type == "cpu":
         monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
-        for module in (decode, fuse, native):
+        for module in (decode, attention, native):
             monkeypatch.setattr(module, "runs_triton", lambda _: True)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.errors import ModelError  # noqa: E402
-from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine, fuse  # noqa: E402
+from rto_fast.models import decoder_families  # noqa: E402
+from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine  # noqa: E402
 from rto_fast.rollout import model as rollout_model  # noqa: E402
 from rto_fast.rollout.model import RolloutModel  # noqa: E402
 from tests.ranks import join_deepspeed, run_ranks  # noqa: E402
@@ -30,7 +31,7 @@ def generate(model):
 
 def is_fused(model):
     with RolloutModel(model).decoding(16) as decoding:
-        return decoding.fused is not None
+        return decoding.decoder is not None
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -39,7 +40,7 @@ def test_the_family_is_fused_and_samples_the_same(name, monkeypatch):
     RolloutModel(model).lay_side_by_side()
     assert is_fused(model)
     fused = generate(model)
-    monkeypatch.setattr(fuse, "FAMILY", set())
+    monkeypatch.setattr(decoder_families, "FAMILIES", {})
     assert not is_fused(model)
     assert_same(fused, generate(model))
 
@@ -169,7 +170,7 @@ def test_adapted_layers_are_fused_on_merged_weights(lora):
         layer = lora.get_base_model().model.layers[0]
         projections = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
         storages = {decoding.merged[x].untyped_storage().data_ptr() for x in projections}
-        assert decoding.fused is not None and len(storages) == 1
+        assert decoding.decoder is not None and len(storages) == 1
         assert torch.equal(decoding.merged[projections[1]], projections[1].weight)  # no adapter
         assert layer.mlp.gate_proj not in decoding.merged
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
-from rto_fast.rollout import NativeEngine, fuse, native
+from rto_fast.rollout import NativeEngine, native
 from rto_fast.rollout.model import RolloutModel
 from rto_fast.rollout.native import verified_cache
 from tests.tiny_models import ARCHITECTURES, native_engine, tiny
@@ -55,12 +55,12 @@ def rotated_too_far(monkeypatch, model):
 
 
 def wrong_scale(monkeypatch, model):
-    attend = native.DenseDecode.attend
+    scored = native.DenseDecode.scored
 
-    def scaled(self, module, query, *arguments):
-        return attend(self, module, 1.25 * query, *arguments)
+    def scaled(self, layer, query, *arguments):
+        return scored(self, layer, 1.25 * query, *arguments)
 
-    monkeypatch.setattr(native.DenseDecode, "attend", scaled)
+    monkeypatch.setattr(native.DenseDecode, "scored", scaled)
 
 
 def neighbours_page(monkeypatch, model):
@@ -93,7 +93,6 @@ def stale_weights(monkeypatch, model):
 
     with torch.no_grad():
         layer.weight.mul_(1.0 + 0.3 * torch.randn(len(before), 1, generator=torch.Generator().manual_seed(0)))
-    monkeypatch.setattr(fuse, "FAMILY", set())  # layers as transformers runs them read `layer.weight` when they run
     monkeypatch.setattr(RolloutModel, "hidden", with_weight(decoding, before))
     monkeypatch.setattr(RolloutModel, "packed_logits", with_weight(packed, layer.weight.data))
 

@@ -324,8 +324,10 @@ OTHERS = {
     "rto_fast/reporting/log.py": {"open"},
     "rto_fast/rollout/vllm.py": {"TemporaryDirectory"},
     "benchmarks/peak_memory.py": {"write_text", "TemporaryDirectory"},
-    "benchmarks/end_to_end.py": {"TemporaryDirectory"},
-    "benchmarks/gpu.py": {"open", "mkdtemp"},
+    "benchmarks/iteration.py": {"TemporaryDirectory"},
+    "benchmarks/trl_iteration.py": {"TemporaryDirectory", "write_text"},
+    "benchmarks/gpu.py": {"mkdtemp"},
+    "benchmarks/gpu_parts.py": {"open", "TemporaryDirectory"},
     "benchmarks/static.py": {"NamedTemporaryFile"},
     "benchmarks/timing.py": {"write_text"},
 }

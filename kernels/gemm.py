@@ -1,0 +1,32 @@
+"""Matrix products of ops and layers: the one place that says how cuBLAS is called. Needs no Triton."""
+
+import torch
+import torch.nn.functional as F
+
+# cuBLAS splits the sum over K if a product has too few tiles to fill the GPU, and may then add up the parts in the
+# dtype of a 16-bit output. So products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in
+# float32, at most 32 MiB, and then rounded. (The largest that was seen to be split on an H200 had 2^20 elements.)
+SPLIT_K_ELEMENTS = 1 << 23
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] @ weight [N, K]ᵀ + bias [N]: the forward pass of every linear layer of our decoder, in one GEMM."""
+    return F.linear(x, weight, bias)
+
+
+def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    """out (+)= a @ b, accumulated in float32 and rounded once to the dtype of `out`.
+
+    torch can forbid 16-bit parts only by global flags (`allow_bf16_reduced_precision_reduction`), which belong to the
+    user.
+    """
+    # Always with `out=`, because autocast changes only the forms without it.
+    options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
+    if a.dtype.itemsize == 2 and not a.is_cuda:
+        # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
+        product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
+    elif out.dtype.itemsize == 2 and out.numel() <= SPLIT_K_ELEMENTS:
+        product = gemm(a, b, torch.empty(out.shape, dtype=torch.float32, device=out.device))
+    else:
+        return torch.addmm(out, a, b, **options) if accumulate else torch.mm(a, b, **options)
+    return out.add_(product) if accumulate else out.copy_(product)
