@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError
+from rto_fast.models.decoder import decoder_of
 from rto_fast.models.pass_time import PassSizes
 from rto_fast.system.notices import notify
 
@@ -151,18 +152,21 @@ class PassGraphs:
     """Runs a model's passes, as CUDA graphs where their launches would take longer than they do.
 
     Args:
-        module: a transformers model with layers of ours, without DeepSpeed, adapters and gradient checkpointing.
+        module: a transformers model, see `takes_graphs`.
         graph: records work.
+
+    Attributes:
+        trains: whether training passes run as graphs; then the buffers of the gradients have to stay where they are.
     """
 
     everyone: "WeakSet[PassGraphs]" = WeakSet()
 
     def __init__(self, module: PreTrainedModel, graph: Callable[[Callable[[], Tensor]], Graph] = CudaGraph):
         self.module, self.graph = module, graph
-        self.sizes, self.parameters = PassSizes.of(module), list(module.parameters())
+        self.sizes, self.parameters, self.decoder = PassSizes.of(module), list(module.parameters()), decoder_of(module)
         self.addresses: tuple[int, ...] = ()  # of what graphs hold
         self.recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()  # used last at the end; None: came once
-        self.capture_seconds, self.is_on = 0.0, True
+        self.capture_seconds, self.is_on, self.trains = 0.0, True, False
         PassGraphs.everyone.add(self)
 
     def score(self, function: Callable[..., Tensor], batch: PackedBatch, **options: Any) -> Tensor:
@@ -200,6 +204,7 @@ class PassGraphs:
             return metrics
 
         if self._suits(inputs.batch, backward=True):
+            self.trains = True
             padded = inputs.padded(), torch.full((), factor, device=inputs.batch.labels.device)
             if recorded := self._record((function, _key(args)), padded, run):
                 return recorded(padded)
@@ -229,7 +234,7 @@ class PassGraphs:
     def _follow(self) -> None:
         """Drops the graphs where what they hold has been moved: weights, the buffers of gradients, tables of RoPE."""
         gradients = [p.main_grad for p in self.parameters if hasattr(p, "main_grad")]
-        tables = ()  # DECODER
+        tables = self.decoder.ropes.addresses() if self.decoder else ()
         addresses = *(tensor.data_ptr() for tensor in (*self.parameters, *gradients)), *tables
         if addresses != self.addresses:
             self.recorded.clear()
@@ -255,7 +260,7 @@ class PassGraphs:
         except RuntimeError as error:  # for example experts that are routed by `nonzero`
             if not asks_the_host(error):
                 raise
-            self.is_on = False
+            self.is_on = self.trains = False
             _notify(str(error).splitlines()[0])
             return None
         self.capture_seconds += time.perf_counter() - start
@@ -275,8 +280,15 @@ class PassGraphs:
     def give_up(cls) -> bool:
         """As `drop`; from now on all passes of these models run eagerly."""
         for graphs in cls.everyone:
-            graphs.is_on = False
+            graphs.is_on = graphs.trains = False
         return cls.drop()
+
+
+def takes_graphs(module: PreTrainedModel) -> bool:
+    """Whether graphs can hold a model's passes: on a GPU, layers of ours, RoPE that does not depend on a batch's longest
+    sequence (padded batches claim a longer one)."""
+    decoder = decoder_of(module) if module.device.type == "cuda" else None
+    return decoder is not None and not decoder.ropes.varies and not module.is_gradient_checkpointing
 
 
 def _notify(reason: str) -> None:
@@ -309,12 +321,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _key(value: Any) -> Hashable:
     """What a graph holds of a value: the sizes of tensors, and all else as it is."""
+    if isinstance(value, str | float | int | None):
+        return value
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value), *(_key(getattr(value, field.name)) for field in fields(value))
+        return type(value), *map(_key, vars(value).values())
     if isinstance(value, Mapping):
         return tuple((name, _key(part)) for name, part in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(map(_key, value))
-    return value
+    return tuple(map(_key, value)) if isinstance(value, Sequence) else value
