@@ -57,7 +57,12 @@ def as_json(plan: "Plan") -> dict:
     """The plan as plain values, sizes in bytes."""
     machine = plan.machine
     return {
-        "machine": {"gpus": machine.count, "name": machine.gpu, "usable_bytes": machine.memory},
+        "machine": {
+            "gpus": machine.count,
+            "name": machine.gpu,
+            "usable_bytes": machine.memory,
+            "planned_bytes": machine.planned,
+        },
         "model": dataclasses.asdict(plan.shape),
         "setting": dataclasses.asdict(plan.setting),
         "fits": plan.fits,
@@ -67,7 +72,14 @@ def as_json(plan: "Plan") -> dict:
             for p in plan.phases
         ],
         "stages": [
-            {"stage": s.name, "steps": s.steps, "checkpoint_bytes": s.checkpoint_bytes, "model_bytes": s.model_bytes}
+            {
+                "stage": s.name,
+                "steps": s.steps,
+                "checkpoint_bytes": s.checkpoint_bytes,
+                "model_bytes": s.model_bytes,
+                "training_tokens": s.budget.training,
+                "scoring_tokens": s.budget.scoring,
+            }
             for s in plan.stages
         ],
     }
@@ -84,6 +96,8 @@ def _bold(text: str) -> Styled:
 
 def table(plan: "Plan") -> Styled:
     """The plan as text."""
+    from rto_fast.planning.budgets import described
+
     setting, shape, machine = plan.setting, plan.shape, plan.machine
     dtype = "float32" if setting.itemsize == 4 else "bfloat16"
     process = "GPU" if setting.gpu else "process"
@@ -103,7 +117,7 @@ def table(plan: "Plan") -> Styled:
     verdict = "fits" if plan.fits else "does NOT fit"
     share = f"{_gib(plan.peak.memory.total)} of {_gib(machine.memory)} GiB"
     lines += ["", _bold(f"{verdict}: {share} a {process} in {plan.peak.title}"), ""]
-    return Styled("\n").join([*lines, *map(_stage_line, plan.stages)])
+    return Styled("\n").join([*lines, described(plan.budgets, plan), *map(_stage_line, plan.stages)])
 
 
 def _stage_line(stage: "StagePlan") -> str:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rto_fast.config import Config, dump_config
+from rto_fast.config import Config, Stage, dump_config
 from rto_fast.data.run_data import RunData
 from rto_fast.data.tokenizing import stop_token_ids
 from rto_fast.data.world import build_model, build_tokenizer
@@ -30,6 +30,7 @@ from rto_fast.system import deepspeed_import
 from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
 from rto_fast.system.threads import use_threads
 from rto_fast.training import ranks
+from rto_fast.training.budget import TokenBudget, unplanned_budget
 from rto_fast.training.checkpoint import Checkpoints
 from rto_fast.training.checkpoint_checks import UNSTARTED
 from rto_fast.training.launch import local_rank
@@ -76,6 +77,10 @@ class TrainingSession(Session):
     folder: Path  # the run's output
     log: RunLog
     checkpoints: Checkpoints
+
+    def budget(self, stage: Stage) -> TokenBudget:
+        """The tokens that a pass of a stage may have."""
+        return self.checkpoints.budgets.get(stage) or unplanned_budget(self.config)
 
     def warn_of_model(self, finding: Finding) -> None:
         self.log.warning("models", 0, *finding)

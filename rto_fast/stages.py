@@ -54,7 +54,7 @@ class SupervisedTrainer(Trainer):
         lengths: the tokens of each item.
         loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
             metrics of the micro-batch, which add up to those of the step.
-        say: see `Accumulator`.
+        tokens, say: see `Accumulator`.
         fingerprint: of the items, see `ShuffledIndices`.
     """
 
@@ -65,6 +65,7 @@ class SupervisedTrainer(Trainer):
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
+        tokens: int,
         say: Callable[[str], object],
         fingerprint: str = "",
     ):
@@ -74,7 +75,7 @@ class SupervisedTrainer(Trainer):
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
-        self.accumulator = Accumulator(config.model.micro_batch_tokens, say)
+        self.accumulator = Accumulator(tokens, say)
 
     def step(self) -> dict[str, Any]:
         """Takes one optimizer step and returns its metrics."""
@@ -125,7 +126,9 @@ def train_sft(session: TrainingSession, base: str) -> str:
         return -model.forward(causal_logps, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-    trainer = SupervisedTrainer(model, stage, lengths, loss, config, session.log.say, fingerprint(sequences))
+    trainer = SupervisedTrainer(
+        model, stage, lengths, loss, config, session.budget("sft").training, session.log.say, fingerprint(sequences)
+    )
     train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
     return _save(session, "sft", trainer)
 
@@ -142,7 +145,7 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     none are held out) are stored in its config.json as `score_mean` and `score_std`.
     """
     config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
-    stage = config.reward_model
+    stage, budget = config.reward_model, session.budget("reward_model")
     model = Loader(config, session.placement).trained("scorer", sft, new_head=True)
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,13 +154,14 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
         share = 1.0 / len(step_items)
         return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    lengths = [p.num_tokens for p in pairs]
+    trainer = SupervisedTrainer(model, stage, lengths, loss, config, budget.training, log.say, fingerprint(pairs))
     train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
         metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
-    scores = score_sequences(model, _sides(measured), config.model.micro_batch_tokens)
+    scores = score_sequences(model, _sides(measured), budget.scoring)
     chosen, rejected = scores.chunk(2)
     model.scores = statistics = score_statistics(scores)
     accuracy = (chosen > rejected).float().mean().item()
@@ -187,13 +191,13 @@ def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
 def train_dpo(session: TrainingSession, sft: str) -> str:
     """Trains the model at `sft` (directory or hub id), which is also the reference; returns the directory of the result."""
     config, log, pairs, held_out = session.config, session.log, session.data.pairs, session.data.held_out_pairs
-    stage = config.dpo
+    stage, budget = config.dpo, session.budget("dpo")
     model = Loader(config, session.placement).trained("causal_lm", sft)
     # The reference is the model before its first step: no second copy, and each pair is scored once.
     log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = pair_logps(model, pairs, config.model.micro_batch_tokens)
-        held_out_reference = pair_logps(model, held_out, config.model.micro_batch_tokens) if held_out else None
+        reference = pair_logps(model, pairs, budget.scoring)
+        held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         before = reference[rows].to(session.device)
@@ -204,12 +208,13 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         margin = stage.beta * (chosen - rejected).detach()
         return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
 
-    trainer = SupervisedTrainer(model, stage, [p.num_tokens for p in pairs], loss, config, log.say, fingerprint(pairs))
+    lengths = [p.num_tokens for p in pairs]
+    trainer = SupervisedTrainer(model, stage, lengths, loss, config, budget.training, log.say, fingerprint(pairs))
     train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
     model.module.eval()
     if held_out_reference is not None:
         with progress("dpo: held-out pairs"):
-            change = pair_logps(model, held_out, config.model.micro_batch_tokens) - held_out_reference
+            change = pair_logps(model, held_out, budget.scoring) - held_out_reference
         accuracy = (change[:, 0] > change[:, 1]).float().mean().item()
         log.metrics("dpo", trainer.steps, {HELD_OUT_ACCURACY: accuracy})
         log.say(f"dpo: implicit reward ranks {100 * accuracy:.1f} % of {len(held_out)} held-out pairs right")

@@ -67,9 +67,8 @@ def evaluate_iteration(session: TrainingSession, judge: Judge, models: Models, e
     config, name = session.config, session.config.final_policy
 
     def kl(rollout: RolloutBatch) -> float:  # two forward passes cost little beside the sampling
-        return measured_kl(
-            models.policy, models.reference, rollout, config.rollout.temperature, config.model.micro_batch_tokens
-        )
+        max_tokens = session.budget("rto").scoring
+        return measured_kl(models.policy, models.reference, rollout, config.rollout.temperature, max_tokens)
 
     result = _evaluate(session, name, engine, judge, iteration, kl)
     session.log.say(

@@ -1,4 +1,4 @@
-"""Changes of the configuration that save memory; each is planned like the run itself."""
+"""Changes of the configuration that save memory; each is planned like the run itself, with the smallest passes."""
 
 import dataclasses
 import itertools
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rto_fast.config import Config
 from rto_fast.errors import ConfigError
+from rto_fast.planning.budgets import LEAST
 from rto_fast.planning.machine import Machine
 from rto_fast.planning.memory import Plan
 from rto_fast.planning.phases import make_plan
@@ -43,12 +44,10 @@ def changed(config: Config, changes: Changes) -> Config:
 def _choices(config: Config, plan: Plan) -> list[list[Changes]]:
     """The changes that need less memory, of each kind; what costs the least time comes first."""
     setting, has_several = plan.setting, plan.machine.count > 1
-    tokens = [config.model.micro_batch_tokens // divisor for divisor in (2, 4, 8)]
     frozen = ["offloaded", "sharded"][: 1 + has_several] if config.rto.enabled and setting.gpu else []
     offload: Changes = {"deepspeed.offload": "optimizer"} | ({} if setting.zero else {"deepspeed.zero_stage": 2})
     offload_all: Changes = {"deepspeed.offload": "all", "deepspeed.zero_stage": 3}
     return [
-        [{"model.micro_batch_tokens": value} for value in tokens if value >= 1024],
         [{"deepspeed.zero_stage": zero} for zero in range(setting.zero + 1, 4) if has_several],
         [{"deepspeed.frozen": value} for value in frozen if value != config.deepspeed.frozen],
         [{"model.gradient_checkpointing": True}] * (not setting.checkpointing),
@@ -57,8 +56,9 @@ def _choices(config: Config, plan: Plan) -> list[list[Changes]]:
 
 
 def _planned(config: Config, machine: Machine, changes: Changes, planner: Planner) -> Alternative | None:
+    smallest = {"model.micro_batch_tokens": min(config.model.micro_batch_tokens or LEAST, LEAST)}
     try:
-        return Alternative(changes, planner(changed(config, changes), machine))
+        return Alternative(changes, planner(changed(config, changes | smallest), machine))
     except ConfigError:  # the changes do not go together
         return None
 

@@ -4,11 +4,14 @@ import re
 from dataclasses import dataclass
 
 from rto_fast.errors import ConfigError
-from rto_fast.system.memory import free_memory_in_container
+from rto_fast.system.memory import free_memory_in_container, memory_in_container
 
 GIB = 1 << 30
 CONTEXT_BYTES = 2.0 * GIB  # assumed: CUDA's context, loaded kernels, cuBLAS and NCCL of one process
 FRAGMENTED = 0.03  # assumed: the share that torch's allocator reserves in pieces too small to use
+# The share of the memory that passes are planned to fill. The rest is for what a plan does not know: on a GPU, pieces that
+# are free between tensors of other sizes; on a CPU, other programs.
+FILLED = {"cuda": 0.9, "cpu": 0.75}
 # Memory in MiB, as nvidia-smi shows it.
 GPUS = {
     "A100-40": 40960,
@@ -27,7 +30,13 @@ class Machine:
 
     count: int
     gpu: str | None
-    memory: float  # bytes that each process can use for tensors
+    memory: float  # bytes that each process can use for tensors; on a CPU those that are free at present
+    whole: float  # bytes of each process's memory, whatever is in use at present
+
+    @property
+    def planned(self) -> float:
+        """The bytes that passes may fill. They do not depend on what is in use at present, so that a run repeats."""
+        return FILLED["cuda"] * usable_bytes(self.whole) if self.gpu else FILLED["cpu"] * self.whole
 
     def __str__(self) -> str:
         return f"{self.count} × {self.gpu or 'CPU process'}"
@@ -49,10 +58,10 @@ def parse_machine(text: str) -> Machine:
     if count < 1:
         raise ConfigError(f"--gpus {text}: expected at least one")
     if name.lower() == "cpu":
-        return Machine(count, None, free_memory_in_container() / count)
+        return Machine(count, None, free_memory_in_container() / count, memory_in_container() / count)
     for gpu, mebibytes in GPUS.items():
         if name.lower().replace(" ", "") in (gpu.lower(), gpu.lower().replace("-", "")):
-            return Machine(count, gpu, usable_bytes(mebibytes * 2**20))
+            return Machine(count, gpu, usable_bytes(mebibytes * 2**20), mebibytes * 2**20)
     raise ConfigError(f"--gpus {text}: expected a number and a GPU, such as 8xH200; known: {', '.join(GPUS)}, cpu")
 
 
@@ -66,10 +75,12 @@ def local_machine(device: str = "auto", processes: int | None = None) -> Machine
     import torch  # takes seconds; `parse_machine` does without
 
     if device == "cpu" or not torch.cuda.is_available():
-        return Machine(processes or 1, None, free_memory_in_container() / (processes or 1))
+        count = processes or 1
+        return Machine(count, None, free_memory_in_container() / count, memory_in_container() / count)
     found = torch.cuda.get_device_properties(0)
     return Machine(
         count=processes or torch.cuda.device_count(),
         gpu=found.name.removeprefix("NVIDIA "),
         memory=usable_bytes(found.total_memory),
+        whole=found.total_memory,
     )

@@ -10,6 +10,7 @@ from rto_fast.config import Config, LoraConfig
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.planning.machine import Machine
 from rto_fast.planning.shapes import Shape
+from rto_fast.training.budget import TokenBudget
 from rto_fast.training.zero import BUCKET
 
 # The number of examples in public data sets that the shipped configurations name, and in the generated ones.
@@ -176,6 +177,15 @@ class Items:
     longest: int  # prompt and response together
     count: int | None = None  # examples, if known
 
+    @property
+    def mean(self) -> float:
+        return self.prompt + self.response
+
+    def all_longest(self) -> "Items":
+        """As many items, each as long as the longest one, with the same share of tokens in responses."""
+        factor = self.longest / self.mean
+        return Items(factor * self.prompt, factor * self.response, self.longest, self.count)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -196,6 +206,7 @@ class StagePlan:
 
     name: str
     phases: tuple[Phase, ...]
+    budget: TokenBudget  # with which the phases are planned
     steps: int | None  # optimizer steps; of RTO its iterations; None: the data's size is not known
     checkpoint_bytes: float  # of one checkpoint
     model_bytes: float  # of the models that the stage leaves on the disk
@@ -217,6 +228,16 @@ class Plan:
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.memory.total)
+
+    @property
+    def passes_peak(self) -> float:
+        """The bytes of the largest phase but rollouts, whose cache takes what is left."""
+        return max((phase.memory.total for phase in self.phases if phase.name != "rollout"), default=0.0)
+
+    @property
+    def budgets(self) -> dict[str, TokenBudget]:
+        """The tokens of a pass in each stage."""
+        return {stage.name: stage.budget for stage in self.stages}
 
     @property
     def fits(self) -> bool:

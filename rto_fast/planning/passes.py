@@ -89,6 +89,11 @@ def forward_activations(shape: Shape, tokens: float, setting: Setting) -> float:
     return tokens * max(mlp, attention, norm)
 
 
+def largest_part(layers: float, head: float) -> Memory:
+    """The peak of a pass without gradients, in the layers or in the output layer after them."""
+    return Memory(activations=layers) if layers >= head else Memory(workspace=head)
+
+
 # Output layer
 
 

@@ -2,13 +2,19 @@
 
 SFT, the reward model and DPO hold the model that is trained (DPO's reference is that model before its first step). RTO holds
 policy, critic, reference, DPO model and reward model all along.
+
+The tokens of a stage's passes come first: as many as fit if every item is as long as the longest. The phases are then
+planned with items of the mean length.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rto_fast.config import Config
+from rto_fast.config import Config, Stage
 from rto_fast.planning import memory, passes
+from rto_fast.planning.budgets import choices, choose
 from rto_fast.planning.machine import GIB, Machine
 from rto_fast.planning.memory import (
     Items,
@@ -28,6 +34,7 @@ from rto_fast.planning.shapes import Shape, find_shape
 from rto_fast.rollout.cache import POOL_SHARE
 from rto_fast.rollout.scheduler import PREFILL_TOKENS
 from rto_fast.rto.experience import frozen_paths
+from rto_fast.training.budget import TokenBudget
 from rto_fast.training.optimizer import count_steps, stage_steps
 
 # Stand for the directories of the models that this run trains.
@@ -39,6 +46,7 @@ def make_plan(
     machine: Machine,
     items: dict[str, Items] | None = None,
     *,
+    budgets: Mapping[str, TokenBudget] | None = None,
     model_shape: str | None = None,
     examples: int | None = None,
 ) -> Plan:
@@ -46,6 +54,7 @@ def make_plan(
 
     Args:
         items: {stage: Items} where the data is known; default: as long as the configuration allows.
+        budgets: {stage: TokenBudget} where the tokens of its passes are not to be chosen.
         model_shape: see `substitute` of `find_shape`.
         examples: the number of examples in each data source.
     Raises:
@@ -56,35 +65,20 @@ def make_plan(
     stages = []
     for name in config.trained_stages:
         found = (items or {}).get(name) or largest_items(config, name, examples)
+        planner: StagePlanner
         if name == "rto":
-            stages.append(RTOPlanner(config, machine, setting, shape, found, model_shape).plan())
+            planner = RTOPlanner(name, config, machine, setting, shape, found, model_shape)
         else:
-            stages.append(_supervised(name, config, setting, shape, found))
+            planner = SupervisedPlanner(name, config, machine, setting, shape, found, model_shape)
+        stages.append(planner.plan((budgets or {}).get(name) or planner.choose_budget()))
     return Plan(machine, setting, shape, tuple(stages))
 
 
-def _supervised(name: str, config: Config, setting: Setting, shape: Shape, items: Items) -> StagePlan:
-    """The plan of SFT, the reward model or DPO."""
-    stage, sides = getattr(config, name), 1 if name == "sft" else 2  # of a pair: chosen and rejected
-    labelled, parameters = sides * items.response, shape.parameters
-    if name == "sft":
-        labelled += items.prompt * config.sft.loss_on_prompt
-    if name == "reward_model":
-        labelled, parameters = 0.0, shape.scorer_parameters
-    mean, longest = sides * (items.prompt + items.response), sides * items.longest
-    work = step_work(
-        mean, longest, labelled, stage.batch_size / setting.ranks, config.model.micro_batch_tokens, setting
-    )
-    trained = trained_parameters(shape, parameters, setting)
-    state = training_state(trained, setting) + shared_base(shape, setting)
-    moments = training_moments(shape, trained, work, setting).values()
-    peak = max((state + moment for moment in moments), key=lambda memory: memory.total)
-    steps = stage.max_steps if items.count is None else stage_steps(stage, items.count)
-    return StagePlan(name, (Phase(name, "step", peak),), steps, 12 * trained, setting.itemsize * parameters)
-
-
 @dataclass(frozen=True)
-class RTOPlanner:
+class StagePlanner:
+    """Plans a stage; the two kinds of stages are subclasses."""
+
+    name: Stage
     config: Config
     machine: Machine
     setting: Setting
@@ -92,12 +86,90 @@ class RTOPlanner:
     items: Items
     model_shape: str | None  # see `substitute` of `find_shape`
 
-    def plan(self) -> StagePlan:
+    def plan(self, budget: TokenBudget) -> StagePlan:
+        raise NotImplementedError
+
+    def training(self, tokens: int) -> Memory:
+        """The peak of optimizer steps whose passes have `tokens`."""
+        raise NotImplementedError
+
+    def scoring(self, tokens: int) -> Memory:
+        """The peak of passes without gradients that have `tokens`."""
+        raise NotImplementedError
+
+    def choose_budget(self) -> TokenBudget:
+        bound = self.config.model.micro_batch_tokens
+        tokens = choices(self.setting.gpu, bound)
+        longest = replace(self, items=self.items.all_longest())
+        training, scoring = (choose(peak, tokens, self.machine) for peak in (longest.training, longest.scoring))
+        return TokenBudget(training, scoring, bound)
+
+
+class SupervisedPlanner(StagePlanner):
+    """Plans SFT, the reward model or DPO."""
+
+    def plan(self, budget: TokenBudget) -> StagePlan:
+        name, setting = self.name, self.setting
+        phases = [Phase(name, "step", self.training(budget.training))]
+        if name != "sft":
+            phases.append(Phase(name, "score", self.scoring(budget.scoring)))
+        stage, count = getattr(self.config, name), self.items.count
+        steps = stage.max_steps if count is None else stage_steps(stage, count)
+        written = setting.itemsize * self._parameters
+        return StagePlan(name, tuple(phases), budget, steps, 12 * self._trained, written)
+
+    @property
+    def _parameters(self) -> int:
+        return self.shape.scorer_parameters if self.name == "reward_model" else self.shape.parameters
+
+    @property
+    def _trained(self) -> int:
+        return trained_parameters(self.shape, self._parameters, self.setting)
+
+    @property
+    def _state(self) -> Memory:
+        return training_state(self._trained, self.setting) + shared_base(self.shape, self.setting)
+
+    @property
+    def _sides(self) -> int:
+        """Sequences of an item: a pair has chosen and rejected."""
+        return 1 if self.name == "sft" else 2
+
+    @property
+    def _labelled(self) -> float:
+        """Tokens of an item that get a log-prob."""
+        if self.name == "reward_model":
+            return 0.0
+        return self._sides * self.items.response + self.items.prompt * (
+            self.name == "sft" and self.config.sft.loss_on_prompt
+        )
+
+    def training(self, tokens: int) -> Memory:
+        setting, items, sides = self.setting, self.items, self._sides
+        batch = getattr(self.config, self.name).batch_size / setting.ranks
+        work = step_work(sides * items.mean, sides * items.longest, self._labelled, batch, tokens, setting)
+        moments = training_moments(self.shape, self._trained, work, setting).values()
+        return max((self._state + moment for moment in moments), key=lambda memory: memory.total)
+
+    def scoring(self, tokens: int) -> Memory:
+        """DPO's reference and the held-out pairs, beside the optimizer."""
+        setting, items = self.setting, self.items
+        share = math.inf if items.count is None else items.count / setting.ranks * self._sides * items.mean
+        tokens = min(max(tokens, self._sides * items.longest), share)
+        layers = passes.forward_activations(self.shape, tokens, setting)
+        labelled = self._labelled / (self._sides * items.mean) * tokens
+        head = passes.head_forward(self.shape, labelled, setting) if labelled else 0.0
+        own = memory.gathered(self._parameters, setting) if setting.zero == 3 else 0.0
+        return self._state + Memory(weights=own) + passes.largest_part(layers, head)
+
+
+class RTOPlanner(StagePlanner):
+    def plan(self, budget: TokenBudget) -> StagePlan:
         config, setting = self.config, self.setting
         phases = (
             Phase("rto", "rollout", self._states + self._rollout()),
-            Phase("rto", "score", self._states + self._score()),
-            Phase("rto", "update", self._update()),
+            Phase("rto", "score", self.scoring(budget.scoring)),
+            Phase("rto", "update", self.training(budget.training)),
         )
         steps = config.rto.iterations
         if steps is None and self.items.count is not None:
@@ -106,7 +178,7 @@ class RTOPlanner:
         if self._critic:
             written += self._critic.scorer_parameters
         trained = sum(parameters for _, parameters in self._trained)
-        return StagePlan("rto", phases, steps, 12 * trained, setting.itemsize * written)
+        return StagePlan("rto", phases, budget, steps, 12 * trained, setting.itemsize * written)
 
     # The models, and what all phases hold
 
@@ -153,11 +225,6 @@ class RTOPlanner:
         """Of one iteration, on all ranks together."""
         return self.config.rto.prompts_per_rollout * self.config.rto.samples_per_prompt
 
-    @property
-    def _mean(self) -> float:
-        """Tokens of a response with its prompt."""
-        return self.items.prompt + self.items.response
-
     @cached_property
     def _states(self) -> Memory:
         """What every phase holds: all models, and the rollout's tokens."""
@@ -166,7 +233,7 @@ class RTOPlanner:
         copied = passes.mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
         states = memory.shared_base(shape, setting) + Memory(
             weights=setting.itemsize * merged + copied,
-            workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self._mean,
+            workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self.items.mean,
         )
         for _, parameters in self._trained:
             states += memory.training_state(parameters, setting)
@@ -198,12 +265,11 @@ class RTOPlanner:
             workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
 
-    def _score(self) -> Memory:
+    def scoring(self, tokens: int) -> Memory:
         """The models score one after another, each in micro-batches; the largest of them counts."""
-        setting = self.setting
-        share = self._responses / setting.ranks * self._mean
-        tokens = min(max(self.config.model.micro_batch_tokens, self.items.longest), share)
-        labelled = tokens * self.items.response / self._mean
+        setting, mean = self.setting, self.items.mean
+        tokens = min(max(tokens, self.items.longest), self._responses / setting.ranks * mean)
+        labelled = tokens * self.items.response / mean
         uses = []
         for shape, parameters, is_scorer in self._frozen:
             head = 0.0 if is_scorer else passes.head_forward(shape, labelled, setting)
@@ -214,20 +280,17 @@ class RTOPlanner:
             own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
             uses.append((passes.forward_activations(shape, tokens, setting), 0.0, own))
         layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
-        return Memory(weights=own, activations=layers) if layers >= head else Memory(weights=own, workspace=head)
+        return self._states + Memory(weights=own) + passes.largest_part(layers, head)
 
-    def _update(self) -> Memory:
-        """The peak of an update, with `_states`.
+    def training(self, tokens: int) -> Memory:
+        """The peak of an update.
 
         The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there, the
         policy's from the first micro-batch on and the critic's from the second.
         """
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
-        max_tokens = self.config.model.micro_batch_tokens
-        policy = passes.step_work(
-            self._mean, items.longest, items.response, batch, max_tokens, setting, "linear_ppo_loss"
-        )
+        policy = passes.step_work(items.mean, items.longest, items.response, batch, tokens, setting, "linear_ppo_loss")
         kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
         candidates = []
         for number, (shape, parameters) in enumerate(self._trained):

@@ -46,7 +46,8 @@ def check_before_training(session: TrainingSession, functions: Functions) -> Non
     load_data(config, session.data)
     check_columns(config, session.data, functions)
     check_contexts(session)
-    check_room(config, session.data, session.device, session.folder, log)
+    checkpoints = session.checkpoints
+    checkpoints.budgets |= check_room(config, session.data, session.device, session.folder, log, checkpoints.budgets)
 
 
 def load_data(config: Config, data: RunData) -> None:

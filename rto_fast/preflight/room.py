@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from rto_fast.config import Config
 from rto_fast.data.run_data import RunData
 from rto_fast.errors import ConfigError, error_text
-from rto_fast.planning.machine import GIB, local_machine
+from rto_fast.planning.budgets import described
+from rto_fast.planning.machine import GIB, Machine, local_machine
 from rto_fast.planning.memory import Items, Plan
 from rto_fast.planning.phases import make_plan
 from rto_fast.reporting.log import RunLog
 from rto_fast.training import ranks
+from rto_fast.training.budget import TokenBudget, unplanned_budget
 
 
 def data_items(config: Config, data: RunData) -> dict[str, Items]:
@@ -71,33 +74,59 @@ def free_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def check_room(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> None:
-    """Says on one line what a run will need, and warns if that is more than there is.
+def check_room(
+    config: Config, data: RunData, device: str, folder: Path, log: RunLog, kept: Mapping[str, TokenBudget]
+) -> dict[str, TokenBudget]:
+    """Says what a run will need and how many tokens its passes get, and warns if there is too little room.
 
-    The main rank looks, and all ranks stop together.
+    The main rank looks, by the rank with the least memory, and all ranks stop together.
 
     Args:
         config: configuration of the run.
         data: its data, loaded.
         device: where this rank computes.
         folder: where the run writes.
-        log: takes the line and the warning.
+        log: takes the lines and the warning.
+        kept: the budgets with which a resumed run began.
+    Returns:
+        The budgets of the stages that this run trains: those it began with unless `model.micro_batch_tokens` has changed.
     Raises:
         ConfigError: the disk has not the room that models and checkpoints are certain to take.
     """
-    shortage = _look(config, data, device, folder, log) if ranks.is_main() else None
+    bound, trained = config.model.micro_batch_tokens, config.trained_stages
+    own = local_machine(device, ranks.world_size())
+    machine = replace(own, whole=ranks.smallest(own.whole))
+    begun: dict[str, TokenBudget] = {
+        stage: kept[stage] for stage in trained if stage in kept and kept[stage].bound == bound
+    }
+    plan = _plan(config, machine, data, begun, log) if ranks.is_main() else None
+    shortage = _look(plan, config, device, folder, log) if plan else None
     if ranks.any_rank(shortage is not None):
         raise ConfigError(shortage or "output_dir: rank 0 found too little room on the disk")
+    if not trained:
+        return {}
+    chosen = plan.budgets if plan else {stage: begun.get(stage, unplanned_budget(config)) for stage in trained}
+    tokens = ranks.from_main(torch.tensor([[chosen[stage].training, chosen[stage].scoring] for stage in trained]))
+    budgets: dict[str, TokenBudget] = {
+        stage: TokenBudget(training, scoring, bound) for stage, (training, scoring) in zip(trained, tokens.tolist())
+    }
+    log.say(described(budgets, plan, is_kept=budgets == begun))
+    return budgets
 
 
-def _look(config: Config, data: RunData, device: str, folder: Path, log: RunLog) -> str | None:
-    """Returns the message of an error where the disk has not enough room."""
+def _plan(
+    config: Config, machine: Machine, data: RunData, budgets: Mapping[str, TokenBudget], log: RunLog
+) -> Plan | None:
     try:
-        machine = local_machine(device, ranks.world_size())
-        plan = make_plan(config, machine, data_items(config, data))
+        return make_plan(config, machine, data_items(config, data), budgets=budgets)
     except Exception as error:  # a prediction that fails costs a line and never the run
         log.say(f"plan: none ({error_text(error, with_type=True)})")
         return None
+
+
+def _look(plan: Plan, config: Config, device: str, folder: Path, log: RunLog) -> str | None:
+    """Says the plan's peak; returns the message of an error where the disk has not enough room."""
+    machine = plan.machine
     free, peak = free_memory(device), plan.peak
     where = f"the {machine.gpu}'s memory" if machine.gpu else "memory a process"
     log.say(

@@ -57,7 +57,8 @@ CLIP_FRACTION = "clip_fraction"  # share of tokens
 VALUE_CLIP_FRACTION = "value_clip_fraction"
 ADVANTAGE_STD = "advantage_std"
 EXPLAINED_VARIANCE = "explained_variance"  # share of the returns' variance that the critic explains
-MICRO_BATCH_TOKENS = "micro_batch_tokens"
+MICRO_BATCH_TOKENS = "micro_batch_tokens"  # the most that one may have
+PLANNED_TOKENS = "planned_tokens"  # the same as the run began, before memory ran out
 
 # How far the sampler's log-probs are from training's; the formulas stand in rto_fast/models/agreement.py.
 MISMATCH_MEAN = "mismatch_mean"

@@ -95,7 +95,7 @@ def choose_scorer(
             load_tokenizer(path, trust_remote_code=config.model.trust_remote_code),
             session.tokenizer,
             prompt_format=config.data.prompt_format,
-            max_tokens=config.model.micro_batch_tokens,
+            max_tokens=session.budget("rto").scoring,
         )
         statistics = source.model.scores
     if not config.rto.normalize_scores:

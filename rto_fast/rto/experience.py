@@ -185,22 +185,26 @@ def score_rollout(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     device: str,
+    max_tokens: int,
 ) -> Experience:
     """Runs every model over the responses of a rollout.
 
     Args:
         prompts: the prompt of each response.
+        max_tokens: tokens in one forward pass.
     Raises:
         RewardError: from the source of the scores.
     """
-    max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
+    temperature = config.rollout.temperature
     prompt_ids, response_ids, finished = rollout.prompt_ids, rollout.response_ids, rollout.finished
     if config.rto.ends_truncated_responses:
         response_ids = [r if done else r[:-1] + [tokenizer.eos_token_id] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)
     batch = pack(prompt_ids, response_ids, device)
 
-    old_logps, importance, mismatch = behaviour_logps(config, models.policy, rollout, prompt_ids, response_ids, batch)
+    old_logps, importance, mismatch = behaviour_logps(
+        config, models.policy, rollout, prompt_ids, response_ids, batch, max_tokens
+    )
     ref_logps = response_logps(models.reference, prompt_ids, response_ids, max_tokens, temperature)
     dpo_logps = dpo_ref_logps = ref_logps
     if models.dpo is not None:
@@ -249,6 +253,7 @@ def behaviour_logps(
     prompt_ids: list[list[int]],
     response_ids: list[list[int]],
     batch: PackedBatch,
+    max_tokens: int,
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Chooses the old log-probs of a rollout: the sampler's own where they can be trusted, else those of a forward pass.
 
@@ -264,6 +269,7 @@ def behaviour_logps(
         rollout: as it was sampled.
         prompt_ids, response_ids: what is trained on.
         batch: the same, packed.
+        max_tokens: tokens in one forward pass.
     Returns:
         The old log-probs, [T] float32 in nats; the weights of the policy's loss, [T] float32 or None for 1; and the metrics
         of the difference between the sampler and the training forward pass, none where nothing was compared.
@@ -272,7 +278,7 @@ def behaviour_logps(
 
     def recompute(rows: Sequence[int]) -> Tensor:
         prompts, responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
-        return response_logps(policy, prompts, responses, config.model.micro_batch_tokens, config.rollout.temperature)
+        return response_logps(policy, prompts, responses, max_tokens, config.rollout.temperature)
 
     every = range(len(response_ids))
     # `paper_code` may have put another token in the place of the one that was drawn.

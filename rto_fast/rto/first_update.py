@@ -59,8 +59,8 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     mask = pack(prompt_ids, response_ids, policy.device).response_mask
 
     def logps(precise: bool) -> Tensor:
-        max_tokens, temperature = config.model.micro_batch_tokens, config.rollout.temperature
-        return response_logps(policy, prompt_ids, response_ids, max_tokens, temperature, precise=precise)[mask]
+        # One response a pass: a pass in the higher precision takes a multiple of the memory that is planned for.
+        return response_logps(policy, prompt_ids, response_ids, 1, config.rollout.temperature, precise=precise)[mask]
 
     own, truth, again = logps(False), logps(True), logps(True)
     apart = (truth - again).abs().mean().item()
@@ -181,7 +181,7 @@ def check_dpo_model(session: TrainingSession, models: Models) -> None:
     """Warns where a supplied DPO model does not prefer what people preferred. The DPO stage measures its own model."""
     if models.dpo is None:
         return
-    pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.config.model.micro_batch_tokens
+    pairs, max_tokens = session.data.held_out_pairs[:CHECKED_PAIRS], session.budget("rto").scoring
     if not pairs:
         return
     logps = []

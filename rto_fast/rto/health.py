@@ -29,6 +29,7 @@ from rto_fast.reporting.metric_names import (
     MICRO_BATCH_TOKENS,
     MISMATCH_BIAS,
     MISMATCH_K3,
+    PLANNED_TOKENS,
     ROLLOUT_IMBALANCE,
     SCORE_REWARD_SHARE,
     SKIPPED,
@@ -231,11 +232,11 @@ def ranks_are_uneven(history: History, config: Config) -> Advice | None:
 
 
 def micro_batches_shrank(history: History, config: Config) -> Advice | None:
-    tokens = history[-1].get(MICRO_BATCH_TOKENS) or config.model.micro_batch_tokens
-    if tokens >= config.model.micro_batch_tokens:
+    tokens, planned = history[-1].get(MICRO_BATCH_TOKENS), history[-1].get(PLANNED_TOKENS)
+    if not tokens or not planned or tokens >= planned:
         return None
     return (
-        f"memory ran out: micro-batches went from {config.model.micro_batch_tokens:,} tokens to {tokens:,}",
+        f"memory ran out: micro-batches went from {planned:,} tokens to {tokens:,}",
         f"set model.micro_batch_tokens: {tokens} next time, or model.gradient_checkpointing",
     )
 

@@ -22,6 +22,7 @@ from rto_fast.reporting.metric_names import (
     KL,
     LENGTH,
     MICRO_BATCH_TOKENS,
+    PLANNED_TOKENS,
     SCORE,
     TOKENS_PER_SECOND,
 )
@@ -36,6 +37,7 @@ from rto_fast.rto.update import update
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
 from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.budget import TokenBudget, unplanned_budget
 from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loop import train
 from rto_fast.training.optimizer import count_steps
@@ -51,6 +53,9 @@ class RTOTrainer(Trainer):
 
     All randomness derives from the seed and the number of the iteration, so that a trainer restored from `state_dict` goes
     on exactly as this one would have.
+
+    Args:
+        budget: the tokens of a pass; default: as the configuration says without a plan.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class RTOTrainer(Trainer):
         prompts: Sequence[Prompt],
         device: str,
         log: RunLog,
+        budget: TokenBudget | None = None,
     ):
         rto = config.rto
         self.config, self.models, self.tokenizer, self.sampling = config, models, tokenizer, sampling
@@ -73,7 +79,8 @@ class RTOTrainer(Trainer):
         self.optimizers = {"policy_optimizer": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:
             self.optimizers["critic_optimizer"] = build_optimizer(models.critic, rto, updates, config, rto.critic_lr)
-        self.accumulator = Accumulator(config.model.micro_batch_tokens, log.say)
+        self.budget = budget or unplanned_budget(config)
+        self.accumulator = Accumulator(self.budget.training, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
         self.delimiters = None
         if rto.granularity == "sentence":
@@ -101,7 +108,9 @@ class RTOTrainer(Trainer):
         sampled = time.perf_counter()
         try:
             with progress("rto: score"):
-                experience = score_rollout(self.config, self.models, rollout, prompts, self.tokenizer, self.device)
+                experience = score_rollout(
+                    self.config, self.models, rollout, prompts, self.tokenizer, self.device, self.budget.scoring
+                )
         except RewardError:
             self.order.load_state_dict(order)
             raise
@@ -114,7 +123,7 @@ class RTOTrainer(Trainer):
         if self.config.rto.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(metrics[KL]), len(prompts), self.config.rto.kl_target)
         self.step_count += 1
-        metrics[MICRO_BATCH_TOKENS] = self.accumulator.tokens
+        metrics |= {MICRO_BATCH_TOKENS: self.accumulator.tokens, PLANNED_TOKENS: self.accumulator.configured}
         return metrics | speed_metrics(rollout, sampled - start, scored - sampled, updated - scored)
 
     def _sample(self, seed: int) -> tuple[list[Prompt], RolloutBatch]:
@@ -178,10 +187,10 @@ def train_rto(
         models: From `load_models`.
         evaluate: Is called with the models, the policy's engine and the iteration, every `eval.every` iterations.
     """
-    config, log, prompts = session.config, session.log, session.data.prompts
+    config, log, prompts, budget = session.config, session.log, session.data.prompts, session.budget("rto")
     if config.dpo.model:
         check_dpo_model(session, models)
-    trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log)
+    trainer = RTOTrainer(config, models, session.tokenizer, session.sampling, prompts, session.device, log, budget)
     rollout = int(min(config.rto.prompts_per_rollout, trainer.order.remaining))
     if len(prompts) < rollout:
         log.say(f"rto: {len(prompts)} prompts fill a rollout of {rollout} more than once")

@@ -1,4 +1,4 @@
-"""How much memory the machine has left."""
+"""How much memory the machine has, and how much of it is left."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,16 @@ def free_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def memory_in_container() -> int:
+    """Bytes of the machine's memory, or of the container's control group where that has less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return machine if limit == "max" else min(machine, int(limit))
+    except (OSError, ValueError):
+        return machine
 
 
 def free_memory_in_container() -> int:

@@ -20,6 +20,7 @@ from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.budget import TokenBudget
 from rto_fast.training.checkpoint_checks import CHECKPOINT, LOGS, UNSTARTED, find_misfit, new_run, read_progress
 from rto_fast.training.optimizer import ScheduledOptimizer
 from rto_fast.training.order import ShuffledIndices
@@ -72,7 +73,7 @@ class Checkpoints:
     `progress.json` is the run's memory: the stages that are done, and the points from which the present stage can go on,
     oldest first: its beginning, then each checkpoint that is kept. A point holds the sizes of the logs at that moment, to
     which a resumed run cuts them, so that no record appears twice. The run's name stands there and in each checkpoint: two
-    runs may have a link to the same folder, and neither removes what the other wrote.
+    runs may have a link to the same folder, and neither removes what the other wrote. So do the tokens of a pass, by stage.
 
     Args:
         keep: the number of checkpoints to keep.
@@ -98,6 +99,7 @@ class Checkpoints:
         self.run = new_run()
         self.done: list[str] = []
         self.best: float | None = None  # the best evaluation so far
+        self.budgets: dict[str, TokenBudget] = {}  # of the stages that are planned
         self.points: list[dict[str, Any]] = [] if resume else [self._point(None)]
         self.named: set[str | None] = set()  # the checkpoints that a resumed run's progress.json names
         if resume:
@@ -106,6 +108,7 @@ class Checkpoints:
     def _read(self) -> None:
         progress = read_progress(self.path)
         self.run, self.done, self.points = progress["run"], progress["done"], progress["points"]
+        self.budgets = {stage: TokenBudget(**values) for stage, values in progress["budgets"].items()}
         self.named = {point["checkpoint"] for point in self.points}
         self._sweep()  # the run may have been killed before its own
         self._drop_damaged()
@@ -195,7 +198,9 @@ class Checkpoints:
     def _write(self) -> None:
         self.check_lock()
         if ranks.is_main():
-            write_text(self.path, json.dumps({"run": self.run, "done": self.done, "points": self.points}))
+            budgets = {stage: vars(budget) for stage, budget in self.budgets.items()}
+            content = {"run": self.run, "budgets": budgets, "done": self.done, "points": self.points}
+            write_text(self.path, json.dumps(content))
         ranks.barrier()
 
     @contextlib.contextmanager

@@ -28,7 +28,8 @@ def read_progress(path: Path) -> dict[str, Any]:
     """Reads the file.
 
     Returns:
-        {"run": the run's name, "done": [stages], "points": [points, at least one]}, see `Checkpoints`.
+        {"run": the run's name, "budgets": {stage: fields of a `TokenBudget`}, "done": [stages],
+        "points": [points, at least one]}, see `Checkpoints`.
     Raises:
         CheckpointError: it cannot be read, or `Checkpoints` did not write it.
     """
@@ -42,7 +43,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         progress = json.loads(content)
         if not isinstance(progress, dict):
             raise ValueError(f"expected an object, got {type(progress).__name__}")
-        progress = {"run": new_run()} | progress  # older versions wrote no name
+        progress = {"run": new_run(), "budgets": {}} | progress  # older versions wrote neither
         if fault := _fault(progress):
             raise ValueError(fault)
         return progress
@@ -64,9 +65,13 @@ def is_count(value: object) -> bool:
 
 def _fault(progress: dict[str, Any]) -> str | None:
     """Says what is wrong with the content; None if nothing is."""
-    run, done, points = progress["run"], progress.get("done"), progress.get("points")
+    run, budgets, done, points = progress["run"], progress["budgets"], progress.get("done"), progress.get("points")
     for is_right, fault in (
         (isinstance(run, str) and RUN.fullmatch(run), '"run" is not the name of a run'),
+        (
+            isinstance(budgets, dict) and all(stage in STAGES and _is_budget(b) for stage, b in budgets.items()),
+            '"budgets" does not hold the tokens of a pass in each stage',
+        ),
         (
             isinstance(done, list) and all(stage in STAGES for stage in done),
             f'"done" is not a list of stages ({", ".join(STAGES)})',
@@ -81,6 +86,14 @@ def _fault(progress: dict[str, Any]) -> str | None:
         if fault := _fault_of_point(point, is_first=number == 0):
             return f"point {number}: {fault}"
     return None
+
+
+def _is_budget(values: object) -> bool:
+    if not isinstance(values, dict) or values.keys() != {"training", "scoring", "bound"}:
+        return False
+    return all(
+        (is_count(tokens) and tokens > 0) or (tokens is None and name == "bound") for name, tokens in values.items()
+    )
 
 
 def _fault_of_point(point: dict[str, Any], is_first: bool) -> str | None:

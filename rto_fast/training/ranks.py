@@ -42,6 +42,15 @@ def any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
+def smallest(value: float) -> float:
+    """The least `value` of all ranks, which call it together."""
+    if world_size() == 1:
+        return value
+    values = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values.item()
+
+
 def from_main(values: torch.Tensor) -> torch.Tensor:
     """Replaces `values` by those of the main rank, which have the same shape and type; returns them."""
     if world_size() > 1:

@@ -25,6 +25,7 @@ from rto_fast.planning.memory import Items, Setting, frozen_state, frozen_use, t
 from rto_fast.planning.phases import make_plan
 from rto_fast.planning.shapes import KNOWN, find_shape, shape_of
 from rto_fast.preflight import room
+from rto_fast.training.budget import TokenBudget
 from tests.tiny_models import tiny_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -105,7 +106,7 @@ def test_what_saves_memory():
     assert by_title["rto rollout"].kv == pytest.approx(64 * 2048 * 131072, rel=0.01)
     assert not make_plan(LLAMA, parse_machine("H200")).fits
     no_checkpointing = make_plan(changed(LLAMA, {"model.gradient_checkpointing": False}), machine)
-    assert not no_checkpointing.fits
+    assert no_checkpointing.budgets["rto"].training < plan.budgets["rto"].training / 4
     totals = [
         make_plan(changed(LLAMA, {"deepspeed.zero_stage": zero}), machine).stages[0].phases[0].memory.total
         for zero in range(4)
@@ -201,19 +202,20 @@ def test_preflight_warns_of_memory_and_stops_for_the_disk(tmp_path, monkeypatch)
     log = Said()
 
     def check():
-        room.check_room(load_config([]), None, "cpu", tmp_path, log)
+        return room.check_room(load_config([]), None, "cpu", tmp_path, log, {})
 
     check()
-    assert len(log) == 1 and "GiB are free" in log[0]
+    assert len(log) == 2 and "GiB are free" in log[0]
     monkeypatch.setattr(room, "free_memory", lambda device: 1 << 20)
     check()
-    assert "is more than is free; `python -m rto_fast.plan`" in log[-1]
+    assert "is more than is free; `python -m rto_fast.plan`" in log[-2]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(ConfigError, match="output_dir: .* free, and models and checkpoints take"):
         check()
-    monkeypatch.setattr(room, "make_plan", lambda *_: 1 / 0)
-    check()
-    assert "plan: none (ZeroDivisionError" in log[-1]
+    monkeypatch.setattr(room, "make_plan", lambda *_, **__: 1 / 0)
+    assert set(check().values()) == {TokenBudget(16384, 16384)}
+    assert "plan: none (ZeroDivisionError" in log[-2]
+    assert log[-1] == "micro-batches of up to 16,384 tokens; without a plan"
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark of memory")

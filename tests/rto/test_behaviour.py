@@ -51,7 +51,7 @@ def logps_of(policy, rollout, *options):
     batch = pack(rollout.prompt_ids, rollout.response_ids)
     config = load_config(list(options))
     return (
-        *experience.behaviour_logps(config, policy, rollout, rollout.prompt_ids, rollout.response_ids, batch),
+        *experience.behaviour_logps(config, policy, rollout, rollout.prompt_ids, rollout.response_ids, batch, 16384),
         batch.response_mask,
     )
 

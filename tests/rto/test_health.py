@@ -38,6 +38,7 @@ HEALTHY = {
     "imbalance": 1.1,
     "rollout_imbalance": 1.2,
     "micro_batch_tokens": 16384,
+    "planned_tokens": 16384,
 }
 SICK = {
     "dense_reward_dominates": {"dpo_reward_share": 0.8, "score_reward_share": 0.1},

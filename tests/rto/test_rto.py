@@ -56,7 +56,7 @@ def build_models(**changes):
 def collect(models, settings, delimiters=None):
     prompts = [Prompt(ids, "1 red cup", {}) for ids in PROMPTS]
     rollout = RolloutBatch(PROMPTS, RESPONSES, finish_reasons(RESPONSES, (1,)))
-    experience = score_rollout(settings, models, rollout, prompts, TOKENIZER, "cpu")
+    experience = score_rollout(settings, models, rollout, prompts, TOKENIZER, "cpu", 16384)
     rewards = token_rewards(settings.rto, experience, settings.rto.kl_coef, delimiters)
     return experience, rewards, rollout_metrics(experience, rewards, settings.rto.kl_coef)
 
@@ -150,7 +150,7 @@ def test_the_dpo_models_own_reference_counts():
     torch.testing.assert_close(rewards.advantages[experience.batch.response_mask].double(), flat, atol=1e-5, rtol=1e-5)
 
 
-def gradients(models, settings, experience, rewards):
+def gradients(models, settings, experience, rewards, tokens=16384):
     """Gradients of the first optimizer step of `update`, which does not take it."""
     seen = {}
 
@@ -167,9 +167,7 @@ def gradients(models, settings, experience, rewards):
             return {}
 
     optimizers = {f"{name}_optimizer": Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
-    metrics = update(
-        settings, models, optimizers, experience, rewards, 0, Accumulator(settings.model.micro_batch_tokens, print)
-    )
+    metrics = update(settings, models, optimizers, experience, rewards, 0, Accumulator(tokens, print))
     return seen, metrics
 
 
@@ -206,8 +204,7 @@ def test_update_has_the_gradient_of_the_plain_losses_whatever_the_micro_batches(
         "critic": torch.autograd.grad(value_loss, list(models.critic.module.parameters())),
     }
     for budget in (1, 12, 10_000):
-        settings.model.micro_batch_tokens = budget
-        seen, metrics = gradients(models, settings, experience, rewards)
+        seen, metrics = gradients(models, settings, experience, rewards, budget)
         for name in expected:
             for mine, plain in zip(seen[name], expected[name]):
                 # The model's norms compute in float32 even in a float64 model, and `token_scores` returns it.

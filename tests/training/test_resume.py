@@ -108,6 +108,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert_same_run(folder, uninterrupted)
 
 
+def test_the_tokens_of_a_pass_are_kept_unless_the_run_is_given_others(tmp_path):
+    folder, killer = tmp_path / "run", KILLER.format(signal=int(signal.SIGKILL))
+    assert run(14, *OPTIONS, *EVERY_STEP, "--output_dir", folder, code=killer).returncode == -signal.SIGKILL
+    path = folder / "progress.json"
+    begun = json.loads(path.read_text())
+    assert {(b["training"], b["scoring"], b["bound"]) for b in begun["budgets"].values()} == {(16384, 16384, None)}
+    # As a machine with less memory would have chosen.
+    path.write_text(json.dumps(begun | {"budgets": {"rto": {"training": 200, "scoring": 300, "bound": None}}}))
+    process = run(1, "--resume", folder, code=killer)
+    assert "micro-batches of up to 16,384 (sft, reward_model, dpo) or 200 (rto) tokens" in process.stdout
+    assert run("--resume", folder, "--model.micro_batch_tokens=100").returncode == 0
+    numbers = [r["micro_batch_tokens"] for r in records(folder) if "micro_batch_tokens" in r]
+    assert numbers == [16384, 16384, 200, 100]
+
+
 def test_every_stage_goes_on_with_other_data(tmp_path):
     """Killed in each stage, and gone on with fewer or more examples than that session had, or with responses cut shorter."""
     folder, killer = tmp_path / "run", KILLER.format(signal=int(signal.SIGKILL))

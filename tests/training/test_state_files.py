@@ -173,7 +173,7 @@ def trainer():
     def loss(run, chosen):
         return model(torch.ones(3)).square().sum(), {}
 
-    return SupervisedTrainer(Model(model), config.sft, [5] * 20, loss, config, print, "data")
+    return SupervisedTrainer(Model(model), config.sft, [5] * 20, loss, config, 16384, print, "data")
 
 
 def places(state, before=()):

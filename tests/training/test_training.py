@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rto_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, SFTConfig
+from rto_fast.config import DeepSpeedConfig, OptimizerConfig, SFTConfig
 from rto_fast.data.layouts import Example
 from rto_fast.data.tokenizing import Demonstration, Pair, Prompt
 from rto_fast.errors import TrainingError
@@ -130,10 +130,9 @@ def linear_trainer(say=print, items=10, data="", seen=None, micro_batch_tokens=1
         return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
 
     stage = SFTConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
-    model_config = ModelConfig(micro_batch_tokens=micro_batch_tokens)
     optimizer = OptimizerConfig(**optimizer or {})
-    config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer, model=model_config)
-    return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, say, data)
+    config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer)
+    return SupervisedTrainer(Model(model), stage, [5] * items, loss, config, micro_batch_tokens, say, data)
 
 
 def train(trainer, steps=None):
