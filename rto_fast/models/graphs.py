@@ -237,7 +237,8 @@ class PassGraphs:
         tables = self.decoder.ropes.addresses() if self.decoder else ()
         addresses = *(tensor.data_ptr() for tensor in (*self.parameters, *gradients)), *tables
         if addresses != self.addresses:
-            self.recorded.clear()
+            if any(self.recorded.values()):  # the first pass makes tables and buffers, before there is a graph
+                self.recorded.clear()
             self.addresses = addresses
 
     def _capture(self, inputs: tuple[Any, ...], run: Callable[..., Mapping[str, Tensor]]) -> _Recorded | None:

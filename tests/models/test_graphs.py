@@ -10,7 +10,7 @@ import torch
 from rto_fast.batch import pack
 from rto_fast.errors import ModelError
 from rto_fast.models import graphs
-from rto_fast.models.forward import causal_logps
+from rto_fast.models.forward import causal_logps, token_scores
 from rto_fast.models.graphs import CudaGraph, PassGraphs
 from rto_fast.models.model import Model
 from rto_fast.models.pass_time import PassSizes
@@ -36,6 +36,8 @@ class Repeated:
 
 def model_with_graphs(module=None, graph=Repeated):
     model = Model(module or float64(tiny("llama")))
+    causal = model.module.get_output_embeddings() is not None
+    (causal_logps if causal else token_scores)(model.module, pack([[3] * 100], [[4] * 100]))  # makes the table of RoPE
     model.graphs = PassGraphs(model.module, graph)
     return model
 
@@ -52,8 +54,9 @@ def backward(module):
     def add(loss):
         loss.backward()
         for parameter in module.parameters():
-            parameter.main_grad += parameter.grad
-            parameter.grad = None
+            if parameter.grad is not None:  # that of others, layers have added themselves
+                parameter.main_grad += parameter.grad
+                parameter.grad = None
 
     return add
 
@@ -186,13 +189,27 @@ def test_graphs_end_when_what_they_hold_has_moved(moved):
         parameter.main_grad = torch.zeros_like(parameter)
     clear(model.module)
     loss, metrics = policy_loss(model.module, inputs, RTO, 1.0)
-    expected = torch.autograd.grad(loss, list(model.module.parameters()))
+    add(loss)
+    expected = gradients(model.module)
+    clear(model.module)
     assert_close(run()["policy_loss"], metrics["policy_loss"])
     gc.collect()
     assert old() is None and not made(model)
-    assert_close(gradients(model.module), list(expected))
+    assert_close(gradients(model.module), expected)
     run()
     assert len(made(model)) == 1
+
+
+def test_a_larger_table_of_rope_ends_the_graphs_that_hold_the_old_one():
+    model = model_with_graphs()
+    for _ in range(2):
+        scored(model, SAME_SIZES[0])
+    old = weakref.ref(made(model)[0])
+    long = [(3, 300)]
+    for _ in range(4):  # the first makes the table, the third records it
+        assert_close(scored(model, long), eager(model, long))
+    assert old() is None and [graph.replays for graph in made(model)] == [2]
+    assert_close(scored(model, SAME_SIZES[0]), eager(model, SAME_SIZES[0]))
 
 
 @pytest.fixture
