@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels.common import EXACT
 from rto_fast.kernels.paged_attention import cache_pointers
-
-EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit

@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import LOG2E
+from rto_fast.kernels.common import INTERPRETED, LOG2E
 
-# The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_BYTES = 8192
 # Copies of this many tokens are in flight at once (bf16, head_dim 128, rounded up); fewer do not keep a program busy.
 MIN_SPLIT_TOKENS = 128

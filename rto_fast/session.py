@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rto_fast.config import Config, Stage, dump_config
-from rto_fast.data.run_data import RunData
+from rto_fast.data.run_data import RunData, Use
 from rto_fast.data.tokenizing import stop_token_ids
+from rto_fast.data.visited import Visits
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.errors import ConfigError, how_to_go_on
+from rto_fast.errors import ConfigError
 from rto_fast.models.directory import check_stop_ids, load_tokenizer
 from rto_fast.models.loading import resolve_dtype
 from rto_fast.models.model import Model
@@ -27,19 +28,17 @@ from rto_fast.reporting.log import Finding, RunLog, Service, TensorBoard
 from rto_fast.reporting.public import public
 from rto_fast.rollout import Sampling
 from rto_fast.system import deepspeed_import
-from rto_fast.system.run_lock import RunLock, is_lock, refuse_if_in_use
+from rto_fast.system.output_folder import UNSTARTED, refuse_what_is_there, usable
+from rto_fast.system.run_lock import RunLock, refuse_if_in_use
 from rto_fast.system.threads import use_threads
 from rto_fast.training import ranks
 from rto_fast.training.budget import TokenBudget, unplanned_budget
 from rto_fast.training.checkpoint import Checkpoints
-from rto_fast.training.checkpoint_checks import UNSTARTED
 from rto_fast.training.launch import local_rank
+from rto_fast.training.order import visits_of
 from rto_fast.training.saving import save_model
 from rto_fast.training.state_files import write_text
 from rto_fast.training.stop import StopRequest
-
-# The files of a run that ended before its first step, by a mistake or a kill.
-UNSTARTED_FILES = re.compile(rf"config\.yaml|base|warnings\.jsonl|{re.escape(UNSTARTED)}|\..*\.(part|old)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,13 @@ class TrainingSession(Session):
         return path
 
 
-def open_session(config: Config, models: Sequence[Supplied], device: str, say: Callable[[str], object]) -> Session:
+def open_session(
+    config: Config,
+    models: Sequence[Supplied],
+    device: str,
+    say: Callable[[str], object],
+    visits: Callable[[Use, int], Visits | None] = lambda use, count: None,
+) -> Session:
     """Loads the tokenizer, checks the models' files and prepares the data.
 
     Args:
@@ -107,6 +112,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
         models: The models that it names; the policy starts from the first.
         device: From `prepare_process`.
         say: Is called with a line of text for each report of the data.
+        visits: Which examples are used, see `RunData`.
 
     Raises:
         ModelError: A model or the tokenizer cannot be used.
@@ -127,7 +133,7 @@ def open_session(config: Config, models: Sequence[Supplied], device: str, say: C
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         sampling=Sampling.of(config.rollout, stop_ids),
-        data=RunData(config.data, tokenizer, stop_ids, say, size),
+        data=RunData(config.data, tokenizer, stop_ids, say, size, visits),
     )
 
 
@@ -144,7 +150,7 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     """
     folder = Path(config.resume or config.output_dir)
     if ranks.is_main() and not config.resume:
-        with _usable(folder):
+        with usable(folder):
             refuse_what_is_there(folder)
             (folder / UNSTARTED).touch()  # the run cannot be resumed yet
             (folder / "warnings.jsonl").unlink(missing_ok=True)
@@ -174,7 +180,8 @@ def open_training(config: Config, stop: StopRequest, lock: RunLock | None = None
     assert base  # a configuration without one is refused when it is read
     if base == "embedded" and not config.sft.model:
         base = save_model(Model(build_model(config.seed)), build_tokenizer(), folder / "base")
-    session = open_session(config, supplied_models(config, base), device, log.say)
+    visits = functools.partial(visits_of, config)
+    session = open_session(config, supplied_models(config, base), device, log.say, visits)
     return TrainingSession(**vars(session), folder=folder, log=log, checkpoints=checkpoints)
 
 
@@ -208,14 +215,14 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         return
     folder = Path(config.resume or config.output_dir)
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    with _usable(folder):
+    with usable(folder):
         refuse_if_in_use(folder)
         if not config.resume:
             refuse_what_is_there(folder)
             folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     try:
-        with _usable(folder):
+        with usable(folder):
             lock.take()
         yield lock
     finally:
@@ -223,25 +230,3 @@ def claimed_output(config: Config) -> Iterator[RunLock | None]:
         with contextlib.suppress(OSError):  # empty folders of a run that was refused before it wrote anything
             for each in made:
                 each.rmdir()
-
-
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be used: {error.strerror or error}; give another one") from None
-
-
-def refuse_what_is_there(folder: Path) -> None:
-    """Refuses a folder that holds results or files of the user.
-
-    Raises:
-        ConfigError: it is not empty.
-    """
-    if not folder.exists():
-        return
-    names = {path.name for path in folder.iterdir() if not is_lock(path)} if folder.is_dir() else {folder.name}
-    if names and (UNSTARTED not in names or not all(map(UNSTARTED_FILES.fullmatch, names))):
-        resume = f", or {how_to_go_on(folder)}" if {"config.yaml", "progress.json"} <= names else ""
-        raise ConfigError(f"output_dir: {folder} exists and is not empty; give another one with --output_dir{resume}")

@@ -39,7 +39,7 @@ from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loader import Loader
 from rto_fast.training.loop import train
 from rto_fast.training.optimizer import count_steps, stage_steps
-from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer
@@ -51,30 +51,30 @@ class SupervisedTrainer(Trainer):
     """Trains a model on a fixed list of items. Each epoch visits all of them, so the last step may have fewer items.
 
     Args:
+        order: in which the items are visited.
         lengths: the tokens of each item.
         loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
             metrics of the micro-batch, which add up to those of the step.
         tokens, say: see `Accumulator`.
-        fingerprint: of the items, see `ShuffledIndices`.
     """
 
     def __init__(
         self,
         model: Model,
         stage: SupervisedConfig,
+        order: ShuffledIndices,
         lengths: Sequence[int],
         loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
         config: Config,
         tokens: int,
         say: Callable[[str], object],
-        fingerprint: str = "",
     ):
         self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
         self.steps = stage_steps(stage, len(lengths))
         self.step_count = 0
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
-        self.order = ShuffledIndices(len(lengths), config.seed, stage.epochs, fingerprint)
+        self.order = order
         self.accumulator = Accumulator(tokens, say)
 
     def step(self) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def train_sft(session: TrainingSession, base: str) -> str:
         return -model.forward(causal_logps, batch).sum() / total, {}
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-    trainer = SupervisedTrainer(
-        model, stage, lengths, loss, config, session.budget("sft").training, session.log.say, fingerprint(sequences)
-    )
+    order = ShuffledIndices.of(sequences, config.seed, stage.epochs)
+    tokens = session.budget("sft").training
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, tokens, session.log.say)
     train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
     return _save(session, "sft", trainer)
 
@@ -154,8 +154,8 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
         share = 1.0 / len(step_items)
         return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
 
-    lengths = [p.num_tokens for p in pairs]
-    trainer = SupervisedTrainer(model, stage, lengths, loss, config, budget.training, log.say, fingerprint(pairs))
+    order, lengths = ShuffledIndices.of(pairs, config.seed, stage.epochs), [p.num_tokens for p in pairs]
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
     train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
@@ -194,9 +194,14 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     stage, budget = config.dpo, session.budget("dpo")
     model = Loader(config, session.placement).trained("causal_lm", sft)
     # The reference is the model before its first step: no second copy, and each pair is scored once.
-    log.say(f"dpo: reference log-probs of {len(pairs) + len(held_out):,} pairs")
+    order = ShuffledIndices.of(pairs, config.seed, stage.epochs)
+    # A resumed stage may have come further than its present batch size says; it scores all pairs.
+    most = None if stage.max_steps is None or config.resume else stage.max_steps * stage.batch_size
+    visited = order.first(most)
+    log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = pair_logps(model, pairs, budget.scoring)
+        reference = torch.full((len(pairs), 2), torch.nan)
+        reference[visited] = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -209,7 +214,7 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
 
     lengths = [p.num_tokens for p in pairs]
-    trainer = SupervisedTrainer(model, stage, lengths, loss, config, budget.training, log.say, fingerprint(pairs))
+    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
     train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
     model.module.eval()
     if held_out_reference is not None:

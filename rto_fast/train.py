@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rto_fast.config import Config, load_config
+from rto_fast.preflight.early import check_early, check_pairs_given, first_line
 from rto_fast.system.command_line import as_command
+from rto_fast.system.memory import kept_imports
 from rto_fast.system.terminal import say, speaks
 from rto_fast.training.stop import StopRequest
 
@@ -34,7 +36,12 @@ def started(arguments: list[str] | None = None) -> Iterator[tuple[Config, StopRe
         arguments = [a for a in arguments if not a.startswith("--local_rank=")]
         config = load_config(arguments, say=lambda text: say(text) if speaks() else None)
         stop.folder = config.resume
-        from rto_fast.training.launch import joined  # after the configuration: --help and its mistakes need no torch
+        # What can be refused or said without torch comes before it is imported.
+        check_early(config)
+        if speaks():
+            say(first_line(config))
+        with kept_imports():
+            from rto_fast.training.launch import joined
 
         with joined(use_deepspeed=bool(config.deepspeed.zero_stage)):
             yield config, stop
@@ -54,17 +61,18 @@ def train(config: Config, stop: StopRequest) -> dict[str, "Evaluation"]:
         UserError: The run cannot start, or cannot go on.
         Interrupted: `stop` asked for the end.
     """
-    from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
-    from rto_fast.preflight.checks import check_before_training, check_pairs_given
-    from rto_fast.reporting.finish import publish_run, report_run
-    from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
-    from rto_fast.rto.experience import load_models
-    from rto_fast.rto.trainer import train_rto
-    from rto_fast.session import claimed_output, open_training
-    from rto_fast.stages import train_dpo, train_reward_model, train_sft
-    from rto_fast.system.progress import progress
-    from rto_fast.training.loader import Loader
-    from rto_fast.training.ranks import is_main
+    with kept_imports():
+        from rto_fast.evaluation.policies import evaluate_iteration, evaluate_policies
+        from rto_fast.preflight.checks import check_before_training
+        from rto_fast.reporting.finish import publish_run, report_run
+        from rto_fast.rewards.choice import choose_critic, choose_judge, choose_scorer, import_functions
+        from rto_fast.rto.experience import load_models
+        from rto_fast.rto.trainer import train_rto
+        from rto_fast.session import claimed_output, open_training
+        from rto_fast.stages import train_dpo, train_reward_model, train_sft
+        from rto_fast.system.progress import progress
+        from rto_fast.training.loader import Loader
+        from rto_fast.training.ranks import is_main
 
     start = time.perf_counter()
     # Until the end, the run's log shows this package's warnings.

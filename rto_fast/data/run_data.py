@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ from rto_fast.data.tokenizing import (
     responses_of,
     sft_sequences,
 )
+from rto_fast.data.visited import Visits, read_visited
 from rto_fast.data.world import EMBEDDED
 from rto_fast.errors import DataError
 from rto_fast.system.progress import progress
@@ -103,6 +104,7 @@ PROMPT_ROLES = ("prompt", "messages", "tools")
 
 Built = TypeVar("Built", Demonstration, Pair, Prompt)
 Builder = Callable[..., tuple[list[Built], CutReport]]
+Use = Literal["sft", "pairs", "prompts", "eval_prompts"]  # the properties of `RunData` that may be read in part
 
 
 def split_of_source(source: str, default: str = "train") -> tuple[str, str]:
@@ -121,6 +123,7 @@ class RunData:
         stop_ids: the ids that end a response.
         say: prints a line, such as a report of what was cut.
         vocabulary_size: the number of tokens that the model knows; None does not check the ids.
+        visits: tells what the run visits of a number of examples; None where it visits, or reads, all of them.
     """
 
     def __init__(
@@ -130,10 +133,11 @@ class RunData:
         stop_ids: list[int],
         say: Callable[[str], object],
         vocabulary_size: int | None = None,
+        visits: Callable[[Use, int], Visits | None] = lambda use, count: None,
     ):
         self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
         self.say = lambda text: say(one_line(text))  # names of files and columns may hold line breaks
-        self.vocabulary_size = vocabulary_size
+        self.vocabulary_size, self.visits = vocabulary_size, visits
         self.limits = Limits(config.max_prompt_tokens, config.max_response_tokens, config.overlong_prompt)
         self.read: dict[str, int] = {}  # {source: number of usable rows}
         self._noted: set[str] = set()  # the warnings that were given
@@ -176,23 +180,28 @@ class RunData:
         embedded = examples[0].origin.startswith(str(EMBEDDED))  # small enough to be tokenised each time
         return self._caching if self.config.cache_dir and not embedded else self._tokenizer
 
-    def _build(self, builder: Builder[Built], examples: list[Example], what: str, *options: Any) -> list[Built]:
+    def _build(
+        self, builder: Builder[Built], examples: list[Example], what: str, *options: Any, use: Use | None = None
+    ) -> list[Built]:
         tokenizer = self.caching_tokenizer(examples)
-        built, report = builder(
-            examples, tokenizer, self.limits, self.config.prompt_format, *options, **self.reading_options
-        )
+
+        def build(part: list[Example]) -> tuple[list[Built], CutReport]:
+            return builder(part, tokenizer, self.limits, self.config.prompt_format, *options, **self.reading_options)
+
+        visits = self.visits(use, len(examples)) if use else None
+        built, report = build(examples) if visits is None else read_visited(build, examples, visits)
         self.say(f"{what}: {report}")
         self._check_tokens(built, what)
         return built
 
     def _build_held_out(
-        self, builder: Builder[Built], examples: list[Example], what: str, *options: Any
+        self, builder: Builder[Built], examples: list[Example], what: str, *options: Any, use: Use | None = None
     ) -> list[Built]:
         """`_build`, which returns an empty list where no held-out example can be used: there may be few of them."""
         if not examples:
             return []
         try:
-            return self._build(builder, examples, what, *options)
+            return self._build(builder, examples, what, *options, use=use)
         except NothingLeft as error:
             self.say(f"{what}: none ({error})")
             return []
@@ -288,11 +297,11 @@ class RunData:
 
     @cached_property
     def sft(self) -> list[Demonstration]:
-        return self._build(sft_sequences, self.sft_examples, "demonstrations", self.stop_ids)
+        return self._build(sft_sequences, self.sft_examples, "demonstrations", self.stop_ids, use="sft")
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        return self._build(preference_pairs, self.pair_examples, "preferences", self.stop_ids)
+        return self._build(preference_pairs, self.pair_examples, "preferences", self.stop_ids, use="pairs")
 
     @cached_property
     def held_out_pairs(self) -> list[Pair]:
@@ -301,10 +310,10 @@ class RunData:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        return self._build(prompts, self.prompt_examples, "prompts")
+        return self._build(prompts, self.prompt_examples, "prompts", use="prompts")
 
     @cached_property
     def eval_prompts(self) -> list[Prompt]:
         """May be empty; then policies are not compared."""
         build = self._build if self.config.eval_prompts else self._build_held_out
-        return build(prompts, self.eval_examples, "evaluation prompts")
+        return build(prompts, self.eval_examples, "evaluation prompts", use="eval_prompts")

@@ -20,7 +20,7 @@ decides about BOS, as in transformers; plain text gets it if the tokenizer adds 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,8 @@ class CutReport:
     source: str
     limits: Limits
     examples: int
-    kept: int = 0
+    unread: int = 0  # further examples, to which the stage's steps do not come
+    positions: list[int] = field(default_factory=list)  # of those that are kept, among the examples
     unusable: int = 0  # rows that the chat template refuses, or whose prompt and response cannot be told apart
     first_unusable: str = ""
     prompts_dropped: int = 0
@@ -107,8 +108,13 @@ class CutReport:
     response_tokens_cut: int = 0
     identical_dropped: int = 0  # pairs without a difference (left) between chosen and rejected
 
+    @property
+    def kept(self) -> int:
+        return len(self.positions)
+
     def __str__(self) -> str:
-        parts = [f"{self.source}: {self.examples} examples"]
+        read = f"{self.examples} of {self.examples + self.unread} examples read, the steps visit no more"
+        parts = [f"{self.source}: {read if self.unread else f'{self.examples} examples'}"]
         limits = self.limits
         if self.unusable:
             parts.append(f"{self.unusable} unusable skipped (the first: {self.first_unusable})")
@@ -190,10 +196,12 @@ def preference_pairs(
     sides = [[example.chosen, example.rejected] for example in examples]
     reading = _Reading(examples, sides, tokenizer, limits, prompt_format, stop_ids, **options)
     parts = zip(reading.prompt_ids, reading.responses(0), reading.responses(1), reading.examples, strict=True)
-    pairs = [Pair(*part) for part in parts if part[1] != part[2]]
+    made = [Pair(*part) for part in parts]
     report = reading.report
+    different = [(at, pair) for at, pair in zip(report.positions, made) if pair.chosen_ids != pair.rejected_ids]
+    pairs = [pair for _, pair in different]
     report.identical_dropped = report.kept - len(pairs)
-    report.kept = len(pairs)
+    report.positions = [at for at, _ in different]
     if not pairs:
         raise NothingLeft(f"{report.source}: chosen and rejected are identical in all pairs (within {limits})")
     return pairs, report
@@ -271,7 +279,7 @@ class _Reading:
     def _read(self, examples: Sequence[Example], sides: Sequence[Sequence[Any]], invalid: str) -> None:
         self.examples: list[Example] = []
         self._rows: list[Row] = []
-        for example, responses in zip(examples, sides, strict=True):
+        for position, (example, responses) in enumerate(zip(examples, sides, strict=True)):
             advance()
             try:
                 row = self._encoder.read(example.prompt, responses, example.tools)
@@ -284,6 +292,7 @@ class _Reading:
                 continue
             self.examples.append(example)
             self._rows.append(row)
+            self.report.positions.append(position)
         if examples and not self._rows:
             raise NothingLeft(f"{self.report}; none is left")
 
@@ -312,7 +321,7 @@ class _Reading:
         self.prompt_ids = [ids for _, ids in fitting]
         self.examples = [self.examples[index] for index, _ in fitting]
         self._rows = [self._rows[index] for index, _ in fitting]
-        report.kept = len(fitting)
+        report.positions = [report.positions[index] for index, _ in fitting]
         if not fitting:
             raise NothingLeft(
                 f"{report}; none is left: raise max_prompt_tokens or set overlong_prompt to truncate_left"

@@ -12,6 +12,7 @@ from rto_fast.models.directory import KINDS, Kind, check_fit, check_weights, fro
 from rto_fast.models.dropout import disable_dropout
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import score_head
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.models.precision import higher_precision, precise
 from rto_fast.models.trace import naming_layer, title
 from rto_fast.system.progress import progress
@@ -108,6 +109,7 @@ def _prepare(model: PreTrainedModel, path: str, device: torch.device | str, trai
             f"{path}: {type(model).__name__} names no backbone (base_model_prefix) whose hidden states could be read"
         )
     model.to(device).requires_grad_(trainable).eval()
+    lay_side_by_side(projection_groups(model))  # before an optimizer or DeepSpeed holds their addresses
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ModelError(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from rto_fast.config import LoraConfig
 from rto_fast.errors import ConfigError, ModelError, error_text
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 
 FOLDER = "adapter"  # in the folder of a model that was trained with LoRA, beside the merged weights
 PREFIX = "base_model.model."  # of names in PEFT's adapter files
@@ -62,7 +63,8 @@ class Adapter:
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Returns [(name, parameter)] of this adapter and its head, and makes them require gradients."""
-        own = _parameters(self.base, self.name)
+        # First all a's, so that those of projections of one input are neighbours in an optimizer's flat buffer.
+        own = sorted(_parameters(self.base, self.name), key=lambda named: ".lora_B." in named[0])
         for _, parameter in own:
             parameter.requires_grad_(True)
         return own + ([] if self.score is None else list(self.score.named_parameters("score")))
@@ -179,6 +181,10 @@ def _inject(base: PreTrainedModel, name: str, config: Any, scorer: bool) -> Adap
         raise ConfigError("lora.targets: the output layer cannot have an adapter; name layers of attention and MLP")
     for _, parameter in _parameters(base, name):
         parameter.data = parameter.data.to(base.dtype)
+    siblings = [
+        [m.lora_A[name] for m in group if name in getattr(m, "lora_A", ())] for group in projection_groups(base)
+    ]
+    lay_side_by_side([group for group in siblings if group], ["weight"])
     if not scorer:
         return Adapter(base, name)
     if hasattr(base, "score"):

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.models.graphs import PassGraphs, TrainingInputs
 from rto_fast.models.lora import Adapter
+from rto_fast.models.placement import moved
 
 
 class ScoreStatistics(NamedTuple):
@@ -128,9 +129,13 @@ class Model:
 
     def offload(self, device: torch.device | str) -> None:
         """Moves the weights of a frozen model to CPU memory; `resident` brings them to `device` while they are needed."""
-        for parameter in self.module.parameters():
-            data = parameter.data.cpu()
-            parameter.data = data.pin_memory() if torch.cuda.is_available() else data
+
+        def to_host(storage: Tensor) -> Tensor:
+            return storage.cpu().pin_memory() if torch.cuda.is_available() else storage.cpu()
+
+        parameters = list(self.module.parameters())
+        for parameter, data in zip(parameters, moved(parameters, to_host)):
+            parameter.data = data
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)  # small
@@ -141,8 +146,9 @@ class Model:
         """Copies the weights of an offloaded model to the device where it computes, for the time of the context."""
         kept = [(parameter, parameter.data) for parameter in self.module.parameters()] if self.home else []
         try:
-            for parameter, data in kept:
-                parameter.data = data.to(self.home, non_blocking=True)
+            there = moved([data for _, data in kept], lambda storage: storage.to(self.home, non_blocking=True))
+            for (parameter, _), data in zip(kept, there):
+                parameter.data = data
             yield
         finally:
             for parameter, data in kept:

@@ -125,27 +125,6 @@ def say_dropout(models: Iterable[Supplied], say: Callable[[str], object]) -> Non
             say(f"{model.key}: {model.path}: config.json's {keys} set to 0: dropout would make log-probs random")
 
 
-def check_pairs_given(config: Config) -> None:
-    """Checks that preference data is given if a stage of the run needs it.
-
-    Raises:
-        DataError: None is given; names the stages, and what each takes instead.
-    """
-    data = config.data
-    needs = [
-        (config.trains_sft and not data.sft, "SFT (or data.sft, or sft.model)"),
-        (config.trains_reward_model, "the reward model (or reward_model.model, or reward_model.function)"),
-        (config.trains_dpo, "DPO (or dpo.model)"),
-        (config.rto.enabled and not data.prompts, "RTO's prompts (or data.prompts)"),
-    ]
-    missing = [stage for is_needed, stage in needs if is_needed]
-    if missing and not data.preferences:
-        raise DataError(
-            f"data.preferences: no preference data is given, and this run needs some for {', '.join(missing)}; "
-            "give a file, a folder or the name of an HF dataset"
-        )
-
-
 def say_sources(config: Config, log: RunLog) -> None:
     """Says what is used in place of each source and judge that is not given; warns of embedded data beside other data."""
     data, say, scorer = config.data, log.say, config.reward_model.function or config.reward_model.model

@@ -41,7 +41,7 @@ from rto_fast.training.budget import TokenBudget, unplanned_budget
 from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loop import train
 from rto_fast.training.optimizer import count_steps
-from rto_fast.training.order import ShuffledIndices, fingerprint
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer, release
 
@@ -74,7 +74,7 @@ class RTOTrainer(Trainer):
         self.prompts, self.device, self.log = prompts, device, log
         self.step_count, self.kl_coef = 0, rto.kl_coef
         epochs = None if rto.iterations else rto.epochs  # a number of iterations draws on the prompts without end
-        self.order = ShuffledIndices(len(prompts), config.seed, epochs, fingerprint(prompts))
+        self.order = ShuffledIndices.of(prompts, config.seed, epochs)
         self.steps, updates = self._count_steps()
         self.optimizers = {"policy_optimizer": build_optimizer(models.policy, rto, updates, config)}
         if models.critic is not None:

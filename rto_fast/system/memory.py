@@ -1,6 +1,10 @@
-"""How much memory the machine has, and how much of it is left."""
+"""How much memory the machine has and has left, and what the garbage collector need not look at."""
 
+import contextlib
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,3 +38,21 @@ def free_memory_in_container() -> int:
         return free_memory() if limit == "max" else min(free_memory(), int(limit) - int(used))
     except (OSError, ValueError):
         return free_memory()
+
+
+@contextlib.contextmanager
+def kept_imports() -> Iterator[None]:
+    """Imports in the context are no work for the garbage collector, at the time and later: nothing among them is garbage.
+
+    To look at all objects of the libraries takes 0.2 s each time. Where they were imported before, nothing changes.
+    """
+    first, enabled = "transformers" not in sys.modules, gc.isenabled()
+    if first:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if first:
+            gc.freeze()
+            if enabled:
+                gc.enable()

@@ -15,13 +15,14 @@ from rto_fast.config import Stage
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, error_text, how_to_go_on
 from rto_fast.models.graphs import PassGraphs
 from rto_fast.reporting.log import RunLog
+from rto_fast.system.output_folder import UNSTARTED
 from rto_fast.system.progress import progress
 from rto_fast.system.run_lock import RunLock
 from rto_fast.system.writing import make_own, sync
 from rto_fast.training import ranks
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.budget import TokenBudget
-from rto_fast.training.checkpoint_checks import CHECKPOINT, LOGS, UNSTARTED, find_misfit, new_run, read_progress
+from rto_fast.training.checkpoint_checks import CHECKPOINT, LOGS, find_misfit, new_run, read_progress
 from rto_fast.training.optimizer import ScheduledOptimizer
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, is_own_state, load_state, remove_state, save_state, write_text
@@ -48,6 +49,11 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """Takes one step and returns its metrics."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Checks the optimizer steps so far; see `ScheduledOptimizer.check`."""
+        for optimizer in self.optimizers.values():
+            optimizer.check()
 
     def release(self) -> None:
         """Gives back what the stage holds beside the weights that it trains."""

@@ -13,7 +13,6 @@ from rto_fast.errors import CheckpointError
 
 STAGES = ("sft", "reward_model", "dpo", "rto")
 LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "warnings.jsonl")
-UNSTARTED = ".unstarted"  # a file that marks a run which cannot be resumed yet; the files beside it are that run's
 CHECKPOINT = re.compile(rf"({'|'.join(STAGES)})-\d{{8,18}}")  # the name of a checkpoint's folder
 RUN = re.compile(r"[0-9a-f]{16}")
 LARGEST = 2**24  # bytes; the file has a few hundred

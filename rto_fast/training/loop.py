@@ -45,6 +45,7 @@ def train(
             recorded: dict[str, int] | None = None  # the sizes of the logs, once the step is in them
             try:
                 metrics = line.step(trainer.step(), show=show)
+                trainer.check()
                 phase.advance()
                 if after_step:
                     after_step(trainer.step_count, metrics)

@@ -1,11 +1,12 @@
 """The optimizer without DeepSpeed, and what both optimizers share: the schedule, parameter groups, counts of steps.
 
 A bfloat16 model is updated in float32: at a learning rate of 5e-7 an update is far below half a unit in the last place of a
-bfloat16 weight and would be lost. Gradients are added up in float32 too, as soon as each one is final.
+bfloat16 weight and would be lost. Gradients are added up in float32 too. A step does not wait for the device: the norm, the
+clipping and whether the step is skipped stay there until somebody reads them.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.model import Model
 from rto_fast.reporting.metric_names import GRAD_NORM, LR, SKIPPED
 from rto_fast.training import ranks
+from rto_fast.training.gradients import Gradients, Layout
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 # Optimizer steps in a row with a non-finite gradient after which the stage ends; in a short stage it is half of all steps.
@@ -54,30 +56,43 @@ class ScheduledOptimizer:
     def __init__(self, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None):
         self.settings, self.total_steps = settings, total_steps
         self.peak_lr, self.schedule = stage.lr if lr is None else lr, settings.schedule(stage.stage)
-        self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.steps = 0
+        self._skips = torch.zeros(2)  # all that were skipped, and the last ones in a row
 
-    def step(self) -> dict[str, float]:
+    @property
+    def skipped(self) -> int:
+        """Steps whose gradient was not finite. Reading it waits for the device, as of `skipped_in_a_row`."""
+        return int(self._skips[0])
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        return int(self._skips[1])
+
+    def step(self) -> dict[str, float | Tensor]:
         """Clips the gradients, updates the weights and clears the gradients.
 
-        A non-finite gradient skips the update and is counted.
+        A non-finite gradient skips the update and is counted; see `check`.
 
         Returns:
-            The metrics `lr`, `grad_norm` and `skipped`, which is 0 or 1.
+            The metrics `lr`, `grad_norm` and `skipped`, which is 0 or 1; the last two are 0-d tensors.
+        """
+        lr = self.peak_lr * learning_rate_factor(self.steps, self.total_steps, *self.schedule)
+        norm, skipped = self._update(lr)
+        self._skips.add_(skipped)[1:].mul_(skipped)
+        self.steps += 1
+        return {LR: lr, GRAD_NORM: norm, SKIPPED: skipped}
+
+    def check(self) -> None:
+        """Checks the steps so far. It waits for the device, so it is called where their metrics are read.
+
         Raises:
             TrainingError: too many steps in a row were skipped, see `MAX_SKIPPED`.
         """
-        lr = self.peak_lr * learning_rate_factor(self.steps, self.total_steps, *self.schedule)
-        norm = self._update(lr)
-        skipped = not math.isfinite(norm)
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row >= min(MAX_SKIPPED, max(1, self.total_steps // 2)):
+        if (count := self.skipped_in_a_row) >= min(MAX_SKIPPED, max(1, self.total_steps // 2)):
             raise TrainingError(
-                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row: lower the "
+                f"the gradient was not finite in {count} steps in a row: lower the "
                 "learning rate, or look for NaN in the weights it started from"
             )
-        self.steps += 1
-        return {LR: lr, GRAD_NORM: norm, SKIPPED: int(skipped)}
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradient, of a loss that adds up over micro-batches and ranks."""
@@ -86,9 +101,12 @@ class ScheduledOptimizer:
     def zero_grad(self) -> None:
         raise NotImplementedError
 
-    def _update(self, lr: float) -> float:
-        """Clips the gradients, takes the step if they are finite, clears them; returns their norm."""
+    def _update(self, lr: float) -> tuple[Tensor, Tensor]:
+        """Clips the gradients, takes the step if they are finite, clears them; returns their norm and `not_finite` of it."""
         raise NotImplementedError
+
+    def free_gradients(self) -> None:
+        """Gives back the memory of the gradients until the next backward pass, where that is possible."""
 
     def release(self) -> None:
         """Gives back what would outlive the optimizer; the model is not trained any further."""
@@ -104,8 +122,13 @@ class ScheduledOptimizer:
         return {name: getattr(self, name) for name in ("steps", "skipped", "skipped_in_a_row")}
 
     def _load_counts(self, state: Mapping[str, Any]) -> None:
-        for name in self._counts():
-            setattr(self, name, state[name])
+        self.steps = state["steps"]
+        self._skips.copy_(torch.tensor([state["skipped"], state["skipped_in_a_row"]]))
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """1 for infinity and NaN, 0 for a finite number, float32."""
+    return (norm * 0.0).nan_to_num(nan=1.0)
 
 
 def count_steps(examples: float, batch_size: int, max_steps: int | None = None) -> int:
@@ -124,73 +147,119 @@ def stage_steps(stage: SupervisedConfig, examples: int) -> int:
 
 
 class Optimizer(ScheduledOptimizer):
-    """AdamW over a model's trainable parameters, which every rank holds whole."""
+    """AdamW over a model's trainable parameters, which every rank holds whole.
+
+    Weights of 16 bits have masters in one flat float32 tensor, in the layout of the gradients (see `Gradients`): all
+    matrices, then all vectors, each in the order of the model. AdamW is given these two stretches.
+
+    Attributes:
+        keep_gradients: the gradients stay where they are, as a CUDA graph needs it, when they could be given back.
+    """
 
     def __init__(
         self, model: Model, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None
     ):
         super().__init__(stage, settings, total_steps, lr)
-        named = model.trainable()
+        self.keep_gradients = False
+        named = sorted(model.trainable(), key=lambda item: item[1].dim() < 2)  # stable
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        for parameter, master in zip(self.parameters, self.masters):
-            if master is not parameter:
-                parameter.register_post_accumulate_grad_hook(self._collect(master))
-        groups = parameter_groups(self.masters, settings.weight_decay)
+        self._skips = self._skips.to(self.parameters[0].device)
+        self.layout = Layout(self.parameters)
+        self.gradients = Gradients(self.parameters, self.layout)
+        self.has_masters = any(p.dtype != torch.float32 for p in self.parameters)
+        groups = parameter_groups(self.parameters, settings.weight_decay)
+        self.masters: list[Tensor] = self.parameters
+        if self.has_masters:
+            flat = torch.zeros(sum(self.layout.sizes), device=self.parameters[0].device)
+            self.masters = self.layout.views(flat)
+            with torch.no_grad():
+                torch._foreach_copy_(self.masters, self.parameters)
+            for group, stretch in zip(groups, self._stretches(flat)):
+                group["params"] = [stretch]
         self.adam = torch.optim.AdamW(groups, lr=self.peak_lr, betas=settings.adam_betas, eps=1e-8, fused=True)
+        self.updated: list[Tensor] = [tensor for group in groups for tensor in group["params"]]
+        self.moments: dict[str, Tensor] = {}  # flat
 
-    @staticmethod
-    def _collect(master: Tensor) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None  # the hook runs after it is accumulated
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
+    def _stretches(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor that belong to the matrices and to the vectors."""
+        matrices = sum(size for size, shape in zip(self.layout.sizes, self.layout.shapes) if len(shape) >= 2)
+        return [part for part in flat.split([matrices, len(flat) - matrices]) if len(part)]
 
-        return hook
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor that belong to each of the tensors `updated`."""
+        return self._stretches(flat) if self.has_masters else self.layout.views(flat)
 
     def backward(self, loss: Tensor) -> None:
+        self.gradients.make()
         loss.backward()
+        self.gradients.collect()
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        for parameter in self.parameters:  # a backward pass that broke off may have left some
-            parameter.grad = None
+        self.gradients.clear()
 
-    def _update(self, lr: float) -> float:
+    def free_gradients(self) -> None:
+        if not self.keep_gradients:
+            self._free()
+
+    def _free(self) -> None:
+        self.gradients.free()
+        for tensor in self.updated:
+            tensor.grad = None
+
+    def release(self) -> None:
+        self._free()
+        self.gradients.close()
+
+    def _update(self, lr: float) -> tuple[Tensor, Tensor]:
+        flat = self.gradients.make()
         if ranks.world_size() > 1:
-            for work in [dist.all_reduce(m.grad, async_op=True) for m in self.masters if m.grad is not None]:
-                work.wait()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm).item()
+            dist.all_reduce(flat)
+        norm = torch.linalg.vector_norm(flat)
+        skipped = not_finite(norm)
+        if not self.moments:
+            self._make_moments()
+        if self.has_masters:
+            for tensor, gradient in zip(self.updated, self._parts(flat)):
+                tensor.grad = gradient
         for group in self.adam.param_groups:
             group["lr"] = lr
-        if math.isfinite(norm):
-            self.adam.step()
-            self._copy_masters()
+        # As a GradScaler does: AdamW's kernel divides by the one and, where the other is 1, changes nothing.
+        self.adam.grad_scale = ((norm + 1e-6) / self.settings.max_grad_norm).clamp_(min=1.0)
+        self.adam.found_inf = skipped
+        self.adam.step()
+        self._copy_masters()
         self.zero_grad()
-        return norm
+        return norm, skipped
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters):
-            if master is not parameter:
-                parameter.copy_(master)
+        if self.has_masters:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    def _make_moments(self) -> None:
+        """Makes AdamW's state. Its own would be tensors for each weight."""
+        device = self.parameters[0].device
+        self.moments = {key: torch.zeros(sum(self.layout.sizes), device=device) for key in MOMENTS}
+        steps = torch.zeros(len(self.updated), device=device).unbind()
+        for tensor, step, *moments in zip(self.updated, steps, *map(self._parts, self.moments.values())):
+            self.adam.state[tensor] = {"step": step} | dict(zip(MOMENTS, moments))
 
     def state_dict(self) -> dict[str, Any]:
         state = self._counts() | {"weights": dict(zip(self.names, self.masters))}
-        for key in MOMENTS if self.adam.state else ():
-            state[key] = {name: self.adam.state[m][key] for name, m in zip(self.names, self.masters)}
-        return state
+        return state | {key: dict(zip(self.names, self.layout.views(flat))) for key, flat in self.moments.items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._load_counts(state)
-        with torch.no_grad():
-            for name, master in zip(self.names, self.masters):
-                master.copy_(state["weights"][name])
+        for name, master in zip(self.names, self.masters):
+            master.copy_(state["weights"][name])
         self._copy_masters()
-        step = torch.tensor(float(self.steps - self.skipped))
         self.adam.state.clear()
+        self.moments = {}
         if MOMENTS[0] in state:
-            for name, master in zip(self.names, self.masters):
-                moments = {key: state[key][name].to(master.device, copy=True) for key in MOMENTS}
-                self.adam.state[master] = {"step": step.to(master.device, copy=True)} | moments
+            self._make_moments()
+            for key, flat in self.moments.items():
+                for name, moment in zip(self.names, self.layout.views(flat)):
+                    moment.copy_(state[key][name])
+            for values in self.adam.state.values():
+                values["step"].fill_(state["steps"] - state["skipped"])

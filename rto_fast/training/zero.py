@@ -18,9 +18,10 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
 from rto_fast.models.model import EngineModule, Model
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.system import deepspeed_import
 from rto_fast.training import ranks
-from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, parameter_groups
+from rto_fast.training.optimizer import MOMENTS, Optimizer, ScheduledOptimizer, not_finite, parameter_groups
 
 BUCKET = 200_000_000  # elements that are reduced at once; each ZeRO-3 engine holds a buffer of this size
 
@@ -107,6 +108,7 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
         _initialize(model, engine_config(settings, 3, model.module.dtype))
     else:
         model.module.to(device)
+        lay_side_by_side(projection_groups(model.module))  # it moves each weight on its own
 
 
 class ZeroOptimizer(ScheduledOptimizer):
@@ -141,11 +143,12 @@ class ZeroOptimizer(ScheduledOptimizer):
             "out of memory: lower model.micro_batch_tokens (with DeepSpeed a step cannot be begun anew)"
         )
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         for group in self.adam.param_groups:
             group["lr"] = lr
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        self.engine.step()  # which waits for the device itself, to see whether the gradient is finite
+        norm = torch.tensor(float(self.engine.get_global_grad_norm()))
+        return norm, not_finite(norm)
 
     def release(self) -> None:
         release(self.model)

@@ -16,7 +16,7 @@ from rto_fast.models.precision import precise
 
 SIZES = (24, 8, 8)
 TOKENS, WIDTH = 7, 16
-VIEWS = {"as_strided", "t", "detach", "split_with_sizes", "slice", "new_empty"}  # they launch nothing
+VIEWS = {"as_strided", "t", "detach", "split_with_sizes", "slice", "alias", "new_empty"}  # they launch nothing
 
 
 class Group(nn.Module):

@@ -15,6 +15,7 @@ from rto_fast.models.model import Model
 from rto_fast.stages import SupervisedTrainer
 from rto_fast.training import ranks, state_files
 from rto_fast.training.checkpoint import Checkpoints
+from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.state_files import find_damage, load_state, save_state
 from tests.training.stand_ins import STATE, Log, flip_a_bit
 
@@ -173,7 +174,8 @@ def trainer():
     def loss(run, chosen):
         return model(torch.ones(3)).square().sum(), {}
 
-    return SupervisedTrainer(Model(model), config.sft, [5] * 20, loss, config, 16384, print, "data")
+    order = ShuffledIndices(20, config.seed, config.sft.epochs, "data")
+    return SupervisedTrainer(Model(model), config.sft, order, [5] * 20, loss, config, 16384, print)
 
 
 def places(state, before=()):

@@ -1,0 +1,264 @@
+"""The backward pass of causal attention within packed sequences, in two kernels without atomics: its bits repeat.
+
+With P the weights, dP = dO·Vᵀ, Δ = rowsum(dO ∘ O) and dS = P ∘ (dP − Δ): dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO (arXiv
+2205.14135). P is computed again from the log-sum-exp. Both kernels do, so there are 7 products of tiles and not 5; in
+return nothing is added up in memory, where FlashAttention adds float32 dQ by atomics, in an order that varies.
+
+- `attention_dq_kernel` does a tile of queries of a head. It has dO at hand, so it also computes Δ for the other kernel.
+- `attention_dkdv_kernel` does a tile of keys of a key head and walks the queries of all heads of its group, so keys are not
+  repeated, nor their gradients added up afterwards.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rto_fast.kernels.attention_forward import base_2, key_ranges, load_rows, product, store_rows, visible, weights
+from rto_fast.kernels.common import EXACT
+
+
+@triton.jit
+def _add_dq(
+    query,
+    dout,
+    key_ptr,
+    value_ptr,
+    lse,
+    delta,
+    dq,
+    positions,
+    first,
+    begin,
+    end,
+    stride_key_t,
+    stride_value_t,
+    scale,
+    cap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds the keys from `begin` to `end` of the sequence that starts at row `first`."""
+    for start in range(begin, end, BLOCK_N):
+        last = first + end if MASKED else None
+        key = load_rows(key_ptr, first + start, last, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        value = load_rows(value_ptr, first + start, last, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        p, derivative = weights(product(query, tl.trans(key), key.dtype), lse[:, None], scale, cap)
+        if MASKED:
+            p = tl.where(visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), p, 0.0)
+        dp = product(dout, tl.trans(value), value.dtype)
+        dq = product(p * (dp - delta[:, None]) * derivative, key, key.dtype, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def attention_dq_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_ptr,
+    stride_query_t,
+    stride_query_h,
+    stride_key_t,
+    stride_key_h,
+    stride_value_t,
+    stride_value_h,
+    stride_dout_t,
+    stride_dout_h,
+    stride_grad_t,
+    num_tokens,
+    scale,
+    factor,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid_n = tl.program_id(2)
+    pid_h = tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    first = tl.load(cu_seqlens_ptr + pid_n)
+    length = tl.load(cu_seqlens_ptr + pid_n + 1) - first
+    begin_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # last tiles, which have most keys, first
+    if begin_m >= length:
+        return
+    first = first.to(tl.int64)
+    first_m = first + begin_m
+    end_m = first + length
+    positions = begin_m + tl.arange(0, BLOCK_M)
+
+    query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
+    lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
+    tl.store(delta_ptr + rows, delta, mask=positions < length)
+
+    key_ptr += pid_h // GROUP * stride_key_h
+    value_ptr += pid_h // GROUP * stride_value_h
+    end = tl.minimum(begin_m + BLOCK_M, length)
+    begin, edge, full = key_ranges(begin_m, end, window, BLOCK_N)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for PART in tl.static_range(3):  # blocks on the edge of the window, whole blocks, blocks on the diagonal
+        dq = _add_dq(
+            query,
+            dout,
+            key_ptr,
+            value_ptr,
+            lse,
+            delta,
+            dq,
+            positions,
+            first,
+            begin if PART == 0 else (edge if PART == 1 else tl.maximum(edge, full)),
+            edge if PART == 0 else (full if PART == 1 else end),
+            stride_key_t,
+            stride_value_t,
+            factor,
+            cap,
+            window,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            PART != 1,
+        )
+    store_rows(dq_ptr + pid_h * HEAD_DIM, dq * scale, first_m, end_m, stride_grad_t, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def attention_dkdv_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_ptr,
+    stride_query_t,
+    stride_query_h,
+    stride_key_t,
+    stride_key_h,
+    stride_value_t,
+    stride_value_h,
+    stride_dout_t,
+    stride_dout_h,
+    stride_grad_t,
+    num_tokens,
+    scale,
+    factor,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Tiles are transposed, [keys, queries], so that dK and dV add up products whose first factor is at hand."""
+    pid_n = tl.program_id(2)
+    pid_h = tl.program_id(1).to(tl.int64)
+    first = tl.load(cu_seqlens_ptr + pid_n)
+    length = tl.load(cu_seqlens_ptr + pid_n + 1) - first
+    begin_n = tl.program_id(0) * BLOCK_N  # first tiles, which most queries see, first
+    if begin_n >= length:
+        return
+    first = first.to(tl.int64)
+    first_n = first + begin_n
+    end_n = first + length
+    keys = begin_n + tl.arange(0, BLOCK_N)
+
+    key = load_rows(key_ptr + pid_h * stride_key_h, first_n, end_n, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+    value = load_rows(value_ptr + pid_h * stride_value_h, first_n, end_n, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    # Queries [begin_n, end) see one of the keys; those before `full` do not see all.
+    end = length
+    if window is not None:
+        end = tl.minimum(begin_n + BLOCK_N - 1 + window, length)
+    num_blocks = tl.cdiv(end - begin_n, BLOCK_M)
+    for i in range(GROUP * num_blocks):  # one loop, because each end of a loop waits for loads
+        head = pid_h * GROUP + i // num_blocks
+        begin_m = begin_n + i % num_blocks * BLOCK_M
+        positions = begin_m + tl.arange(0, BLOCK_M)
+        first_m = first + begin_m
+        query = load_rows(query_ptr + head * stride_query_h, first_m, end_n, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
+        dout = load_rows(dout_ptr + head * stride_dout_h, first_m, end_n, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
+        rows = head * num_tokens + first_m + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=positions < length, other=0.0)
+        p, derivative = weights(product(key, tl.trans(query), key.dtype), lse[None, :], factor, cap)
+        p = tl.where(visible(positions[None, :], keys[:, None], window), p, 0.0)
+        dv = product(p, dout, dout.dtype, dv)
+        dp = product(value, tl.trans(dout), value.dtype)
+        dk = product(p * (dp - delta[None, :]) * derivative, query, query.dtype, dk)
+    at = pid_h * HEAD_DIM
+    store_rows(dk_ptr + at, dk * scale, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_rows(dv_ptr + at, dv, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+
+
+def _tiling(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Block sizes and launch options of both kernels."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    dq = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    dkdv = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    return dq, dkdv
+
+
+def attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value: views of one contiguous tensor [T, num_heads + 2·num_kv_heads, head_dim].
+
+    Args:
+        dout: [T, num_heads, head_dim], with any strides.
+        out, lse: the results of `attention_forward`.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    grads = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=query.dtype, device=query.device)
+    dq, dk, dv = grads.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    if not num_tokens:
+        return dq, dk, dv
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = torch.empty_like(lse)
+    factor, cap = base_2(scale, softcap)
+    strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
+    numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
+    sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
+    dq_tiling, dkdv_tiling = _tiling(head_dim, query.dtype)
+    sequences = len(cu_seqlens) - 1
+    with torch.cuda.device_of(query):
+        attention_dq_kernel[(triton.cdiv(max_seqlen, dq_tiling["BLOCK_M"]), num_heads, sequences)](
+            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, **sizes, **dq_tiling
+        )
+        attention_dkdv_kernel[(triton.cdiv(max_seqlen, dkdv_tiling["BLOCK_N"]), num_kv_heads, sequences)](
+            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, **sizes, **dkdv_tiling
+        )
+    return dq, dk, dv
