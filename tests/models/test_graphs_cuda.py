@@ -50,9 +50,7 @@ def made(loss=policy_loss, name="llama", dtype=torch.bfloat16, seed=1):
 
 
 def optimizer_of(model):
-    optimizer = Optimizer(model, CONFIG.rto, CONFIG.optimizer, 10, 1e-3)
-    optimizer.keep_gradients = True
-    return optimizer
+    return Optimizer(model, CONFIG.rto, CONFIG.optimizer, 100, 1e-3)
 
 
 def packed(lengths=LENGTHS, seed=0):
