@@ -35,6 +35,7 @@ TOKEN_BYTES = 4 * 8 + 7 * 4
 GRAPH_BYTES = 2 << 20  # that the driver takes for a graph, about 2 kB a kernel (predicted)
 
 Value = TypeVar("Value")
+Run = Callable[..., Mapping[str, Tensor]]  # a pass; returns named results of one shape
 
 
 def held_bytes(models: int, tokens: float, working: float) -> float:
@@ -144,7 +145,14 @@ class _Recorded:
     names: list[str]
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
-        torch._foreach_copy_(self.inputs, _tensors(inputs))
+        by_dtype: dict[
+            torch.dtype, tuple[list[Tensor], list[Tensor]]
+        ] = {}  # of one dtype torch copies all by one kernel
+        for static, tensor in zip(self.inputs, _tensors(inputs)):
+            for side, part in zip(by_dtype.setdefault(static.dtype, ([], [])), (static, tensor)):
+                side.append(part)
+        for statics, tensors in by_dtype.values():
+            torch._foreach_copy_(statics, tensors)
         return dict(zip(self.names, self.graph.replay().unbind()))
 
 
@@ -175,11 +183,9 @@ class PassGraphs:
         def run(inputs: PackedBatch) -> dict[str, Tensor]:
             return {"": function(self.module, inputs, **options)}
 
-        if self._suits(batch, backward=False):
-            padded = (batch.padded(),)
-            if recorded := self._record((function, _key(options)), padded, run):
-                return recorded(padded)[""][: batch.num_tokens]
-        return run(batch)[""]
+        if not self._is_bound_by_launches(batch, backward=False):
+            return run(batch)[""]
+        return self._run((function, _key(options)), (batch.padded(),), run)[""][: batch.num_tokens]
 
     def learn(
         self,
@@ -203,19 +209,21 @@ class PassGraphs:
             backward(factor * loss)
             return metrics
 
-        if self._suits(inputs.batch, backward=True):
-            self.trains = True
-            padded = inputs.padded(), torch.full((), factor, device=inputs.batch.labels.device)
-            if recorded := self._record((function, _key(args)), padded, run):
-                return recorded(padded)
-        return run(inputs, factor)
+        if not self._is_bound_by_launches(inputs.batch, backward=True):
+            return run(inputs, factor)
+        self.trains = self.is_on
+        padded = inputs.padded(), torch.full((), factor, device=inputs.batch.labels.device)
+        return self._run((function, _key(args)), padded, run)
 
-    def _suits(self, batch: PackedBatch, backward: bool) -> bool:
-        return self.is_on and self.sizes.is_bound_by_launches(batch.num_tokens, len(batch.rows), backward)
+    def _is_bound_by_launches(self, batch: PackedBatch, backward: bool) -> bool:
+        return self.sizes.is_bound_by_launches(batch.num_tokens, len(batch.rows), backward)
 
-    def _record(
-        self, kind: Hashable, inputs: tuple[Any, ...], run: Callable[..., Mapping[str, Tensor]]
-    ) -> _Recorded | None:
+    def _run(self, kind: Hashable, inputs: tuple[Any, ...], run: Run) -> Mapping[str, Tensor]:
+        """Returns `run(*inputs)`, of padded inputs: its bits do not tell whether there is a graph of their sizes already."""
+        recorded = self._record(kind, inputs, run) if self.is_on else None
+        return recorded(inputs) if recorded else run(*inputs)
+
+    def _record(self, kind: Hashable, inputs: tuple[Any, ...], run: Run) -> _Recorded | None:
         """Returns the graph of `run(*inputs)` for inputs of these sizes; None where the pass has to run eagerly."""
         self._follow()
         key = kind, self.module.training, _key(inputs)
@@ -241,7 +249,7 @@ class PassGraphs:
                 self.recorded.clear()
             self.addresses = addresses
 
-    def _capture(self, inputs: tuple[Any, ...], run: Callable[..., Mapping[str, Tensor]]) -> _Recorded | None:
+    def _capture(self, inputs: tuple[Any, ...], run: Run) -> _Recorded | None:
         start, names = time.perf_counter(), list[str]()
         # The pass runs once before it is captured. With a factor of 0 it adds 0 to the gradients: wherever it breaks off,
         # nothing has to be undone.
