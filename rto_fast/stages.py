@@ -80,11 +80,14 @@ class SupervisedTrainer(Trainer):
     ):
         self.model, self.stage, self.lengths, self.work = model, stage, lengths, work
         self.steps = stage_steps(stage, len(lengths))
-        self.step_count = 0
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.order = order
         self.accumulator = Accumulator(tokens, say)
+
+    @property
+    def step_count(self) -> int:
+        return self.optimizer.steps
 
     def step(self) -> dict[str, Any]:
         """Takes one optimizer step and returns its metrics."""
@@ -96,15 +99,12 @@ class SupervisedTrainer(Trainer):
                 step.add(self.model.learn(*work, backward=self.optimizer.backward, factor=factor))
         lengths = [self.lengths[i] for i in items]
         balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
-        metrics = step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
-        self.step_count += 1
-        return metrics
+        return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state. Data, batch size and epochs may differ from the state's: the stage ends when what is left is
         visited."""
         super().load_state_dict(state)
-        self.step_count = self.optimizer.steps
         left = count_steps(self.order.remaining, self.stage.batch_size)
         if self.stage.max_steps is not None:
             left = min(left, max(0, self.stage.max_steps - self.step_count))
@@ -173,9 +173,9 @@ def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
 
     def logps(rows: list[int]) -> Tensor:
         batch = packed_sides([pairs[i] for i in rows], model.device)
-        return segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).view(2, -1).t().cpu()
+        return segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).view(2, -1).t()
 
-    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens)
+    return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens).cpu()
 
 
 def train_dpo(session: TrainingSession, sft: str) -> str:
@@ -190,8 +190,9 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     visited = order.first(most)
     log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = torch.full((len(pairs), 2), torch.nan)
-        reference[visited] = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
+        scored = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
+        reference = scored.new_full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
+        reference[visited] = scored
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def work(rows: list[int], step_items: list[int]) -> tuple[Any, ...]:

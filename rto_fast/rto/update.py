@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rto_fast.batch import PackedBatch, pack
+from rto_fast.batch import PackedBatch, pack, to_device
 from rto_fast.config import Config, RTOConfig
 from rto_fast.models.forward import forward_hidden, token_scores
 from rto_fast.models.head import output_head
@@ -99,6 +99,8 @@ def update(
                 metrics |= {f"critic_{name}": value for name, value in optimizers["critic_optimizer"].step().items()}
             add_to(totals, metrics)
             phase.advance()
+    for optimizer in optimizers.values():
+        optimizer.free_gradients()
     return {name: value / len(minibatches) for name, value in totals.items()}
 
 
@@ -125,7 +127,9 @@ def split_by_response(rto: RTOConfig, experience: Experience, rewards: TokenRewa
         "returns": rewards.returns,
     }
     if rto.loss_per_sequence:
-        counts = torch.tensor([len(ids) for ids in experience.response_ids], device=experience.old_logps.device)
+        counts = to_device([torch.tensor([len(ids) for ids in experience.response_ids])], experience.old_logps.device)[
+            0
+        ]
         weights = (1.0 / counts).repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
         columns |= {"policy_weights": weights, "value_weights": weights}
     if experience.importance is not None:

@@ -139,6 +139,23 @@ class AccumulatedStep:
 
 
 def add_to(totals: dict[str, Any], metrics: Mapping[str, Any]) -> None:
-    """Adds metrics to their sums so far."""
+    """Adds metrics to their sums so far; tensors in one call."""
+    known = [name for name in metrics if name in totals]
+    tensors = [name for name in known if isinstance(metrics[name], Tensor) and isinstance(totals[name], Tensor)]
+    sums: dict[str, Any] = {name: metrics[name] + totals[name] for name in known if name not in tensors}
+    if tensors:
+        added = torch._foreach_add([metrics[name] for name in tensors], [totals[name] for name in tensors])
+        sums |= dict(zip(tensors, added))
+    totals |= {name: sums.get(name, value) for name, value in metrics.items()}
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics with numbers in the place of tensors of one element. Waits for the device, once for each dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, value in metrics.items():
-        totals[name] = value + totals[name] if name in totals else value
+        if isinstance(value, Tensor):
+            kinds.setdefault((value.device, value.dtype), []).append(name)
+    read: dict[str, Any] = {}
+    for names in kinds.values():
+        read |= zip(names, torch.stack([metrics[name].detach().reshape(()) for name in names]).tolist())
+    return {name: read.get(name, value) for name, value in metrics.items()}

@@ -36,10 +36,14 @@ class Trainer:
     """What the training loop steps and a checkpoint saves."""
 
     steps: int  # of the whole stage
-    step_count: int  # steps done
     order: ShuffledIndices
     accumulator: Accumulator
     optimizers: dict[str, ScheduledOptimizer]  # by their names in a checkpoint
+
+    @property
+    def step_count(self) -> int:
+        """The number of steps done."""
+        raise NotImplementedError
 
     @property
     def skipped(self) -> int:

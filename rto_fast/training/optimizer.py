@@ -159,7 +159,8 @@ class Optimizer(ScheduledOptimizer):
         super().__init__(stage, settings, total_steps, lr)
         self.model = model
         named = sorted(model.trainable(), key=lambda item: item[1].dim() < 2)  # stable
-        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.names = [name for name, _ in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self._skips = self._skips.to(self.parameters[0].device)
         self.layout = Layout(self.parameters)
         self.gradients = Gradients(self.parameters, self.layout)
@@ -221,8 +222,8 @@ class Optimizer(ScheduledOptimizer):
         for group in self.adam.param_groups:
             group["lr"] = lr
         # As a GradScaler does: AdamW's kernel divides by the one and, where the other is 1, changes nothing.
-        self.adam.grad_scale = ((norm + 1e-6) / self.settings.max_grad_norm).clamp_(min=1.0)
-        self.adam.found_inf = skipped
+        scale = ((norm + 1e-6) / self.settings.max_grad_norm).clamp_(min=1.0)
+        self.adam.__dict__ |= {"grad_scale": scale, "found_inf": skipped}
         self.adam.step()
         self._copy_masters()
         self.zero_grad()
