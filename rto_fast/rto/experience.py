@@ -92,8 +92,13 @@ def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_
 
 def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
     """The value of each state of a packed batch, [T], in the units of the normalised scores."""
-    mean, std = critic.scores or ScoreStatistics()
-    return (critic.forward(token_scores, batch) - mean) / std
+    return normalised(critic.forward(token_scores, batch), critic.scores)
+
+
+def normalised(scores: Tensor, statistics: ScoreStatistics | None) -> Tensor:
+    """Scores in units of their standard deviation, from their mean."""
+    mean, std = statistics or ScoreStatistics()
+    return (scores - mean) / std
 
 
 @torch.no_grad()
