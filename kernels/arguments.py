@@ -92,6 +92,9 @@ _RANGES = {
     "top_k": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
     "top_p": _Range("a number in (0, 1]", _SMALLEST, 1.0),
     "min_p": _FROM_0_TO_1,
+    "scale": _ABOVE_0._replace(is_optional=True),
+    "window": _Range("an integer of at least 1", 1, (1 << 31) - 1, is_optional=True, kind=(int, Integral)),
+    "max_seqlen": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
 }
 
 

@@ -46,9 +46,11 @@ def packed_attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """See `rto_fast.layer_ops.packed_attention`."""
+    if query.shape[2] > 256:
+        raise ValueError(f"query: expected a head_dim of at most 256, got {query.shape[2]}")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens_k is None:
         return _PackedAttention.apply(query, key, value, cu_seqlens, max_seqlen, scale, window, softcap)
-    tensors = (x.detach() for x in (query, key, value))
-    return attention_forward(*tensors, cu_seqlens, cu_seqlens_k, max_seqlen, scale, window, softcap)[0]
+    query, key, value = query.detach(), key.detach(), value.detach()
+    return attention_forward(query, key, value, cu_seqlens, cu_seqlens_k, max_seqlen, scale, window, softcap)[0]

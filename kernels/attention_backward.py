@@ -20,42 +20,6 @@ from rto_fast.kernels.attention_forward import base_2, key_ranges, load_rows, pr
 from rto_fast.kernels.common import EXACT
 
 
-@triton.jit
-def _add_dq(
-    query,
-    dout,
-    key_ptr,
-    value_ptr,
-    lse,
-    delta,
-    dq,
-    positions,
-    first,
-    begin,
-    end,
-    stride_key_t,
-    stride_value_t,
-    scale,
-    cap,
-    window,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Adds the keys from `begin` to `end` of the sequence that starts at row `first`."""
-    for start in range(begin, end, BLOCK_N):
-        last = first + end if MASKED else None
-        key = load_rows(key_ptr, first + start, last, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
-        value = load_rows(value_ptr, first + start, last, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
-        p, derivative = weights(product(query, tl.trans(key), key.dtype), lse[:, None], scale, cap)
-        if MASKED:
-            p = tl.where(visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), p, 0.0)
-        dp = product(dout, tl.trans(value), value.dtype)
-        dq = product(p * (dp - delta[:, None]) * derivative, key, key.dtype, dq)
-    return dq
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def attention_dq_kernel(
     query_ptr,
@@ -113,29 +77,15 @@ def attention_dq_kernel(
     end = tl.minimum(begin_m + BLOCK_M, length)
     begin, edge, full = key_ranges(begin_m, end, window, BLOCK_N)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for PART in tl.static_range(3):  # blocks on the edge of the window, whole blocks, blocks on the diagonal
-        dq = _add_dq(
-            query,
-            dout,
-            key_ptr,
-            value_ptr,
-            lse,
-            delta,
-            dq,
-            positions,
-            first,
-            begin if PART == 0 else (edge if PART == 1 else tl.maximum(edge, full)),
-            edge if PART == 0 else (full if PART == 1 else end),
-            stride_key_t,
-            stride_value_t,
-            factor,
-            cap,
-            window,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            PART != 1,
-        )
+    for start in range(begin, end, BLOCK_N):
+        key = load_rows(key_ptr, first + start, end_m, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        value = load_rows(value_ptr, first + start, end_m, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        x = product(query, tl.trans(key), key.dtype)
+        p, derivative = weights(x, lse[:, None], factor, cap)
+        if start < edge or start >= full:
+            p = tl.where(visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), p, 0.0)
+        dp = product(dout, tl.trans(value), value.dtype)
+        dq = product(p * (dp - delta[:, None]) * derivative, key, key.dtype, dq)
     store_rows(dq_ptr + pid_h * HEAD_DIM, dq * scale, first_m, end_m, stride_grad_t, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
@@ -187,10 +137,13 @@ def attention_dkdv_kernel(
     value = load_rows(value_ptr + pid_h * stride_value_h, first_n, end_n, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    # Queries [begin_n, end) see one of the keys; those before `full` do not see all.
+    # Queries [begin_n, end) see one of the keys; blocks within [full, edge) see all.
     end = length
+    edge = length
+    full = begin_n + BLOCK_N
     if window is not None:
         end = tl.minimum(begin_n + BLOCK_N - 1 + window, length)
+        edge = begin_n + window
     num_blocks = tl.cdiv(end - begin_n, BLOCK_M)
     for i in range(GROUP * num_blocks):  # one loop, because each end of a loop waits for loads
         head = pid_h * GROUP + i // num_blocks
@@ -202,10 +155,12 @@ def attention_dkdv_kernel(
         rows = head * num_tokens + first_m + tl.arange(0, BLOCK_M)
         lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=positions < length, other=0.0)
-        p, derivative = weights(product(key, tl.trans(query), key.dtype), lse[None, :], factor, cap)
-        p = tl.where(visible(positions[None, :], keys[:, None], window), p, 0.0)
-        dv = product(p, dout, dout.dtype, dv)
+        x = product(key, tl.trans(query), key.dtype)
         dp = product(value, tl.trans(dout), value.dtype)
+        p, derivative = weights(x, lse[None, :], factor, cap)
+        if begin_m < full or begin_m + BLOCK_M > edge:
+            p = tl.where(visible(positions[None, :], keys[:, None], window), p, 0.0)
+        dv = product(p, dout, dout.dtype, dv)
         dk = product(p * (dp - delta[None, :]) * derivative, query, query.dtype, dk)
     at = pid_h * HEAD_DIM
     store_rows(dk_ptr + at, dk * scale, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -28,30 +28,23 @@ BLOCK_KEYS = 64  # a constant, because the bits of a result depend on it
 
 @triton.jit
 def _mask(first, end, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of rows [first, first + BLOCK) are part of a head, up to row `end`; None for all."""
-    rows = (first + tl.arange(0, BLOCK) < end)[:, None] if end is not None else None
-    columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :] if HEAD_DIM < BLOCK_D else None
-    if rows is None or columns is None:
-        return columns if rows is None else rows
-    else:
-        return rows & columns
+    mask = (first + tl.arange(0, BLOCK) < end)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    return mask
 
 
 @triton.jit
 def load_rows(ptr, first, end, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [first, first + BLOCK) of one head, [BLOCK, BLOCK_D], 0 from row `end` on (None: there are all). first is int64."""
+    """Rows [first, first + BLOCK) of one head, [BLOCK, BLOCK_D], 0 from row `end` on; `first` is an int64."""
     # What differs between elements does not depend on `first`, so the compiler moves it out of a loop.
     offs = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-    mask = _mask(first, end, HEAD_DIM, BLOCK, BLOCK_D)
-    if mask is None:
-        return tl.load(ptr + first * stride + offs)
-    else:
-        return tl.load(ptr + first * stride + offs, mask=mask, other=0.0)
+    return tl.load(ptr + first * stride + offs, mask=_mask(first, end, HEAD_DIM, BLOCK, BLOCK_D), other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, rows, first, end, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows [first, first + BLOCK) of one head, up to row `end`."""
+    """Stores what `load_rows` loads."""
     offs = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
     mask = _mask(first, end, HEAD_DIM, BLOCK, BLOCK_D)
     tl.store(ptr + first * stride + offs, rows.to(ptr.dtype.element_ty), mask=mask)
@@ -77,7 +70,7 @@ def soft_cap(dots, scale, cap):
 
 @triton.jit
 def weights(dots, lse, scale, cap):
-    """(the weights 2^(score − lse), the derivative of scores by `scale`d products, 1 without a cap), for the backward pass."""
+    """(the weights 2^(score − lse), what the cap multiplies the gradients of scores with), for the backward pass."""
     if cap is None:
         return tl.exp2(tl.fma(dots, scale, -lse)), 1.0
     else:
@@ -86,18 +79,12 @@ def weights(dots, lse, scale, cap):
 
 
 @triton.jit
-def fold_block(query, key, value, seen, m, s, acc, scale, cap):
+def fold_block(x, value, m, s, acc, scale):
     """Adds a block of keys to the state of a tile of queries.
 
     The state is (m, s, acc): the largest score of each query, the sums of its weights 2^(score − m) by column of a block,
-    and the sum of its weighted values. `seen` [queries, keys] is None if each query sees each key.
+    and the sum of its weighted values. The scores are scale·x, -inf where a query does not see a key.
     """
-    x = product(query, tl.trans(key), key.dtype)
-    if cap is not None:
-        x, _ = soft_cap(x, scale, cap)
-        scale = 1.0
-    if seen is not None:
-        x = tl.where(seen, x, float("-inf"))
     new_m = tl.maximum(m, tl.max(x, 1) * scale)
     # While a row has seen nothing, it measures from 0: -inf - -inf would be NaN.
     origin = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -123,40 +110,6 @@ def visible(positions, keys, window):
         return keys <= positions
     else:
         return (keys <= positions) & (keys > positions - window)
-
-
-@triton.jit
-def _fold_blocks(
-    query,
-    key_ptr,
-    value_ptr,
-    m,
-    s,
-    acc,
-    positions,
-    first,
-    begin,
-    end,
-    stride_key_t,
-    stride_value_t,
-    scale,
-    cap,
-    window,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Adds the keys from `begin` to `end` of the sequence that starts at row `first`. Whole blocks need no MASKED."""
-    for start in range(begin, end, BLOCK_N):
-        last = first + end if MASKED else None
-        key = load_rows(key_ptr, first + start, last, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
-        value = load_rows(value_ptr, first + start, last, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
-        seen = None
-        if MASKED:
-            seen = visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window)
-        m, s, acc = fold_block(query, key, value, seen, m, s, acc, scale, cap)
-    return m, s, acc
 
 
 @triton.jit
@@ -226,28 +179,17 @@ def attention_fwd_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for PART in tl.static_range(3):  # blocks on the edge of the window, whole blocks, blocks on the diagonal
-        m, s, acc = _fold_blocks(
-            query,
-            key_ptr,
-            value_ptr,
-            m,
-            s,
-            acc,
-            positions,
-            first_k,
-            begin if PART == 0 else (edge if PART == 1 else tl.maximum(edge, full)),
-            edge if PART == 0 else (full if PART == 1 else end),
-            stride_key_t,
-            stride_value_t,
-            scale,
-            cap,
-            window,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            PART != 1,
-        )
+    for start in range(begin, end, BLOCK_N):
+        key = load_rows(key_ptr, first_k + start, first_k + end, stride_key_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        value = load_rows(value_ptr, first_k + start, first_k + end, stride_value_t, HEAD_DIM, BLOCK_N, BLOCK_D)
+        x = product(query, tl.trans(key), key.dtype)
+        if cap is not None:
+            x, _ = soft_cap(x, scale, cap)
+        if start < edge or start >= full:
+            x = tl.where(
+                visible(positions[:, None], (start + tl.arange(0, BLOCK_N))[None, :], window), x, float("-inf")
+            )
+        m, s, acc = fold_block(x, value, m, s, acc, 1.0 if cap is not None else scale)
 
     total = sum_columns(s, BLOCK_M, BLOCK_N)
     num_cols = num_heads * HEAD_DIM

@@ -17,8 +17,6 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 # The interpreter treats the bits of bfloat16 as integers. So there, and only there, operands of products are widened.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Launch options that forbid to contract a product and a sum into one rounding.
-EXACT = {"enable_fp_fusion": False}
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
 # Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is

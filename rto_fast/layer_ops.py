@@ -16,10 +16,11 @@ shape, its gradient is added to that tensor instead, and autograd gets none: no 
 from types import ModuleType
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from rto_fast.kernels import arguments, layer_reference
-from rto_fast.kernels.arguments import check_first, check_tensor, float_dtypes
+from rto_fast.kernels.arguments import check_first, check_numbers, check_tensor, float_dtypes
 from rto_fast.kernels.layer_reference import Activation
 
 __all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention", "rms_norm", "rotary_embedding"]
@@ -28,11 +29,15 @@ __all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention",
 _ACTIVATIONS = get_args(Activation)
 
 
-def _implementation(module: str, tensor: Tensor) -> ModuleType:
-    """The Triton module of that name for CUDA tensors, the reference otherwise."""
+def implementation(module: str, tensor: Tensor) -> ModuleType:
+    """The module whose functions of the same names are the ops of a tensor: the Triton module of that name or the reference.
+
+    They check nothing, for callers that make their arguments themselves, such as our decoder.
+    """
     if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
         return layer_reference
     # Not at the top, because CPU tensors need no Triton.
+    import rto_fast.kernels.attention
     import rto_fast.kernels.gated
     import rto_fast.kernels.rms_norm
     import rto_fast.kernels.rotary
@@ -65,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     """
     _check_rows(x)
     _check_norm(x, x.shape[-1], weight=weight)
-    return _implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
+    return implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
 
 
 def add_rms_norm(
@@ -90,7 +95,7 @@ def add_rms_norm(
     _check_rows(x)
     check_tensor("residual", residual, x.shape, (x.dtype,), x.device)
     _check_norm(x, x.shape[-1], weight=weight)
-    return _implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
+    return implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
 
 
 def rotary_embedding(
@@ -126,7 +131,7 @@ def rotary_embedding(
         check_tensor("rope", rope, (qkv.shape[0], 2, size), (qkv.dtype,), qkv.device)
     if query_norm is not None or key_norm is not None:
         _check_norm(qkv, qkv.shape[2], query_norm=query_norm, key_norm=key_norm)
-    return _implementation("rotary", qkv).rotary_embedding(
+    return implementation("rotary", qkv).rotary_embedding(
         qkv,
         rope,
         num_heads=num_heads,
@@ -152,7 +157,26 @@ def gated_activation(gate_up: Tensor, activation: Activation = "silu") -> Tensor
         raise ValueError(f"gate_up: expected shape [T, 2·I] with I > 0, got {tuple(gate_up.shape)}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    return _implementation("gated", gate_up).gated_activation(gate_up, activation)
+    return implementation("gated", gate_up).gated_activation(gate_up, activation)
+
+
+def _check_attention(query: Any, key: Any, value: Any, cu_seqlens: Any, cu_seqlens_k: Any) -> None:
+    check_first("query", query)
+    if query.dim() != 3:
+        raise ValueError(f"query: expected shape [T, num_heads, head_dim], got {tuple(query.shape)}")
+    _, num_heads, head_dim = query.shape
+    check_tensor("key", key, None, (query.dtype,), query.device)
+    if key.dim() != 3 or key.shape[2] != head_dim or not key.shape[1] or num_heads % key.shape[1]:
+        expected = f"[K, a divisor of {num_heads}, {head_dim}]"
+        raise ValueError(f"key: expected shape {expected}, got {tuple(key.shape)}")
+    check_tensor("value", value, key.shape, (query.dtype,), query.device)
+    check_tensor("cu_seqlens", cu_seqlens, None, (torch.int32,), query.device)
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError("cu_seqlens: expected a 1-d tensor of N+1 sequence bounds, the first of them 0")
+    if cu_seqlens_k is None:
+        check_tensor("key", key, (len(query), *key.shape[1:]), (query.dtype,), query.device)
+    else:
+        check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), query.device)
 
 
 def packed_attention(
@@ -170,19 +194,22 @@ def packed_attention(
     """Causal attention within packed sequences.
 
     Args:
-        query: [T, num_heads, head_dim].
-        key, value: [K, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads.
-        cu_seqlens: [N + 1] int32, the bounds of the sequences in `query`.
-        max_seqlen: the length of the longest sequence in `query`, or a larger number.
+        query: [T, num_heads, head_dim]; float32, bfloat16 or float16. Triton takes a head_dim of at most 256.
+        key, value: [K, num_kv_heads, head_dim] of the same dtype; num_heads is a multiple of num_kv_heads.
+        cu_seqlens: [N + 1] int32, the bounds of the sequences in `query`, which rise from 0 to T. A sequence may be empty,
+            so bounds that are repeated fill up a batch. Values are not checked: a token of no sequence is left undefined.
+        max_seqlen: the length of the longest sequence in `query`, or a larger number. On CUDA, tokens beyond are undefined.
         scale: scores are query·key·scale; None is 1/√head_dim.
         window: each position sees the last `window` positions, itself among them; None is all.
         softcap: scores become softcap·tanh(scores / softcap).
         cu_seqlens_k: [N + 1] int32, the bounds of the sequences in `key`, whose last positions are those of `query`; there
             is no gradient then. None: as in `query`.
     Returns:
-        [T, num_heads, head_dim].
+        [T, num_heads, head_dim]. A result depends on its own sequence alone, and so do, on CUDA, its bits.
     """
-    return layer_reference.packed_attention(
+    _check_attention(query, key, value, cu_seqlens, cu_seqlens_k)
+    check_numbers(max_seqlen=max_seqlen, scale=scale, window=window, softcap=softcap)
+    return implementation("attention", query).packed_attention(
         query,
         key,
         value,

@@ -200,8 +200,9 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     visited = order.first(most)
     log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        reference = torch.full((len(pairs), 2), torch.nan)
-        reference[visited] = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
+        scored = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
+        reference = scored.new_full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
+        reference[visited] = scored
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
