@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -117,9 +118,9 @@ def rollout_values(
 
     lengths = [len(s) for s in sequences]
     whole = map_items(values, lengths, lengths, max_tokens)
-    last = torch.tensor(lengths).cumsum(0) - 1
-    is_state = torch.ones(len(whole), dtype=torch.bool).index_fill(0, last, False)
-    states, last = to_device([is_state.nonzero().squeeze(-1), last], device)
+    ends = np.cumsum(lengths) - 1
+    positions = np.delete(np.arange(len(whole)), ends), ends  # of the states, and after the last tokens
+    states, last = to_device([torch.from_numpy(places) for places in positions], device)
     return whole[states], whole[last]
 
 
