@@ -82,7 +82,7 @@ def test_a_whole_pass_on_triton_kernels_has_the_values_and_gradients_of_plain_to
 
 
 class Kernels(Launches):
-    """Counts what runs a kernel on a GPU, for passes on a CPU: calls of torch and the interpreter's, not those within these."""
+    """Counts what runs a kernel on a GPU, for passes on a CPU: calls of torch, and those of the interpreter as one each."""
 
     def __enter__(self):
         from triton.runtime.interpreter import GridExecutor
