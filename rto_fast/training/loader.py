@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from rto_fast.config import Config
 from rto_fast.models.directory import Kind
+from rto_fast.models.graphs import PassGraphs, takes_graphs
 from rto_fast.models.loading import load_model
 from rto_fast.models.lora import Adapter, has_adapter, load_adapter, new_adapter
 from rto_fast.models.model import Model
@@ -43,7 +44,7 @@ class Loader:
         placement = self._placement(path, zero3) | {"device": device}
         model = Model(load_model(kind, path, trainable=False, **placement))
         place_frozen(model, self.config.deepspeed, self.placement["device"])
-        return model
+        return self._with_graphs(model)
 
     def trained(self, kind: Kind, path: str, new_head: bool = False) -> Model:
         """A model to train: all of it, or an adapter.
@@ -53,7 +54,7 @@ class Loader:
         """
         is_scorer = kind == "scorer"
         if not self.config.lora.rank:
-            return Model(self._trainable(kind, path, new_head))
+            return self._with_graphs(Model(self._trainable(kind, path, new_head)))
         if self.base is not None and has_adapter(path, self.base_path):
             return Model(load_adapter(self.base, self._name(kind), path, scorer=is_scorer))
         if self.base is not None and path == self.base_path:
@@ -61,6 +62,11 @@ class Loader:
         else:
             base, name = self._frozen_base(kind, path, new_head), "default"
         return Model(new_adapter(base, name, self.config.lora, self.config.seed, scorer=is_scorer))
+
+    def _with_graphs(self, model: Model) -> Model:
+        if self.config.rollout.cuda_graphs and takes_graphs(model.module):
+            model.graphs = PassGraphs(model.module)
+        return model
 
     def _trainable(self, kind: Kind, path: str, new_head: bool = False) -> PreTrainedModel:
         is_zero3 = self.config.deepspeed.zero_stage == 3 and not self.config.lora.rank
