@@ -21,10 +21,13 @@ GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
 # A layer has one more where fewer sequences' key heads than FULL leave multiprocessors idle, so that attention is split (two
 # programs for each of an H200's 132).
 FULL = 264
-KERNELS = {  # {model_type: (a layer, around)}; Gemma's layers have norms after both blocks, too
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), (9, 7)),
+# {model_type: (a layer, around)}. Gemma's layers have norms after both blocks too, Gemma-3 two tables of RoPE. Embeddings are
+# multiplied by a number in Gemma and Granite.
+KERNELS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"), (9, 7)),
+    "granite": (9, 8),
     "gemma2": (11, 8),
-    "gemma3_text": (12, 9),
+    "gemma3_text": (11, 9),
 }
 UNFUSED = (32, 21)  # the other architectures run as transformers wrote them: Cohere's kernels
 

@@ -12,7 +12,7 @@ from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, TINY
 from benchmarks.peers import adapt, compiled, load, torch_token_logps
 from benchmarks.shapes import MODELS, Shape, packed
 from rto_fast import layer_ops, ops
-from rto_fast.kernels import decode_layer, layer_reference, paged_reference
+from rto_fast.kernels import layer_reference, paged_reference
 from rto_fast.kernels import paged_attention as kernel
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
@@ -138,14 +138,13 @@ def paged_attention(device):
     }
 
 
-# Kernels between a layer's GEMMs work in place. They add 0 and rotate by 0 here, so that each call finds the same
-# values.
+# The rotation works in place. It is by 0 here, so that each call finds the same values.
 
 
 def norm_inputs(shape, device, dtype):
     """(x, residual [sequences, D], weight [D])."""
     residual = torch.randn(shape.sequences, shape.decoder.hidden_size, device=device, dtype=dtype)
-    return torch.zeros_like(residual), residual, torch.ones(residual.shape[1], device=device, dtype=dtype)
+    return torch.randn_like(residual), residual, torch.ones(residual.shape[1], device=device, dtype=dtype)
 
 
 def torch_add_rms_norm(x, residual, weight):
@@ -196,8 +195,10 @@ def rotate_and_store(decoder, device):
     def ours(qkv, rope, keys, values, addresses, slots):
         if device.type != "cuda":
             return torch_way(qkv, rope, keys, values, addresses, slots)
+        from rto_fast.kernels import rotary
+
         weight = qkv.new_ones(decoder.head_dim) if with_norms else None
-        decode_layer.rotate_and_store(
+        rotary.rotate_and_store(
             qkv,
             rope,
             addresses,

@@ -46,13 +46,14 @@ class Setting:
     prompt_tokens: int
     response_tokens: int
     lora_rank: int = 0
+    tokens: int = 65536  # of a pass, as many as the plan gives these models on an H200
 
 
 SETTINGS = (
     Setting("0.3B Llama", LLAMA_300M, 128, 128, 256),
     Setting("SmolLM2-135M", SMOLLM2_135M, 128, 160, 96),
 )
-LORA_SETTINGS = (Setting("Llama-3-8B, LoRA of rank 64", LLAMA3_8B, 64, 512, 512, 64),)
+LORA_SETTINGS = (Setting("Llama-3-8B, LoRA of rank 64", LLAMA3_8B, 64, 512, 512, 64, 16384),)
 SMALL_SETTINGS = (Setting("tiny", TINY, 8, 8, 8),)
 SMALL_LORA_SETTINGS = (Setting("tiny, LoRA of rank 4", TINY, 8, 8, 8, 4),)
 
@@ -166,7 +167,7 @@ def measure(setting: Setting, device: torch.device, rates: dict[str, float], ite
     config = Config(
         output_dir="unused",
         device=device.type,
-        model=ModelConfig(path="random weights"),
+        model=ModelConfig(path="random weights", micro_batch_tokens=setting.tokens),
         lora=LoraConfig(rank=setting.lora_rank),
         rto=RTOConfig(
             prompts_per_rollout=setting.responses, batch_size=max(1, setting.responses // 2), iterations=iterations + 5

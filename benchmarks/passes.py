@@ -86,9 +86,8 @@ def _passes(model: nn.Module, batch: PackedBatch) -> dict[str, Callable[[], Tens
 
     def train() -> Tensor:
         hidden = forward_hidden(model, batch)
-        options = {"rows": batch.rows} if hasattr(batch, "rows") else {}
         loss, _ = output_head(model).run(
-            linear_ppo_loss, hidden, batch.labels, old_logps, advantages, batch.response_mask, **options
+            linear_ppo_loss, hidden, batch.labels, old_logps, advantages, batch.response_mask, rows=batch.rows
         )
         loss.backward()
         for parameter in model.parameters():

@@ -20,8 +20,13 @@ EXPECTED = {
     "paged_attention_kernel": {"wide_loads": 16},
     "combine_splits_kernel": {"wide_loads": 1},
     "sample_tokens_kernel": {"wide_loads": 6},
-    "add_rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1, "exact": True},
-    "rotate_and_store_kernel": {"wide_loads": 2, "wide_stores": 2, "exact": True},
+    "rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1, "exact": True},
+    "rms_norm_bwd_kernel": {"wide_loads": 3, "wide_stores": 1},
+    "rotary_kernel": {"wide_loads": 2, "wide_stores": 2, "exact": True},
+    "rotary_bwd_kernel": {"wide_loads": 2, "wide_stores": 2},
+    "gated_kernel": {"wide_loads": 2, "wide_stores": 1},
+    "gated_bwd_kernel": {"wide_loads": 3, "wide_stores": 2},
+    "sum_partials_kernel": {"wide_loads": 4},
 }
 
 
@@ -118,20 +123,47 @@ def paged_attention(batch, kv_heads, group, head_dim, page_size, dtype=torch.bfl
     return "paged_attention", call
 
 
-def decode_layer(tokens, hidden_size, heads, kv_heads, head_dim, dtype=torch.bfloat16, norms=False):
-    def call(module):
-        x, weight = torch.empty(tokens, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
-        module.add_rms_norm(x, torch.empty_like(x), weight, 1e-6)
-        module.add_rms_norm(None, x, weight, 1e-6)
-        qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-        rope, norm = torch.empty(tokens, 2, head_dim, dtype=dtype), torch.empty(head_dim, dtype=dtype)
-        options = dict(query_norm=norm, key_norm=norm, eps=1e-6) if norms else {}
-        addresses, slots = torch.zeros(2, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
-        module.rotate_and_store(
-            qkv, rope, addresses, slots, num_heads=heads, num_kv_heads=kv_heads, page_size=64, **options
-        )
+def rms_norm(size, dtype=torch.bfloat16, count=4096, frozen=False, **options):
+    """The norm alone and with the residual sum, without and with gradients."""
 
-    return "decode_layer", call
+    def call(module):
+        x, residual = (torch.empty(count, size, dtype=dtype) for _ in range(2))
+        weight = torch.empty(size, dtype=dtype, requires_grad=not frozen)
+        with torch.no_grad():
+            module.rms_norm(x, weight, 1e-6, **options)
+            module.add_rms_norm(x, residual, weight, 1e-6, **options)
+        module.rms_norm(x.requires_grad_(), weight, 1e-6, **options).sum().backward()
+        multiplier = {"multiplier": 0.22} if options else {}
+        out, total = module.add_rms_norm(x, residual, weight, 1e-6, **options, **multiplier)
+        torch.autograd.backward((out, total), (torch.empty_like(out), torch.empty_like(out)))
+
+    return "rms_norm", call
+
+
+def rotary(heads, kv_heads, head_dim, dtype=torch.bfloat16, norms=False, rotated=None, count=256, **options):
+    """With the stores to the cache, and with gradients."""
+
+    def call(module):
+        qkv = torch.empty(count, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        rope = None if rotated == 0 else torch.empty(count, 2, rotated or head_dim, dtype=dtype)
+        weights = [torch.empty(head_dim, dtype=dtype, requires_grad=True) for _ in range(2)]
+        arguments = dict(num_heads=heads, num_kv_heads=kv_heads, eps=1e-6, **options)
+        if norms:
+            arguments |= dict(query_norm=weights[0], key_norm=weights[1])
+        addresses, slots = torch.zeros(2, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        module.rotate_and_store(qkv, rope, addresses, slots, page_size=64, **arguments)
+        outputs = module.rotary_embedding(qkv.requires_grad_(), rope, **arguments)
+        torch.autograd.backward(outputs, [torch.empty(x.shape, dtype=dtype) for x in outputs])
+
+    return "rotary", call
+
+
+def gated(size, activation="silu", dtype=torch.bfloat16, count=256):
+    def call(module):
+        out = module.gated_activation(torch.empty(count, 2 * size, dtype=dtype, requires_grad=True), activation)
+        out.backward(torch.empty_like(out))
+
+    return "gated", call
 
 
 def decode_step(slots, stops, min_new_tokens, grow):
@@ -226,11 +258,25 @@ CASES = {
     "sample llama fp16 min_p": sample_tokens(LLAMA3_8B, torch.float16, min_p=0.05),
     "sample llama fp32 greedy stops": sample_tokens(LLAMA3_8B, torch.float32, stops=True, temperature=0.0),
     "sample tiny fp32": sample_tokens(2048, torch.float32),
-    "layer llama bf16": decode_layer(256, 4096, 32, 8, 128),
-    "layer qwen bf16 head norms": decode_layer(256, 1024, 16, 8, 128, norms=True),
-    "layer 20M bf16": decode_layer(256, 384, 6, 2, 64),
-    "layer fp16 head norms": decode_layer(256, 384, 6, 2, 64, torch.float16, norms=True),
-    "layer fp32": decode_layer(256, 384, 6, 2, 64, torch.float32, norms=True),
+    "norm smollm2 bf16": rms_norm(576),
+    "norm llama bf16": rms_norm(4096),
+    "norm llama bf16 frozen": rms_norm(4096, frozen=True),
+    "norm gemma-2 bf16 unit offset multiplier": rms_norm(3584, unit_offset=True),
+    "norm llama-3-405b bf16": rms_norm(16384),
+    "norm 20M fp32": rms_norm(384, torch.float32),
+    "rotary llama bf16": rotary(32, 8, 128),
+    "rotary qwen bf16 head norms": rotary(16, 8, 128, norms=True, count=4096),
+    "rotary gemma-3 bf16 head norms": rotary(4, 1, 256, norms=True, unit_offset=True),
+    "rotary phi-4 bf16 96 of 128": rotary(24, 8, 128, rotated=96),
+    "rotary smollm3 bf16 nothing rotated": rotary(16, 4, 128, rotated=0),
+    "rotary smollm2 bf16": rotary(9, 3, 64),
+    "rotary fp16 head norms 96 of 128": rotary(6, 2, 128, torch.float16, norms=True, rotated=96),
+    "rotary fp32 head norms": rotary(6, 2, 64, torch.float32, norms=True),
+    "gated qwen bf16": gated(3072),
+    "gated gemma-2 bf16 gelu_tanh": gated(9216, "gelu_tanh"),
+    "gated fp16 gelu": gated(1536, "gelu", torch.float16),
+    "gated fp32": gated(1536, "silu", torch.float32),
+    "gated fp32 gelu_tanh": gated(1536, "gelu_tanh", torch.float32),
     "step of 256": decode_step(256, 2, 3, True),
     "first draw of 1": decode_step(1, 1, 1, False),
 }

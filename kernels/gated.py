@@ -37,7 +37,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         exp = tl.exp2(s * -LOG2E)
         sigmoid = tl.div_rn(1.0, 1.0 + exp)
         complement = tl.where(sigmoid == 0.0, 1.0, exp * sigmoid)  # 1 − σ without its cancellation; ∞·0 would be NaN
-        return tl.div_rn(x, 1.0 + exp), sigmoid + x * slope * complement * sigmoid
+        return tl.div_rn(x, 1.0 + exp), sigmoid + x * (complement * sigmoid) * slope
 
 
 @triton.jit

@@ -90,9 +90,6 @@ def rms_norm_bwd_kernel(
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < num_cols
-    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    if UNIT_OFFSET:
-        weight += 1.0
     dweight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     begin = pid * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
@@ -106,8 +103,12 @@ def rms_norm_bwd_kernel(
         if dtotal_ptr is not None:  # is needed last, but loaded before the first is waited for
             dtotal = tl.load(dtotal_ptr + rows * stride_dtotal + offs_d[None, :], mask=mask, other=0.0)
         rstd = tl.load(rstd_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+        # Again for each tile, from the L1 cache: in registers it would cost programs.
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         normed = total.to(tl.float32) * rstd
-        dnormed = dout * weight
+        if partials_ptr is not None:
+            dweight += dout * (normed if UNIT_OFFSET else normed.to(total.dtype).to(tl.float32))
+        dnormed = dout * (1.0 + weight if UNIT_OFFSET else weight)
         mean = (tl.sum(dnormed * normed, 1) * reciprocal)[:, None]
         dz = (dnormed - normed * mean) * rstd
         if dtotal_ptr is not None:
@@ -115,8 +116,6 @@ def rms_norm_bwd_kernel(
         tl.store(dresidual_ptr + rows * num_cols + offs_d[None, :], dz.to(total.dtype), mask=mask)
         if dx_ptr is not None:
             tl.store(dx_ptr + rows * num_cols + offs_d[None, :], (dz * multiplier).to(total.dtype), mask=mask)
-        if partials_ptr is not None:
-            dweight += dout * (normed if UNIT_OFFSET else normed.to(total.dtype).to(tl.float32))
     if partials_ptr is not None:
         tl.store(partials_ptr + pid.to(tl.int64) * num_cols + offs_d, tl.sum(dweight, 0), mask=mask_d)
 

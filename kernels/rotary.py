@@ -21,12 +21,19 @@ from rto_fast.kernels.weight_gradients import rows_per_program, sum_partials
 
 
 @triton.jit
-def _head_weight(query_norm_ptr, key_norm_ptr, offs, mask, is_query, UNIT_OFFSET: tl.constexpr):
-    """The weights of a part of each head, [BLOCK_H, part]."""
-    query = tl.load(query_norm_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
-    key = tl.load(key_norm_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
-    weight = tl.where(is_query[:, None], query, key)
+def _head_weight(weight_ptr, offs, mask, UNIT_OFFSET: tl.constexpr):
+    """The weights of a part of each head, [BLOCK_H, part]; `weight_ptr` has a pointer for each head."""
+    weight = tl.load(weight_ptr[:, None] + offs[None, :], mask=mask, other=0.0).to(tl.float32)
     return 1.0 + weight if UNIT_OFFSET else weight
+
+
+@triton.jit
+def _load_rope(rope_ptr, token, mask, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and sines of a token, once for each head: the compiler lays them out as what they are multiplied with."""
+    offs = tl.zeros((BLOCK_H,), tl.int32)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    rope_ptr += token * (4 * HALF) + HALF
+    cos = tl.load(rope_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(rope_ptr + 2 * HALF + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -93,9 +100,7 @@ def rotary_kernel(
     dtype = low.dtype
     # All loads are issued before the first is waited for.
     if rope_ptr is not None:
-        rope_ptr += pid_t * (4 * HALF) + HALF
-        cos = tl.load(rope_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(rope_ptr + 2 * HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        cos, sin = _load_rope(rope_ptr, pid_t, mask, HALF, BLOCK_H, BLOCK_D)
     slot = 0
     k_ptr = None
     v_ptr = None
@@ -108,8 +113,9 @@ def rotary_kernel(
     a = low.to(tl.float32)
     b = high.to(tl.float32)
     if query_norm_ptr is not None:
-        weight_low = _head_weight(query_norm_ptr, key_norm_ptr, offs_d, mask_d, is_query, UNIT_OFFSET)
-        weight_high = _head_weight(query_norm_ptr, key_norm_ptr, HALF + offs_d, mask_d, is_query, UNIT_OFFSET)
+        weight_ptr = tl.where(is_query, query_norm_ptr, key_norm_ptr)
+        weight_low = _head_weight(weight_ptr, offs_d, mask, UNIT_OFFSET)
+        weight_high = _head_weight(weight_ptr, HALF + offs_d, mask, UNIT_OFFSET)
         squares = tl.sum(a * a + b * b, 1)
         if REST:
             c = rest.to(tl.float32)
@@ -118,7 +124,7 @@ def rotary_kernel(
         a = _normalise(a, scale, weight_low, dtype, UNIT_OFFSET)
         b = _normalise(b, scale, weight_high, dtype, UNIT_OFFSET)
         if REST:
-            weight_rest = _head_weight(query_norm_ptr, key_norm_ptr, 2 * HALF + offs_r, mask_r, is_query, UNIT_OFFSET)
+            weight_rest = _head_weight(weight_ptr, 2 * HALF + offs_r, mask_h & mask_r[None, :], UNIT_OFFSET)
             rest = tl.where(is_value[:, None], rest, _normalise(c, scale, weight_rest, dtype, UNIT_OFFSET).to(dtype))
     if rope_ptr is not None:
         turned = (a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)
@@ -185,12 +191,10 @@ def rotary_bwd_kernel(
         mask_r = offs_r < REST
         mask_rest = mask_h & mask_r[None, :]
     if query_norm_ptr is not None:
-        weight_low = _head_weight(query_norm_ptr, key_norm_ptr, offs_d, mask_d, is_query, UNIT_OFFSET)
-        weight_high = _head_weight(query_norm_ptr, key_norm_ptr, HALF + offs_d, mask_d, is_query, UNIT_OFFSET)
+        weight_ptr = tl.where(is_query, query_norm_ptr, key_norm_ptr)
         sum_low = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
         sum_high = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
         if REST:
-            weight_rest = _head_weight(query_norm_ptr, key_norm_ptr, 2 * HALF + offs_r, mask_r, is_query, UNIT_OFFSET)
             sum_rest = tl.zeros((BLOCK_H, BLOCK_REST), tl.float32)
 
     begin = tl.program_id(0) * tokens_per_program
@@ -205,9 +209,7 @@ def rotary_bwd_kernel(
         if REST:
             dc = tl.load(source + 2 * HALF + offs_r[None, :], mask=mask_rest, other=0.0).to(tl.float32)
         if rope_ptr is not None:
-            rope = rope_ptr + token * (4 * HALF) + HALF
-            cos = tl.load(rope + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-            sin = tl.load(rope + 2 * HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+            cos, sin = _load_rope(rope_ptr, token, mask, HALF, BLOCK_H, BLOCK_D)
             turned = tl.where(is_value[:, None], da, da * cos + db * sin)
             db = tl.where(is_value[:, None], db, db * cos - da * sin)
             da = turned
@@ -223,20 +225,25 @@ def rotary_bwd_kernel(
             scale = tl.rsqrt(squares * (1.0 / HEAD_DIM) + eps)[:, None]
             a = a * scale
             b = b * scale
-            mean = tl.sum(da * weight_low * a + db * weight_high * b, 1)
             if REST:
                 c = c * scale
-                mean += tl.sum(dc * weight_rest * c, 1)
-            mean = (mean * (1.0 / HEAD_DIM))[:, None]
             if partials_ptr is not None:  # the weight's factor was rounded
                 sum_low += da * (a if UNIT_OFFSET else a.to(dtype).to(tl.float32))
                 sum_high += db * (b if UNIT_OFFSET else b.to(dtype).to(tl.float32))
                 if REST:
                     sum_rest += dc * (c if UNIT_OFFSET else c.to(dtype).to(tl.float32))
-            da = tl.where(has_norm, (da * weight_low - a * mean) * scale, da)
-            db = tl.where(has_norm, (db * weight_high - b * mean) * scale, db)
+            # From the L1 cache: kept in registers over the loop they would cost programs.
+            da = tl.where(has_norm, da * _head_weight(weight_ptr, offs_d, mask, UNIT_OFFSET), da)
+            db = tl.where(has_norm, db * _head_weight(weight_ptr, HALF + offs_d, mask, UNIT_OFFSET), db)
+            mean = tl.sum(da * a + db * b, 1)
             if REST:
-                dc = tl.where(has_norm, (dc * weight_rest - c * mean) * scale, dc)
+                dc = tl.where(has_norm, dc * _head_weight(weight_ptr, 2 * HALF + offs_r, mask_rest, UNIT_OFFSET), dc)
+                mean += tl.sum(dc * c, 1)
+            mean = (mean * (1.0 / HEAD_DIM))[:, None]
+            da = tl.where(has_norm, (da - a * mean) * scale, da)
+            db = tl.where(has_norm, (db - b * mean) * scale, db)
+            if REST:
+                dc = tl.where(has_norm, (dc - c * mean) * scale, dc)
         out = dqkv_ptr + token * (NUM_ROWS * HEAD_DIM) + offs_h[:, None] * HEAD_DIM
         tl.store(out + offs_d[None, :], da.to(dtype), mask=mask)
         tl.store(out + HALF + offs_d[None, :], db.to(dtype), mask=mask)
@@ -260,7 +267,7 @@ def _tile(num_rows: int, head_dim: int, rope: Tensor | None, itemsize: int) -> d
     half = (head_dim if rope is None else rope.shape[2]) // 2
     block_h = min(triton.next_power_of_2(num_rows), 16)
     block_d = triton.next_power_of_2(half)
-    num_warps = min(max(block_h * block_d * 2 * itemsize // 1024, 1), 8)
+    num_warps = min(max(block_h * triton.next_power_of_2(head_dim) * itemsize // 1024, 1), 8)
     block_rest = triton.next_power_of_2(max(head_dim - 2 * half, 1))
     return {"HALF": half, "BLOCK_H": block_h, "BLOCK_D": block_d, "BLOCK_REST": block_rest, "num_warps": num_warps}
 

@@ -29,8 +29,11 @@ __all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention",
 _ACTIVATIONS = get_args(Activation)
 
 
-def _implementation(module: str, tensor: Tensor) -> ModuleType:
-    """The Triton module of that name for CUDA tensors, the reference otherwise."""
+def implementation(module: str, tensor: Tensor) -> ModuleType:
+    """The module whose functions of the same names are the ops of a tensor: the Triton module of that name or the reference.
+
+    They check nothing, for callers that make their arguments themselves, such as our decoder.
+    """
     if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
         return layer_reference
     # Not at the top, because CPU tensors need no Triton.
@@ -67,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     """
     _check_rows(x)
     _check_norm(x, x.shape[-1], weight=weight)
-    return _implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
+    return implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
 
 
 def add_rms_norm(
@@ -92,7 +95,7 @@ def add_rms_norm(
     _check_rows(x)
     check_tensor("residual", residual, x.shape, (x.dtype,), x.device)
     _check_norm(x, x.shape[-1], weight=weight)
-    return _implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
+    return implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
 
 
 def rotary_embedding(
@@ -128,7 +131,7 @@ def rotary_embedding(
         check_tensor("rope", rope, (qkv.shape[0], 2, size), (qkv.dtype,), qkv.device)
     if query_norm is not None or key_norm is not None:
         _check_norm(qkv, qkv.shape[2], query_norm=query_norm, key_norm=key_norm)
-    return _implementation("rotary", qkv).rotary_embedding(
+    return implementation("rotary", qkv).rotary_embedding(
         qkv,
         rope,
         num_heads=num_heads,
@@ -154,7 +157,7 @@ def gated_activation(gate_up: Tensor, activation: Activation = "silu") -> Tensor
         raise ValueError(f"gate_up: expected shape [T, 2·I] with I > 0, got {tuple(gate_up.shape)}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    return _implementation("gated", gate_up).gated_activation(gate_up, activation)
+    return implementation("gated", gate_up).gated_activation(gate_up, activation)
 
 
 def _check_attention(query: Any, key: Any, value: Any, cu_seqlens: Any, cu_seqlens_k: Any) -> None:
@@ -206,7 +209,7 @@ def packed_attention(
     """
     _check_attention(query, key, value, cu_seqlens, cu_seqlens_k)
     check_numbers(max_seqlen=max_seqlen, scale=scale, window=window, softcap=softcap)
-    return _implementation("attention", query).packed_attention(
+    return implementation("attention", query).packed_attention(
         query,
         key,
         value,

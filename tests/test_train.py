@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from rto_fast import stages
+from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.world import build_tokenizer
 from rto_fast.train import main
 from tests.embedded_world import prompt_rows
@@ -82,6 +84,23 @@ def test_every_step_is_recorded(run):
     samples = [json.loads(line) for line in open(run[0] / "samples.jsonl")]
     assert {s["stage"] for s in samples} == {"SFT", "DPO", "RTO"} and {"prompt", "response", "score"} <= set(samples[0])
     assert set(json.loads((run[0] / "results.json").read_text())) == {"SFT", "DPO", "RTO"}
+
+
+def test_a_short_run_tokenises_and_scores_what_its_steps_visit(tmp_path, monkeypatch, capsys):
+    read, scored = ConversationEncoder.read, stages.pair_logps
+    conversations, pairs = [], []
+    monkeypatch.setattr(ConversationEncoder, "read", lambda *a, **o: conversations.append(a[1]) or read(*a, **o))
+    monkeypatch.setattr(stages, "pair_logps", lambda *a: pairs.append(len(a[1])) or scored(*a))
+    monkeypatch.setattr("rto_fast.reporting.finish.report_run", lambda *_: None)
+    short = "--sft.max_steps 2 --reward_model.max_steps 2 --dpo.max_steps 2 --dpo.batch_size 16 --rto.iterations 1"
+    small = "--rto.prompts_per_rollout 8 --rto.batch_size 8 --eval.prompts 8 --rollout.max_new_tokens 8"
+    main([*short.split(), *small.split(), "--data.held_out", "16", "--output_dir", str(tmp_path / "run")])
+    # 64 demonstrations, 64 pairs of the reward model's steps, of which the DPO's see 32; held-out pairs before and after.
+    assert len(conversations) <= 64 + 64 + 16 + 8 + 8 + 4  # 4: the encoder's own questions
+    assert pairs == [32, 16, 16]
+    out = capsys.readouterr().out
+    assert "demonstrations: sft.jsonl.gz: 64 of 8192 examples read, the steps visit no more, nothing cut" in out
+    assert "prompts: eval_prompts.jsonl.gz: 8 of 512 examples read" in out and "log-probs of 48 pairs" in out
 
 
 def test_the_result_is_an_ordinary_hugging_face_checkpoint(run):

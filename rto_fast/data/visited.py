@@ -1,6 +1,9 @@
 """The part of the data that a stage's steps visit, where they end before they have visited all of it."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from rto_fast.data.layouts import Example
@@ -33,6 +36,15 @@ class Visited(list[Item]):
     def __init__(self, items: Sequence[Item], places: Sequence[int], examples: Sequence[Example]):
         super().__init__(items)
         self.places, self.examples = places, examples
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all examples, which changes with their content and their order, but not with how many are read."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            content = {name: value for name, value in vars(example).items() if name != "origin"}
+            digest.update(json.dumps(content, skipkeys=True, default=lambda other: type(other).__name__).encode())
+        return f"examples:{digest.hexdigest()}"
 
 
 def read_visited(

@@ -6,7 +6,7 @@ the others. A layer of Llama has nine kernels forward: four GEMMs, attention, Ro
 residual sum before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,12 +21,12 @@ from rto_fast.models.decoder_families import (
     DecoderSpec,
     LayerSpec,
     Norm,
+    Watch,
     describe,
-    parts,
     reason_against,
-    unlike_ours,
 )
 from rto_fast.models.joined_linear import JoinedLinear
+from rto_fast.models.precision import runs_liger
 from rto_fast.models.rope import RopeTables
 
 Linear = Callable[[Tensor], Tensor]
@@ -78,7 +78,7 @@ class _Layer:
         self.gate_up, self.down = linear(spec.gate_up), linear(spec.down)
 
     def __call__(self, x: Tensor, residual: Tensor, rope: dict[str, Tensor], view: View) -> tuple[Tensor, Tensor]:
-        """From the normed input x [T, D] to the output of the MLP; its sum with the residual stream is left to the next norm.
+        """From the normed input x [T, D] to the output of the MLP; the next norm adds the residual stream.
 
         Args:
             residual: [T, D], the residual stream at the layer's input.
@@ -91,7 +91,8 @@ class _Layer:
         if spec.attention_norm is not None:
             x = spec.attention_norm(x)
         x, residual = spec.mlp_norm.of_sum(x, residual, spec.residual_multiplier)
-        x = self.down(layer_ops.gated_activation(self.gate_up(x), spec.activation))
+        gate_up = self.gate_up(x)
+        x = self.down(layer_ops.implementation("gated", gate_up).gated_activation(gate_up, spec.activation))
         return (x if spec.output_norm is None else spec.output_norm(x)), residual
 
     def whole(self, residual: Tensor, rope: dict[str, Tensor], view: View) -> Tensor:
@@ -149,32 +150,30 @@ class Decoder:
         return Decoder(self.spec, self.ropes, linear)
 
 
-# By backbone. A decoder holds the backbone's parts, which do not refer to the backbone, so that an entry ends with its model.
-_DECODERS: WeakKeyDictionary[nn.Module, tuple[list[Any], Decoder | str]] = WeakKeyDictionary()
+# By backbone. Both hold the backbone's parts, which do not refer to the backbone: an entry ends with its model.
+_DECODERS: WeakKeyDictionary[nn.Module, tuple[Watch, Decoder]] = WeakKeyDictionary()
 _REFUSED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def _decoder_or_reason(model: PreTrainedModel, exempt: Any = ()) -> Decoder | str:
-    backbone = model.base_model
+def _decoder_or_reason(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | str:
+    backbone: Any = model.base_model
     if backbone in _REFUSED:
         return _REFUSED[backbone]
-    found = parts(backbone)
-    reason = reason_against(backbone, found, exempt)
+    known = _DECODERS.get(backbone)
+    if known is not None and known[0].is_unchanged():
+        return known[1]
+    reason = reason_against(backbone, exempt)
     if reason is not None:
         return reason
-    known = _DECODERS.get(backbone)
-    if known is None or known[0] != found:  # nobody has looked yet, or somebody has replaced a part
-        reason = unlike_ours(backbone)
-        if reason is None:
-            spec = describe(backbone)
-            known = found, Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
-        else:
-            known = found, reason
-        _DECODERS[backbone] = known
-    return known[1]
+    spec = describe(backbone)
+    if known is not None and known[1].spec == spec:  # only `exempt` layers are not as they were
+        return known[1]
+    decoder = Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
+    _DECODERS[backbone] = Watch(backbone), decoder
+    return decoder
 
 
-def decoder_of(model: PreTrainedModel, exempt: Any = ()) -> Decoder | None:
+def decoder_of(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | None:
     """Our decoder of a model, which computes what the model's backbone computes; None if we have none.
 
     It follows what happens to the model: it is made anew if parts of the model were replaced, and there is none while
@@ -197,5 +196,6 @@ def layers_of(model: PreTrainedModel) -> str:
     """Which layers a model runs, for the log."""
     found = _decoder_or_reason(model)
     if isinstance(found, str):
-        return f"transformers' layers: {found}"
+        kernels = " with Liger's kernels" if runs_liger(model) else ""
+        return f"transformers' layers{kernels}: {found}"
     return f"the fused decoder ({found.spec.family.title})"

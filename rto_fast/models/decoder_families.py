@@ -54,14 +54,13 @@ class Norm:
     unit_offset: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return layer_ops.rms_norm(x, self.module.weight, self.eps, unit_offset=self.unit_offset)
+        ops = layer_ops.implementation("rms_norm", x)
+        return ops.rms_norm(x, self.module.weight, self.eps, self.unit_offset)
 
     def of_sum(self, x: Tensor, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """See `rto_fast.layer_ops.add_rms_norm`."""
-        weight = self.module.weight
-        return layer_ops.add_rms_norm(
-            x, residual, weight, self.eps, unit_offset=self.unit_offset, multiplier=multiplier
-        )
+        ops = layer_ops.implementation("rms_norm", x)
+        return ops.add_rms_norm(x, residual, self.module.weight, self.eps, self.unit_offset, multiplier)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class AttentionSpec:
 
     def rotated(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of qkv [T, heads, head_dim], rotated by rope [T, 2, R]."""
-        return layer_ops.rotary_embedding(qkv, rope, **self.rotation)
+        return layer_ops.implementation("rotary", qkv).rotary_embedding(qkv, rope, **self.rotation)
 
 
 @dataclass(frozen=True)
@@ -163,35 +162,57 @@ def parts(backbone: Any) -> list[Any]:
     return [*_owned(backbone), *linears]
 
 
-def reason_against(backbone: Any, found: list[Any], exempt: Collection[nn.Module] = ()) -> str | None:
+def reason_against(backbone: Any, exempt: Collection[nn.Module] = ()) -> str | None:
     """Why our layers would not compute what the backbone computes; None if they would.
 
     Args:
-        found: its `parts`.
-        exempt: linear layers with a replaced `forward` of ours.
+        exempt: linear layers with a `forward` method of ours.
     """
+    found, home = parts(backbone), type(backbone).__module__
     if not found:
-        return f"{type(backbone).__name__} is of no family that has them"
-    home = type(backbone).__module__
+        return f"{type(backbone).__name__} is of no family that has ours"
     for module in found:
         kind = type(module)
         # Others, such as Liger, may have replaced a module,
         if kind.__module__ != home and kind is not nn.Linear and not _is_lora(module):
             return f"{kind.__name__} is not {home.rpartition('.')[2]}'s"
         # or have put hooks or another method on it, which our layers would not call.
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if hooks or module._backward_pre_hooks:
+        if _has_hooks(module.__dict__):
             return f"{kind.__name__} has hooks"
         if "forward" in module.__dict__ and module not in exempt:
             return f"the forward method of {kind.__name__} was replaced"
-    return None
+    return _unlike_ours(backbone)
+
+
+def _has_hooks(attributes: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has hooks."""
+    before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
+    return bool(before or after or attributes["_backward_pre_hooks"] or attributes["_backward_hooks"])
+
+
+class Watch:
+    """Tells in 0.1 ms whether a backbone without a `reason_against` it is still as it was: the same modules, no hooks.
+
+    It holds no reference to the backbone.
+    """
+
+    def __init__(self, backbone: Any):
+        found = [*parts(backbone), backbone.layers]
+        self.attributes = [module.__dict__ for module in found]
+        self.children = [(m._modules, list(m._modules.values())) for m in found if m._modules]
+
+    def is_unchanged(self) -> bool:
+        # Attributes are read from `__dict__`, because looking for a child as an attribute takes ten times as long.
+        if any("forward" in attributes or _has_hooks(attributes) for attributes in self.attributes):
+            return False
+        return all(list(modules.values()) == children for modules, children in self.children)
 
 
 def _is_lora(module: Any) -> bool:
     return hasattr(module, "lora_A") and type(getattr(module, "base_layer", None)) is nn.Linear
 
 
-def unlike_ours(backbone: Any) -> str | None:
+def _unlike_ours(backbone: Any) -> str | None:
     """What the configuration asks for and our layers do not have; None if there is nothing."""
     for layer in backbone.layers:
         attention = layer.self_attn

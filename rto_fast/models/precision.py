@@ -78,9 +78,10 @@ def is_precise() -> bool:
 
 @contextlib.contextmanager
 def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Makes forward passes of `model` compute in at least `dtype`, for the time of the context.
+    """Makes forward passes of `model` compute in at least `dtype`, for the time of the context, without gradients.
 
-    Each weight is cast when it is used. Kernels that are called with addresses instead of tensors are not affected.
+    `torch.enable_grad` inside of it gives gradients, of the dtype of what they belong to. Each weight is cast when it is
+    used. Kernels that are called with addresses instead of tensors are not affected.
 
     Args:
         model: a Hugging Face model; with ZeRO-3 its weights must be whole.
@@ -93,12 +94,35 @@ def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     token = _RAISES.set(True)
     try:
-        with torch.no_grad(), _plain_experts(model), _Precise(dtype):
+        with torch.no_grad(), plain_layers(model), _plain_experts(model), _Precise(dtype):
             yield
     finally:
         _RAISES.reset(token)
         for module, kept in buffers:
             module._buffers.update(kept)
+
+
+def from_liger(value: Any) -> bool:
+    """Whether `value` is a method or a function of Liger's (`rto_fast.models.liger`)."""
+    return callable(value) and (getattr(value, "__module__", None) or "").startswith("liger_kernel")
+
+
+def runs_liger(model: nn.Module) -> bool:
+    """Whether layers of a model run Liger's kernels now."""
+    return any(from_liger(vars(module).get("forward")) for module in model.modules())
+
+
+@contextlib.contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Takes Liger's kernels off a model, whose layers run as transformers implements them, for the time of the context."""
+    found = [(module, vars(module)["forward"]) for module in model.modules() if from_liger(vars(module).get("forward"))]
+    for module, _ in found:
+        del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        for module, forward in found:
+            module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

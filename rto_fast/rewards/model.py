@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import pack_whole
+from rto_fast.batch import pack_whole, to_device
 from rto_fast.data.encoding import ConversationEncoder
 from rto_fast.data.tokenizing import Pair, Prompt, stop_token_ids
 from rto_fast.errors import RewardError
@@ -143,7 +143,7 @@ def score_sequences(
             batch = pack_whole([sequences[i] for i in indices], device)
             last = batch.last
             if read is not None:
-                last = batch.cu_seqlens[:-1] + torch.tensor([read[i] for i in indices], device=device)
+                last = batch.cu_seqlens[:-1] + to_device([torch.tensor([read[i] for i in indices])], device)[0]
             return model.forward(token_scores, batch)[last]
 
         return ranks.map_items(scores, [len(ids) for ids in sequences], [1] * len(sequences), max_tokens)

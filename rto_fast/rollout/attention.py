@@ -1,7 +1,7 @@
 """Attention of the native engine, with keys and values in a `PagedCache`.
 
-What a forward pass attends to is a `CacheView`: `Prefill` for prompts, `PagedDecode` or `DenseDecode` for decode steps. It is
-a view of our decoder (`rto_fast.models.decoder`); layers of transformers are given it as an argument of the model call,
+What a forward pass attends to is a `CacheView`: `Prefill` for prompts, `PagedDecode` or `DenseDecode` for decode steps. Our
+decoder (`rto_fast.models.decoder`) takes it as its view, layers of transformers as an argument of the model call,
 `paged=...`. `Probe` finds out what cache a model needs.
 """
 
@@ -48,16 +48,16 @@ class CacheView:
 
     def attend(self, attention: AttentionSpec, qkv: Tensor, rope: Tensor | None) -> Tensor:
         """Rotates, stores and attends: qkv [T, heads, head_dim], rope [T, 2, R] → [T, num_heads · head_dim]."""
-        if runs_triton(qkv) and _one_kernel(attention, rope):
-            from rto_fast.kernels import decode_layer
+        if runs_triton(qkv):
+            from rto_fast.kernels import rotary
 
-            decode_layer.rotate_and_store(
+            rotary.rotate_and_store(
                 qkv,
                 rope,
                 self.cache.addresses[attention.layer],
                 self.slot_mapping,
                 page_size=self.cache.page_size,
-                **{name: value for name, value in attention.rotation.items() if name != "unit_offset"},
+                **attention.rotation,
             )
             query, key, value = qkv.split(attention.heads, 1)
         else:
@@ -65,12 +65,6 @@ class CacheView:
             self.store(attention.layer, key, value)
         scores = Scores(attention.scale, attention.window, attention.softcap)
         return self.scored(attention.layer, query, key, value, scores).flatten(1)
-
-
-def _one_kernel(attention: AttentionSpec, rope: Tensor | None) -> bool:
-    """Whether one kernel rotates and stores: it takes whole heads and norms without offset."""
-    norm = attention.query_norm
-    return rope is not None and rope.shape[-1] == attention.head_dim and not (norm and norm.unit_offset)
 
 
 def paged_attention(

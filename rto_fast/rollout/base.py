@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import PackedBatch, pack
+from rto_fast.batch import PackedBatch, pack, to_device
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.rollout.model import RolloutModel
@@ -118,7 +118,9 @@ class RolloutBatch:
     def aligned(values: Tensor, batch: PackedBatch) -> Tensor:
         """Values of response tokens, [total response tokens] → [T] of their packed batch, 0 elsewhere."""
         out = torch.zeros(batch.num_tokens, dtype=values.dtype, device=batch.labels.device)
-        return out.masked_scatter_(batch.response_mask, values.to(out.device))
+        if values.device != out.device:
+            values = to_device([values], out.device)[0]
+        return out.index_copy_(0, batch.rows, values)
 
 
 class Engine:

@@ -18,13 +18,12 @@ from rto_fast.kernels import gemm
 from rto_fast.models.attention import PACKED, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
-from rto_fast.models.decoder_families import parts, reason_against
+from rto_fast.models.decoder_families import reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
-from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
 from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
-from rto_fast.models.precision import precise
+from rto_fast.models.precision import plain_layers, precise
 from rto_fast.rollout.attention import PAGED, CacheView
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a rollout changes the model while it runs
@@ -76,7 +75,7 @@ class RolloutModel:
         """
         adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
         backbone: Any = self.causal_lm.base_model
-        groups = [] if reason_against(backbone, parts(backbone), adapted) else projection_groups(backbone)
+        groups = [] if reason_against(backbone, adapted) else projection_groups(backbone)
         mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
         return adapted, mixed, [group for group in groups if group not in mixed]
 
@@ -122,7 +121,9 @@ class RolloutModel:
         Args:
             longest: tokens of the longest sequence possible.
         """
-        with self.evaluating(), attention_implementation(self.causal_lm, PAGED):
+        # The gathered weights of ZeRO-3 run in our decoder, while training runs transformers' layers.
+        layers = plain_layers(self.causal_lm) if self.is_zero3 else contextlib.nullcontext()
+        with self.evaluating(), layers, attention_implementation(self.causal_lm, PAGED):
             if self.config._attn_implementation != PAGED:
                 raise ModelError(f"{type(self.causal_lm).__name__} does not use transformers' attention interface")
             linear = self.causal_lm.get_output_embeddings()
@@ -142,14 +143,12 @@ class RolloutModel:
                     self.decoder = self.head = None  # else they would keep weights alive that are moved elsewhere
 
     def _linear(self, group: list[Any]) -> Linear:
-        """Projections of one input, with LoRA on their merged weights."""
-        if group[0] not in self.merged:
-            return JoinedLinear(group)
-        weight, biases = joined([self.merged[linear] for linear in group]), [linear.bias for linear in group]
-        bias = None if None in biases else joined(biases)
+        """Projections of one input, with LoRA on their merged weights; valid while the weights stay where they are."""
+        weights, biases = [self.merged.get(m, m.weight) for m in group], [m.bias for m in group]
+        weight, bias = joined(weights), None if None in biases else joined(biases)
         if weight is not None and (bias is None) == all(b is None for b in biases):
             return lambda x: gemm.linear(x, weight, bias)
-        return lambda x: torch.cat([gemm.linear(x, self.merged[linear], linear.bias) for linear in group], -1)
+        return lambda x: torch.cat([gemm.linear(x, w, b) for w, b in zip(weights, biases)], -1)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
         """Last hidden states [T, D], while `decoding`."""

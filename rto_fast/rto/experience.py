@@ -1,14 +1,16 @@
 """RTO's models, and a rollout as they judge it: log-probs, values and scores. Nothing is paid yet (see `token_rewards`)."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import PackedBatch, pack, pack_whole
+from rto_fast.batch import PackedBatch, pack, pack_whole, to_device
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.models.agreement import clip_width, mismatch, ppo_notices
@@ -91,8 +93,13 @@ def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_
 
 def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
     """The value of each state of a packed batch, [T], in the units of the normalised scores."""
-    mean, std = critic.scores or ScoreStatistics()
-    return (critic.forward(token_scores, batch) - mean) / std
+    return normalised(critic.forward(token_scores, batch), critic.scores)
+
+
+def normalised(scores: Tensor, statistics: ScoreStatistics | None) -> Tensor:
+    """Scores in units of their standard deviation, from their mean."""
+    mean, std = statistics or ScoreStatistics()
+    return (scores - mean) / std
 
 
 @torch.no_grad()
@@ -111,9 +118,10 @@ def rollout_values(
 
     lengths = [len(s) for s in sequences]
     whole = map_items(values, lengths, lengths, max_tokens)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    is_state = torch.ones_like(whole, dtype=torch.bool).index_fill(0, last, False)
-    return whole[is_state], whole[last]
+    ends = np.cumsum(lengths) - 1
+    positions = np.delete(np.arange(len(whole)), ends), ends  # of the states, and after the last tokens
+    states, last = to_device([torch.from_numpy(places) for places in positions], device)
+    return whole[states], whole[last]
 
 
 @torch.no_grad()
@@ -124,6 +132,7 @@ def response_logps(
     max_tokens: int,
     temperature: float = 1.0,
     precise: bool = False,
+    packed: dict[tuple[int, ...], PackedBatch] | None = None,
 ) -> torch.Tensor:
     """Log-probs of many responses.
 
@@ -132,13 +141,18 @@ def response_logps(
         max_tokens: tokens in one forward pass.
         temperature: divides the logits.
         precise: compute the whole pass in a higher precision than the model's.
+        packed: the micro-batches by the numbers of their responses, which models that score the same responses share; those
+            that are missing are added.
     Returns:
         [T] float32 (float64 if a float32 model is run precisely), in the alignment of `pack`.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids)]
+    packed = {} if packed is None else packed
 
     def logps(rows: list[int]) -> torch.Tensor:
-        batch = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], model.device)
+        if (key := tuple(rows)) not in packed:
+            packed[key] = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], model.device)
+        batch = packed[key]
         if not precise:
             return model.forward(causal_logps, batch, temperature=temperature)
         model.activate()  # and not through the engine: the weights are whole
@@ -196,25 +210,32 @@ def score_rollout(
         response_ids = [r if done else r[:-1] + [tokenizer.eos_token_id] for r, done in zip(response_ids, finished)]
         finished = [True] * len(finished)
     batch = pack(prompt_ids, response_ids, device)
+    packed: dict[tuple[int, ...], PackedBatch] = {}
 
-    old_logps, importance, mismatch = behaviour_logps(
-        config, models.policy, rollout, prompt_ids, response_ids, batch, max_tokens
-    )
-    ref_logps = response_logps(models.reference, prompt_ids, response_ids, max_tokens, temperature)
+    def logps(model: Model, temperature: float, rows: Sequence[int] | None = None) -> Tensor:
+        if rows is None:
+            return response_logps(model, prompt_ids, response_ids, max_tokens, temperature, packed=packed)
+        some_prompts, some_responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
+        return response_logps(model, some_prompts, some_responses, max_tokens, temperature)
+
+    # What is decided from the mismatch waits for it, so the passes of all other models are begun before.
+    mismatch = sampler_mismatch(config, rollout, response_ids, batch, partial(logps, models.policy, temperature))
+    ref_logps = logps(models.reference, temperature)
     dpo_logps = dpo_ref_logps = ref_logps
     if models.dpo is not None:
         # The implicit reward is that of the DPO model as it was trained: at temperature 1.
-        dpo_logps = response_logps(models.dpo, prompt_ids, response_ids, max_tokens, 1.0)
+        dpo_logps = logps(models.dpo, 1.0)
         if models.dpo_reference is not None or temperature != 1.0:
-            dpo_ref_logps = response_logps(
-                models.dpo_reference or models.reference, prompt_ids, response_ids, max_tokens, 1.0
-            )
-    values, values_after = torch.zeros_like(old_logps), old_logps.new_zeros(batch.num_sequences)
+            dpo_ref_logps = logps(models.dpo_reference or models.reference, 1.0)
+    values, values_after = torch.zeros_like(ref_logps), ref_logps.new_zeros(batch.num_sequences)
     if models.critic is not None:
         values, values_after = rollout_values(models.critic, prompt_ids, response_ids, max_tokens, device)
-    scores = old_logps.new_zeros(batch.num_sequences)
+    scores = ref_logps.new_zeros(batch.num_sequences)
     if models.scorer is not None:
         scores = judged(models.scorer, completions_of(prompts, response_ids, finished, tokenizer)).to(device)
+    old_logps, importance, mismatch = behaviour_logps(
+        config, rollout, batch, mismatch, partial(logps, models.policy, temperature)
+    )
     return Experience(
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -227,7 +248,7 @@ def score_rollout(
         old_values=values,
         values_after=values_after,
         scores=scores,
-        truncated=torch.tensor([not done for done in finished], device=device),
+        truncated=to_device([torch.tensor([not done for done in finished])], device)[0],
         importance=importance,
         mismatch=mismatch,
     )
@@ -241,14 +262,39 @@ def monitored_rows(count: int) -> range:
     return range(0, count, max(1, min(MONITORED, count // 4)))
 
 
-def behaviour_logps(
+def sampler_mismatch(
     config: Config,
-    policy: Model,
     rollout: RolloutBatch,
-    prompt_ids: list[list[int]],
     response_ids: list[list[int]],
     batch: PackedBatch,
-    max_tokens: int,
+    recompute: Callable[[Sequence[int] | None], Tensor],
+) -> dict[str, Tensor]:
+    """Compares the sampler with the training forward pass on some of a rollout's responses.
+
+    Args:
+        rollout: as it was sampled.
+        response_ids: what is trained on.
+        batch: the same, with the prompts, packed.
+        recompute: computes the policy's log-probs of the responses of these numbers, or of all.
+    Returns:
+        The metrics of the difference; none where the sampler's log-probs cannot be used.
+    """
+    # `paper_code` may have put another token in the place of the one that was drawn.
+    if rollout.logps is None or config.rto.old_logps == "recompute" or response_ids != rollout.response_ids:
+        return {}
+    rows = monitored_rows(len(response_ids))
+    monitored = pack([rollout.prompt_ids[i] for i in rows], [response_ids[i] for i in rows], batch.labels.device)
+    parts = rollout.logps.split([len(ids) for ids in response_ids])
+    sampled = RolloutBatch.aligned(torch.cat([parts[i] for i in rows]), monitored)
+    return mismatch(recompute(rows)[monitored.rows], sampled[monitored.rows])
+
+
+def behaviour_logps(
+    config: Config,
+    rollout: RolloutBatch,
+    batch: PackedBatch,
+    mismatch: dict[str, Tensor],
+    recompute: Callable[[Sequence[int] | None], Tensor],
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Chooses the old log-probs of a rollout: the sampler's own where they can be trusted, else those of a forward pass.
 
@@ -262,31 +308,19 @@ def behaviour_logps(
 
     Args:
         rollout: as it was sampled.
-        prompt_ids, response_ids: what is trained on.
-        batch: the same, packed.
-        max_tokens: tokens in one forward pass.
+        batch: what is trained on.
+        mismatch: from `sampler_mismatch`.
+        recompute: as for `sampler_mismatch`.
     Returns:
         The old log-probs, [T] float32 in nats; the weights of the policy's loss, [T] float32 or None for 1; and the metrics
         of the difference between the sampler and the training forward pass, none where nothing was compared.
     """
     rto = config.rto
-
-    def recompute(rows: Sequence[int]) -> Tensor:
-        prompts, responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
-        return response_logps(policy, prompts, responses, max_tokens, config.rollout.temperature)
-
-    every = range(len(response_ids))
-    # `paper_code` may have put another token in the place of the one that was drawn.
-    if rollout.logps is None or rto.old_logps == "recompute" or response_ids != rollout.response_ids:
-        return recompute(every), None, {}
-    device = batch.labels.device
+    if not mismatch or rollout.logps is None:
+        return recompute(None), None, {}
     sampled = rollout.aligned(rollout.logps, batch)
-    rows = monitored_rows(len(response_ids))
-    monitored = pack([prompt_ids[i] for i in rows], [response_ids[i] for i in rows], device).response_mask
-    parts = rollout.logps.split([len(ids) for ids in response_ids])
-    metrics = mismatch(recompute(rows)[monitored], torch.cat([parts[i] for i in rows]).to(device))
-    if rto.old_logps == "sampler" or not ppo_notices(metrics, clip_width(rto)):
-        return sampled, None, metrics
-    old_logps = recompute(every)
+    if rto.old_logps == "sampler" or not ppo_notices(mismatch, clip_width(rto)):
+        return sampled, None, mismatch
+    old_logps = recompute(None)
     weights = (old_logps - sampled).exp().clamp(max=rto.importance_cap)
-    return old_logps, weights, metrics | {IMPORTANCE_WEIGHT: weights[batch.response_mask].mean()}
+    return old_logps, weights, mismatch | {IMPORTANCE_WEIGHT: weights[batch.rows].mean()}

@@ -57,7 +57,7 @@ def rollout_metrics(experience: Experience, rewards: TokenRewards, kl_coef: floa
         LENGTH: stats["count"] / batch.num_sequences,
         TRUNCATED: experience.truncated.float().mean(),
         ADVANTAGE_STD: stats["advantage_var"].sqrt(),
-        EXPLAINED_VARIANCE: explained_variance(experience.old_values[mask], rewards.returns[mask]),
+        EXPLAINED_VARIANCE: explained_variance(experience.old_values[batch.rows], rewards.returns[batch.rows]),
     }
     return metrics | reward_shares(experience, rewards) | experience.mismatch
 

@@ -36,7 +36,7 @@ from rto_fast.rto.token_rewards import TokenRewards, delimiter_table, token_rewa
 from rto_fast.rto.update import update
 from rto_fast.session import TrainingSession
 from rto_fast.system.progress import progress
-from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.accumulate import Accumulator, numbers
 from rto_fast.training.budget import TokenBudget, unplanned_budget
 from rto_fast.training.checkpoint import Trainer
 from rto_fast.training.loop import train
@@ -58,6 +58,8 @@ class RTOTrainer(Trainer):
         budget: the tokens of a pass; default: as the configuration says without a plan.
     """
 
+    step_count = 0  # iterations done
+
     def __init__(
         self,
         config: Config,
@@ -72,7 +74,7 @@ class RTOTrainer(Trainer):
         rto = config.rto
         self.config, self.models, self.tokenizer, self.sampling = config, models, tokenizer, sampling
         self.prompts, self.device, self.log = prompts, device, log
-        self.step_count, self.kl_coef = 0, rto.kl_coef
+        self.kl_coef = rto.kl_coef
         epochs = None if rto.iterations else rto.epochs  # a number of iterations draws on the prompts without end
         self.order = ShuffledIndices.of(prompts, config.seed, epochs)
         self.steps, updates = self._count_steps()
@@ -115,13 +117,14 @@ class RTOTrainer(Trainer):
             self.order.load_state_dict(order)
             raise
         rewards = token_rewards(self.config.rto, experience, self.kl_coef, self.delimiters)
-        metrics = rollout_metrics(experience, rewards, self.kl_coef)
+        known = rollout_metrics(experience, rewards, self.kl_coef)
         scored = time.perf_counter()
         check = self._inspect(experience, rewards)
-        metrics |= update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
+        updates = update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
+        metrics = numbers(known | updates)  # the iteration's only look at them, which waits for the update
         updated = time.perf_counter()
         if self.config.rto.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, float(metrics[KL]), len(prompts), self.config.rto.kl_target)
+            self.kl_coef = adapt_kl_coef(self.kl_coef, metrics[KL], len(prompts), self.config.rto.kl_target)
         self.step_count += 1
         metrics |= {MICRO_BATCH_TOKENS: self.accumulator.tokens, PLANNED_TOKENS: self.accumulator.configured}
         return metrics | speed_metrics(rollout, sampled - start, scored - sampled, updated - scored)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rto_fast.models.graphs import PassGraphs
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
 from rto_fast.training.optimizer import ScheduledOptimizer
@@ -46,11 +47,14 @@ class Accumulator:
         return AccumulatedStep(self, items, [lengths[i] for i in items], optimizers)
 
     def shrink(self, lengths: Sequence[int], failure: str) -> None:
-        """Halves the budget until a step of these lengths has more micro-batches than before.
+        """Gives back CUDA graphs; if there are none, halves the budget until a step of these lengths has more micro-batches.
 
         Raises:
             torch.OutOfMemoryError: the budget is that of the longest item, which is never cut.
         """
+        if PassGraphs.give_up():
+            self.say("out of memory: goes on without CUDA graphs of passes")
+            return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.tokens <= max(lengths):
@@ -135,6 +139,23 @@ class AccumulatedStep:
 
 
 def add_to(totals: dict[str, Any], metrics: Mapping[str, Any]) -> None:
-    """Adds metrics to their sums so far."""
+    """Adds metrics to their sums so far; tensors in one call."""
+    known = [name for name in metrics if name in totals]
+    tensors = [name for name in known if isinstance(metrics[name], Tensor) and isinstance(totals[name], Tensor)]
+    sums: dict[str, Any] = {name: metrics[name] + totals[name] for name in known if name not in tensors}
+    if tensors:
+        added = torch._foreach_add([metrics[name] for name in tensors], [totals[name] for name in tensors])
+        sums |= dict(zip(tensors, added))
+    totals |= {name: sums.get(name, value) for name, value in metrics.items()}
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics with numbers in the place of tensors of one element. Waits for the device, once for each dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, value in metrics.items():
-        totals[name] = value + totals[name] if name in totals else value
+        if isinstance(value, Tensor):
+            kinds.setdefault((value.device, value.dtype), []).append(name)
+    read: dict[str, Any] = {}
+    for names in kinds.values():
+        read |= zip(names, torch.stack([metrics[name].detach().reshape(()) for name in names]).tolist())
+    return {name: read.get(name, value) for name, value in metrics.items()}

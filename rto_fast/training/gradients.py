@@ -96,7 +96,7 @@ class Gradients:
             self.flat = None
             for parameter in self.parameters:
                 parameter.grad = None
-                del parameter.main_grad
+                del parameter.main_grad  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Gives back all that the parameters hold for their gradients."""

@@ -8,6 +8,7 @@ from rto_fast.config import Stage
 from rto_fast.errors import RewardError, TrainingError, UserError
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
+from rto_fast.training.accumulate import numbers
 from rto_fast.training.checkpoint import Checkpoints, Trainer
 
 
@@ -44,7 +45,7 @@ def train(
         while trainer.step_count < trainer.steps:
             recorded: dict[str, int] | None = None  # the sizes of the logs, once the step is in them
             try:
-                metrics = line.step(trainer.step(), show=show)
+                metrics = line.step(numbers(trainer.step()), show=show)
                 trainer.check()
                 phase.advance()
                 if after_step:

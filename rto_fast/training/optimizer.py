@@ -151,18 +151,16 @@ class Optimizer(ScheduledOptimizer):
 
     Weights of 16 bits have masters in one flat float32 tensor, in the layout of the gradients (see `Gradients`): all
     matrices, then all vectors, each in the order of the model. AdamW is given these two stretches.
-
-    Attributes:
-        keep_gradients: the gradients stay where they are, as a CUDA graph needs it, when they could be given back.
     """
 
     def __init__(
         self, model: Model, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None
     ):
         super().__init__(stage, settings, total_steps, lr)
-        self.keep_gradients = False
+        self.model = model
         named = sorted(model.trainable(), key=lambda item: item[1].dim() < 2)  # stable
-        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.names = [name for name, _ in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self._skips = self._skips.to(self.parameters[0].device)
         self.layout = Layout(self.parameters)
         self.gradients = Gradients(self.parameters, self.layout)
@@ -198,7 +196,7 @@ class Optimizer(ScheduledOptimizer):
         self.gradients.clear()
 
     def free_gradients(self) -> None:
-        if not self.keep_gradients:
+        if self.model.graphs is None or not self.model.graphs.trains:  # CUDA graphs hold the addresses of gradients
             self._free()
 
     def _free(self) -> None:
@@ -224,8 +222,8 @@ class Optimizer(ScheduledOptimizer):
         for group in self.adam.param_groups:
             group["lr"] = lr
         # As a GradScaler does: AdamW's kernel divides by the one and, where the other is 1, changes nothing.
-        self.adam.grad_scale = ((norm + 1e-6) / self.settings.max_grad_norm).clamp_(min=1.0)
-        self.adam.found_inf = skipped
+        scale = ((norm + 1e-6) / self.settings.max_grad_norm).clamp_(min=1.0)
+        self.adam.__dict__ |= {"grad_scale": scale, "found_inf": skipped}
         self.adam.step()
         self._copy_masters()
         self.zero_grad()

@@ -62,7 +62,7 @@ def add_up(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Sums 0-d tensors over the ranks, which all have the same names."""
     if world_size() == 1:
         return dict(values)
-    total = torch.stack([value.detach().double() for value in values.values()])
+    total = torch.stack([value.detach() for value in values.values()]).double()
     dist.all_reduce(total)
     return dict(zip(values, total))
 

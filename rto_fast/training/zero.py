@@ -17,6 +17,7 @@ from rto_fast.config import Config, DeepSpeedConfig, OptimizerConfig, TrainingCo
 from rto_fast.errors import TrainingError
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import use_op_linear
+from rto_fast.models.liger import use_liger
 from rto_fast.models.model import EngineModule, Model
 from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.system import deepspeed_import
@@ -94,6 +95,12 @@ def release(model: Model | None) -> None:
     model.engine = None
 
 
+def _prepare_zero3(model: Model) -> None:
+    """Fits a model for ZeRO-3, which gathers weights only around the forward passes of transformers' own modules."""
+    use_op_linear(model.module)
+    use_liger(model.module)  # our decoder does not run these passes
+
+
 def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device | str) -> None:
     """Puts a model that is only evaluated where `settings.frozen` says. All ranks call it.
 
@@ -104,7 +111,7 @@ def place_frozen(model: Model, settings: DeepSpeedConfig, device: torch.device |
     if settings.frozen == "offloaded":
         model.offload(device)
     elif settings.frozen == "sharded" and ranks.world_size() > 1:
-        use_op_linear(model.module)
+        _prepare_zero3(model)
         _initialize(model, engine_config(settings, 3, model.module.dtype))
     else:
         model.module.to(device)
@@ -126,7 +133,7 @@ class ZeroOptimizer(ScheduledOptimizer):
         super().__init__(stage, settings, total_steps, lr)
         level = deepspeed.stage_for(ranks.world_size())
         if level == 3:
-            use_op_linear(model.module)
+            _prepare_zero3(model)
         self.model, self.named, self.is_zero3 = model, model.trainable(), level == 3
         groups = parameter_groups([p for _, p in self.named], settings.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=settings.adam_betas, eps=1e-8, fused=True)

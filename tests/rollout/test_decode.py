@@ -15,8 +15,8 @@ from rto_fast import layer_ops
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
-from rto_fast.models import joined_linear
 from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native
+from rto_fast.rollout import model as rollout_model
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -73,14 +73,13 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     if patch:
         patch(causal_lm)
     shapes = Shapes()
-    for module in ("paged_attention", "decode_layer", "decode_step"):
+    for module in ("paged_attention", "rotary", "decode_step"):
         monkeypatch.setattr(rto_fast.kernels, module, shapes, raising=False)
         monkeypatch.setitem(sys.modules, f"rto_fast.kernels.{module}", shapes)
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
-    monkeypatch.setattr(layer_ops, "_implementation", lambda *_: shapes)
+    monkeypatch.setattr(layer_ops, "implementation", lambda *_: shapes)
     # Meta tensors have no addresses: neighbours cannot be told.
-    monkeypatch.setattr(joined_linear, "joined", lambda all: all[0].new_empty(sum(map(len, all)), *all[0].shape[1:]))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know the meta device
+    monkeypatch.setattr(rollout_model, "joined", lambda all: all[0].new_empty(sum(map(len, all)), *all[0].shape[1:]))
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
@@ -149,7 +148,7 @@ def triton_decode(monkeypatch, device):
 def float64_logps(model, rollout):
     """Log-probs of a rollout's tokens from the model's own forward pass, one sequence at a time."""
     exact = copy.deepcopy(model).double()
-    exact.set_attn_implementation("eager")
+    exact.set_attnimplementation("eager")
     logps = []
     for prompt, response in zip(rollout.prompt_ids, rollout.response_ids):
         logits = exact(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]

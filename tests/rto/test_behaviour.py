@@ -16,6 +16,7 @@ from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.rto.trainer import RTOTrainer
 from rto_fast.training.accumulate import Accumulator
 from tests.rto.recorded_log import RecordedLog
+from tests.waits import NoWaits
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [[2, 13, 29, 30, 3], [2, 9, 25, 33, 5, 8, 26, 31, 3], [2, 10, 3]]
@@ -39,27 +40,27 @@ def forwards(monkeypatch):
     """How many responses each forward pass was asked for."""
     calls, response_logps = [], experience.response_logps
 
-    def count(model, prompt_ids, *arguments):
+    def count(model, prompt_ids, *arguments, **options):
         calls.append(len(prompt_ids))
-        return response_logps(model, prompt_ids, *arguments)
+        return response_logps(model, prompt_ids, *arguments, **options)
 
     monkeypatch.setattr(experience, "response_logps", count)
     return calls
 
 
 def logps_of(policy, rollout, *options):
-    batch = pack(rollout.prompt_ids, rollout.response_ids)
-    config = load_config(list(options))
-    return (
-        *experience.behaviour_logps(config, policy, rollout, rollout.prompt_ids, rollout.response_ids, batch, 16384),
-        batch.response_mask,
-    )
+    """(log-probs, weights, metrics, the tokens of the responses)."""
+    models = Models(policy, policy, None, None, None, None)
+    prompts = [Prompt(ids, "", {}, "") for ids in rollout.prompt_ids]
+    with NoWaits(allowed=[experience.ppo_notices]):
+        found = experience.score_rollout(load_config(list(options)), models, rollout, prompts, TOKENIZER, "cpu", 16384)
+    return found.old_logps, found.importance, found.mismatch, found.batch.response_mask
 
 
 def test_the_samplers_log_probs_are_taken_and_checked_on_some_responses(policy, rollout, forwards):
     old_logps, weights, metrics, mask = logps_of(policy, rollout)
     assert weights is None and torch.equal(old_logps[mask], rollout.logps)
-    assert forwards == [4]  # of 24
+    assert forwards == [4, 24]  # of 24; then the reference
     assert metrics["mismatch_mean"] < 1e-5 and metrics["mismatch_max"] < 1e-4 and abs(metrics["mismatch_k3"]) < 1e-8
 
 
@@ -68,7 +69,7 @@ def test_a_mismatch_leads_to_a_forward_pass_and_truncated_importance_weights(pol
     noise = torch.linspace(-1.0, 1.0, len(exact))
     rollout.logps = exact + noise  # a sampler that is off by half a nat in the mean
     old_logps, weights, metrics, mask = logps_of(policy, rollout, "--rto.importance_cap", "1.5")
-    assert forwards == [4, 24]
+    assert forwards == [4, 24, 24]
     torch.testing.assert_close(old_logps[mask], exact, atol=1e-5, rtol=0)
     torch.testing.assert_close(weights[mask], (-noise).exp().clamp(max=1.5), atol=1e-4, rtol=0)
     lengths = [len(ids) for ids in rollout.response_ids]
@@ -81,17 +82,17 @@ def test_a_mismatch_leads_to_a_forward_pass_and_truncated_importance_weights(pol
 def test_the_configuration_can_insist(policy, rollout, forwards):
     rollout.logps = rollout.logps + 1.0
     old_logps, weights, _, mask = logps_of(policy, rollout, "--rto.old_logps", "sampler")
-    assert weights is None and torch.equal(old_logps[mask], rollout.logps) and forwards == [4]
+    assert weights is None and torch.equal(old_logps[mask], rollout.logps) and forwards == [4, 24]
     old_logps, weights, metrics, mask = logps_of(policy, rollout, "--rto.old_logps", "recompute")
     torch.testing.assert_close(old_logps[mask], rollout.logps - 1.0, atol=1e-5, rtol=0)
-    assert weights is None and metrics == {} and forwards == [4, 24]
+    assert weights is None and metrics == {} and forwards == [4, 24, 24, 24]
 
 
 def test_an_engine_without_log_probs_needs_a_forward_pass(policy, rollout, forwards):
     expected, rollout.logps = rollout.logps, None
     old_logps, weights, metrics, mask = logps_of(policy, rollout)
     torch.testing.assert_close(old_logps[mask], expected, atol=1e-5, rtol=0)
-    assert weights is None and metrics == {} and forwards == [24]
+    assert weights is None and metrics == {} and forwards == [24, 24]
 
 
 class Recorder:
@@ -100,6 +101,9 @@ class Recorder:
 
     def step(self):
         return {}
+
+    def free_gradients(self):
+        pass
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence"])

@@ -166,6 +166,9 @@ def gradients(models, settings, experience, rewards, tokens=16384):
             self.model.zero_grad()
             return {}
 
+        def free_gradients(self):
+            pass
+
     optimizers = {f"{name}_optimizer": Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
     metrics = update(settings, models, optimizers, experience, rewards, 0, Accumulator(tokens, print))
     return seen, metrics
