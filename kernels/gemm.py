@@ -22,9 +22,10 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool =
     """
     # Always with `out=`, because autocast changes only the forms without it.
     options = {"out": out} if out.dtype == a.dtype else {"out": out, "out_dtype": out.dtype}
-    if a.dtype.itemsize == 2 and not a.is_cuda:
-        # The CPU has no float32-output GEMM for 16-bit inputs; products of 16-bit floats are exact in float32.
-        product = torch.mm(a.float(), b.float(), out=torch.empty(out.shape))
+    if not a.is_cuda and (a.dtype.itemsize == 2 or out.dtype != a.dtype):
+        # The CPU has no GEMM with an output of another dtype; products of 16-bit floats are exact in float32.
+        wide = torch.promote_types(a.dtype, torch.float32)
+        product = torch.mm(a.to(wide), b.to(wide), out=torch.empty(out.shape, dtype=wide))
     elif out.dtype.itemsize == 2 and out.numel() <= SPLIT_K_ELEMENTS:
         product = gemm(a, b, torch.empty(out.shape, dtype=torch.float32, device=out.device))
     else:

@@ -11,6 +11,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 ALIGNMENT = 128  # bytes: tensors that share a copy begin where kernels may load vectors
@@ -41,6 +42,32 @@ class PackedBatch:
     def last(self) -> torch.Tensor:
         """Index of each sequence's last position, [N] int64."""
         return self.cu_seqlens[1:].long() - 1
+
+    def padded(self) -> "PackedBatch":
+        """This batch with tensors of sizes that many batches share, for CUDA graphs; real tokens keep their places.
+
+        The padding repeats the batch from its beginning, as further sequences without labels: what a model computes of it is
+        finite where it is for real tokens. The bounds end with empty sequences, and `rows` with the first token of the
+        padding. A loss and metrics over the labels are those of this batch, and the padding's part of a gradient is 0.
+        """
+        tokens = self.num_tokens
+        more = padded_size(tokens + 1) - tokens  # at least one, for `rows`, and never more than the batch has
+        ends = (self.cu_seqlens[1:] + tokens).clamp(max=tokens + more)
+        empty = (1 << (2 * self.num_sequences - 1).bit_length()) - 2 * self.num_sequences  # to a power of 2
+        return PackedBatch(
+            input_ids=torch.cat([self.input_ids, self.input_ids[:more]]),
+            labels=F.pad(self.labels, (0, more), value=IGNORE_INDEX),
+            position_ids=torch.cat([self.position_ids, self.position_ids[:more]]),
+            cu_seqlens=F.pad(torch.cat([self.cu_seqlens, ends]), (0, empty), value=tokens + more),
+            max_seqlen=1 << (self.max_seqlen - 1).bit_length(),
+            rows=F.pad(self.rows, (0, padded_size(len(self.rows)) - len(self.rows)), value=tokens),
+        )
+
+
+def padded_size(count: int) -> int:
+    """The smallest of the sizes of padded batches that holds `count`: eight between a power of 2 and the next."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // step) * step
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device | str) -> list[torch.Tensor]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rto_fast.batch import pack, pack_whole, segment_sum, to_device
+from rto_fast.batch import segment_sum
 from rto_fast.config import Config, SupervisedConfig
 from rto_fast.data.tokenizing import Pair
 from rto_fast.estimates import rate, wins
-from rto_fast.losses import bradley_terry, dpo
-from rto_fast.models.forward import causal_logps, token_scores
+from rto_fast.models.forward import causal_logps
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
 from rto_fast.reporting.metric_names import (
@@ -42,6 +41,16 @@ from rto_fast.training.optimizer import count_steps, stage_steps
 from rto_fast.training.order import ShuffledIndices
 from rto_fast.training.ranks import map_items
 from rto_fast.training.saving import save_model
+from rto_fast.training.supervised import (
+    dpo_batch,
+    dpo_loss,
+    packed_sides,
+    reward_batch,
+    reward_loss,
+    text_batch,
+    text_loss,
+    whole_sides,
+)
 from rto_fast.training.zero import build_optimizer
 
 CHECKED_PAIRS = 64  # of a supplied DPO model: enough to tell a model that is wrong from one that is right
@@ -53,8 +62,8 @@ class SupervisedTrainer(Trainer):
     Args:
         order: in which the items are visited.
         lengths: the tokens of each item.
-        loss: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns the loss and
-            metrics of the micro-batch, which add up to those of the step.
+        work: is called with the numbers of the items in a micro-batch and in its whole optimizer step; returns what
+            `Model.learn` takes: the loss and the inputs. Losses and metrics add up to those of the step.
         tokens, say: see `Accumulator`.
     """
 
@@ -64,12 +73,12 @@ class SupervisedTrainer(Trainer):
         stage: SupervisedConfig,
         order: ShuffledIndices,
         lengths: Sequence[int],
-        loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, Tensor]]],
+        work: Callable[[list[int], list[int]], tuple[Any, ...]],
         config: Config,
         tokens: int,
         say: Callable[[str], object],
     ):
-        self.model, self.stage, self.lengths, self.loss = model, stage, lengths, loss
+        self.model, self.stage, self.lengths, self.work = model, stage, lengths, work
         self.steps = stage_steps(stage, len(lengths))
         self.optimizer = build_optimizer(model, stage, self.steps, config)
         self.optimizers = {"optimizer": self.optimizer}
@@ -86,9 +95,8 @@ class SupervisedTrainer(Trainer):
         step = self.accumulator.step(items, self.lengths, [self.optimizer])
         for rows, factor in step:
             with step:
-                loss, metrics = self.loss(rows, items)
-                self.optimizer.backward(loss * factor)
-                step.add({LOSS: loss.detach()} | metrics)
+                work = self.work(rows, items)
+                step.add(self.model.learn(*work, backward=self.optimizer.backward, factor=factor))
         lengths = [self.lengths[i] for i in items]
         balance = {IMBALANCE: ranks.imbalance(lengths)} if ranks.world_size() > 1 else {}
         return step.metrics() | {TOKENS: sum(lengths)} | balance | self.optimizer.step()
@@ -117,25 +125,17 @@ def train_sft(session: TrainingSession, base: str) -> str:
     stage = config.sft
     model = Loader(config, session.placement).trained("causal_lm", base)
 
-    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negative log-likelihood, a mean over the labelled tokens of the whole optimizer step."""
-        prompts, responses = zip(*((sequences[i].prompt_ids, sequences[i].response_ids) for i in rows))
-        batch = pack(prompts, responses, session.device, loss_on_prompt=stage.loss_on_prompt)
+    def work(rows: list[int], step_items: list[int]) -> tuple[Any, ...]:
         step = [sequences[i] for i in step_items]
         total = sum(len(s.response_ids) + stage.loss_on_prompt * (len(s.prompt_ids) - 1) for s in step)
-        return -model.forward(causal_logps, batch).sum() / total, {}
+        return text_loss, text_batch([sequences[i] for i in rows], total, stage.loss_on_prompt, session.device)
 
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     order = ShuffledIndices.of(sequences, config.seed, stage.epochs)
     tokens = session.budget("sft").training
-    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, tokens, session.log.say)
+    trainer = SupervisedTrainer(model, stage, order, lengths, work, config, tokens, session.log.say)
     train("sft", trainer, session.checkpoints, show=(LOSS, LR, TOKENS_PER_SECOND))
     return _save(session, "sft", trainer)
-
-
-def _sides(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Prompts with their responses: all chosen, then all rejected."""
-    return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
 
 
 def train_reward_model(session: TrainingSession, sft: str) -> str:
@@ -148,20 +148,17 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     stage, budget = config.reward_model, session.budget("reward_model")
     model = Loader(config, session.placement).trained("scorer", sft, new_head=True)
 
-    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = pack_whole(_sides([pairs[i] for i in rows]), session.device)
-        chosen, rejected = model.forward(token_scores, batch)[batch.last].chunk(2)
-        share = 1.0 / len(step_items)
-        return share * bradley_terry(chosen, rejected).sum(), {ACCURACY: share * (chosen > rejected).sum()}
+    def work(rows: list[int], step_items: list[int]) -> tuple[Any, ...]:
+        return reward_loss, reward_batch([pairs[i] for i in rows], len(step_items), session.device)
 
     order, lengths = ShuffledIndices.of(pairs, config.seed, stage.epochs), [p.num_tokens for p in pairs]
-    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
+    trainer = SupervisedTrainer(model, stage, order, lengths, work, config, budget.training, log.say)
     train("reward_model", trainer, session.checkpoints, show=(LOSS, ACCURACY, LR, TOKENS_PER_SECOND))
     model.module.eval()
     metric, kind, measured = TRAINING_ACCURACY, "training", pairs
     if held_out:
         metric, kind, measured = HELD_OUT_ACCURACY, "held-out", held_out
-    scores = score_sequences(model, _sides(measured), budget.scoring)
+    scores = score_sequences(model, whole_sides(measured), budget.scoring)
     chosen, rejected = scores.chunk(2)
     model.scores = statistics = score_statistics(scores)
     accuracy = (chosen > rejected).float().mean().item()
@@ -170,20 +167,13 @@ def train_reward_model(session: TrainingSession, sft: str) -> str:
     return _save(session, "reward_model", trainer)
 
 
-def _side_logps(model: Model, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of the chosen and of the rejected responses, EOS included: [N] each, nats."""
-    prompts = [p.prompt_ids for p in pairs]
-    batch = pack(prompts + prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], model.device)
-    chosen, rejected = segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).chunk(2)
-    return chosen, rejected
-
-
 @torch.no_grad()
 def pair_logps(model: Model, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
     """Summed log-probs of chosen and rejected responses, [len(pairs), 2] float32 on the CPU, `max_tokens` at a time."""
 
     def logps(rows: list[int]) -> Tensor:
-        return torch.stack(_side_logps(model, [pairs[i] for i in rows]), 1)
+        batch = packed_sides([pairs[i] for i in rows], model.device)
+        return segment_sum(model.forward(causal_logps, batch), batch.cu_seqlens).view(2, -1).t()
 
     return map_items(logps, [p.num_tokens for p in pairs], [1] * len(pairs), max_tokens).cpu()
 
@@ -205,17 +195,12 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
         reference[visited] = scored
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
-    def loss(rows: list[int], step_items: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        before = to_device([reference[rows]], session.device)[0]
-        chosen, rejected = _side_logps(model, [pairs[i] for i in rows])
-        chosen, rejected = chosen - before[:, 0], rejected - before[:, 1]  # log π/π_ref
-        share = 1.0 / len(step_items)
-        losses = dpo(chosen, rejected, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing)
-        margin = stage.beta * (chosen - rejected).detach()
-        return share * losses.sum(), {ACCURACY: share * (margin > 0).sum(), MARGIN: share * margin.sum()}
+    def work(rows: list[int], step_items: list[int]) -> tuple[Any, ...]:
+        inputs = dpo_batch([pairs[i] for i in rows], reference[rows], len(step_items), session.device)
+        return dpo_loss, inputs, stage
 
     lengths = [p.num_tokens for p in pairs]
-    trainer = SupervisedTrainer(model, stage, order, lengths, loss, config, budget.training, log.say)
+    trainer = SupervisedTrainer(model, stage, order, lengths, work, config, budget.training, log.say)
     train("dpo", trainer, session.checkpoints, show=(LOSS, ACCURACY, MARGIN, LR, TOKENS_PER_SECOND))
     model.module.eval()
     if held_out_reference is not None:

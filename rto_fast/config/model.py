@@ -65,6 +65,7 @@ class RolloutConfig:
     kv_cache_gib: Positive | None = None
     """Memory for keys and values, in GiB. Default: what the responses need, within what is free. (native)"""
     cuda_graphs: bool = True
-    """Run decode steps as CUDA graphs. ZeRO 3, whose weights move, does without. (native)"""
+    """Run decode steps (native) as CUDA graphs, and scoring and training passes that are bound by launches. ZeRO 3, whose
+    weights move, does without; so do the passes with any ZeRO stage, LoRA or gradient checkpointing."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`, such as {tensor_parallel_size: 2}. (vllm)"""

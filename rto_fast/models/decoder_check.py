@@ -1,4 +1,4 @@
-"""Compares our decoder with transformers' own layers when a model is loaded. Where they disagree, the model runs the latter."""
+"""Compares our decoder with transformers' layers when a model is loaded; where they disagree, the model runs the latter."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,8 +23,8 @@ LENGTHS = (12, 16, 20)  # of the sequences that are compared
 def check_decoder(model: PreTrainedModel, name: str, *, gradients: bool) -> None:
     """Compares the hidden states of packed sequences, and the gradients of one layer of each kind.
 
-    Our decoder and the model's own layers compute in the model's dtype, the truth is the latter in a higher precision. If our
-    errors are more than `FACTOR` times theirs, or ours fails, a notice says so and the model runs its own layers from then on.
+    Our decoder and the model's own layers compute in the model's dtype, the truth is the latter in a higher precision. If
+    our errors exceed `FACTOR` times theirs, or ours fails, a notice says so and the model runs its own layers then on.
 
     Args:
         name: of the model in messages.

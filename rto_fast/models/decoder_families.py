@@ -199,7 +199,7 @@ class Watch:
     def __init__(self, backbone: Any):
         found = [*parts(backbone), backbone.layers]
         self.attributes = [module.__dict__ for module in found]
-        self.children = [(m._modules, list(m._modules.values())) for m in found if m._modules and m is not backbone]
+        self.children = [(m._modules, list(m._modules.values())) for m in found if m._modules]
 
     def is_unchanged(self) -> bool:
         # Attributes are read from `__dict__`, because looking for a child as an attribute takes ten times as long.

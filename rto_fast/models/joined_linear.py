@@ -38,6 +38,13 @@ class _Parts(NamedTuple):
     biases: list[Tensor | None]  # [N] each
     adapters: list[_Adapter]
 
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        """All of them, in the order in which the backward pass makes their gradients."""
+        if not self.adapters:
+            return [*self.weights, *self.biases]
+        return [*self.weights, *self.biases, *(a.a for a in self.adapters), *(a.b for a in self.adapters)]
+
 
 class JoinedLinear:
     """The outputs of linear layers of one input, side by side.
@@ -49,7 +56,7 @@ class JoinedLinear:
             merged weights, run as they are.
     """
 
-    def __init__(self, linears: Sequence[nn.Module]):
+    def __init__(self, linears: Sequence[Any]):
         self.linears = tuple(linears)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,10 +68,16 @@ class JoinedLinear:
         if parts is None:
             outputs = [module(x) for module in self.linears]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if torch.is_grad_enabled():
-            a, b = [adapter.a for adapter in parts.adapters], [adapter.b for adapter in parts.adapters]
-            return _JoinedLinear.apply(x, parts, *parts.weights, *parts.biases, *a, *b)
-        return _forward(x, parts)[0]
+        if not torch.is_grad_enabled():
+            return _forward(x, parts).y
+        parameters = parts.parameters
+        needed = [parameter is not None and parameter.requires_grad for parameter in parameters]
+        # Autograd need not know a parameter whose gradient is added to its main_grad: it would visit it for nothing.
+        known = [need and not hasattr(parameter, "main_grad") for parameter, need in zip(parameters, needed)]
+        inputs = [parameter for parameter, is_known in zip(parameters, known) if is_known]
+        if not inputs and not x.requires_grad and True in needed:
+            inputs = [parameters[needed.index(True)]]  # else there would be no backward pass
+        return _JoinedLinear.apply(x, parts, needed, known, *inputs)
 
 
 def _parts(linears: Sequence[Any], dtype: torch.dtype | None) -> _Parts | None:
@@ -76,20 +89,21 @@ def _parts(linears: Sequence[Any], dtype: torch.dtype | None) -> _Parts | None:
     weights, biases, found, start = [], [], [], 0
     for module in linears:
         base = module if type(module) is nn.Linear else _base_layer(module)
-        if base is None or "forward" in vars(module):
+        if base is None or "forward" in module.__dict__:
             return None
-        weight = base.weight
-        weights.append(weight)
+        weights.append(base.weight)
         biases.append(base.bias)
-        columns = slice(start, start := start + len(weight))
+        columns = slice(start, start := start + base.out_features)
         if base is not module and not module.disable_adapters:
             for order, name in enumerate(name for name in module.active_adapters if name in module.lora_A):
                 pair = _adapter_weights(module, name)
                 if pair is None or dtype not in (None, pair[0].dtype):
                     return None
                 found.append((order, columns, *pair, module.scaling[name]))
+    if not found:
+        return _Parts(weights, biases, [])
     found.sort(key=lambda adapter: adapter[0])  # the a's of one adapter in a row, as they lie in memory
-    ranks = pairwise([0, *accumulate(len(a) for _, _, a, _, _ in found)])
+    ranks = pairwise([0, *accumulate(a.shape[0] for _, _, a, _, _ in found)])
     return _Parts(weights, biases, [_Adapter(c, slice(*r), a, b, s) for r, (_, c, a, b, s) in zip(ranks, found)])
 
 
@@ -118,74 +132,83 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, accumulate: 
     torch.addmm(out, a, b, beta=int(accumulate), alpha=scale, out=out)
 
 
-def _base_output(x: Tensor, parts: _Parts) -> Tensor:
-    """Returns the outputs without adapters."""
+class _Pass(NamedTuple):
+    """A forward pass, and what its backward pass needs. Weights are as they were multiplied: neighbours as one."""
+
+    y: Tensor
+    weights: list[Tensor]
+    runs: list[tuple[slice, Tensor, float]]  # see `_runs`
+    b: list[Tensor]  # of each adapter
+    t: Tensor | None  # see `_Adapter`
+
+
+def _base_output(x: Tensor, parts: _Parts) -> tuple[Tensor, list[Tensor]]:
+    """Returns the outputs without adapters, and the weights as they were multiplied."""
     biases = [bias for bias in parts.biases if bias is not None]
     weight = joined(parts.weights) if len(biases) in (0, len(parts.biases)) else None
     if weight is None:
-        each = [
-            linear(x, _cast(weight, x), None if bias is None else _cast(bias, x))
-            for weight, bias in zip(parts.weights, parts.biases)
-        ]
-        return torch.cat(each, -1)
-    bias = joined(biases) if biases else None
+        weights = [_cast(weight, x) for weight in parts.weights]
+        pairs = zip(weights, parts.biases)
+        return torch.cat([linear(x, w, None if b is None else _cast(b, x)) for w, b in pairs], -1), weights
+    weight, bias = _cast(weight, x), None
     if biases:
+        bias = joined(biases)
         bias = _cast(torch.cat(biases) if bias is None else bias, x)
-    return linear(x, _cast(weight, x), bias)
+    return linear(x, weight, bias), [weight]
 
 
-def _runs(adapters: Sequence[_Adapter]) -> list[tuple[slice, Tensor, float]]:
+def _runs(adapters: Sequence[_Adapter], like: Tensor) -> list[tuple[slice, Tensor, float]]:
     """Returns (columns of t, a, scale) of each GEMM that computes t: of one for all adapters if their a's are neighbours."""
     scales = {adapter.scale for adapter in adapters}
     whole = joined([adapter.a for adapter in adapters]) if len(scales) == 1 else None
     if whole is None:
-        return [(adapter.ranks, adapter.a, adapter.scale) for adapter in adapters]
-    return [(slice(0, len(whole)), whole, scales.pop())]
+        return [(adapter.ranks, _cast(adapter.a, like), adapter.scale) for adapter in adapters]
+    return [(slice(0, whole.shape[0]), _cast(whole, like), scales.pop())]
 
 
-def _forward(x: Tensor, parts: _Parts) -> tuple[Tensor, Tensor | None]:
-    """Returns the outputs, and t (see `_Adapter`) if there are adapters."""
-    y = _base_output(x, parts)
-    if not parts.adapters:
-        return y, None
-    t = x.new_empty(len(x), parts.adapters[-1].ranks.stop)
-    for ranks, a, scale in _runs(parts.adapters):
-        _product(x, _cast(a, x).t(), t[:, ranks], scale)
-    for adapter in parts.adapters:
-        _product(t[:, adapter.ranks], _cast(adapter.b, x).t(), y[:, adapter.columns], accumulate=True)
-    return y, t
+def _forward(x: Tensor, parts: _Parts) -> _Pass:
+    y, weights = _base_output(x, parts)
+    adapters = parts.adapters
+    if not adapters:
+        return _Pass(y, weights, [], [], None)
+    t = x.new_empty(x.shape[0], adapters[-1].ranks.stop)
+    runs, b = _runs(adapters, x), [_cast(adapter.b, x) for adapter in adapters]
+    for ranks, a, scale in runs:
+        _product(x, a.t(), t[:, ranks], scale)
+    for adapter, weight in zip(adapters, b):
+        _product(t[:, adapter.ranks], weight.t(), y[:, adapter.columns], accumulate=True)
+    return _Pass(y, weights, runs, b, t)
 
 
 def _gradients(
-    dy: Tensor, x: Tensor | None, parameters: Sequence[Tensor], needed: Sequence[bool]
+    dy: Tensor, x: Tensor | None, parameters: Sequence[Tensor], sizes: list[int], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients dyᵀ @ x, whose rows belong to the parameters one after another; None for those that have a main_grad."""
-    if not any(needed):
+    if True not in needed:
         return [None] * len(needed)
     assert x is not None  # it was saved because one is needed
-    sizes = [len(parameter) for parameter in parameters]
     main_grads = [getattr(parameter, "main_grad", None) for parameter in parameters]
     present = [main_grad for main_grad in main_grads if main_grad is not None]
-    if all(needed) and not present:
+    if False not in needed and not present:
         # Views of one tensor, which autograd takes as gradients without copies.
         whole = x.new_empty(sum(sizes), x.shape[1], dtype=parameters[0].dtype)
         return list(gemm(dy.t(), x, whole).split(sizes))
-    main_grad = joined(present) if all(needed) and len(present) == len(sizes) else None
+    main_grad = joined(present) if False not in needed and len(present) == len(sizes) else None
     if main_grad is not None:
         gemm(dy.t(), x, main_grad, accumulate=True)
         return [None] * len(sizes)
-    each = zip(dy.split(sizes, 1), parameters, needed)
-    return [gradient for part, parameter, need in each for gradient in _gradients(part, x, [parameter], [need])]
+    each = zip(dy.split(sizes, 1), parameters, sizes, needed)
+    return [g for part, parameter, size, need in each for g in _gradients(part, x, [parameter], [size], [need])]
 
 
 def _bias_gradients(
-    dy: Tensor, biases: Sequence[Tensor | None], sizes: Sequence[int], needed: Sequence[bool]
+    dy: Tensor, biases: Sequence[Tensor | None], sizes: list[int], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Sums of dy over the rows, which belong to the biases as in `_gradients`; None for those that have a main_grad."""
+    if True not in needed:
+        return [None] * len(needed)
     main_grads = [getattr(bias, "main_grad", None) if need else None for bias, need in zip(biases, needed)]
     present = [main_grad for main_grad in main_grads if main_grad is not None]
-    if not any(needed):
-        return [None] * len(sizes)
     first = present[0] if present else next(bias for bias in biases if bias is not None)
     sums = dy.sum(0, dtype=first.dtype)
     main_grad = joined(present) if len(present) == len(sizes) else None
@@ -200,67 +223,75 @@ def _bias_gradients(
     return gradients
 
 
-def _input_gradient(dy: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Returns dy @ weights, without the part of the adapters."""
-    weight = joined(weights)
-    dx = dy.new_empty(len(dy), weights[0].shape[1])
-    parts = [(dy, weight)] if weight is not None else list(zip(dy.split(sizes, 1), weights))
-    for number, (part, weight) in enumerate(parts):
-        _product(part, _cast(weight, dy), dx, accumulate=number > 0)
+    dx = dy.new_empty(dy.shape[0], weights[0].shape[1])
+    parts = [dy] if len(weights) == 1 else dy.split([weight.shape[0] for weight in weights], 1)
+    for number, (part, weight) in enumerate(zip(parts, weights)):
+        _product(part, weight, dx, accumulate=number > 0)
     return dx
 
 
 def _adapter_gradients(
-    dy: Tensor, x: Tensor | None, dx: Tensor | None, parts: _Parts, adapters: Sequence[_Adapter], needed: Sequence[bool]
+    ctx: Any, dy: Tensor, dx: Tensor | None, x: Tensor | None, t: Tensor | None, kept: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Adds the adapters' part to dx, and returns the gradients of their a's as `_gradients` does.
+    """Adds the adapters' part to dx, and returns the gradients of all a's and then of all b's as `_gradients` does.
 
     Args:
-        adapters: those of `parts` with their weights as autograd saved them.
+        kept: the a's of the runs if dx is needed, and the b's if the gradient of t is.
     """
-    if dx is None and not any(needed):
-        return [None] * len(needed)
-    dt = dy.new_empty(len(dy), adapters[-1].ranks.stop)
-    for adapter in adapters:
-        _product(dy[:, adapter.columns], _cast(adapter.b, dy), dt[:, adapter.ranks], adapter.scale)
-    if dx is not None:
-        for ranks, a, _ in _runs(adapters):
-            _product(dt[:, ranks], _cast(a, dy), dx, accumulate=True)
-    return _gradients(dt, x, [adapter.a for adapter in parts.adapters], needed)
+    adapters, m = ctx.parts.adapters, len(ctx.parts.adapters)
+    of_a, of_b = ctx.needed[-2 * m : -m], ctx.needed[-m:]
+    gradients: list[Tensor | None] = [None] * m
+    if kept:
+        dt = dy.new_empty(dy.shape[0], adapters[-1].ranks.stop)
+        for adapter, b in zip(adapters, kept[-m:]):
+            _product(dy[:, adapter.columns], b, dt[:, adapter.ranks], adapter.scale)
+        if dx is not None:
+            for ranks, a in zip(ctx.ranks, kept):
+                _product(dt[:, ranks], a, dx, accumulate=True)
+        sizes = [adapter.a.shape[0] for adapter in adapters]
+        gradients = _gradients(dt, x, [adapter.a for adapter in adapters], sizes, of_a)
+    for adapter, need in zip(adapters, of_b):
+        part = None if t is None else t[:, adapter.ranks]
+        gradients += _gradients(dy[:, adapter.columns], part, [adapter.b], [adapter.b.shape[0]], [need])
+    return gradients
 
 
 class _JoinedLinear(torch.autograd.Function):
+    """Its inputs are x, and of the parameters those that autograd has to know, in their order in `_Parts.parameters`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: _Parts, *parameters: Tensor | None) -> Tensor:
-        y, t = _forward(x, parts)
-        n, m = len(parts.weights), len(parts.adapters)
-        needs_x, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        of_weights, of_biases, of_a, of_b = needed[:n], needed[n : 2 * n], needed[2 * n :][:m], needed[2 * n + m :]
-        ctx.parts = parts  # with the parameters themselves, which have the main_grads
-        ctx.needed = of_weights, of_biases, of_a, of_b
+    def forward(ctx: Any, x: Tensor, parts: _Parts, needed: list[bool], known: list[bool], *inputs: Tensor) -> Tensor:
+        done = _forward(x, parts)
+        n, m, needs_x = len(parts.weights), len(parts.adapters), ctx.needs_input_grad[0]
+        trains_a, trains_b = True in needed[2 * n : 2 * n + m], True in needed[2 * n + m :]
+        weights = done.weights if needs_x else []
         ctx.save_for_backward(
-            x if any(of_weights) or any(of_a) else None,
-            t if any(of_b) else None,
-            *(weight if needs_x else None for weight in parts.weights),
-            *(adapter.a if needs_x else None for adapter in parts.adapters),
-            *(adapter.b if needs_x or any(of_a) else None for adapter in parts.adapters),
+            x if trains_a or True in needed[:n] else None,
+            done.t if trains_b else None,
+            *weights,
+            *(a for _, a, _ in done.runs if needs_x),
+            *(done.b if needs_x or trains_a else ()),
         )
-        return y
+        # `parts` has the parameters themselves, which have the main_grads.
+        ctx.parts, ctx.needed, ctx.known, ctx.num_inputs = parts, needed, known, len(inputs)
+        ctx.num_weights, ctx.ranks = len(weights), [ranks for ranks, _, _ in done.runs]
+        return done.y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        parts, (of_weights, of_biases, of_a, of_b) = ctx.parts, ctx.needed
-        x, t, *saved = ctx.saved_tensors
-        n, m = len(parts.weights), len(parts.adapters)
-        sizes = [len(weight) for weight in parts.weights]
-        dx = _input_gradient(dy, saved[:n], sizes) if ctx.needs_input_grad[0] else None
-        gradients = _gradients(dy, x, parts.weights, of_weights) + _bias_gradients(dy, parts.biases, sizes, of_biases)
-        if m:
-            pairs = zip(parts.adapters, saved[n : n + m], saved[n + m :])
-            adapters = [adapter._replace(a=a, b=b) for adapter, a, b in pairs]
-            gradients += _adapter_gradients(dy, x, dx, parts, adapters, of_a)
-        for number, adapter in enumerate(parts.adapters):
-            part = None if t is None else t[:, adapter.ranks]
-            gradients += _gradients(dy[:, adapter.columns], part, [adapter.b], of_b[number : number + 1])
-        return dx, None, *gradients
+        (weights, biases, adapters), needed, n = ctx.parts, ctx.needed, len(ctx.parts.weights)
+        x, t, *kept = ctx.saved_tensors
+        sizes = [weight.shape[0] for weight in weights]
+        dx = _input_gradient(dy, kept[: ctx.num_weights]) if ctx.num_weights else None
+        gradients = _gradients(dy, x, weights, sizes, needed[:n]) + _bias_gradients(
+            dy, biases, sizes, needed[n : 2 * n]
+        )
+        if adapters:
+            gradients += _adapter_gradients(ctx, dy, dx, x, t, kept[ctx.num_weights :])
+        if any(gradient is not None and not is_known for gradient, is_known in zip(gradients, ctx.known)):
+            raise RuntimeError("a parameter lost its main_grad between the forward and the backward pass")
+        returned = [gradient for gradient, is_known in zip(gradients, ctx.known) if is_known]
+        return dx, None, None, None, *(returned or [None] * ctx.num_inputs)

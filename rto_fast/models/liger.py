@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rto_fast.batch import PackedBatch, pack_whole
+from rto_fast.batch import pack_whole
 from rto_fast.errors import error_text
+from rto_fast.models.agreement import compare_values
 from rto_fast.models.checks import check_sequences
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.precision import from_liger, higher_precision, plain_layers, precise
-
-# The error of Liger's layers beside that of transformers' own in the same dtype that still counts as rounding: they round
-# elsewhere. A wrong norm or rotary embedding is wrong by a hundred times as much.
-ROUNDING = 4.0
 
 
 def use_liger(model: PreTrainedModel) -> str:
@@ -48,6 +45,8 @@ def use_liger(model: PreTrainedModel) -> str:
         if not _changes_results(model):
             return "Liger's kernels"
         reason = f"Liger's kernels for {kind} compute something else"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # an architecture that it does not patch, or a kernel that does not compile
         reason = f"Liger's kernels for {kind} failed: {error_text(error)}"
     unpatch(model)
@@ -126,15 +125,13 @@ def _modules_of_transformers_kept() -> Iterator[None]:
 def _changes_results(model: PreTrainedModel) -> bool:
     """Whether hidden states of a small packed batch are further from exact ones than rounding explains."""
     batch = pack_whole(check_sequences(model.get_input_embeddings().weight.shape[0], [12, 16, 20]), model.device)
-    found = _hidden(model, batch)
+
+    def hidden() -> Tensor:
+        return model.base_model(**packed_inputs(batch)).last_hidden_state.flatten()
+
+    found = hidden()
     with plain_layers(model):
-        own = _hidden(model, batch)
+        own = hidden()
     with precise(model, higher_precision(own.dtype)):
-        exact = _hidden(model, batch)
-    error, rounding = ((hidden.double() - exact.double()).norm() for hidden in (found, own))
-    return not bool(error <= ROUNDING * rounding + torch.finfo(own.dtype).eps * exact.double().norm())
-
-
-def _hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The last hidden states of transformers' own layers, [T, D]."""
-    return model.base_model(**packed_inputs(batch)).last_hidden_state[0]
+        exact = hidden()
+    return not compare_values(found, own, exact, own.dtype).is_rounding

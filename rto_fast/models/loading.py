@@ -1,5 +1,7 @@
 """Loads models from a directory or the hub, and makes them ready for packed sequences."""
 
+from collections.abc import Callable
+
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -8,7 +10,7 @@ from rto_fast.batch import pack_whole
 from rto_fast.errors import ModelError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.checks import check_causal_lm, check_scorer, check_sequences
-from rto_fast.models.decoder import decoder_of
+from rto_fast.models.decoder import decoder_of, layers_of
 from rto_fast.models.decoder_check import check_decoder
 from rto_fast.models.directory import KINDS, Kind, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
@@ -38,6 +40,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     new_head: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> PreTrainedModel:
     """Loads a model and checks its packed forward passes (`rto_fast.models.checks`).
 
@@ -48,6 +51,7 @@ def load_model(
         dtype: of the weights.
         trainable: whether the model is in training mode and its parameters require gradients.
         new_head: builds the scorer from the backbone of a causal language model at `path` and a head of zeros.
+        say: is called with a line that says which layers the model runs.
 
     Raises:
         ModelError: `path` holds no usable model of this kind, or its sequences cannot be packed.
@@ -63,6 +67,7 @@ def load_model(
         (check_scorer if kind == "scorer" else check_causal_lm)(model, path)
         if decoder_of(model) is None:
             use_liger(model)
+    say(f"models: {path} runs {layers_of(model)}")
     if new_head:  # after the check, in which no leak would show if all scores were 0
         for parameter in score_head(model).parameters():
             torch.nn.init.zeros_(parameter)

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rto_fast.models.graphs import PassGraphs, TrainingInputs
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import moved
 
@@ -40,6 +41,7 @@ class Model:
         adapter: the module if it is an adapter, else None.
         engine: the DeepSpeed engine around the module, or None.
         home: the device where the module computes if its weights wait in CPU memory (`offload`), else None.
+        graphs: runs the passes of a small model as CUDA graphs; None where all passes run eagerly.
     """
 
     def __init__(self, module: nn.Module | Adapter):
@@ -48,6 +50,7 @@ class Model:
         self.adapter = module if isinstance(module, Adapter) else None
         self.engine: Any = None
         self.home: torch.device | None = None
+        self.graphs: PassGraphs | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -83,11 +86,42 @@ class Model:
             self.adapter.activate()
 
     def forward(self, function: Callable, *args: Any, **options: Any) -> Any:
-        """Returns `function(module, *args, **options)`, in which every use of the weights must happen."""
+        """Returns `function(module, *args, **options)`, in which every use of the weights must happen.
+
+        Without gradients it is a function of a packed batch that returns a number for each token.
+        """
         self.activate()
+        if self.engine is None and self.graphs and not torch.is_grad_enabled():
+            return self.graphs.score(function, *args, **options)
         if self.engine is None:
             return function(self.module, *args, **options)
         return self.engine(function, *args, **options)
+
+    def learn(
+        self,
+        function: Callable[..., tuple[Tensor, Mapping[str, Tensor]]],
+        inputs: TrainingInputs,
+        *args: Any,
+        backward: Callable[[Tensor], None],
+        factor: float = 1.0,
+    ) -> Mapping[str, Tensor]:
+        """Runs `function(module, inputs, *args)`, which returns a loss and metrics, and the backward pass of the loss.
+
+        Args:
+            backward: of the optimizer, which collects the gradients.
+            factor: of the loss.
+        Returns:
+            The metrics, 0-d tensors.
+        """
+        self.activate()
+        if self.graphs and self.engine is None:
+            return self.graphs.learn(function, inputs, *args, backward=backward, factor=factor)
+        if self.engine is None:
+            loss, metrics = function(self.module, inputs, *args)
+        else:
+            loss, metrics = self.engine(function, inputs, *args)
+        backward(factor * loss)
+        return metrics
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """A context in which every rank holds all weights, and ranks may run different numbers of passes."""

@@ -3,6 +3,7 @@
 The parameters stay the same objects, and saved checkpoints keep transformers' names.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,21 +41,25 @@ def lay_side_by_side(groups: Iterable[Sequence[Any]], names: Sequence[str] = ("w
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One view of tensors that lie side by side in memory, stacked along the first dimension; None if they do not."""
+    """One view of tensors that lie side by side in memory, stacked along the first dimension; None if they do not.
+
+    Layers call it in every pass, so it does no more than it has to: the tensors are matrices of one width, or vectors.
+    """
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    end = start = first.data_ptr()
+    start, rows = first.data_ptr(), 0
+    end, dtype = start, first.dtype
     for tensor in tensors:
-        is_alike = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:]
-        if tensor.data_ptr() != end or not is_alike or not tensor.is_contiguous():
+        if tensor.data_ptr() != end or tensor.dtype is not dtype or not tensor.is_contiguous():
             return None
         end += tensor.nbytes
-    storage = first.untyped_storage()
+        rows += tensor.shape[0]
+    storage, shape = first.untyped_storage(), (rows, *first.shape[1:])
     # Tensors that are neighbours by chance have different storages, which no view can span.
-    if end == start or end - storage.data_ptr() > storage.nbytes():
+    if end - storage.data_ptr() > storage.nbytes() or math.prod(shape) * first.itemsize != end - start:
         return None
-    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+    return first.detach().as_strided(shape, first.stride()) if end > start else None
 
 
 def moved(tensors: Iterable[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -80,7 +80,8 @@ def is_precise() -> bool:
 def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Makes forward passes of `model` compute in at least `dtype`, for the time of the context, without gradients.
 
-    `torch.enable_grad` inside of it gives gradients, of the dtype of what they belong to. Each weight is cast when it is used. Kernels that are called with addresses instead of tensors are not affected.
+    `torch.enable_grad` inside of it gives gradients, of the dtype of what they belong to. Each weight is cast when it is
+    used. Kernels that are called with addresses instead of tensors are not affected.
 
     Args:
         model: a Hugging Face model; with ZeRO-3 its weights must be whole.

@@ -139,6 +139,7 @@ class RunLog:
         self.folder, self.trackers, self.silent = Path(output_dir), trackers, silent
         self.start = time.perf_counter()
         self.warned: list[dict] = []  # by this process
+        self.said: set[str] = set()  # by `say_once`
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self.silent:
@@ -152,6 +153,12 @@ class RunLog:
     def say(self, text: str) -> None:
         if not self.silent:
             terminal.say(text)
+
+    def say_once(self, text: str) -> None:
+        """Says what this run has not said yet."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def take_notices(self) -> None:
         """Routes this package's own warnings (`Notice`) through `warning`, until the caller leaves its

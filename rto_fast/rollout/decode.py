@@ -1,7 +1,6 @@
 """The decode step: forward pass, draw and bookkeeping, all on the device, so that a CUDA graph can hold it."""
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rto_fast.errors import RolloutError
+from rto_fast.models.graphs import asks_the_host, waits_forbidden
 from rto_fast.models.head import Head
 from rto_fast.ops import sample_tokens
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, runs_triton
@@ -197,21 +197,14 @@ class DecodeStep:
         The eager step compiles kernels and initialises libraries, which is forbidden during a capture. It also shows
         whether the model waits for the device, which would break the capture.
         """
-        before = torch.cuda.get_sync_debug_mode()
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "Synchronization debug mode"
-                )  # torch warns once that this mode is a prototype
-                torch.cuda.set_sync_debug_mode("error")
-            self.run(count)
+            with waits_forbidden():
+                self.run(count)
         except RuntimeError as error:  # for example experts that are routed by `nonzero`
-            if "synchronizing" not in str(error):
+            if not asks_the_host(error):
                 raise
             self.use_graphs = False
             notify("rollout", "no_cuda_graphs", f"rollout: decodes without CUDA graphs: {str(error).splitlines()[0]}")
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
         if self.use_graphs:
             self._capture(count)
         else:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -92,8 +93,13 @@ def load_critic(path: str, scorer: NormalizedScores | None, loader: Loader, new_
 
 def critic_values(critic: Model, batch: PackedBatch) -> Tensor:
     """The value of each state of a packed batch, [T], in the units of the normalised scores."""
-    mean, std = critic.scores or ScoreStatistics()
-    return (critic.forward(token_scores, batch) - mean) / std
+    return normalised(critic.forward(token_scores, batch), critic.scores)
+
+
+def normalised(scores: Tensor, statistics: ScoreStatistics | None) -> Tensor:
+    """Scores in units of their standard deviation, from their mean."""
+    mean, std = statistics or ScoreStatistics()
+    return (scores - mean) / std
 
 
 @torch.no_grad()
@@ -112,9 +118,9 @@ def rollout_values(
 
     lengths = [len(s) for s in sequences]
     whole = map_items(values, lengths, lengths, max_tokens)
-    last = torch.tensor(lengths).cumsum(0) - 1
-    is_state = torch.ones(len(whole), dtype=torch.bool).index_fill(0, last, False)
-    states, last = to_device([is_state.nonzero().squeeze(-1), last], device)
+    ends = np.cumsum(lengths) - 1
+    positions = np.delete(np.arange(len(whole)), ends), ends  # of the states, and after the last tokens
+    states, last = to_device([torch.from_numpy(places) for places in positions], device)
     return whole[states], whole[last]
 
 

@@ -1,21 +1,22 @@
 """PPO on an experience: epochs of optimizer steps, each the sum of its micro-batches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rto_fast.batch import PackedBatch, pack, to_device
 from rto_fast.config import Config, RTOConfig
-from rto_fast.models.forward import forward_hidden
+from rto_fast.models.forward import forward_hidden, token_scores
 from rto_fast.models.head import output_head
-from rto_fast.models.model import Model
+from rto_fast.models.model import ScoreStatistics
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
 from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
-from rto_fast.rto.experience import Experience, Models, critic_values
+from rto_fast.rto.experience import Experience, Models, normalised
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
 from rto_fast.training import ranks
@@ -28,13 +29,22 @@ class MicroBatch:
     """Some responses of an optimizer step: [T] float32 tensors in the alignment of `batch`."""
 
     batch: PackedBatch
-    num_items: float  # the denominator of the losses, that of the whole optimizer step
+    num_items: float | Tensor  # the denominator of the losses, that of the whole optimizer step
     old_logps: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
     policy_weights: Tensor | None = None  # of the tokens in the policy's loss; None: 1
     value_weights: Tensor | None = None
+
+    def padded(self) -> "MicroBatch":
+        """See `PackedBatch.padded`. The padding has no label, so whatever it has else does not count."""
+        batch = self.batch.padded()
+        more = batch.num_tokens - self.batch.num_tokens
+        columns = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        padded = {name: F.pad(column, (0, more)) for name, column in columns.items() if column is not None}
+        num_items = torch.full((), float(self.num_items), dtype=torch.float32, device=self.old_logps.device)
+        return replace(self, batch=batch, num_items=num_items, **padded)
 
 
 def update(
@@ -56,7 +66,7 @@ def update(
     Returns:
         The metrics, averaged over the optimizer steps.
     """
-    rto, temperature = config.rto, config.rollout.temperature
+    rto, temperature, critic = config.rto, config.rollout.temperature, models.critic
     columns = split_by_response(rto, experience, rewards)
     minibatches = shuffled_minibatches(rto, len(experience.response_ids), seed)
     lengths = experience.lengths
@@ -68,20 +78,24 @@ def update(
             for rows, factor in step:
                 with step:
                     micro_batch = pack_micro_batch(experience, columns, rows, num_items)
-                    loss, sums = models.policy.forward(policy_loss, micro_batch, rto, temperature)
-                    optimizers["policy_optimizer"].backward(factor * loss)
-                    if models.critic is not None:
-                        loss, value_sums = value_loss(models.critic, micro_batch, rto)
-                        optimizers["critic_optimizer"].backward(factor * loss)
-                        sums |= value_sums
-                    step.add(sums)
+                    backward = optimizers["policy_optimizer"].backward
+                    step.add(
+                        models.policy.learn(
+                            policy_loss, micro_batch, rto, temperature, backward=backward, factor=factor
+                        )
+                    )
+                    if critic is not None:
+                        backward = optimizers["critic_optimizer"].backward
+                        step.add(
+                            critic.learn(value_loss, micro_batch, rto, critic.scores, backward=backward, factor=factor)
+                        )
             metrics: dict[str, Any] = step.metrics()
             if check and number == 0:
                 check(metrics)
             if ranks.world_size() > 1:
                 metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
             metrics |= optimizers["policy_optimizer"].step()
-            if models.critic is not None:
+            if critic is not None:
                 metrics |= {f"critic_{name}": value for name, value in optimizers["critic_optimizer"].step().items()}
             add_to(totals, metrics)
             phase.advance()
@@ -168,10 +182,12 @@ def policy_loss(
     return loss - rto.entropy_coef * mean_entropy, metrics | {ENTROPY: mean_entropy.detach()}
 
 
-def value_loss(critic: Model, micro_batch: MicroBatch, rto: RTOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def value_loss(
+    module: PreTrainedModel, micro_batch: MicroBatch, rto: RTOConfig, scores: ScoreStatistics | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's clipped loss; see `rto_fast.ops.ppo_value_loss`."""
     return ppo_value_loss(
-        critic_values(critic, micro_batch.batch),
+        normalised(token_scores(module, micro_batch.batch), scores),
         micro_batch.old_values,
         micro_batch.returns,
         micro_batch.batch.response_mask,

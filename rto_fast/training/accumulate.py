@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rto_fast.models.graphs import PassGraphs
 from rto_fast.system.progress import advance_part
 from rto_fast.training import ranks
 from rto_fast.training.optimizer import ScheduledOptimizer
@@ -46,11 +47,14 @@ class Accumulator:
         return AccumulatedStep(self, items, [lengths[i] for i in items], optimizers)
 
     def shrink(self, lengths: Sequence[int], failure: str) -> None:
-        """Halves the budget until a step of these lengths has more micro-batches than before.
+        """Gives back CUDA graphs; if there are none, halves the budget until a step of these lengths has more micro-batches.
 
         Raises:
             torch.OutOfMemoryError: the budget is that of the longest item, which is never cut.
         """
+        if PassGraphs.give_up():
+            self.say("out of memory: goes on without CUDA graphs of passes")
+            return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.tokens <= max(lengths):
@@ -92,6 +96,8 @@ class AccumulatedStep:
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         """Yields the items of each micro-batch and the factor of its loss: 1, or 0 where only other ranks have work left."""
+        for optimizer in self.optimizers:
+            optimizer.make_gradients()
         while True:
             self.totals, self.failure = {}, ""
             micro_batches = ranks.shared_micro_batches(self.lengths, self.budget.tokens)

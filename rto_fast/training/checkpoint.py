@@ -13,6 +13,7 @@ import torch
 
 from rto_fast.config import Stage
 from rto_fast.errors import CheckpointError, Interrupted, TrainingError, UserError, error_text, how_to_go_on
+from rto_fast.models.graphs import PassGraphs
 from rto_fast.reporting.log import RunLog
 from rto_fast.system.output_folder import UNSTARTED
 from rto_fast.system.progress import progress
@@ -62,6 +63,7 @@ class Trainer:
         """Gives back what the stage holds beside the weights that it trains."""
         for optimizer in self.optimizers.values():
             optimizer.release()
+        PassGraphs.drop()
 
     def _parts(self) -> dict[str, ScheduledOptimizer | ShuffledIndices | Accumulator]:
         return {**self.optimizers, "order": self.order, "accumulator": self.accumulator}

@@ -105,8 +105,11 @@ class ScheduledOptimizer:
         """Clips the gradients, takes the step if they are finite, clears them; returns their norm and `not_finite` of it."""
         raise NotImplementedError
 
+    def make_gradients(self) -> None:
+        """Gives the parameters the places of their gradients, for which layers of ours look in their forward passes."""
+
     def free_gradients(self) -> None:
-        """Gives back the memory of the gradients until the next backward pass, where that is possible."""
+        """Gives back the memory of the gradients until the next step begins, where that is possible."""
 
     def release(self) -> None:
         """Gives back what would outlive the optimizer; the model is not trained any further."""
@@ -151,16 +154,13 @@ class Optimizer(ScheduledOptimizer):
 
     Weights of 16 bits have masters in one flat float32 tensor, in the layout of the gradients (see `Gradients`): all
     matrices, then all vectors, each in the order of the model. AdamW is given these two stretches.
-
-    Attributes:
-        keep_gradients: the gradients stay where they are, as a CUDA graph needs it, when they could be given back.
     """
 
     def __init__(
         self, model: Model, stage: TrainingConfig, settings: OptimizerConfig, total_steps: int, lr: float | None = None
     ):
         super().__init__(stage, settings, total_steps, lr)
-        self.keep_gradients = False
+        self.model = model
         named = sorted(model.trainable(), key=lambda item: item[1].dim() < 2)  # stable
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
@@ -190,6 +190,9 @@ class Optimizer(ScheduledOptimizer):
         """The parts of a flat tensor that belong to each of the tensors `updated`."""
         return self._stretches(flat) if self.has_masters else self.layout.views(flat)
 
+    def make_gradients(self) -> None:
+        self.gradients.make()
+
     def backward(self, loss: Tensor) -> None:
         self.gradients.make()
         loss.backward()
@@ -199,7 +202,7 @@ class Optimizer(ScheduledOptimizer):
         self.gradients.clear()
 
     def free_gradients(self) -> None:
-        if not self.keep_gradients:
+        if self.model.graphs is None or not self.model.graphs.trains:  # CUDA graphs hold the addresses of gradients
             self._free()
 
     def _free(self) -> None:

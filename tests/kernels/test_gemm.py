@@ -147,3 +147,11 @@ def test_gradients_of_hidden_states_on_a_gpu(dtype, capsys):
     with capsys.disabled():
         print(f"\n{dtype} [300, 256] of 65,539 columns: error {error:.3%}, 16-bit output {direct:.3%}")
     assert error <= 1.05 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *DTYPES])
+def test_a_product_of_any_dtype_is_added_to_float32_gradients(dtype):
+    a, b = operands(dtype, tokens=64)
+    out = torch.ones(96, 64)
+    assert gemm_module.gemm(a.t(), b, out, accumulate=True) is out
+    torch.testing.assert_close(out.double(), 1.0 + a.double().t() @ b.double(), rtol=1e-5, atol=1e-5)

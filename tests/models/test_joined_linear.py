@@ -254,7 +254,8 @@ def test_a_weight_that_is_written_before_the_backward_pass_is_noticed():
     group = Group().laid()
     y = group.joined(draw(TOKENS, WIDTH).requires_grad_())
     with torch.no_grad():
-        group.layers[1].weight += 1
+        for layer in group.layers:
+            layer.weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -266,6 +267,30 @@ def test_each_parameters_hook_runs():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
     group.joined(draw(TOKENS, WIDTH)).sum().backward()
     assert sorted(seen) == sorted(name for name, _ in group.named_parameters())
+
+
+def test_main_grads_that_come_and_go():
+    group = Group(biases=(True,) * 3).laid()
+    x, dy = draw(TOKENS, WIDTH), draw(TOKENS, outputs(group), seed=2)
+    expected = run(group.separate, group, x, dy)[2]
+    group.zero_grad()
+    y = group.joined(x)
+    flat = flat_main_grads(group)  # after the forward pass
+    y.backward(dy)
+    whole = 1 + torch.cat([gradient.flatten() for gradient in expected.values()])
+    torch.testing.assert_close(flat, whole, rtol=1e-12, atol=1e-12)
+    y = group.joined(x)
+    del group.layers[1].weight.main_grad
+    with pytest.raises(RuntimeError, match="lost its main_grad"):
+        y.backward(dy)
+
+
+def test_a_second_derivative_is_refused():
+    group = Group().laid()
+    x = draw(TOKENS, WIDTH).requires_grad_()
+    (gradient,) = torch.autograd.grad(group.joined(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_gradients_are_taken_without_copies():
@@ -388,3 +413,45 @@ def test_what_separate_weights_take():
     """Proves that the counts above can fail."""
     forward, backward = launches(Group(dtype=torch.float32))
     assert forward == {"gemm": 3, "cat": 1} and backward == {"gemm": 4}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: kernels of cuBLAS, float32 sums of 16-bit products"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_main_grads", [True, False])
+def test_on_a_gpu(dtype, with_main_grads):
+    """Values, gradients and the kernels that run, at sizes of Qwen3-0.6B's projections."""
+    sizes, width, tokens = (2048, 1024, 1024), 1024, 4096
+    layers = [nn.Linear(width, size, bias=False, dtype=dtype, device="cuda") for size in sizes]
+    lay_side_by_side([layers])
+    flat = torch.zeros(sum(sizes), width, device="cuda")
+    for layer, part in zip(layers, flat.split(sizes) if with_main_grads else ()):
+        layer.weight.main_grad = part
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator, device="cuda", dtype=dtype).requires_grad_()
+    dy = torch.randn(tokens, sum(sizes), generator=generator, device="cuda", dtype=dtype)
+    linear = JoinedLinear(layers)
+    linear(x).backward(dy)  # cuBLAS prepares
+    flat.zero_()
+    x.grad = None
+    for layer in layers:
+        layer.weight.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        y = linear(x)
+        y.backward(dy)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if "memset" not in e.name.lower() and "memcpy" not in e.name.lower()]
+    # A 16-bit gradient of few elements is a float32 product that is then rounded; cuBLAS may split a sum and add it up.
+    assert len([name for name in kernels if "splitK" not in name]) == 3 + (
+        not with_main_grads and dtype != torch.float32
+    )
+    weight = torch.cat([layer.weight for layer in layers]).double()
+    found = flat if with_main_grads else torch.cat([layer.weight.grad for layer in layers])
+    for value, exact in (
+        (y, x.double() @ weight.t()),
+        (x.grad, dy.double() @ weight),
+        (found, dy.double().t() @ x.double()),
+    ):
+        rounding = {torch.bfloat16: 4e-3, torch.float32: 1e-4}[value.dtype]
+        assert (value.double() - exact).norm() <= rounding * exact.norm()

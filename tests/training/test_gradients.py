@@ -1,6 +1,7 @@
 """The buffer of an optimizer's gradients, and steps that wait for nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,12 +151,12 @@ def test_the_memory_is_given_back_unless_it_is_kept(dtype):
     optimizer.step()
     where = optimizer.gradients.flat.data_ptr()
     assert not optimizer.gradients.flat.any()
-    optimizer.keep_gradients = True
+    optimizer.model.graphs = SimpleNamespace(trains=True)
     optimizer.free_gradients()
     optimizer.backward(loss_of(model))
     assert optimizer.gradients.flat.data_ptr() == where and model.norm.weight.main_grad.any()
     optimizer.zero_grad()
-    optimizer.keep_gradients = False
+    optimizer.model.graphs.trains = False
     optimizer.free_gradients()
     assert optimizer.gradients.flat is None and all(tensor.grad is None for tensor in optimizer.updated)
     assert not any(hasattr(p, "main_grad") or p.grad is not None for p in model.parameters())

@@ -171,11 +171,13 @@ def trainer():
     model = torch.nn.Linear(3, 2, bias=False)
     config = load_config(["--data.cache_dir", "null", "--sft.batch_size", "2", "--sft.epochs", "1"])
 
-    def loss(run, chosen):
-        return model(torch.ones(3)).square().sum(), {}
+    def loss(module, chosen):
+        return module(torch.ones(3)).square().sum(), {}
 
     order = ShuffledIndices(20, config.seed, config.sft.epochs, "data")
-    return SupervisedTrainer(Model(model), config.sft, order, [5] * 20, loss, config, 16384, print)
+    return SupervisedTrainer(
+        Model(model), config.sft, order, [5] * 20, lambda rows, items: (loss, rows), config, 16384, print
+    )
 
 
 def places(state, before=()):

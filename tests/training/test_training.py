@@ -123,17 +123,20 @@ def linear_trainer(say=print, items=10, data="", seen=None, micro_batch_tokens=1
     torch.manual_seed(0)
     model, x, y = torch.nn.Linear(3, 1, bias=False), torch.randn(items, 3), torch.randn(items)
 
-    def loss(indices, step):
+    def work(indices, step):
         if seen is not None and indices[0] == step[0]:
             seen.append(step)
-        error = model(x[indices])[:, 0] - y[indices]
-        return error.square().sum() / len(step), {"items": torch.tensor(len(indices) / len(step))}
+        return loss_of, indices, len(step)
+
+    def loss_of(module, indices, count):
+        loss = (module(x[indices])[:, 0] - y[indices]).square().sum() / count
+        return loss, {"loss": loss.detach(), "items": torch.tensor(len(indices) / count)}
 
     stage = SFTConfig(**{"batch_size": 4, "epochs": 3, "lr": 0.1} | options)
     optimizer = OptimizerConfig(**optimizer or {})
     config = SimpleNamespace(seed=0, deepspeed=DeepSpeedConfig(), optimizer=optimizer)
     order = ShuffledIndices(items, config.seed, stage.epochs, data)
-    return SupervisedTrainer(Model(model), stage, order, [5] * items, loss, config, micro_batch_tokens, say)
+    return SupervisedTrainer(Model(model), stage, order, [5] * items, work, config, micro_batch_tokens, say)
 
 
 def train(trainer, steps=None):
