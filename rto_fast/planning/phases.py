@@ -15,6 +15,7 @@ from functools import cached_property
 from rto_fast.config import Config, Stage
 from rto_fast.planning import memory, passes
 from rto_fast.planning.budgets import choices, choose
+from rto_fast.planning.layers import forward_activations
 from rto_fast.planning.machine import GIB, Machine
 from rto_fast.planning.memory import (
     Items,
@@ -128,7 +129,8 @@ class SupervisedPlanner(StagePlanner):
 
     @property
     def _state(self) -> Memory:
-        return training_state(self._trained, self.setting) + shared_base(self.shape, self.setting)
+        copied = Memory(weights=passes.mapped_projections(self.shape, self.setting))
+        return training_state(self._trained, self.setting) + shared_base(self.shape, self.setting) + copied
 
     @property
     def _sides(self) -> int:
@@ -156,11 +158,12 @@ class SupervisedPlanner(StagePlanner):
         setting, items = self.setting, self.items
         share = math.inf if items.count is None else items.count / setting.ranks * self._sides * items.mean
         tokens = min(max(tokens, self._sides * items.longest), share)
-        layers = passes.forward_activations(self.shape, tokens, setting)
+        layers = forward_activations(self.shape, tokens, setting)
         labelled = self._labelled / (self._sides * items.mean) * tokens
         head = passes.head_forward(self.shape, labelled, setting) if labelled else 0.0
         own = memory.gathered(self._parameters, setting) if setting.zero == 3 else 0.0
-        return self._state + Memory(weights=own) + passes.largest_part(layers, head)
+        left = 0.0 if setting.zero else memory.gradients(self._trained, setting)  # our optimizer's buffer
+        return self._state + Memory(weights=own, gradients=left) + passes.largest_part(layers, head)
 
 
 class RTOPlanner(StagePlanner):
@@ -230,7 +233,8 @@ class RTOPlanner(StagePlanner):
         """What every phase holds: all models, and the rollout's tokens."""
         setting, shape = self.setting, self.shape
         merged = shape.layer_weights if setting.lora.rank else 0  # the engine's copy of the layers with adapters
-        copied = passes.mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
+        loaded = [shape] if setting.lora.rank else [*(s for s, _ in self._trained), *(s for s, *_ in self._frozen)]
+        copied = sum(passes.mapped_projections(model, setting) for model in loaded)
         states = memory.shared_base(shape, setting) + Memory(
             weights=setting.itemsize * merged + copied,
             workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self.items.mean,
@@ -260,7 +264,7 @@ class RTOPlanner(StagePlanner):
             budget = rollout.kv_cache_gib * GIB
         return Memory(
             weights=copy,
-            activations=passes.forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
+            activations=forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
             kv=min(wanted, budget) if budget >= least else wanted,
             workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
@@ -273,20 +277,19 @@ class RTOPlanner(StagePlanner):
         uses = []
         for shape, parameters, is_scorer in self._frozen:
             head = 0.0 if is_scorer else passes.head_forward(shape, labelled, setting)
-            uses.append(
-                (passes.forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting))
-            )
+            uses.append((forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting)))
         for shape, parameters in self._trained:
             own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
-            uses.append((passes.forward_activations(shape, tokens, setting), 0.0, own))
+            uses.append((forward_activations(shape, tokens, setting), 0.0, own))
         layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
         return self._states + Memory(weights=own) + passes.largest_part(layers, head)
 
     def training(self, tokens: int) -> Memory:
         """The peak of an update.
 
-        The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there, the
-        policy's from the first micro-batch on and the critic's from the second.
+        The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there. Those of
+        DeepSpeed are gone after each step; then the policy's are there from the first micro-batch on and the critic's from
+        the second.
         """
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
@@ -297,7 +300,9 @@ class RTOPlanner(StagePlanner):
             is_policy = number == 0
             work = policy if is_policy else replace(policy, labelled=0.0)
             for name, moment in passes.training_moments(shape, parameters, work, setting).items():
-                if name == "step":  # the policy's comes first
+                if not setting.zero:
+                    has_others = True
+                elif name == "step":  # the policy's comes first
                     has_others = is_policy
                 else:
                     has_others = not is_policy or work.micro_batches > 1

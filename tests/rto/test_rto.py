@@ -169,8 +169,10 @@ def gradients(models, settings, experience, rewards, tokens=16384):
             self.model.zero_grad()
             return {}
 
-        def free_gradients(self):
+        def make_gradients(self):
             pass
+
+        free_gradients = make_gradients
 
     optimizers = {f"{name}_optimizer": Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
     metrics = update(settings, models, optimizers, experience, rewards, 0, Accumulator(tokens, print))
