@@ -145,9 +145,8 @@ class _Recorded:
     names: list[str]
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
-        by_dtype: dict[
-            torch.dtype, tuple[list[Tensor], list[Tensor]]
-        ] = {}  # of one dtype torch copies all by one kernel
+        # Tensors of one dtype are copied by one kernel.
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for static, tensor in zip(self.inputs, _tensors(inputs)):
             for side, part in zip(by_dtype.setdefault(static.dtype, ([], [])), (static, tensor)):
                 side.append(part)
