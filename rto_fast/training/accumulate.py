@@ -52,7 +52,7 @@ class Accumulator:
         Raises:
             torch.OutOfMemoryError: the budget is that of the longest item, which is never cut.
         """
-        if PassGraphs.give_up():
+        if ranks.any_rank(PassGraphs.give_up()):
             self.say("out of memory: goes on without CUDA graphs of passes")
             return
         if torch.cuda.is_available():
