@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.attention_forward import base_2, key_ranges, load_rows, product, store_rows, visible, weights
+from rto_fast.kernels.attention_forward import (
+    base_2,
+    halve_columns,
+    key_ranges,
+    load_rows,
+    product,
+    rows_of_a_tile,
+    store_rows,
+    visible,
+    weights,
+)
 from rto_fast.kernels.common import EXACT
 
 
@@ -67,7 +77,7 @@ def attention_dq_kernel(
     query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.reshape(halve_columns(dout.to(tl.float32) * out.to(tl.float32), 1), (BLOCK_M,))
     rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=positions < length)
@@ -167,12 +177,17 @@ def attention_dkdv_kernel(
     store_rows(dv_ptr + at, dv, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
-def _tiling(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Block sizes and launch options of both kernels."""
+def _tilings(head_dim: int, max_seqlen: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Block sizes and launch options of both kernels. dK and dV take registers, so their blocks of queries are small."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    dq = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
-    dkdv = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
-    return dq, dkdv
+    rows = rows_of_a_tile(head_dim, max_seqlen)
+    options = {"BLOCK_D": block_d, "num_warps": rows // 16, "num_stages": 3}
+    if block_d > 128:
+        options |= {"num_warps": 8, "num_stages": 2}
+    return (
+        {"BLOCK_M": rows, "BLOCK_N": 64 if block_d <= 64 else 32, **options},
+        {"BLOCK_M": 64 if block_d <= 64 else 32, "BLOCK_N": rows, **options},
+    )
 
 
 def attention_backward(
@@ -207,7 +222,7 @@ def attention_backward(
     strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
     numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
     sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
-    dq_tiling, dkdv_tiling = _tiling(head_dim, query.dtype)
+    dq_tiling, dkdv_tiling = _tilings(head_dim, max_seqlen)
     sequences = len(cu_seqlens) - 1
     with torch.cuda.device_of(query):
         attention_dq_kernel[(triton.cdiv(max_seqlen, dq_tiling["BLOCK_M"]), num_heads, sequences)](

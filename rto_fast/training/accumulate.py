@@ -96,6 +96,8 @@ class AccumulatedStep:
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         """Yields the items of each micro-batch and the factor of its loss: 1, or 0 where only other ranks have work left."""
+        for optimizer in self.optimizers:
+            optimizer.make_gradients()
         while True:
             self.totals, self.failure = {}, ""
             micro_batches = ranks.shared_micro_batches(self.lengths, self.budget.tokens)

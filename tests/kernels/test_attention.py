@@ -1,0 +1,357 @@
+"""packed_attention against float64, values and gradients, on the GPU or through Triton's interpreter.
+
+Queries, keys and values are views of one tensor that is NaN around them.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rto_fast.kernels import attention, attention_backward, attention_forward, layer_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@dataclass
+class Case:
+    """`lengths` of the queries; `key_lengths` of the keys if there are more."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    dout: torch.Tensor
+    lengths: tuple[int, ...]
+    options: dict
+    key_lengths: tuple[int, ...] | None = None
+
+    @property
+    def bounds(self):
+        return bounds(self.lengths, self.query.device)
+
+    def attend(self, max_seqlen=None, *, function=attention.packed_attention, **options):
+        if self.key_lengths is not None:
+            options["cu_seqlens_k"] = bounds(self.key_lengths, self.query.device)
+        longest = max(self.lengths, default=0) if max_seqlen is None else max_seqlen
+        return function(self.query, self.key, self.value, self.bounds, longest, **self.options, **options)
+
+    def gradients(self, max_seqlen=None, **options):
+        """(out, dq, dk, dv)."""
+        leaves = [x.detach().requires_grad_() for x in (self.query, self.key, self.value)]
+        out = replace(self, query=leaves[0], key=leaves[1], value=leaves[2]).attend(max_seqlen, **options)
+        return out, *torch.autograd.grad(out, leaves, self.dout)
+
+    def sequence(self, index):
+        """The case of one sequence alone, in memory of its own."""
+        parts = [x.split(self.lengths)[index].clone() for x in (self.query, self.key, self.value, self.dout)]
+        return Case(*parts, self.lengths[index : index + 1], self.options)
+
+
+def bounds(lengths, device):
+    return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int().to(device)
+
+
+def make(device, lengths, *, heads=2, group=2, head_dim=16, dtype=torch.float32, seed=0, spread=1.0, **options):
+    """spread: of the queries, thus of the scores."""
+    generator = torch.Generator().manual_seed(seed)
+    count, all_heads = sum(lengths), heads * (group + 2)
+    tokens = torch.randn(count, all_heads, head_dim, generator=generator)
+    tokens[:, : heads * group] *= spread
+    padded = torch.full((count + 2, all_heads + 1, head_dim + 8), float("nan"), dtype=dtype)
+    padded[1:-1, 1:, :head_dim] = tokens.to(dtype)
+    query, key, value = padded.to(device)[1:-1, 1:, :head_dim].split([heads * group, heads, heads], 1)
+    dout = torch.randn(count, head_dim, heads * group, generator=generator).to(device, dtype)
+    return Case(query, key, value, dout.mT.contiguous(), tuple(lengths), options)
+
+
+def truth(case):
+    """By name, (expected, scale of the error of each element) in float64 of out, dq, dk, dv.
+
+    The second is what the formula gives for absolute values, in which nothing cancels.
+    """
+    scale, window, softcap = (case.options.get(name) for name in ("scale", "window", "softcap"))
+    scale = case.query.shape[2] ** -0.5 if scale is None else scale
+    group = case.query.shape[1] // case.key.shape[1]
+    parts = []
+    for tensors in zip(*(x.double().split(case.lengths) for x in (case.query, case.key, case.value, case.dout))):
+        q, k, v, g = (x.transpose(0, 1) for x in tensors)
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores, slope = q @ k.mT * scale, 1.0
+        if softcap is not None:
+            slope = 1 - torch.tanh(scores / softcap) ** 2
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(q.shape[1], device=q.device)
+        seen = position <= position[:, None]
+        if window is not None:
+            seen &= position > position[:, None] - window
+        p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out, absolute = p @ v, p @ v.abs()
+        ds = p * (g @ v.mT - (g * out).sum(-1, keepdim=True)) * slope * scale
+        size = p * (g.abs() @ v.abs().mT + (g.abs() * absolute).sum(-1, keepdim=True)) * slope * scale
+        found = [
+            (out, absolute),
+            (ds @ k, size @ k.abs()),
+            ((ds.mT @ q).unflatten(0, (-1, group)).sum(1), (size.mT @ q.abs()).unflatten(0, (-1, group)).sum(1)),
+            ((p.mT @ g).unflatten(0, (-1, group)).sum(1), (p.mT @ g.abs()).unflatten(0, (-1, group)).sum(1)),
+        ]
+        parts.append([[x.transpose(0, 1) for x in pair] for pair in found])
+    names = ("out", "dq", "dk", "dv")
+    return {name: [torch.cat(x) for x in zip(*(part[i] for part in parts))] for i, name in enumerate(names)}
+
+
+def assert_matches(case, actual=None):
+    """An error is at most that of the roundings to 16 bits, or 1e-5 in float32 and on top.
+
+    Rounded are the weights and `out`, for dV the weights and dV, for dQ and dK what is multiplied, the result, and `out`,
+    from which both begin. The interpreter truncates to bfloat16, which is twice the error of rounding.
+    """
+    actual = case.gradients() if actual is None else actual
+    dtype = case.query.dtype
+    unit = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    unit *= 2 if dtype == torch.bfloat16 and not case.query.is_cuda else 1
+    for (name, (expected, size)), found in zip(truth(case).items(), actual):
+        assert found.dtype == dtype and found.shape == expected.shape
+        # The least normal number of float16 is 6e-5: gradients below lose digits.
+        smallest = 1e-7 if dtype == torch.float16 else 1e-30
+        error, bound = (
+            (found.double() - expected).abs(),
+            ((2 + name[:2] in ("dq", "dk")) * unit + 1e-5) * size + smallest,
+        )
+        assert (error <= bound).all(), (name, (error / bound).max())
+    return actual
+
+
+def tiles(monkeypatch, rows):
+    """Fixes the rows of a tile, of queries or, in the kernel of dK and dV, of keys."""
+    monkeypatch.setattr(attention_forward, "rows_of_a_tile", lambda *_: rows)
+    monkeypatch.setattr(attention_backward, "rows_of_a_tile", lambda *_: rows)
+
+
+def assert_equal(first, second):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), first, second):
+        assert torch.equal(a, b), (name, (a != b).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 2.0, "scale": 0.7}, {"window": 5, "softcap": 1.0}])
+def test_truth_is_the_gradient(options):
+    case = make("cpu", (1, 9, 0, 20), dtype=torch.float64, **options)
+    reference = case.gradients(function=layer_reference.packed_attention)
+    for (expected, _), found in zip(truth(case).values(), reference):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # a capped softmax is in float32 there
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "head_dim, heads, group, options",
+    [
+        (16, 2, 2, {}),
+        (64, 1, 3, {"window": 70}),
+        (80, 1, 1, {"softcap": 3.0}),
+        (96, 2, 1, {"window": 3, "softcap": 20.0, "scale": 0.4}),
+        (20, 1, 7, {"scale": 0.1}),
+    ],
+)
+def test_values_and_gradients(head_dim, heads, group, options, dtype, device):
+    assert_matches(
+        make(device, (1, 130, 0, 64, 37), head_dim=head_dim, heads=heads, group=group, dtype=dtype, **options)
+    )
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_large_heads(head_dim, device):
+    assert_matches(make(device, (65, 3), head_dim=head_dim, heads=1, dtype=torch.bfloat16, window=40))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_cases(seed, device):
+    def draw(*choices):
+        return choices[torch.randint(len(choices), (), generator=generator)]
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 140, (draw(1, 2, 3),), generator=generator).tolist()
+    options = {"window": draw(None, 1, 2, 33, 64, 65, 1000), "softcap": draw(None, 0.5, 30.0), "scale": draw(None, 1.0)}
+    case = make(
+        device,
+        lengths,
+        heads=1,
+        group=draw(1, 2, 3),
+        head_dim=draw(16, 24, 48, 72),
+        dtype=draw(*DTYPES),
+        seed=seed,
+        **options,
+    )
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 128, 129, 200])
+def test_window(window, device):
+    """At the edges of blocks and of tiles, where blocks without masks begin and end."""
+    assert_matches(make(device, (200,), heads=1, group=1, window=window))
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_whole_blocks_have_no_masks(rows, device, monkeypatch):
+    """A sequence that is long enough for blocks within the window of all queries of a tile."""
+    tiles(monkeypatch, rows)
+    assert_matches(make(device, (300,), heads=1, group=1, window=200))
+
+
+def test_first_position_is_its_value(device):
+    case = make(device, (1, 1, 1), dtype=torch.bfloat16)
+    actual = assert_matches(case)
+    assert all(x.abs().max() < 1e-4 for x in actual[1:3])  # it has no choice, so its scores have no gradient
+
+
+def test_huge_scores(device):
+    """Scores exceed ±1000, so one key has all the weight; then all keys have equal weights."""
+    case = make(device, (100, 70), spread=2000.0)
+    actual, expected = case.gradients(), truth(case)["out"][0]
+    torch.testing.assert_close(actual[0].double(), expected, rtol=1e-3, atol=1e-3)
+    assert all(x.isfinite().all() for x in actual)
+    case.query[:] = 0
+    actual = assert_matches(case)
+    torch.testing.assert_close(actual[0][99, 0], case.value[:100, 0].mean(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_worse_than_torch(dtype, device):
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("the interpreter truncates to bfloat16")
+    case = make(device, (150, 100), head_dim=64, heads=1, dtype=dtype)
+    torchs = case.gradients(function=layer_reference.packed_attention)
+    for (name, (expected, _)), ours, others in zip(truth(case).items(), case.gradients(), torchs):
+        errors = [(x.double() - expected).norm() for x in (ours, others)]
+        assert errors[0] <= 1.2 * errors[1], (name, errors)
+
+
+def test_strides(device):
+    """Heads before tokens, heads far apart, elements far apart, and an upstream gradient that is expanded."""
+    case = make(device, (5, 70))
+    case.dout = torch.ones_like(case.dout)
+    expected = case.gradients()
+    case.dout = torch.ones((), device=device).expand(case.dout.shape)
+    query = case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    key = torch.stack([case.key] * 3, 2)[:, :, 1]
+    assert_equal(replace(case, query=query, key=key, value=case.value.mT.contiguous().mT).gradients(), expected)
+
+
+def test_gradients_are_views_of_one_tensor(device):
+    """So the backward pass of rotary embedding reads one tensor."""
+    case = make(device, (5, 70), heads=2, group=3)
+    _, dq, dk, dv = case.gradients()
+    assert dq.stride() == dk.stride() == dv.stride() == (10 * 16, 16, 1)
+    size = dq.element_size()
+    assert dk.data_ptr() == dq.data_ptr() + 6 * 16 * size and dv.data_ptr() == dk.data_ptr() + 2 * 16 * size
+
+
+class Recorder(TorchDispatchMode):
+    """Records the names of torch's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+class Launch:
+    """Takes the place of a kernel and launches nothing."""
+
+    def __init__(self, name, names):
+        self.name, self.names = name, names
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.names.append(self.name)
+
+
+def test_three_kernels_and_nothing_else(device, monkeypatch):
+    """No fills, no copies, no sums of repeated heads."""
+    case, launches, recorder = make(device, (5, 70)), [], Recorder()
+    for module, name in (
+        (attention_forward, "attention_fwd_kernel"),
+        (attention_backward, "attention_dq_kernel"),
+        (attention_backward, "attention_dkdv_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Launch(name, launches))
+    bounds, leaves = case.bounds, [x.detach().requires_grad_() for x in (case.query, case.key, case.value)]
+    with recorder:
+        torch.autograd.grad(attention.packed_attention(*leaves, bounds, 70), leaves, case.dout)
+    assert launches == ["attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"]
+    allowed = {"aten::empty", "aten::empty_like", "aten::split_with_sizes", "aten::detach", "aten::alias", "aten::view"}
+    assert set(recorder.names) <= allowed, recorder.names
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0}])
+def test_neighbours_and_packing_do_not_matter(options, device):
+    """The bits of a sequence are those that it has alone, beside a neighbour that is NaN too."""
+    case = make(device, (3, 100, 0, 129, 1), heads=1, dtype=torch.bfloat16, **options)
+    alone = [case.sequence(index).gradients() for index in (1, 3)]
+    packed = case.gradients(max_seqlen=300)
+    for index, start, expected in zip((1, 3), (3, 103), alone):
+        rows = slice(start, start + case.lengths[index])
+        assert_equal([x[rows] for x in packed], expected)
+    for x in (case.query, case.key, case.value, case.dout):
+        x[[0, 2, 232]] = float("nan")  # the first sequence and the last
+    poisoned = case.gradients()
+    assert all(x[[2, 232]].isnan().all() for x in poisoned)
+    assert_equal([x[3:232] for x in poisoned], [x[3:232] for x in packed])
+
+
+def test_nan_stays_in_its_head(device):
+    case = make(device, (70, 70))
+    clean = case.gradients()
+    case.key[75, 1, 5] = float("nan")
+    for name, actual, before in zip(("out", "dq", "dk", "dv"), case.gradients(), clean):
+        heads = slice(2, 4) if name in ("out", "dq") else slice(1, 2)
+        assert actual[75:, heads].isnan().any()
+        actual[70:, heads] = before[70:, heads]
+        assert torch.equal(actual, before)
+
+
+def test_nothing_before_the_window_is_read(device):
+    case = make(device, (200,), window=20)
+    expected = case.attend()
+    case.key[:40], case.value[:40] = float("nan"), float("nan")  # the tile of positions 128 on begins with key 64
+    assert torch.equal(case.attend()[128:], expected[128:])
+
+
+@pytest.mark.parametrize(
+    "dtype, options", [(torch.float32, {}), (torch.bfloat16, {"window": 40}), (torch.bfloat16, {"softcap": 2.0})]
+)
+def test_bits_do_not_depend_on_the_tile(dtype, options, device, monkeypatch):
+    case = make(device, (200, 1, 65), head_dim=32, heads=1, dtype=dtype, **options)
+    found = []
+    for rows in (64, 128):
+        tiles(monkeypatch, rows)
+        found.append(case.gradients())
+    assert_equal(*found)
+
+
+def test_repeats(device):
+    case = make(device, (130, 20), dtype=torch.bfloat16)
+    assert_equal(case.gradients(), case.gradients())
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 2.0}])
+def test_queries_at_the_end_of_longer_sequences(options, device):
+    """Their results have the bits of the whole sequence's: the last 0, 1, 30 and all queries, none of no keys."""
+    whole = make(device, (5, 70, 150, 20, 0), dtype=torch.bfloat16, **options)
+    lengths = (0, 1, 30, 20, 0)
+    rows = torch.cat([torch.arange(end - n, end) for n, end in zip(lengths, whole.bounds[1:].tolist())])
+    part = replace(whole, query=whole.query[rows].requires_grad_(), lengths=lengths, key_lengths=whole.lengths)
+    actual = part.attend()
+    assert not actual.requires_grad and torch.equal(actual, whole.attend()[rows])
+
+
+def test_nothing_to_do(device):
+    for lengths in ((), (0,), (0, 0)):
+        case = make(device, lengths)
+        for x, like in zip(case.gradients(), (case.query, case.query, case.key, case.value)):
+            assert x.shape == like.shape
+    with pytest.raises(ValueError, match="query: expected a head_dim of at most 256"):
+        make(device, (2,), head_dim=257).attend()
