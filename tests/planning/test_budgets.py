@@ -104,7 +104,8 @@ def test_graphs_of_passes_are_held_in_every_phase():
     setting = setting_of(SMOLLM2, gpu(80))
     large = Passes(find_shape("meta-llama/Meta-Llama-3-8B"), 65536, 32768, "linear_ppo_loss", 8e9)
     small = Passes(shape, 65536, 32768)  # which only scores
-    assert held_by_graphs([large], setting).total < 8 * GIB and held_by_graphs([small], setting).gradients == 0
+    assert held_by_graphs([large], setting).workspace < 4 * GIB  # only its shortest passes are bound by launches
+    assert held_by_graphs([small], setting).gradients == 0
 
 
 def test_the_line_says_what_and_why():
