@@ -15,6 +15,7 @@ from functools import cached_property
 from rto_fast.config import Config, Stage
 from rto_fast.planning import memory, passes
 from rto_fast.planning.budgets import choices, choose
+from rto_fast.planning.graphs import Passes, held_by_graphs
 from rto_fast.planning.layers import forward_activations
 from rto_fast.planning.machine import GIB, Machine
 from rto_fast.planning.memory import (
@@ -151,7 +152,12 @@ class SupervisedPlanner(StagePlanner):
         batch = getattr(self.config, self.name).batch_size / setting.ranks
         work = step_work(sides * items.mean, sides * items.longest, self._labelled, batch, tokens, setting)
         moments = training_moments(self.shape, self._trained, work, setting).values()
-        return max((self._state + moment for moment in moments), key=lambda memory: memory.total)
+        state = self._state + Memory(workspace=self._graphs(work.tokens).workspace)
+        return max((state + moment for moment in moments), key=lambda memory: memory.total)
+
+    def _graphs(self, tokens: float) -> Memory:
+        labelled = self._labelled / (self._sides * self.items.mean) * tokens
+        return held_by_graphs([Passes(self.shape, tokens, labelled, "linear_token_logps", self._trained)], self.setting)
 
     def scoring(self, tokens: int) -> Memory:
         """DPO's reference and the held-out pairs, beside the optimizer."""
@@ -163,14 +169,16 @@ class SupervisedPlanner(StagePlanner):
         head = passes.head_forward(self.shape, labelled, setting) if labelled else 0.0
         own = memory.gathered(self._parameters, setting) if setting.zero == 3 else 0.0
         left = 0.0 if setting.zero else memory.gradients(self._trained, setting)  # our optimizer's buffer
-        return self._state + Memory(weights=own, gradients=left) + passes.largest_part(layers, head)
+        held = Memory(weights=own, gradients=left, workspace=self._graphs(tokens).workspace)
+        return self._state + held + passes.largest_part(layers, head)
 
 
 class RTOPlanner(StagePlanner):
     def plan(self, budget: TokenBudget) -> StagePlan:
         config, setting = self.config, self.setting
+        graphs = self._graphs(max(budget.training, budget.scoring))
         phases = (
-            Phase("rto", "rollout", self._states + self._rollout()),
+            Phase("rto", "rollout", self._states + graphs + self._rollout(graphs)),
             Phase("rto", "score", self.scoring(budget.scoring)),
             Phase("rto", "update", self.training(budget.training)),
         )
@@ -247,7 +255,20 @@ class RTOPlanner(StagePlanner):
 
     # What each phase adds
 
-    def _rollout(self) -> Memory:
+    def _graphs(self, tokens: int) -> Memory:
+        """Of passes of up to `tokens`."""
+        items, share = self.items, self._responses / self.setting.ranks
+        step = min(self.config.rto.batch_size / self.setting.ranks, share) * items.mean
+        models = []
+        for number, (shape, parameters) in enumerate(self._trained):
+            size, op = min(max(tokens, items.longest), step), "linear_ppo_loss"
+            models.append(Passes(shape, size, size * items.response / items.mean * (number == 0), op, parameters))
+        for shape, _, is_scorer in self._frozen:
+            size = min(max(tokens, items.longest), share * items.mean)
+            models.append(Passes(shape, size, size * items.response / items.mean * (not is_scorer)))
+        return held_by_graphs(models, self.setting)
+
+    def _rollout(self, graphs: Memory) -> Memory:
         """The pool takes no more than its share of the free memory; with less than all slots want, fewer are busy."""
         config, setting, shape, items = self.config, self.setting, self.shape, self.items
         rollout = config.rollout
@@ -259,7 +280,9 @@ class RTOPlanner(StagePlanner):
         )
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
-        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (self.machine.memory - self._states.total - copy)
+        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (
+            self.machine.memory - self._states.total - graphs.total - copy
+        )
         if rollout.kv_cache_gib is not None:
             budget = rollout.kv_cache_gib * GIB
         return Memory(
@@ -282,7 +305,7 @@ class RTOPlanner(StagePlanner):
             own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
             uses.append((forward_activations(shape, tokens, setting), 0.0, own))
         layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
-        return self._states + Memory(weights=own) + passes.largest_part(layers, head)
+        return self._states + self._graphs(int(tokens)) + Memory(weights=own) + passes.largest_part(layers, head)
 
     def training(self, tokens: int) -> Memory:
         """The peak of an update.
@@ -295,7 +318,7 @@ class RTOPlanner(StagePlanner):
         batch = rto.batch_size / setting.ranks
         policy = passes.step_work(items.mean, items.longest, items.response, batch, tokens, setting, "linear_ppo_loss")
         kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
-        candidates = []
+        candidates, graphs = [], Memory(workspace=self._graphs(tokens).workspace)
         for number, (shape, parameters) in enumerate(self._trained):
             is_policy = number == 0
             work = policy if is_policy else replace(policy, labelled=0.0)
@@ -307,5 +330,5 @@ class RTOPlanner(StagePlanner):
                 else:
                     has_others = not is_policy or work.micro_batches > 1
                 others = sum(kept) - kept[number] if has_others else 0.0
-                candidates.append(self._states + moment + Memory(gradients=others))
+                candidates.append(self._states + graphs + moment + Memory(gradients=others))
         return max(candidates, key=lambda candidate: candidate.total)
