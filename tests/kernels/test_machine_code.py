@@ -55,3 +55,11 @@ def test_programs_that_wait_for_latency_share_an_sm(facts, kernel, programs):
     for fact in found:
         registers = -(-fact["registers"] // 8) * 8 * 32 * fact["warps"]
         assert 65536 // registers >= programs, fact
+
+
+@pytest.mark.parametrize("kernel", ["attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"])
+def test_attention_uses_tensor_cores_asynchronously(facts, kernel):
+    """ptxas lets each product wait for the one before where it finds no registers; it does for heads of 256."""
+    found = [fact for fact in facts if fact["kernel"] == kernel and "fp32" not in fact["case"]]
+    assert len(found) >= 12 and all(fact["tensor_core"] for fact in found)
+    assert [fact["case"] for fact in found if fact["serialized"] and "gemma" not in fact["case"]] == []
