@@ -107,6 +107,16 @@ def limit(op, phase, shape, kept=1.0):
             4.0 * shape.hidden_size * shape.tokens,
             2 * cached + 4 * shape.hidden_size * shape.sequences + 4 * shape.tokens / 64,
         )
+    if op == "packed_attention":
+        # Two products forward, five backward. Queries, keys, values, the output and the log-sum-exp are written or read;
+        # so are, backward, the output's gradient and three gradients.
+        decoder = shape.decoder
+        product = 2.0 * shape.pairs * decoder.heads * decoder.head_dim
+        row = 4 * shape.tokens * (decoder.heads + decoder.kv_heads) * decoder.head_dim
+        lse = 4 * shape.tokens * decoder.heads
+        if phase == "forward":
+            return Step(2 * product, row + lse)
+        return Step(7 * product, 3 * row + 2 * lse)
     if op in LAYER_OPS:
         decoder, rows = shape.decoder, shape.sequences
         if op == "add_rms_norm":

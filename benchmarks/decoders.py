@@ -78,6 +78,34 @@ class CacheShape:
 
 
 @dataclass(frozen=True)
+class PackedShape:
+    """The heads of one layer and the lengths of the sequences of a training batch, for `benchmarks.cases`."""
+
+    decoder: Decoder
+    lengths: tuple[int, ...]
+
+    vocab_size = 0
+
+    @property
+    def name(self):
+        least, most = min(self.lengths), max(self.lengths)
+        return f"{self.decoder.name} {len(self.lengths)} × {least if least == most else f'{least}-{most}'}"
+
+    @property
+    def tokens(self):
+        return sum(self.lengths)
+
+    @property
+    def hidden_size(self):
+        return self.decoder.heads * self.decoder.head_dim
+
+    @property
+    def pairs(self):
+        """Pairs of a query and a key that it sees."""
+        return sum(length * (length + 1) // 2 for length in self.lengths)
+
+
+@dataclass(frozen=True)
 class Workload:
     """Lengths of the prompts and of the responses."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, decode_cases
+from benchmarks import attention_cases, cases, decode_cases
 from benchmarks.shapes import LLAMA3_8B, MODELS, QWEN3_06B, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +104,7 @@ def kernel_cases(device, small):
 
 def layer_cases(device, small):
     """The kernels of a decoder layer, and those of a decode step."""
+    yield from attention_cases.attention_cases(device, small)
     yield from decode_cases.decode_cases(device, small)
 
 

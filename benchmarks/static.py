@@ -27,7 +27,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.command_line import ArgumentParser
-from benchmarks.static_cases import CASES, EXPECTED
+from benchmarks.static_cases import CASES, EXPECTED, ONLY_ON
 from rto_fast.system.terminal import protect, say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -53,6 +53,7 @@ class Facts:
     loads: dict[int, int]  # number of instructions by width in bits
     stores: dict[int, int]
     tensor_core: int
+    serialized: bool  # on sm_90, ptxas made each product of the tensor cores wait for the one before
     inexact: int
     failures: list[str] = field(default_factory=list)
 
@@ -142,6 +143,7 @@ def read_facts(compiled, case, sm):
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     metadata = compiled.metadata
+    tensor_core = len(re.findall(TENSOR_CORE[sm], dump))
     facts = Facts(
         metadata.name,
         case,
@@ -152,7 +154,8 @@ def read_facts(compiled, case, sm):
         metadata.shared,
         _widths(dump, "LDG"),
         _widths(dump, "STG"),
-        len(re.findall(TENSOR_CORE[sm], dump)),
+        tensor_core,
+        0 < tensor_core <= len(re.findall(r"\bWARPGROUP\.DEPBAR\b", dump)),
         _inexact(compiled.asm["ptx"], dump),
     )
     facts.check()
@@ -167,7 +170,7 @@ def collect(only=""):
             torch.manual_seed(0)
             launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))
             for kernel, args, kwargs in launches:
-                for sm in LIMITS if only in kernel.__name__ else ():
+                for sm in ONLY_ON.get(case, LIMITS) if only in kernel.__name__ else ():
                     compiled = compile_launch(kernel, args, kwargs, sm)
                     if compiled.hash not in seen:
                         seen.add(compiled.hash)

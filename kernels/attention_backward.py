@@ -9,8 +9,6 @@ return nothing is added up in memory, where FlashAttention adds float32 dQ by at
   repeated, nor their gradients added up afterwards.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from rto_fast.kernels.attention_forward import (
     base_2,
     halve_columns,
     key_ranges,
+    launch_options,
     load_rows,
     product,
     rows_of_a_tile,
@@ -177,19 +176,6 @@ def attention_dkdv_kernel(
     store_rows(dv_ptr + at, dv, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
-def _tilings(head_dim: int, max_seqlen: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Block sizes and launch options of both kernels. dK and dV take registers, so their blocks of queries are small."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    rows = rows_of_a_tile(head_dim, max_seqlen)
-    options = {"BLOCK_D": block_d, "num_warps": rows // 16, "num_stages": 3}
-    if block_d > 128:
-        options |= {"num_warps": 8, "num_stages": 2}
-    return (
-        {"BLOCK_M": rows, "BLOCK_N": 64 if block_d <= 64 else 32, **options},
-        {"BLOCK_M": 64 if block_d <= 64 else 32, "BLOCK_N": rows, **options},
-    )
-
-
 def attention_backward(
     dout: Tensor,
     query: Tensor,
@@ -222,13 +208,18 @@ def attention_backward(
     strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
     numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
     sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
-    dq_tiling, dkdv_tiling = _tilings(head_dim, max_seqlen)
-    sequences = len(cu_seqlens) - 1
+    options = launch_options(query, max_seqlen)
+    row_bytes = options["BLOCK_D"] * query.element_size()
+    rows = rows_of_a_tile(row_bytes, max_seqlen, query.device)
+    # Two products of a block wait for each other here, where the forward pass has one, so blocks are smaller.
+    block = 64 if row_bytes <= 128 else 32 if row_bytes <= 512 else 16
+    sizes |= options
+    tiles, sequences = triton.cdiv(max_seqlen, rows), len(cu_seqlens) - 1
     with torch.cuda.device_of(query):
-        attention_dq_kernel[(triton.cdiv(max_seqlen, dq_tiling["BLOCK_M"]), num_heads, sequences)](
-            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, **sizes, **dq_tiling
+        attention_dq_kernel[(tiles, num_heads, sequences)](
+            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, BLOCK_M=rows, BLOCK_N=block, **sizes
         )
-        attention_dkdv_kernel[(triton.cdiv(max_seqlen, dkdv_tiling["BLOCK_N"]), num_kv_heads, sequences)](
-            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, **sizes, **dkdv_tiling
+        attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
+            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, BLOCK_M=block, BLOCK_N=rows, **sizes
         )
     return dq, dk, dv

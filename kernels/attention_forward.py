@@ -1,7 +1,7 @@
 """The forward pass of causal attention within packed sequences.
 
-A program does a tile of queries of one head and walks its keys in blocks of 64, counted from the start of the sequence, as
-FlashAttention does (arXiv 2205.14135). Scores are in base 2, because the hardware has ex2.
+A program does a tile of queries of one head and walks its keys in blocks of 64 (32 for heads of 256), counted from the
+start of the sequence, as FlashAttention does (arXiv 2205.14135). Scores are in base 2, because the hardware has ex2.
 
 The result of a row has the same bits in every tile of queries and number of warps, beside every neighbour and in every
 packing, so that a kernel that decodes can have them too. `fold_block` decides that:
@@ -11,10 +11,12 @@ packing, so that a kernel that decodes can have them too. `fold_block` decides t
   cores add up in one order, whatever the tile.
 - A product that is added to something is written as `tl.fma`, and `EXACT` forbids the compiler to contract others.
 
-Measured on an H200: 387 TFLOP/s for 8 sequences of 2,048 tokens of Llama-3-8B's heads with tiles of 128 queries, 377 with
-tiles of 64; .151 ms for 36 sequences of 256 to 640 tokens of Qwen3-0.6B's with tiles of 64, .179 with tiles of 128.
+An earlier form, with a loop of its own for the diagonal, was measured on an H200: 387 TFLOP/s for 8 sequences of 2,048
+tokens of Llama-3-8B's heads with tiles of 128 queries, 377 with tiles of 64; .151 ms for 36 sequences of 256 to 640 tokens
+of Qwen3-0.6B's with tiles of 64, .179 with tiles of 128.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +26,7 @@ from torch import Tensor
 
 from rto_fast.kernels.common import EXACT, INTERPRETED, LOG2E
 
-# The bits of a result depend on these two: the keys of a block, and the columns in which their weights are summed up.
-BLOCK_KEYS = 64
+# The columns in which the weights of a block are summed up. The bits of a result depend on it, and on `block_keys`.
 SUM_COLUMNS = tl.constexpr(8)
 
 
@@ -208,24 +209,35 @@ def base_2(scale: float, softcap: float | None) -> tuple[float, float | None]:
     return scale * 2 * LOG2E.value / softcap, softcap * LOG2E.value
 
 
-def rows_of_a_tile(head_dim: int, max_seqlen: int) -> int:
+def block_keys(row_bytes: int) -> int:
+    """Keys of a block, for heads of `row_bytes`. Never by anything else, because the bits of a result depend on it."""
+    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+
+
+@cache
+def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
+    """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
+    if device.type != "cuda":
+        return 64, 128
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
+        return 128, 128
+    return 64, 128 if properties.shared_memory_per_block_optin >= 160 << 10 else 64
+
+
+def rows_of_a_tile(row_bytes: int, max_seqlen: int, device: torch.device) -> int:
     """Rows of a program's tile. Short sequences fill small tiles better; large tiles read less from L2."""
-    return 128 if max_seqlen > 1024 and head_dim <= 128 else 64
+    if row_bytes > 256:
+        return 64 if row_bytes <= 512 else 32
+    return _rows_of_tiles(device)[max_seqlen > 1024]
 
 
-def _tiling(head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict[str, Any]:
-    """Block sizes and launch options."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    rows = rows_of_a_tile(head_dim, max_seqlen)
-    # Each warp has 16 rows, as the tensor cores of an H100 want it; heads of 256 need more registers than these have.
-    num_warps, num_stages = (rows // 16, 3) if block_d <= 128 else (8, 2)
-    return {
-        "BLOCK_M": rows,
-        "BLOCK_N": BLOCK_KEYS,
-        "BLOCK_D": block_d,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+def launch_options(query: Tensor, max_seqlen: int) -> dict[str, Any]:
+    """BLOCK_D, warps and stages. A warp has 16 rows; wider rows, and products without tensor cores, need more registers."""
+    block_d = max(16, triton.next_power_of_2(query.shape[2]))
+    narrow = query.element_size() == 2 and block_d <= 128
+    rows = rows_of_a_tile(block_d * query.element_size(), max_seqlen, query.device)
+    return {"BLOCK_D": block_d, "num_warps": rows // 16 if narrow else 8, "num_stages": 3 if narrow else 2}
 
 
 def attention_forward(
@@ -245,10 +257,12 @@ def attention_forward(
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     if not num_tokens:
         return out, lse
-    tiling = _tiling(head_dim, query.dtype, max_seqlen)
+    options = launch_options(query, max_seqlen)
+    row_bytes = options["BLOCK_D"] * query.element_size()
+    rows = rows_of_a_tile(row_bytes, max_seqlen, query.device)
     factor, cap = base_2(scale, softcap)
     with torch.cuda.device_of(query):
-        attention_fwd_kernel[(triton.cdiv(max_seqlen, tiling["BLOCK_M"]), num_heads, len(cu_seqlens) - 1)](
+        attention_fwd_kernel[(triton.cdiv(max_seqlen, rows), num_heads, len(cu_seqlens) - 1)](
             query,
             key,
             value,
@@ -268,7 +282,9 @@ def attention_forward(
             window,
             GROUP=num_heads // key.shape[1],
             HEAD_DIM=head_dim,
-            **tiling,
+            BLOCK_M=rows,
+            BLOCK_N=block_keys(row_bytes),
+            **options,
             **EXACT,
         )
     return out, lse

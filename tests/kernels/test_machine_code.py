@@ -88,3 +88,11 @@ def test_decoding_and_training_add_up_in_the_same_order():
     assert sorted(map(len, found.values())) == [2, 2, 4, 4]  # variants; the norm has also those with the residual sum
     for variants in found.values():
         assert len(variants[0]) == 1 and variants == [variants[0]] * len(variants)
+
+
+@pytest.mark.parametrize("kernel", ["attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"])
+def test_attention_uses_tensor_cores_asynchronously(facts, kernel):
+    """ptxas lets each product wait for the one before where it finds no registers; it does for heads of 256."""
+    found = [fact for fact in facts if fact["kernel"] == kernel and "fp32" not in fact["case"]]
+    assert len(found) >= 12 and all(fact["tensor_core"] for fact in found)
+    assert [fact["case"] for fact in found if fact["serialized"] and "gemma" not in fact["case"]] == []
