@@ -125,7 +125,6 @@ def assert_matches(case, actual=None):
 def tiles(monkeypatch, rows):
     """Fixes the rows of a tile, of queries or, in the kernel of dK and dV, of keys."""
     monkeypatch.setattr(attention_forward, "rows_of_a_tile", lambda *_: rows)
-    monkeypatch.setattr(attention_backward, "rows_of_a_tile", lambda *_: rows)
 
 
 def assert_equal(first, second):
