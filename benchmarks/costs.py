@@ -21,7 +21,7 @@ GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
 # A layer has one more where fewer sequences' key heads than FULL leave multiprocessors idle, so that attention is split (two
 # programs for each of an H200's 132).
 FULL = 264
-# {model_type: (a layer, around)}. Gemma's layers have norms after both blocks too, Gemma-3 two tables of RoPE. Embeddings are
+# {model_type: (a layer, around)}. Gemma has norms after both blocks too, and Gemma-3 two tables of RoPE. Embeddings are
 # multiplied by a number in Gemma and Granite.
 KERNELS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"), (9, 7)),

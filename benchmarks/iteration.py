@@ -24,9 +24,11 @@ from rto_fast.config import Config, LoraConfig, ModelConfig, RolloutConfig, RTOC
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_tokenizer
 from rto_fast.models.attention import PACKED
+from rto_fast.models.graphs import PassGraphs, takes_graphs
 from rto_fast.models.loading import load_model
 from rto_fast.models.lora import Adapter, new_adapter
 from rto_fast.models.model import Model
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.reporting.log import RunLog
 from rto_fast.rollout import Sampling
 from rto_fast.rto.experience import Models
@@ -72,6 +74,15 @@ def _policy(setting: Setting, device: torch.device) -> Any:
     return model
 
 
+def _model(module: Any) -> Model:
+    """As a run loads it."""
+    lay_side_by_side(projection_groups(module))
+    model = Model(module)
+    if takes_graphs(module):
+        model.graphs = PassGraphs(module)
+    return model
+
+
 def _whole_models(setting: Setting, device: torch.device) -> Models:
     """Four models of one size. The critic has the policy's backbone, with a head for scores."""
     policy = _policy(setting, device)
@@ -83,13 +94,14 @@ def _whole_models(setting: Setting, device: torch.device) -> Models:
     critic.set_attn_implementation(PACKED)
     reference, dpo = (copy.deepcopy(policy).requires_grad_(False).eval() for _ in range(2))
     _disturb(dpo.parameters())
-    policy, reference, dpo, critic = map(Model, (policy, reference, dpo, critic.train()))
+    policy, reference, dpo, critic = map(_model, (policy, reference, dpo, critic.train()))
     return Models(policy, reference, dpo, None, critic, _length_scores)
 
 
 def _adapters(setting: Setting, device: torch.device) -> Models:
     """The same four models as adapters of one base."""
     base, lora = _policy(setting, device).requires_grad_(False), LoraConfig(rank=setting.lora_rank)
+    lay_side_by_side(projection_groups(base))
     policy, dpo, critic = (
         new_adapter(base, name, lora, seed, scorer=name == "critic")
         for seed, name in enumerate(("policy", "dpo", "critic"))

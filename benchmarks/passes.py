@@ -13,16 +13,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from benchmarks.costs import Device
 from benchmarks.decoders import TINY, Decoder
 from benchmarks.pass_costs import MEASURED_MODELS, TOKENS, scoring_pass, training_pass
 from benchmarks.rollout import build_model
 from rto_fast.batch import PackedBatch, pack
+from rto_fast.config import OptimizerConfig, RTOConfig
 from rto_fast.models.attention import PACKED
-from rto_fast.models.forward import causal_logps, forward_hidden
-from rto_fast.models.head import output_head
-from rto_fast.ops import linear_ppo_loss
+from rto_fast.models.forward import causal_logps
+from rto_fast.models.graphs import PassGraphs, takes_graphs
+from rto_fast.models.model import Model
+from rto_fast.models.placement import lay_side_by_side, projection_groups
+from rto_fast.rto.update import MicroBatch, policy_loss
+from rto_fast.training.optimizer import Optimizer
 
 FAST, SLOW = ("ours", "transformers", "Liger"), ("torch.compile",)
 ROUNDS = 5
@@ -76,23 +81,24 @@ def batch_of(decoder: Decoder, tokens: int, device: torch.device) -> PackedBatch
     return pack(prompts, responses, device)
 
 
-def _passes(model: nn.Module, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
+def _passes(module: PreTrainedModel, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
+    """A scoring and a training pass as the trainer runs them, as CUDA graphs where it does."""
+    model, rto = Model(module), RTOConfig()
+    if takes_graphs(module):
+        model.graphs = PassGraphs(module)
+    optimizer = Optimizer(model, rto, OptimizerConfig(), total_steps=1)
     advantages = torch.linspace(-1, 1, batch.num_tokens, device=batch.labels.device)
-    old_logps = torch.full_like(advantages, -8.0)
+    old_logps, zeros = torch.full_like(advantages, -8.0), torch.zeros_like(advantages)
+    micro_batch = MicroBatch(batch, float(len(batch.rows)), old_logps, zeros, advantages, zeros)
 
     def score() -> Tensor:
         with torch.no_grad():
-            return causal_logps(model, batch)
+            return model.forward(causal_logps, batch)
 
     def train() -> Tensor:
-        hidden = forward_hidden(model, batch)
-        loss, _ = output_head(model).run(
-            linear_ppo_loss, hidden, batch.labels, old_logps, advantages, batch.response_mask, rows=batch.rows
-        )
-        loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        return loss.detach()
+        metrics = model.learn(policy_loss, micro_batch, rto, 1.0, backward=optimizer.backward)
+        optimizer.zero_grad()
+        return metrics["policy_loss"]
 
     return {"score": score, "train": train}
 
@@ -104,7 +110,7 @@ def _timed(run: Callable[[], Tensor], is_cuda: bool) -> dict[str, float | int | 
         if is_cuda:
             torch.cuda.synchronize()
 
-    for _ in range(3):  # compiles, and captures CUDA graphs
+    for _ in range(3):  # compiles, and captures CUDA graphs when a size comes for the second time
         run()
     wait()
     if is_cuda:
@@ -131,10 +137,11 @@ def measure(decoder: Decoder, layers: str, device: torch.device, rates: dict, to
     try:
         model = build_model(decoder, device).train()
         model.set_attn_implementation(PACKED)
+        lay_side_by_side(projection_groups(model))
         stack.enter_context(_put_back(model))
         PREPARE[layers](model)
         batch = batch_of(decoder, tokens, device)
-        lengths, labelled = batch.cu_seqlens.diff().tolist(), int(batch.response_mask.sum())
+        lengths, labelled = batch.cu_seqlens.diff().tolist(), len(batch.rows)
         here = Device("here", rates["copy_bytes_per_s"], rates["gemm_flops_per_s"])
         for name, run in _passes(model, batch).items():
             least = (scoring_pass if name == "score" else training_pass)(decoder, lengths, labelled)

@@ -236,6 +236,11 @@ def ppo_terms(logp, old_logp, advantage, ratio_low, ratio_high, dual_clip):
     return loss, dlogp, kl, is_clipped.to(tl.float32)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes microseconds on the host, because it looks for constexprs."""
+    return -(-a // b)
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x as rows [T, D] whose elements follow each other; copies only what strides cannot describe."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -6,6 +6,7 @@ with `up`, as in transformers' modules.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import EXACT, LOG2E, rows_of
+from rto_fast.kernels.common import EXACT, LOG2E, cdiv, rows_of
 
 CUBIC = tl.constexpr(0.044715)
 SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
@@ -78,6 +79,7 @@ def gated_bwd_kernel(
     tl.store(dgate_up_ptr + num_cols + offs_i, dup.to(gate.dtype), mask=mask_i)
 
 
+@cache
 def _tile(num_cols: int, itemsize: int) -> dict[str, Any]:
     """Block size and warps: each thread reads 128 bits of the gate and as many of `up`."""
     block_i = min(triton.next_power_of_2(num_cols), 1024)
@@ -86,11 +88,11 @@ def _tile(num_cols: int, itemsize: int) -> dict[str, Any]:
 
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
     num_rows, num_cols = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_rows, num_cols), dtype=gate_up.dtype, device=gate_up.device)
+    out = gate_up.new_empty((num_rows, num_cols))
     if num_rows:
         tile = _tile(num_cols, gate_up.element_size())
         with torch.cuda.device_of(gate_up):
-            gated_kernel[(num_rows, triton.cdiv(num_cols, tile["BLOCK_I"]))](
+            gated_kernel[(num_rows, cdiv(num_cols, tile["BLOCK_I"]))](
                 gate_up, out, gate_up.stride(0), num_cols, ACTIVATION=activation, **tile, **EXACT
             )
     return out
@@ -109,11 +111,11 @@ class _GatedActivation(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         dout = rows_of(dout)
         num_rows, num_cols = dout.shape
-        dgate_up = torch.empty((num_rows, 2 * num_cols), dtype=gate_up.dtype, device=gate_up.device)
+        dgate_up = gate_up.new_empty((num_rows, 2 * num_cols))
         if num_rows:
             tile = _tile(num_cols, gate_up.element_size())
             with torch.cuda.device_of(gate_up):
-                gated_bwd_kernel[(num_rows, triton.cdiv(num_cols, tile["BLOCK_I"]))](
+                gated_bwd_kernel[(num_rows, cdiv(num_cols, tile["BLOCK_I"]))](
                     dout,
                     gate_up,
                     dgate_up,

@@ -7,6 +7,7 @@ The tile of a row, and so the order of its sum, follows from D alone: a row has 
 in training. The backward pass computes in float32 and rounds its results once.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import EXACT, rows_of
+from rto_fast.kernels.common import EXACT, cdiv, rows_of
 from rto_fast.kernels.weight_gradients import rows_per_program, sum_partials
 
 TILE = 2048  # elements of a program's tile at least, so that small rows share the weight that a program loads
@@ -120,6 +121,7 @@ def rms_norm_bwd_kernel(
         tl.store(partials_ptr + pid.to(tl.int64) * num_cols + offs_d, tl.sum(dweight, 0), mask=mask_d)
 
 
+@cache
 def _tile(num_cols: int, itemsize: int) -> dict[str, int]:
     """Block sizes and warps. Each thread has 32 bytes of a tile, two accesses of 128 bits, up to 16 warps."""
     block_d = triton.next_power_of_2(num_cols)
@@ -139,13 +141,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(norm, sum, 1/√(mean square + eps) of each row); the sum is `residual` itself if x is None."""
     num_rows, num_cols = residual.shape
-    out = torch.empty((num_rows, num_cols), dtype=residual.dtype, device=residual.device)
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     total = residual if x is None else torch.empty_like(out)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=residual.device) if with_rstd else None
+    rstd = residual.new_empty(num_rows, dtype=torch.float32) if with_rstd else None
     if num_rows:
         tile = _tile(num_cols, residual.element_size())
         with torch.cuda.device_of(residual):
-            rms_norm_kernel[(triton.cdiv(num_rows, tile["BLOCK_T"]),)](
+            rms_norm_kernel[(cdiv(num_rows, tile["BLOCK_T"]),)](
                 x,
                 residual,
                 weight,
@@ -196,10 +198,10 @@ class _RMSNorm(torch.autograd.Function):
         dx = dresidual if multiplier is None else torch.empty_like(dresidual)
         tile = _tile(num_cols, total.element_size())
         rows = rows_per_program(num_rows, tile["BLOCK_T"])
-        programs = triton.cdiv(num_rows, rows)
+        programs = cdiv(num_rows, rows)
         partials = None
         if ctx.needs_input_grad[2]:
-            partials = torch.empty(programs, 1, num_cols, dtype=torch.float32, device=total.device)
+            partials = total.new_empty((programs, 1, num_cols), dtype=torch.float32)
         if num_rows:
             with torch.cuda.device_of(total):
                 rms_norm_bwd_kernel[(programs,)](

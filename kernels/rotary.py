@@ -8,6 +8,7 @@ of a token are those of the training forward, bit by bit, if the GEMMs are.
 A program does BLOCK_H heads of a token. A head has up to three parts: the two halves of what is rotated, and the rest.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import EXACT
+from rto_fast.kernels.common import EXACT, cdiv
 from rto_fast.kernels.paged_attention import cache_pointers
 from rto_fast.kernels.weight_gradients import rows_per_program, sum_partials
 
@@ -262,14 +263,20 @@ def rotary_bwd_kernel(
                 tl.store(at_weight + 2 * HALF + offs_r, tl.sum(tl.where(chosen, sum_rest, 0.0), 0), mask=mask_r)
 
 
-def _tile(num_rows: int, head_dim: int, rope: Tensor | None, itemsize: int) -> dict[str, int]:
-    """Block sizes and warps. Each thread reads two times 128 bits. Without `rope` a head is two halves all the same."""
-    half = (head_dim if rope is None else rope.shape[2]) // 2
+@cache
+def _tile(num_rows: int, head_dim: int, rotated: int, itemsize: int) -> dict[str, int]:
+    """Block sizes and warps. Each thread reads two times 128 bits."""
+    half = rotated // 2
     block_h = min(triton.next_power_of_2(num_rows), 16)
     block_d = triton.next_power_of_2(half)
     num_warps = min(max(block_h * triton.next_power_of_2(head_dim) * itemsize // 1024, 1), 8)
     block_rest = triton.next_power_of_2(max(head_dim - 2 * half, 1))
     return {"HALF": half, "BLOCK_H": block_h, "BLOCK_D": block_d, "BLOCK_REST": block_rest, "num_warps": num_warps}
+
+
+def _rotated(head_dim: int, rope: Tensor | None) -> int:
+    """How many elements of a head are in two halves; without `rope` all."""
+    return head_dim if rope is None else rope.shape[2]
 
 
 def _launch(
@@ -289,9 +296,9 @@ def _launch(
     num_tokens, num_rows, head_dim = qkv.shape
     if not num_tokens:
         return
-    tile = _tile(num_rows, head_dim, rope, qkv.element_size())
+    tile = _tile(num_rows, head_dim, _rotated(head_dim, rope), qkv.element_size())
     with torch.cuda.device_of(qkv):
-        rotary_kernel[(num_tokens, triton.cdiv(num_rows, tile["BLOCK_H"]))](
+        rotary_kernel[(num_tokens, cdiv(num_rows, tile["BLOCK_H"]))](
             qkv,
             rope,
             query_norm,
@@ -312,6 +319,22 @@ def _launch(
         )
 
 
+def _forward(
+    qkv: Tensor,
+    rope: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    unit_offset: bool,
+) -> Any:
+    """Queries, keys and values, views of one buffer."""
+    out = torch.empty_like(qkv)
+    _launch(qkv, rope, query_norm, key_norm, out, None, None, num_heads, num_kv_heads, 0, eps, unit_offset)
+    return out.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
+
+
 def _dense_heads(x: Tensor) -> Tensor:
     """x [T, heads, head_dim] such that a token's heads follow each other."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
@@ -330,13 +353,11 @@ class _Rotary(torch.autograd.Function):
         eps: float,
         unit_offset: bool,
     ) -> Any:
-        out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        _launch(qkv, rope, query_norm, key_norm, out, None, None, num_heads, num_kv_heads, 0, eps, unit_offset)
         ctx.save_for_backward(None if query_norm is None else qkv, rope)
         # Not saved by autograd: gradient checkpointing would hand out copies, which have no `main_grad`.
         ctx.norms = query_norm, key_norm
         ctx.settings = qkv.shape, num_heads, num_kv_heads, eps, unit_offset
-        return out.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        return _forward(qkv, rope, query_norm, key_norm, num_heads, num_kv_heads, eps, unit_offset)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -345,15 +366,15 @@ class _Rotary(torch.autograd.Function):
         (num_tokens, num_rows, head_dim), num_heads, num_kv_heads, eps, unit_offset = ctx.settings
         gradients = [x if x.stride(2) == 1 else x.contiguous() for x in gradients]
         like = gradients[0]
-        dqkv = torch.empty(num_tokens, num_rows, head_dim, dtype=like.dtype, device=like.device)
-        tile = _tile(num_rows, head_dim, rope, like.element_size())
-        blocks = triton.cdiv(num_rows, tile["BLOCK_H"])
+        dqkv = like.new_empty((num_tokens, num_rows, head_dim))
+        tile = _tile(num_rows, head_dim, _rotated(head_dim, rope), like.element_size())
+        blocks = cdiv(num_rows, tile["BLOCK_H"])
         needs_sums = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         tokens = rows_per_program(num_tokens, 1) if needs_sums else 1
-        programs = triton.cdiv(num_tokens, tokens)
+        programs = cdiv(num_tokens, tokens)
         partials = None
         if needs_sums:
-            partials = torch.empty(programs * blocks, 2, head_dim, dtype=torch.float32, device=like.device)
+            partials = like.new_empty((programs * blocks, 2, head_dim), dtype=torch.float32)
         if num_tokens:
             with torch.cuda.device_of(like):
                 rotary_bwd_kernel[(programs, blocks)](
@@ -394,12 +415,12 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `rto_fast.layer_ops.rotary_embedding`."""
     qkv, rope = _dense_heads(qkv), rope if rope is None else rope.contiguous()
-    differentiable = any(x is not None and x.requires_grad for x in (qkv, query_norm, key_norm))
-    if differentiable and torch.is_grad_enabled():
+    norms = () if query_norm is None or key_norm is None else (query_norm, key_norm)
+    if torch.is_grad_enabled() and (
+        qkv.requires_grad or (norms and (norms[0].requires_grad or norms[1].requires_grad))
+    ):
         return _Rotary.apply(qkv, rope, query_norm, key_norm, num_heads, num_kv_heads, eps, unit_offset)
-    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _launch(qkv, rope, query_norm, key_norm, out, None, None, num_heads, num_kv_heads, 0, eps, unit_offset)
-    return out.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    return _forward(qkv, rope, query_norm, key_norm, num_heads, num_kv_heads, eps, unit_offset)
 
 
 def rotate_and_store(

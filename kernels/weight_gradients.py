@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels.common import cdiv
+
 # 64 bytes of a row of partials a program, so that a hidden size of 1024 has 64 programs; 256 rows are loaded at once.
 BLOCK_P, BLOCK_D = 256, 16
 
@@ -60,7 +62,8 @@ def rows_per_program(num_rows: int, block_t: int) -> int:
     Up to 32k rows there are at most 1,024 partials. They are 3 to 6 % of a backward pass's bytes from 16k rows on. At
     least 4 rows share one.
     """
-    return triton.cdiv(min(max(triton.cdiv(num_rows, 1024), 4), 32), block_t) * block_t
+    rows = min(max(cdiv(num_rows, 1024), 4), 32)
+    return cdiv(rows, block_t) * block_t
 
 
 def sum_partials(partials: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -79,7 +82,7 @@ def sum_partials(partials: Tensor, weights: Sequence[Tensor | None]) -> list[Ten
             if not adds[i]:
                 sums[i] = gradients[i] = torch.empty_like(weight, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(partials):
-        sum_partials_kernel[(triton.cdiv(num_cols, BLOCK_D), num_weights)](
+        sum_partials_kernel[(cdiv(num_cols, BLOCK_D), num_weights)](
             partials,
             *sums,
             num_partials,

@@ -18,9 +18,10 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations. auto is bfloat16 on a GPU (with float32 master weights) and float32 on a CPU."""
     micro_batch_tokens: Count | None = None
-    """The most tokens in one pass, in training and in scoring. Sequences are packed up to this number and never padded; a
-    longer one is a pass of its own. A pass takes fewer where the memory plan says that so many do not fit. Default: as many
-    as fit, up to 131,072 on a GPU and 16,384 on a CPU. Lower it when memory runs out: results change by rounding only."""
+    """The most tokens in one pass, in training and in scoring. Sequences are packed up to this number, not padded to a
+    length; a longer one is a pass of its own. A pass takes fewer where the memory plan says that so many do not fit.
+    Default: as many as fit, up to 131,072 on a GPU and 16,384 on a CPU. Lower it when memory runs out: results change by
+    rounding only."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This takes less memory and about a third more time."""
     trust_remote_code: bool = False

@@ -1,6 +1,6 @@
 """CUDA graphs of whole passes, for models so small that launching kernels takes longer than running them.
 
-The host needs up to 30 µs for each of the 9 kernels of a layer (29 with the backward pass); `pass_time` says where that is
+The host needs up to 40 µs for each of the 9 kernels of a layer (26 with the backward pass); `pass_time` says where that is
 longer than the GPU needs. A graph launches them all at once. It repeats the same kernels on the same addresses. So a batch
 is padded to sizes that many batches share (`PackedBatch.padded`) and copied to static tensors, and gradients are added to
 buffers that stay where they are (`main_grad`). A replay gives the bits of the eager pass on the same padded batch.
@@ -145,9 +145,8 @@ class _Recorded:
     names: list[str]
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
-        by_dtype: dict[
-            torch.dtype, tuple[list[Tensor], list[Tensor]]
-        ] = {}  # of one dtype torch copies all by one kernel
+        # Tensors of one dtype are copied by one kernel.
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for static, tensor in zip(self.inputs, _tensors(inputs)):
             for side, part in zip(by_dtype.setdefault(static.dtype, ([], [])), (static, tensor)):
                 side.append(part)

@@ -60,6 +60,7 @@ class Setting:
     offload_parameters: bool = False  # only beside offload_optimizer
     frozen: str = "resident"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    graphs: bool = False  # passes that are bound by launches are CUDA graphs
 
 
 def setting_of(config: Config, machine: Machine) -> Setting:
@@ -75,6 +76,9 @@ def setting_of(config: Config, machine: Machine) -> Setting:
         offload_parameters=deepspeed.offloads_parameters and zero == 3,
         frozen=deepspeed.frozen,
         lora=config.lora,
+        graphs=has_gpu
+        and config.rollout.cuda_graphs
+        and not (zero or config.lora.rank or config.model.gradient_checkpointing),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps
 from rto_fast.kernels.gemm import SPLIT_K_ELEMENTS
 from rto_fast.kernels.reference import block_sizes
+from rto_fast.planning.layers import kept_activations, layer_activations
 from rto_fast.planning.memory import Memory, Setting, backward_buffers, gradients, step_buffers
 from rto_fast.planning.shapes import Shape
 from rto_fast.rollout.cache import choose_page_size, wanted_pages
@@ -49,52 +50,12 @@ def step_work(
     return Work(tokens, labelled / mean * tokens, micro_batches, op, not setting.lora.rank)
 
 
-# Layers
-
-
-def layer_activations(shape: Shape, setting: Setting) -> float:
-    """Bytes a token that autograd keeps of one layer of transformers' Llama family.
-
-    A norm keeps its input in float32, the normalised value before its weight, and its output. Attention keeps queries, keys,
-    values, its result and one float32 number a head; on a CPU, where sequences go one by one, also their results. The MLP
-    keeps its gate, the gate's SiLU, the up projection and the product. RoPE keeps nothing: its factors have no gradient.
-    """
-    b = setting.itemsize
-    norm = 4 + b
-    heads = norm * (shape.query_width + shape.key_width) if shape.head_norms else 0
-    attention = (2 if setting.gpu else 3) * shape.query_width + 2 * shape.key_width
-    hidden = 2 * (norm + b) * shape.hidden_size
-    mlp = (4 if shape.gated else 3) * shape.intermediate_size
-    return hidden + heads + b * (attention + mlp) + 4 * shape.heads
-
-
-def kept_activations(shape: Shape, tokens: float, setting: Setting) -> float:
-    """What autograd keeps of a whole forward pass.
-
-    With gradient checkpointing these are the inputs of all layers, and all of the one layer that is run again.
-    """
-    b, layer = setting.itemsize, layer_activations(shape, setting)
-    last_norm = (4 + 2 * b) * shape.hidden_size  # the output layer keeps the norm's output
-    if setting.checkpointing:
-        return tokens * (shape.layers * b * shape.hidden_size + layer + last_norm)
-    return tokens * (shape.layers * layer + last_norm)
-
-
-def forward_activations(shape: Shape, tokens: float, setting: Setting) -> float:
-    """The most that a forward pass without gradients takes: in the MLP, in attention (with RoPE's copies) or in a norm."""
-    b = setting.itemsize
-    mlp = b * (2 * shape.hidden_size + 3 * shape.intermediate_size)
-    attention = b * (2 * shape.hidden_size + 5 * shape.query_width + 2 * shape.key_width)
-    norm = (2 * b + 12) * shape.hidden_size
-    return tokens * max(mlp, attention, norm)
+# Output layer
 
 
 def largest_part(layers: float, head: float) -> Memory:
     """The peak of a pass without gradients, in the layers or in the output layer after them."""
     return Memory(activations=layers) if layers >= head else Memory(workspace=head)
-
-
-# Output layer
 
 
 def head_forward(shape: Shape, labelled: float, setting: Setting) -> float:
@@ -153,24 +114,30 @@ def _head_backward_cpu(shape: Shape, work: Work, setting: Setting) -> float:
 
 def training_moments(shape: Shape, parameters: float, work: Work, setting: Setting) -> dict[str, Memory]:
     """What an optimizer step takes on top of `training_state`, at the four moments of which one is its peak."""
-    kept = kept_activations(shape, work.tokens, setting)
+    b, kept = setting.itemsize, kept_activations(shape, work.tokens, setting)
     all_gradients = gradients(parameters, setting)
-    before = all_gradients if work.micro_batches > 1 else 0.0
+    # Our optimizer keeps its buffer from the first backward pass on; DeepSpeed's gradients are gone after each step.
+    before = all_gradients if work.micro_batches > 1 or not setting.zero else 0.0
     buffers = backward_buffers(parameters, setting)
-    # Gradients inside a layer's backward pass: of its output, and of the MLP's product, SiLU and up projection. What
-    # autograd kept for the parts already passed is free by then.
-    flowing = work.tokens * setting.itemsize * (2 * shape.intermediate_size + 2 * shape.hidden_size)
-    embedding = (setting.itemsize + 4 * (setting.itemsize < 4)) * shape.largest * work.trains_all
-    of_head = 0.0  # the output layer's gradient; with tied weights it waits for the embedding's
-    if work.labelled and work.trains_all and setting.zero < 2:
-        of_head = (setting.itemsize if shape.tied else 4) * shape.head_weights
+    # Gradients inside a layer's backward pass: of its output and the residual stream, of the MLP's product, gate and up
+    # projection. What autograd kept for the parts already passed is free by then.
+    flowing = work.tokens * b * (2 * shape.intermediate_size + 2 * shape.hidden_size)
+    # The embedding's gradient, which torch converts before it adds it up; on a GPU our optimizer does without.
+    converts = b < 4 and (setting.zero > 0 or not setting.gpu)
+    embedding = (b + 4 * converts) * shape.largest * work.trains_all
+    of_head = shape.head_weights * bool(work.labelled and work.trains_all and setting.zero < 2)
+    waiting = b * of_head * shape.tied  # for the embedding's gradient, if that is of the same weight
     return {
         "output layer": Memory(
             gradients=before, activations=kept, workspace=head_backward(shape, work, setting) + buffers
         ),
-        "last layer": Memory(gradients=max(before, of_head), activations=kept, workspace=flowing + buffers),
+        "last layer": Memory(
+            gradients=max(before, waiting or 4.0 * of_head) if setting.zero else before + waiting,
+            activations=kept,
+            workspace=flowing + buffers,
+        ),
         "embedding": Memory(
-            gradients=all_gradients,
+            gradients=all_gradients + waiting * (not setting.zero),
             activations=work.tokens * layer_activations(shape, setting),
             workspace=embedding + buffers,
         ),
@@ -199,11 +166,9 @@ def decode_bytes(shape: Shape, slots: int, samples: int, max_new_tokens: int, se
 
 
 def mapped_projections(shape: Shape, setting: Setting) -> float:
-    """Weights that the native engine copies on a CPU.
+    """Weights of a model that are twice in a CPU's memory.
 
-    Weights are the checkpoint's file, mapped into memory. The engine lays projections of one input side by side in memory of
-    its own, and their pages of the file stay resident while there is room.
+    Weights are the checkpoint's file, mapped into memory. Projections of one input are copied to lie side by side, and their
+    pages of the file stay resident while there is room.
     """
-    outputs = shape.query_width + 2 * shape.key_width + 2 * shape.intermediate_size
-    moved = shape.layers * shape.hidden_size * outputs * shape.gated
-    return 0.0 if setting.gpu or setting.zero else setting.itemsize * moved
+    return 0.0 if setting.gpu or setting.zero else float(setting.itemsize * shape.beside)

@@ -15,6 +15,8 @@ from functools import cached_property
 from rto_fast.config import Config, Stage
 from rto_fast.planning import memory, passes
 from rto_fast.planning.budgets import choices, choose
+from rto_fast.planning.graphs import Passes, held_by_graphs
+from rto_fast.planning.layers import forward_activations
 from rto_fast.planning.machine import GIB, Machine
 from rto_fast.planning.memory import (
     Items,
@@ -128,7 +130,8 @@ class SupervisedPlanner(StagePlanner):
 
     @property
     def _state(self) -> Memory:
-        return training_state(self._trained, self.setting) + shared_base(self.shape, self.setting)
+        copied = Memory(weights=passes.mapped_projections(self.shape, self.setting))
+        return training_state(self._trained, self.setting) + shared_base(self.shape, self.setting) + copied
 
     @property
     def _sides(self) -> int:
@@ -149,25 +152,33 @@ class SupervisedPlanner(StagePlanner):
         batch = getattr(self.config, self.name).batch_size / setting.ranks
         work = step_work(sides * items.mean, sides * items.longest, self._labelled, batch, tokens, setting)
         moments = training_moments(self.shape, self._trained, work, setting).values()
-        return max((self._state + moment for moment in moments), key=lambda memory: memory.total)
+        state = self._state + Memory(workspace=self._graphs(work.tokens).workspace)
+        return max((state + moment for moment in moments), key=lambda memory: memory.total)
+
+    def _graphs(self, tokens: float) -> Memory:
+        labelled = self._labelled / (self._sides * self.items.mean) * tokens
+        return held_by_graphs([Passes(self.shape, tokens, labelled, "linear_token_logps", self._trained)], self.setting)
 
     def scoring(self, tokens: int) -> Memory:
         """DPO's reference and the held-out pairs, beside the optimizer."""
         setting, items = self.setting, self.items
         share = math.inf if items.count is None else items.count / setting.ranks * self._sides * items.mean
         tokens = min(max(tokens, self._sides * items.longest), share)
-        layers = passes.forward_activations(self.shape, tokens, setting)
+        layers = forward_activations(self.shape, tokens, setting)
         labelled = self._labelled / (self._sides * items.mean) * tokens
         head = passes.head_forward(self.shape, labelled, setting) if labelled else 0.0
         own = memory.gathered(self._parameters, setting) if setting.zero == 3 else 0.0
-        return self._state + Memory(weights=own) + passes.largest_part(layers, head)
+        left = 0.0 if setting.zero else memory.gradients(self._trained, setting)  # our optimizer's buffer
+        held = Memory(weights=own, gradients=left, workspace=self._graphs(tokens).workspace)
+        return self._state + held + passes.largest_part(layers, head)
 
 
 class RTOPlanner(StagePlanner):
     def plan(self, budget: TokenBudget) -> StagePlan:
         config, setting = self.config, self.setting
+        graphs = self._graphs(max(budget.training, budget.scoring))
         phases = (
-            Phase("rto", "rollout", self._states + self._rollout()),
+            Phase("rto", "rollout", self._states + graphs + self._rollout(graphs)),
             Phase("rto", "score", self.scoring(budget.scoring)),
             Phase("rto", "update", self.training(budget.training)),
         )
@@ -230,7 +241,8 @@ class RTOPlanner(StagePlanner):
         """What every phase holds: all models, and the rollout's tokens."""
         setting, shape = self.setting, self.shape
         merged = shape.layer_weights if setting.lora.rank else 0  # the engine's copy of the layers with adapters
-        copied = passes.mapped_projections(shape, setting) if self.config.rollout.engine == "native" else 0.0
+        loaded = [shape] if setting.lora.rank else [*(s for s, _ in self._trained), *(s for s, *_ in self._frozen)]
+        copied = sum(passes.mapped_projections(model, setting) for model in loaded)
         states = memory.shared_base(shape, setting) + Memory(
             weights=setting.itemsize * merged + copied,
             workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self.items.mean,
@@ -243,7 +255,20 @@ class RTOPlanner(StagePlanner):
 
     # What each phase adds
 
-    def _rollout(self) -> Memory:
+    def _graphs(self, tokens: int) -> Memory:
+        """Of passes of up to `tokens`."""
+        items, share = self.items, self._responses / self.setting.ranks
+        step = min(self.config.rto.batch_size / self.setting.ranks, share) * items.mean
+        models = []
+        for number, (shape, parameters) in enumerate(self._trained):
+            size, op = min(max(tokens, items.longest), step), "linear_ppo_loss"
+            models.append(Passes(shape, size, size * items.response / items.mean * (number == 0), op, parameters))
+        for shape, _, is_scorer in self._frozen:
+            size = min(max(tokens, items.longest), share * items.mean)
+            models.append(Passes(shape, size, size * items.response / items.mean * (not is_scorer)))
+        return held_by_graphs(models, self.setting)
+
+    def _rollout(self, graphs: Memory) -> Memory:
         """The pool takes no more than its share of the free memory; with less than all slots want, fewer are busy."""
         config, setting, shape, items = self.config, self.setting, self.shape, self.items
         rollout = config.rollout
@@ -255,12 +280,14 @@ class RTOPlanner(StagePlanner):
         )
         has_copy = setting.zero == 3 or rollout.engine == "vllm"
         copy = setting.itemsize * shape.parameters if has_copy else 0.0
-        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (self.machine.memory - self._states.total - copy)
+        budget = POOL_SHARE["cuda" if setting.gpu else "cpu"] * (
+            self.machine.memory - self._states.total - graphs.total - copy
+        )
         if rollout.kv_cache_gib is not None:
             budget = rollout.kv_cache_gib * GIB
         return Memory(
             weights=copy,
-            activations=passes.forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
+            activations=forward_activations(shape, min(PREFILL_TOKENS, slots * items.prompt), setting),
             kv=min(wanted, budget) if budget >= least else wanted,
             workspace=passes.decode_bytes(shape, slots, samples, rollout.max_new_tokens, setting),
         )
@@ -273,34 +300,35 @@ class RTOPlanner(StagePlanner):
         uses = []
         for shape, parameters, is_scorer in self._frozen:
             head = 0.0 if is_scorer else passes.head_forward(shape, labelled, setting)
-            uses.append(
-                (passes.forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting))
-            )
+            uses.append((forward_activations(shape, tokens, setting), head, memory.frozen_use(parameters, setting)))
         for shape, parameters in self._trained:
             own = memory.gathered(parameters, setting) if setting.zero == 3 else 0.0
-            uses.append((passes.forward_activations(shape, tokens, setting), 0.0, own))
+            uses.append((forward_activations(shape, tokens, setting), 0.0, own))
         layers, head, own = max(uses, key=lambda use: max(use[:2]) + use[2])
-        return self._states + Memory(weights=own) + passes.largest_part(layers, head)
+        return self._states + self._graphs(int(tokens)) + Memory(weights=own) + passes.largest_part(layers, head)
 
     def training(self, tokens: int) -> Memory:
         """The peak of an update.
 
-        The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there, the
-        policy's from the first micro-batch on and the critic's from the second.
+        The passes of policy and critic alternate: while one is in its passes, the other one's gradients are there. Those of
+        DeepSpeed are gone after each step; then the policy's are there from the first micro-batch on and the critic's from
+        the second.
         """
         rto, setting, items = self.config.rto, self.setting, self.items
         batch = rto.batch_size / setting.ranks
         policy = passes.step_work(items.mean, items.longest, items.response, batch, tokens, setting, "linear_ppo_loss")
         kept = [memory.gradients(parameters, setting) for _, parameters in self._trained]
-        candidates = []
+        candidates, graphs = [], Memory(workspace=self._graphs(tokens).workspace)
         for number, (shape, parameters) in enumerate(self._trained):
             is_policy = number == 0
             work = policy if is_policy else replace(policy, labelled=0.0)
             for name, moment in passes.training_moments(shape, parameters, work, setting).items():
-                if name == "step":  # the policy's comes first
+                if not setting.zero:
+                    has_others = True
+                elif name == "step":  # the policy's comes first
                     has_others = is_policy
                 else:
                     has_others = not is_policy or work.micro_batches > 1
                 others = sum(kept) - kept[number] if has_others else 0.0
-                candidates.append(self._states + moment + Memory(gradients=others))
+                candidates.append(self._states + graphs + moment + Memory(gradients=others))
         return max(candidates, key=lambda candidate: candidate.total)

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rto_fast.data.world import model_config
 from rto_fast.errors import ConfigError, error_text
+from rto_fast.models.decoder import decoder_of
+from rto_fast.models.placement import projection_groups
 
 # Public models that can be planned without their files, with the sizes of their config.json.
 KNOWN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text())
@@ -38,6 +40,10 @@ class Shape:
     vocab_size: int
     gated: bool  # the MLP has a gate, as Llama's
     head_norms: bool  # queries and keys are normalised, as in Qwen3
+    sandwich: bool  # attention and MLP have a norm after them too, as in Gemma
+    unit_offset: bool  # norms store their weight minus 1, as in Gemma
+    has_our_layers: bool  # our decoder knows the family
+    beside: int  # elements of the projections that are laid side by side when the model is loaded
     linears: tuple[tuple[str, int], ...]  # linear layers of the backbone: name, inputs plus outputs
 
     @property
@@ -59,8 +65,15 @@ class Shape:
 
     def adapter_parameters(self, rank: int, targets: str) -> int:
         """Parameters of LoRA adapters: A is [rank, inputs], B is [outputs, rank]."""
+        return rank * sum(size for _, size in self._adapted(targets))
+
+    def adapters(self, targets: str) -> int:
+        """The number of linear layers that have one."""
+        return len(self._adapted(targets))
+
+    def _adapted(self, targets: str) -> list[tuple[str, int]]:
         ends = tuple(targets.replace(" ", "").split(","))
-        return rank * sum(size for name, size in self.linears if targets == "all-linear" or name.endswith(ends))
+        return [(name, size) for name, size in self.linears if targets == "all-linear" or name.endswith(ends)]
 
     @property
     def kv_elements(self) -> int:
@@ -96,7 +109,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
         for name, module in model.base_model.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    heads = _size(text, "num_attention_heads")
+    heads, decoder = _size(text, "num_attention_heads"), decoder_of(model)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         name=name,
@@ -113,6 +126,10 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
         vocab_size=head.shape[0],
         gated="gate_proj" in names,
         head_norms="q_norm" in names,
+        sandwich="post_feedforward_layernorm" in names,
+        unit_offset=decoder is not None and decoder.spec.family.unit_offset,
+        has_our_layers=decoder is not None,
+        beside=sum(linear.weight.numel() for group in projection_groups(model) for linear in group),
         linears=tuple(linears),
     )
 

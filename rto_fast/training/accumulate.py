@@ -52,7 +52,7 @@ class Accumulator:
         Raises:
             torch.OutOfMemoryError: the budget is that of the longest item, which is never cut.
         """
-        if PassGraphs.give_up():
+        if ranks.any_rank(PassGraphs.give_up()):
             self.say("out of memory: goes on without CUDA graphs of passes")
             return
         if torch.cuda.is_available():
@@ -96,6 +96,8 @@ class AccumulatedStep:
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         """Yields the items of each micro-batch and the factor of its loss: 1, or 0 where only other ranks have work left."""
+        for optimizer in self.optimizers:
+            optimizer.make_gradients()
         while True:
             self.totals, self.failure = {}, ""
             micro_batches = ranks.shared_micro_batches(self.lengths, self.budget.tokens)

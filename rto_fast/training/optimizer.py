@@ -105,8 +105,11 @@ class ScheduledOptimizer:
         """Clips the gradients, takes the step if they are finite, clears them; returns their norm and `not_finite` of it."""
         raise NotImplementedError
 
+    def make_gradients(self) -> None:
+        """Gives the parameters the places of their gradients, for which layers of ours look in their forward passes."""
+
     def free_gradients(self) -> None:
-        """Gives back the memory of the gradients until the next backward pass, where that is possible."""
+        """Gives back the memory of the gradients until the next step begins, where that is possible."""
 
     def release(self) -> None:
         """Gives back what would outlive the optimizer; the model is not trained any further."""
@@ -186,6 +189,9 @@ class Optimizer(ScheduledOptimizer):
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor that belong to each of the tensors `updated`."""
         return self._stretches(flat) if self.has_masters else self.layout.views(flat)
+
+    def make_gradients(self) -> None:
+        self.gradients.make()
 
     def backward(self, loss: Tensor) -> None:
         self.gradients.make()

@@ -18,6 +18,7 @@ from rto_fast.rto.update import policy_loss, value_loss
 from rto_fast.training.accumulate import Accumulator
 from tests.models.test_padding import RTO, STATISTICS, float64, micro_batch, scorer, sides
 from tests.tiny_models import tiny
+from tests.waits import NoWaits
 
 SAME_SIZES = [(6, 20), (1, 30), (11, 3)], [(5, 20), (2, 30), (11, 3)], [(6, 19), (1, 31), (11, 3)]
 
@@ -306,6 +307,29 @@ def test_passes_that_the_gpu_takes_longer_for_are_eager(monkeypatch):
     for _ in range(3):
         scored(model, SAME_SIZES[0])
     assert not model.graphs.recorded
+
+
+def test_nothing_on_the_way_to_a_replay_waits_for_the_device():
+    """Padding, copying, and looking whether anything has moved. The pass itself is not run here: a graph holds it."""
+
+    class Still(Repeated):
+        def __init__(self, run):
+            super().__init__(run)
+            self.result = run()
+
+        def replay(self):
+            return self.result.clone()
+
+    model = model_with_graphs(graph=Still)
+    add = backward(model.module)
+    for _ in range(2):
+        model.learn(policy_loss, micro_batch(SAME_SIZES[0]), RTO, 1.0, backward=add)
+        scored(model, SAME_SIZES[0])
+    batch, inputs = pack(*sides(SAME_SIZES[0])), micro_batch(SAME_SIZES[0])
+    with NoWaits(), torch.no_grad():
+        assert len(model.forward(causal_logps, batch)) == batch.num_tokens
+        assert "policy_loss" in model.learn(policy_loss, inputs, RTO, 1.0, backward=add)
+    assert len(made(model)) == 2
 
 
 def test_a_pass_with_gradients_outside_of_learn_is_eager():

@@ -17,6 +17,7 @@ from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter, new_adapter
 from rto_fast.models.model import Model
 from rto_fast.models.placement import joined, lay_side_by_side, moved, projection_groups
+from rto_fast.training.optimizer import Optimizer
 from rto_fast.training.saving import save_model
 from rto_fast.training.zero import build_optimizer, place_frozen
 from tests.ranks import join_deepspeed, run_ranks
@@ -165,6 +166,27 @@ def test_an_adapters_gradients_lie_as_its_weights_do(folder):
     for layer in range(base.config.num_hidden_layers):
         places = [names.index(f"model.layers.{layer}.self_attn.{p}_proj.lora_A.policy.weight") for p in "qkv"]
         assert places == list(range(places[0], places[0] + 3))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizers_gradients_are_neighbours_too(name, dtype):
+    config = load_config(["--config", "default"])
+    model = Model(tiny(name, intermediate_size=64).to(dtype))
+    lay_side_by_side(projection_groups(model.module))
+    optimizer = Optimizer(model, config.sft, config.optimizer, 4)
+    optimizer.gradients.make()
+    assert not separate(model.module)  # the optimizer leaves the weights where they are
+    for group in projection_groups(model.module):
+        for kind in ("weight", "bias"):
+            parameters = [getattr(m, kind) for m in group if getattr(m, kind) is not None]
+            if parameters and all(p.numel() % 32 == 0 for p in parameters):
+                assert joined([p.main_grad for p in parameters]) is not None, kind
+    trained = new_adapter(tiny(name), "policy", LoraConfig(rank=2), 0)
+    trained.base.requires_grad_(False)
+    Optimizer(Model(trained), config.sft, config.optimizer, 4).gradients.make()
+    for group in projection_groups(trained.base):
+        assert joined([m.lora_A["policy"].weight.main_grad for m in group]) is not None
 
 
 @pytest.mark.parametrize("settings", [dict(frozen="resident"), dict(frozen="sharded"), dict(frozen="offloaded")])

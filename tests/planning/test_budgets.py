@@ -12,9 +12,11 @@ from rto_fast.config import load_config
 from rto_fast.errors import CheckpointError
 from rto_fast.planning.advice import changed
 from rto_fast.planning.budgets import LEAST, MOST, choices, described
+from rto_fast.planning.graphs import Passes, held_by_graphs
 from rto_fast.planning.machine import GIB, Machine, parse_machine, usable_bytes
-from rto_fast.planning.memory import Items, largest_items
+from rto_fast.planning.memory import Items, largest_items, setting_of
 from rto_fast.planning.phases import make_plan
+from rto_fast.planning.shapes import find_shape
 from rto_fast.preflight import room
 from rto_fast.training.budget import TokenBudget
 from rto_fast.training.checkpoint import Checkpoints
@@ -87,6 +89,23 @@ def test_lengths_of_the_data_count():
     machine = gpu(24)
     few, many = (make_plan(SMOLLM2, machine, items).budgets["dpo"].training for items in (long, short))
     assert few < many == MOST  # a whole step of short items fits
+
+
+def test_graphs_of_passes_are_held_in_every_phase():
+    phases = {phase.title: phase.memory for phase in make_plan(SMOLLM2, gpu(80)).phases}
+    eager = make_plan(changed(SMOLLM2, {"rollout.cuda_graphs": False}), gpu(80)).phases
+    shape = find_shape("HuggingFaceTB/SmolLM2-135M-Instruct")
+    for phase in eager:
+        assert phases[phase.title].workspace > phase.memory.workspace + GIB
+        if phase.stage == "rto":  # gradients to which graphs add stay: of the policy and of the critic
+            assert phases[phase.title].gradients == 4 * (shape.parameters + shape.scorer_parameters)
+    assert not {phase.title: phase.memory.gradients for phase in eager}["rto rollout"]
+    assert not setting_of(LLAMA, gpu(80)).graphs  # adapters run eagerly
+    setting = setting_of(SMOLLM2, gpu(80))
+    large = Passes(find_shape("meta-llama/Meta-Llama-3-8B"), 65536, 32768, "linear_ppo_loss", 8e9)
+    small = Passes(shape, 65536, 32768)  # which only scores
+    assert held_by_graphs([large], setting).workspace < 4 * GIB  # only its shortest passes are bound by launches
+    assert held_by_graphs([small], setting).gradients == 0
 
 
 def test_the_line_says_what_and_why():

@@ -11,15 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.errors import ModelError  # noqa: E402
-from rto_fast.models import decoder_families  # noqa: E402
+from rto_fast.models.decoder import refuse  # noqa: E402
 from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine  # noqa: E402
 from rto_fast.rollout import model as rollout_model  # noqa: E402
 from rto_fast.rollout.model import RolloutModel  # noqa: E402
 from tests.ranks import join_deepspeed, run_ranks  # noqa: E402
-from tests.tiny_models import assert_same, prompts, tiny  # noqa: E402
+from tests.tiny_models import FAMILIES, assert_same, prompts, tiny  # noqa: E402
 
 SAMPLING = Sampling(16, stop_ids=(1, 7, 8))
-FAMILY = ["llama", "qwen2", "qwen3", "mistral"]
 
 
 def generate(model):
@@ -34,13 +33,13 @@ def is_fused(model):
         return decoding.decoder is not None
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_the_family_is_fused_and_samples_the_same(name, monkeypatch):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_is_fused_and_samples_the_same(name):
     model = tiny(name)
     RolloutModel(model).lay_side_by_side()
     assert is_fused(model)
     fused = generate(model)
-    monkeypatch.setattr(decoder_families, "FAMILIES", {})
+    refuse(model, "for the test")
     assert not is_fused(model)
     assert_same(fused, generate(model))
 

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from rto_fast import batch
 from rto_fast.batch import pack_whole
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED, attention_implementation
+from rto_fast.models.graphs import PassGraphs
 from rto_fast.models.model import Model
 from rto_fast.rewards import NormalizedScores
 from rto_fast.rollout import RolloutBatch, Sampling
@@ -22,6 +24,7 @@ from rto_fast.rto.trainer import RTOTrainer, adapt_kl_coef
 from rto_fast.rto.update import update
 from rto_fast.training.accumulate import Accumulator
 from rto_fast.training.loader import Loader
+from tests.models.test_graphs import Repeated
 from tests.rto.recorded_log import RecordedLog
 from tests.tiny_models import perturbed, world_scorer
 
@@ -166,8 +169,10 @@ def gradients(models, settings, experience, rewards, tokens=16384):
             self.model.zero_grad()
             return {}
 
-        def free_gradients(self):
+        def make_gradients(self):
             pass
+
+        free_gradients = make_gradients
 
     optimizers = {f"{name}_optimizer": Recorder(name, getattr(models, name).module) for name in ("policy", "critic")}
     metrics = update(settings, models, optimizers, experience, rewards, 0, Accumulator(tokens, print))
@@ -432,3 +437,19 @@ def test_at_another_temperature_the_dense_reward_stays_that_of_the_dpo_model():
 def test_without_a_reward_model_the_truncation_penalty_stands():
     *_, metrics = collect(build_models(scorer=None), config("--rto.score_scale", "0"))
     assert metrics["score_reward"].item() == pytest.approx(-1 / 3)
+
+
+def test_iterations_with_graphs_are_those_without(monkeypatch):
+    """Scoring and training passes of all models; a stand-in repeats what a CUDA graph would."""
+    monkeypatch.setattr(batch, "padded_size", lambda count: 1 << (count - 1).bit_length() if count else 0)  # few sizes
+    plain, other = (trainer("--rto.batch_size", "2") for _ in range(2))
+    models = [other.models.policy, other.models.reference, other.models.dpo, other.models.critic]
+    for model in models:
+        model.graphs = PassGraphs(model.module, Repeated)
+    for _ in range(3):
+        steps = [{k: float(v) for k, v in each.step().items() if "second" not in k} for each in (other, plain)]
+        assert steps[0] == pytest.approx(steps[1], rel=1e-3, abs=1e-5)
+    replays = [sum(r.graph.replays for r in model.graphs.recorded.values() if r) for model in models]
+    assert min(replays) > 0
+    other.release()
+    assert not any(model.graphs.recorded for model in models)

@@ -45,6 +45,7 @@ def reference_of(count, seed=0):
     return -10.0 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
 def summed(model, prompt, response):
     rows = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return sum(rows[len(prompt) - 1 + i, token] for i, token in enumerate(response))

@@ -126,11 +126,12 @@ def test_a_stage_ends_when_no_gradient_is_finite(directory, tmp_path):
     model = packed(build_model(0))
     order = stages.ShuffledIndices(40, 0, 1, "")
 
-    def loss(rows, items):
-        return model.module.lm_head.weight.sum() * torch.nan, {}
+    def loss(module, rows):
+        loss = module.lm_head.weight.sum() * torch.nan
+        return loss, {"loss": loss.detach()}
 
-    stage = session.config.sft
-    run = stages.SupervisedTrainer(model, stage, order, [5] * 40, loss, session.config, 100, print)
+    stage, work = session.config.sft, lambda rows, items: (loss, rows)
+    run = stages.SupervisedTrainer(model, stage, order, [5] * 40, work, session.config, 100, print)
     with pytest.raises(TrainingError, match="sft: the gradient was not finite in .* steps in a row"):
         train("sft", run, session.checkpoints, show=("loss",))
     assert run.optimizer.skipped == run.optimizer.steps > 0
