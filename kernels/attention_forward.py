@@ -222,7 +222,7 @@ def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
     """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
     if device.type != "cuda":
         return 64, 128
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
         return 128, 128
     return 64, 128 if properties.shared_memory_per_block_optin >= 160 << 10 else 64
