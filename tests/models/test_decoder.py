@@ -271,7 +271,7 @@ def test_a_decoder_keeps_no_model_alive_and_a_copy_has_its_own():
         module.register_forward_hook(lambda *_, engine=[model]: None)
     model.model.norm.weight.engine = model
     backbone, layer = weakref.ref(model.model), weakref.ref(model.model.layers[0])
-    del model
+    del model, module
     gc.collect()
     assert backbone() is None and layer() is None
 
