@@ -1,5 +1,6 @@
 """Our decoder computes what transformers' layers compute, forward and backward, and knows when it would not."""
 
+import copy
 import gc
 import weakref
 
@@ -259,9 +260,16 @@ def test_a_higher_precision_is_the_models_own():
     assert not torch.equal(hidden, forward_hidden(model, batch))
 
 
-def test_a_decoder_keeps_no_model_alive():
+def test_a_decoder_keeps_no_model_alive_and_a_copy_has_its_own():
     model = packed("llama")
     forward_hidden(model, pack_whole(prompts()))
+    twin = copy.deepcopy(model)
+    assert decoder_of(twin) not in (decoder_of(model), None)
+    twin.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert decoder_of(twin) is None and decoder_of(model) is not None
+    for module in (model.model, model.model.layers[0]):  # as engines do: hooks and parameters that lead to the model
+        module.register_forward_hook(lambda *_, engine=[model]: None)
+    model.model.norm.weight.engine = model
     backbone, layer = weakref.ref(model.model), weakref.ref(model.model.layers[0])
     del model
     gc.collect()
