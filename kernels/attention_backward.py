@@ -21,7 +21,6 @@ from rto_fast.kernels.attention_forward import (
     launch_options,
     load_rows,
     product,
-    rows_of_a_tile,
     store_rows,
     visible,
     weights,
@@ -208,11 +207,11 @@ def attention_backward(
     strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
     numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
     sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
-    options = launch_options(query, max_seqlen)
-    row_bytes = options["BLOCK_D"] * query.element_size()
-    rows = rows_of_a_tile(row_bytes, max_seqlen, query.device)
-    # Two products of a block wait for each other here, where the forward pass has one, so blocks are smaller.
-    block = 64 if row_bytes <= 128 else 32 if row_bytes <= 512 else 16
+    rows, options = launch_options(query, max_seqlen)
+    # Two products of a block are at hand at a time, where the forward pass has one, so blocks are smaller.
+    block = 64 if query.element_size() == 2 and options["BLOCK_D"] <= 64 else 32
+    if query.element_size() == 4 and options["BLOCK_D"] > 128:
+        block = 16
     sizes |= options
     tiles, sequences = triton.cdiv(max_seqlen, rows), len(cu_seqlens) - 1
     with torch.cuda.device_of(query):
