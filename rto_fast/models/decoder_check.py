@@ -98,8 +98,11 @@ def _gradient_reason(model: PreTrainedModel, decoder: Decoder, number: int, batc
     def own_layer(x: Tensor) -> Tensor:
         return _own_layer(decoder, spec, x, batch)
 
-    ours = gradients(lambda x: layer.whole(x, rope, view), start.dtype)
-    own, truth = gradients(own_layer, start.dtype), gradients(own_layer, higher_precision(start.dtype))
+    try:
+        truth = gradients(own_layer, higher_precision(start.dtype))
+    except RuntimeError:  # after ZeRO 3, DeepSpeed's `linear` is torch's and has no gradients in another precision
+        return None
+    own, ours = gradients(own_layer, start.dtype), gradients(lambda x: layer.whole(x, rope, view), start.dtype)
     errors, noises = ([_distance(g, t) for g, t in zip(found, truth)] for found in (ours, own))
     limit = FACTOR * (max(noises) + torch.finfo(torch.float32).eps)
     for (name, _), error in zip(named, errors):
