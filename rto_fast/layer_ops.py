@@ -200,7 +200,7 @@ def packed_attention(
         query: [T, num_heads, head_dim]; float32, bfloat16 or float16. Triton takes a head_dim of at most 256.
         key, value: [K, num_kv_heads, head_dim] of the same dtype; num_heads is a multiple of num_kv_heads.
         cu_seqlens: [N + 1] int32, the bounds of the sequences in `query`, which rise from 0 to T. A sequence may be empty,
-            so bounds that are repeated fill up a batch. Other values raise a ValueError on a CPU; on CUDA they are not checked.
+            so bounds that are repeated fill up a batch. Others raise a ValueError on a CPU; on CUDA they are not checked.
         max_seqlen: the length of the longest sequence in `query`, or a larger number. On CUDA, tokens beyond are undefined.
         scale: scores are query·key·scale; None is 1/√head_dim.
         window: each position sees the last `window` positions, itself among them; None is all.
