@@ -415,6 +415,7 @@ class FakeCuda:
         current.name, side.name = "current", "side"
         for name, value in dict(current_stream=lambda: current, Stream=lambda: side, stream=on).items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.events.append(f"back on {stream.name}"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
         monkeypatch.setattr(torch.cuda, "graph", graph)
         monkeypatch.setattr(CudaGraph, "stream", None)
@@ -450,10 +451,10 @@ def test_a_capture_that_runs_out_of_memory_says_so(monkeypatch, sync_modes, firs
         return torch.ones(1)
 
     # torch ends the capture while the error is on its way, which may raise another one.
-    FakeCuda(monkeypatch, fails=None if first else torch.OutOfMemoryError("CUDA out of memory"))
+    fake = FakeCuda(monkeypatch, fails=None if first else torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraph(run)
-    assert not CudaGraph.live
+    assert not CudaGraph.live and fake.events[-1] == "back on current"
 
 
 def test_a_capture_that_fails_ends_the_run_and_tells_the_way_out(monkeypatch, sync_modes):
