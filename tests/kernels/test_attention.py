@@ -4,6 +4,7 @@ Queries, keys and values are views of one tensor that is NaN around them.
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +284,15 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
     assert launches == ["attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"]
     allowed = {"aten::empty", "aten::empty_like", "aten::split_with_sizes", "aten::detach", "aten::alias", "aten::view"}
     assert set(recorder.names) <= allowed, recorder.names
+
+
+@pytest.mark.parametrize(
+    "major, kilobytes, expected", [(8, 163, (64, 64)), (9, 227, (64, 128)), (10, 227, (128, 128)), (12, 99, (64, 64))]
+)
+def test_tiles_fit_the_gpu(major, kilobytes, expected, monkeypatch):
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert attention_forward._rows_of_tiles.__wrapped__(torch.device("cuda", 0)) == expected
 
 
 def test_more_sequences_than_a_launch_has(device, monkeypatch):
