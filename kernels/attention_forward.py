@@ -28,6 +28,7 @@ from rto_fast.kernels.common import EXACT, INTERPRETED, LOG2E
 
 # The columns in which the weights of a block are summed up. The bits of a result depend on it, and on `block_keys`.
 SUM_COLUMNS = tl.constexpr(8)
+MAX_SEQUENCES = 1 << 15  # of a launch; a grid may have 65,535 programs in its third dimension
 
 
 @triton.jit
@@ -209,9 +210,12 @@ def base_2(scale: float, softcap: float | None) -> tuple[float, float | None]:
     return scale * 2 * LOG2E.value / softcap, softcap * LOG2E.value
 
 
-def block_keys(row_bytes: int) -> int:
-    """Keys of a block, for heads of `row_bytes`. Never by anything else, because the bits of a result depend on it."""
-    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+def block_keys(block_d: int, itemsize: int) -> int:
+    """Keys of a block. It follows from nothing else, because the bits of a result depend on it.
+
+    Products in float32 do not run on tensor cores: larger tiles would be minutes of compilation, and spill registers.
+    """
+    return (64 if itemsize == 2 else 32) // (1 if block_d <= 128 else 2)
 
 
 @cache
@@ -219,25 +223,37 @@ def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
     """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
     if device.type != "cuda":
         return 64, 128
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
         return 128, 128
     return 64, 128 if properties.shared_memory_per_block_optin >= 160 << 10 else 64
 
 
-def rows_of_a_tile(row_bytes: int, max_seqlen: int, device: torch.device) -> int:
+def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.device) -> int:
     """Rows of a program's tile. Short sequences fill small tiles better; large tiles read less from L2."""
-    if row_bytes > 256:
-        return 64 if row_bytes <= 512 else 32
-    return _rows_of_tiles(device)[max_seqlen > 1024]
+    if itemsize == 4:
+        return 32
+    return 64 if block_d > 128 else _rows_of_tiles(device)[max_seqlen > 1024]
 
 
-def launch_options(query: Tensor, max_seqlen: int) -> dict[str, Any]:
-    """BLOCK_D, warps and stages. A warp has 16 rows; wider rows, and products without tensor cores, need more registers."""
-    block_d = max(16, triton.next_power_of_2(query.shape[2]))
-    narrow = query.element_size() == 2 and block_d <= 128
-    rows = rows_of_a_tile(block_d * query.element_size(), max_seqlen, query.device)
-    return {"BLOCK_D": block_d, "num_warps": rows // 16 if narrow else 8, "num_stages": 3 if narrow else 2}
+def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]:
+    """(rows of a tile; BLOCK_D, warps and stages). A warp has 16 rows, or 8 of heads of 256, which need more registers."""
+    block_d, itemsize = max(16, triton.next_power_of_2(query.shape[2])), query.element_size()
+    rows = rows_of_a_tile(block_d, itemsize, max_seqlen, query.device)
+    narrow = itemsize == 2 and block_d <= 128
+    return rows, {
+        "BLOCK_D": block_d,
+        "num_warps": rows // 16 if narrow else 8,
+        "num_stages": 3 if narrow else 2,
+        "maxnreg": 255 if itemsize == 4 else None,  # by itself ptxas would spill, to make room for more programs
+    }
+
+
+def bounds_of_launches(cu_seqlens: Tensor) -> list[Tensor]:
+    """The bounds of the sequences of each launch, nearly always of all of them."""
+    if len(cu_seqlens) <= MAX_SEQUENCES + 1:
+        return [cu_seqlens]
+    return [cu_seqlens[first : first + MAX_SEQUENCES + 1] for first in range(0, len(cu_seqlens) - 1, MAX_SEQUENCES)]
 
 
 def attention_forward(
@@ -257,34 +273,34 @@ def attention_forward(
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     if not num_tokens:
         return out, lse
-    options = launch_options(query, max_seqlen)
-    row_bytes = options["BLOCK_D"] * query.element_size()
-    rows = rows_of_a_tile(row_bytes, max_seqlen, query.device)
+    rows, options = launch_options(query, max_seqlen)
     factor, cap = base_2(scale, softcap)
+    tiles = triton.cdiv(max_seqlen, rows)
     with torch.cuda.device_of(query):
-        attention_fwd_kernel[(triton.cdiv(max_seqlen, rows), num_heads, len(cu_seqlens) - 1)](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens_k,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            num_tokens,
-            factor,
-            cap,
-            window,
-            GROUP=num_heads // key.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_M=rows,
-            BLOCK_N=block_keys(row_bytes),
-            **options,
-            **EXACT,
-        )
+        for bounds, bounds_k in zip(bounds_of_launches(cu_seqlens), bounds_of_launches(cu_seqlens_k)):
+            attention_fwd_kernel[(tiles, num_heads, len(bounds) - 1)](
+                query,
+                key,
+                value,
+                out,
+                lse,
+                bounds,
+                bounds_k,
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                num_tokens,
+                factor,
+                cap,
+                window,
+                GROUP=num_heads // key.shape[1],
+                HEAD_DIM=head_dim,
+                BLOCK_M=rows,
+                BLOCK_N=block_keys(options["BLOCK_D"], query.element_size()),
+                **options,
+                **EXACT,
+            )
     return out, lse

@@ -125,7 +125,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A backbone. It does not refer to the backbone itself, by which it is cached."""
+    """A backbone."""
 
     family: Family
     embedding: Any
@@ -186,10 +186,7 @@ def reason_against(backbone: Any, exempt: Collection[nn.Module] = ()) -> str | N
 
 
 class Watch:
-    """Tells in 0.1 ms whether a backbone without a `reason_against` it is still as it was: the same modules, no hooks.
-
-    It holds no reference to the backbone.
-    """
+    """Tells in 0.1 ms whether a backbone without a `reason_against` it is still as it was: the same modules, no hooks."""
 
     def __init__(self, backbone: Any):
         found = [*parts(backbone), *(_activation_module(layer.mlp) for layer in backbone.layers), backbone.layers]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rto_fast import layer_ops
 from rto_fast.kernels import attention, attention_backward, attention_forward, layer_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +126,6 @@ def assert_matches(case, actual=None):
 def tiles(monkeypatch, rows):
     """Fixes the rows of a tile, of queries or, in the kernel of dK and dV, of keys."""
     monkeypatch.setattr(attention_forward, "rows_of_a_tile", lambda *_: rows)
-    monkeypatch.setattr(attention_backward, "rows_of_a_tile", lambda *_: rows)
 
 
 def assert_equal(first, second):
@@ -285,6 +285,13 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
     assert set(recorder.names) <= allowed, recorder.names
 
 
+def test_more_sequences_than_a_launch_has(device, monkeypatch):
+    case = make(device, (3, 40, 0, 7, 70, 1, 5), heads=1)
+    expected = case.gradients()
+    monkeypatch.setattr(attention_forward, "MAX_SEQUENCES", 3)
+    assert_equal(case.gradients(), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0}])
 def test_neighbours_and_packing_do_not_matter(options, device):
     """The bits of a sequence are those that it has alone, beside a neighbour that is NaN too."""
@@ -354,3 +361,104 @@ def test_nothing_to_do(device):
             assert x.shape == like.shape
     with pytest.raises(ValueError, match="query: expected a head_dim of at most 256"):
         make(device, (2,), head_dim=257).attend()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"query": torch.zeros(4, 16)}, "query: expected shape"),
+        ({"key": torch.zeros(4, 3, 16)}, "key: expected shape .* a divisor of 4"),
+        ({"key": torch.zeros(5, 2, 16), "value": torch.zeros(5, 2, 16)}, "key: expected shape"),
+        ({"value": torch.zeros(4, 2, 16).half()}, "value: expected dtype"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: expected dtype"),
+        ({"cu_seqlens": torch.zeros(0).int()}, "cu_seqlens: expected a 1-d tensor"),
+        ({"cu_seqlens_k": torch.zeros(3).int()}, "cu_seqlens_k: expected shape"),
+        ({"max_seqlen": -1}, "max_seqlen: expected an integer"),
+        ({"window": 0}, "window: expected an integer of at least 1 or None"),
+        ({"scale": 0.0}, "scale: expected a finite number above 0 or None"),
+        ({"softcap": -1.0}, "softcap: expected a finite number above 0 or None"),
+    ],
+)
+def test_refused_arguments(changes, message):
+    arguments = {"query": torch.zeros(4, 4, 16), "key": torch.zeros(4, 2, 16), "value": torch.zeros(4, 2, 16)}
+    arguments |= {"cu_seqlens": torch.tensor([0, 4]).int(), "max_seqlen": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        layer_ops.packed_attention(**arguments)
+
+
+@needs_cuda
+@pytest.mark.parametrize("heads, group, head_dim", [(8, 4, 128), (8, 2, 128), (3, 3, 64), (4, 2, 256)])
+def test_beside_varlen_attn(heads, group, head_dim, device, monkeypatch):
+    """As near to float32 as torch's kernel, in tiles that have the same bits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    case = make(device, (700, 1, 0, 2000, 333), heads=heads, group=group, head_dim=head_dim, dtype=torch.bfloat16)
+    monkeypatch.setattr(attention_forward, "rows_of_a_tile", lambda *_: 64)
+    small = case.gradients()
+    if head_dim <= 128:
+        tiles(monkeypatch, 128)
+        assert_equal(case.gradients(), small)
+
+    def torchs(query, key, value, cu_seqlens, longest):
+        key, value = layer_reference.repeat_heads(query, key, value)
+        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+
+    wide = replace(case, **{name: getattr(case, name).float() for name in ("query", "key", "value", "dout")})
+    expected = wide.gradients(function=layer_reference.packed_attention)
+    for name, ours, others, exact in zip(("out", "dq", "dk", "dv"), small, case.gradients(function=torchs), expected):
+        errors = [(x.float() - exact).norm() for x in (ours, others)]
+        assert errors[0] <= 1.1 * errors[1], (name, errors)
+    assert_equal(case.gradients(), case.gradients())
+
+
+@needs_cuda
+def test_a_graph_replays_without_waiting(device):
+    """The bounds of a batch may change between replays; the host waits for nothing."""
+    case = make(device, (100, 28, 60, 0), dtype=torch.bfloat16, head_dim=64)
+    cu_seqlens, leaves = case.bounds, [x.clone().requires_grad_() for x in (case.query, case.key, case.value)]
+
+    def call():
+        out = attention.packed_attention(*leaves, cu_seqlens, 128)
+        return out, *torch.autograd.grad(out, leaves, case.dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for lengths in ((100, 28, 60, 0), (1, 127, 0, 60)):
+        cu_seqlens.copy_(bounds(lengths, device))
+        graph.replay()
+        assert_equal(captured, replace(case, lengths=lengths).gradients(128))
+
+
+@needs_cuda
+def test_more_sequences_than_a_grid_has_programs(device):
+    """65,535 in its third dimension. The only position of a sequence is its value."""
+    case = make(device, (1,) * 70000, heads=2, dtype=torch.bfloat16)
+    out, _, _, dv = case.gradients()
+    assert torch.equal(out, case.value.repeat_interleave(2, 1))
+    torch.testing.assert_close(dv, case.dout.unflatten(1, (2, 2)).sum(2))
+
+
+@needs_cuda
+def test_offsets_beyond_32_bits(device):
+    """The last sequence begins more than 2^31 elements after the first."""
+    near = make(device, (70,), heads=1, group=1, head_dim=64, dtype=torch.float16)
+    stride = (1 << 31) // 1000 + 64
+    far = torch.empty(1070, stride, device=device, dtype=torch.float16)[:, :192].unflatten(1, (3, 64))
+    far.zero_()
+    far[1000:] = torch.cat([near.query, near.key, near.value], 1)
+    query, key, value = far.split(1, 1)
+    dout = torch.cat([torch.zeros_like(near.dout[:1]).expand(1000, 1, 64), near.dout])
+    actual = Case(query, key, value, dout, (1000, 70), {}).gradients()
+    assert_equal([x[1000:] for x in actual], near.gradients())
