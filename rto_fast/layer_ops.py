@@ -180,6 +180,11 @@ def _check_attention(query: Any, key: Any, value: Any, cu_seqlens: Any, cu_seqle
         check_tensor("key", key, (len(query), *key.shape[1:]), (query.dtype,), query.device)
     else:
         check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), query.device)
+    if (
+        arguments.INTERPRET and query.device.type == "cpu"
+    ):  # kernels would read foreign memory; the reference checks itself
+        bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        layer_reference.query_and_key_lengths(cu_seqlens, len(query), bounds, len(key))
 
 
 def packed_attention(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rto_fast import layer_ops
+from rto_fast.kernels import arguments
 from tests.kernels.layers import normal
 
 T, HEADS, KV_HEADS, HEAD_DIM = 3, 2, 1, 6
@@ -120,13 +121,17 @@ def attend(bounds, key_bounds=None, keys=T):
 
 
 @pytest.mark.parametrize("bounds", [[0], [0, 2], [0, 4], [1, 3], [0, 3, 2, 3], [0, -1, 3]])
-def test_wrong_bounds(bounds):
+def test_wrong_bounds(bounds, monkeypatch):
     with pytest.raises(ValueError, match="^cu_seqlens: expected bounds that rise from 0 to the 3 tokens$"):
         attend(bounds)
     with pytest.raises(ValueError, match="^cu_seqlens: expected bounds"):
         attend(bounds, bounds)
     with pytest.raises(ValueError, match="^cu_seqlens_k: expected bounds that rise from 0 to the 5 tokens$"):
         attend([0, 1, 3], [0, 1, 4], keys=5)
+    monkeypatch.setattr(arguments, "INTERPRET", True)  # refused before a kernel runs
+    with pytest.raises(ValueError, match="^cu_seqlens: expected bounds"):
+        attend(bounds)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="^cu_seqlens_k: expected as many keys as queries in each sequence, or more$"):
         attend([0, 1, 3], [0, 4, 5], keys=5)
 
@@ -152,6 +157,7 @@ def test_cpu_tensors_run_the_kernels_under_the_interpreter(op, interpreter):
 import os, torch
 os.environ["TRITON_INTERPRET"] = "1"
 from rto_fast import layer_ops
+from rto_fast.kernels import arguments
 assert layer_ops.implementation("{op}", torch.ones(1)).__name__ == "rto_fast.kernels.{op}"
 print({calls[op]})
 """
