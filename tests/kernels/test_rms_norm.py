@@ -10,6 +10,7 @@ from rto_fast.kernels import rms_norm as kernel
 from tests.kernels.layers import DTYPES, assert_near, leaves, normal, skip_truncation, sums_exactly
 
 EPS = 1e-5
+SHAPES = (5, 64), (70, 100), (2, 1), (9, 576)
 
 
 def llama_norm(x, weight):
@@ -33,8 +34,14 @@ def cuda_norm(x, weight, unit_offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("unit_offset, multiplier", [(False, 1.0), (True, 1.0), (False, 0.22)])
-@pytest.mark.parametrize("tokens, size", [(5, 64), (70, 100), (1, 4096), (2, 1), (9, 576)])
+@pytest.mark.parametrize(
+    "tokens, size, unit_offset, multiplier",
+    [
+        *((*shape, True, 1.0) for shape in SHAPES),
+        *((*shape, False, 0.22) for shape in SHAPES),
+        *((*shape, False, 1.0) for shape in [*SHAPES, (1, 4096)]),
+    ],
+)
 def test_add_rms_norm(tokens, size, unit_offset, multiplier, dtype, device):
     options = dict(unit_offset=unit_offset, multiplier=multiplier)
     made = [normal(tokens, size, seed=seed, dtype=dtype, device=device) for seed in (0, 1)]
@@ -246,7 +253,8 @@ def test_bitwise_the_same_in_any_batch(device):
 
 
 def test_gradients_of_weights_are_the_same_in_every_run(device):
-    x, weight = (normal(*s, seed=0, device=device) for s in ((5000, 32), (32,)))
+    rows = 5000 if device.type == "cuda" else 600  # of several programs
+    x, weight = (normal(*s, seed=0, device=device) for s in ((rows, 32), (32,)))
     weight.requires_grad_()
-    gradients = [torch.autograd.grad(kernel.rms_norm(x, weight, EPS), weight, x)[0] for _ in range(3)]
+    gradients = [torch.autograd.grad(kernel.rms_norm(x, weight, EPS), weight, x)[0] for _ in range(2)]
     assert all(torch.equal(g, gradients[0]) for g in gradients)
