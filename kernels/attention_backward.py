@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rto_fast.kernels.attention_forward import (
     base_2,
-    halve_columns,
+    bounds_of_launches,
     key_ranges,
     launch_options,
     load_rows,
@@ -26,6 +26,16 @@ from rto_fast.kernels.attention_forward import (
     weights,
 )
 from rto_fast.kernels.common import EXACT
+
+
+@triton.jit
+def sum_of_rows(x):
+    """The sum of each row in one order, whatever the tile. Neighbours are added up first, because a thread has them."""
+    if x.shape[1] == 1:
+        return tl.reshape(x, (x.shape[0],))
+    else:
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return sum_of_rows(left + right)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -75,7 +85,7 @@ def attention_dq_kernel(
     query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.reshape(halve_columns(dout.to(tl.float32) * out.to(tl.float32), 1), (BLOCK_M,))
+    delta = sum_of_rows(dout.to(tl.float32) * out.to(tl.float32))
     rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=positions < length)
@@ -213,12 +223,14 @@ def attention_backward(
     if query.element_size() == 4 and options["BLOCK_D"] > 128:
         block = 16
     sizes |= options
-    tiles, sequences = triton.cdiv(max_seqlen, rows), len(cu_seqlens) - 1
+    tiles = triton.cdiv(max_seqlen, rows)
     with torch.cuda.device_of(query):
-        attention_dq_kernel[(tiles, num_heads, sequences)](
-            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, BLOCK_M=rows, BLOCK_N=block, **sizes
-        )
-        attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
-            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, BLOCK_M=block, BLOCK_N=rows, **sizes
-        )
+        for bounds in bounds_of_launches(cu_seqlens):
+            sequences = len(bounds) - 1
+            attention_dq_kernel[(tiles, num_heads, sequences)](
+                query, key, value, out, dout, lse, delta, dq, bounds, *numbers, BLOCK_M=rows, BLOCK_N=block, **sizes
+            )
+            attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
+                query, key, value, dout, lse, delta, dk, dv, bounds, *numbers, BLOCK_M=block, BLOCK_N=rows, **sizes
+            )
     return dq, dk, dv

@@ -28,6 +28,7 @@ from rto_fast.kernels.common import EXACT, INTERPRETED, LOG2E
 
 # The columns in which the weights of a block are summed up. The bits of a result depend on it, and on `block_keys`.
 SUM_COLUMNS = tl.constexpr(8)
+MAX_SEQUENCES = 1 << 15  # of a launch; a grid may have 65,535 programs in its third dimension
 
 
 @triton.jit
@@ -248,6 +249,13 @@ def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]
     }
 
 
+def bounds_of_launches(cu_seqlens: Tensor) -> list[Tensor]:
+    """The bounds of the sequences of each launch, nearly always of all of them."""
+    if len(cu_seqlens) <= MAX_SEQUENCES + 1:
+        return [cu_seqlens]
+    return [cu_seqlens[first : first + MAX_SEQUENCES + 1] for first in range(0, len(cu_seqlens) - 1, MAX_SEQUENCES)]
+
+
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -267,30 +275,32 @@ def attention_forward(
         return out, lse
     rows, options = launch_options(query, max_seqlen)
     factor, cap = base_2(scale, softcap)
+    tiles = triton.cdiv(max_seqlen, rows)
     with torch.cuda.device_of(query):
-        attention_fwd_kernel[(triton.cdiv(max_seqlen, rows), num_heads, len(cu_seqlens) - 1)](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens_k,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            num_tokens,
-            factor,
-            cap,
-            window,
-            GROUP=num_heads // key.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_M=rows,
-            BLOCK_N=block_keys(options["BLOCK_D"], query.element_size()),
-            **options,
-            **EXACT,
-        )
+        for bounds, bounds_k in zip(bounds_of_launches(cu_seqlens), bounds_of_launches(cu_seqlens_k)):
+            attention_fwd_kernel[(tiles, num_heads, len(bounds) - 1)](
+                query,
+                key,
+                value,
+                out,
+                lse,
+                bounds,
+                bounds_k,
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                num_tokens,
+                factor,
+                cap,
+                window,
+                GROUP=num_heads // key.shape[1],
+                HEAD_DIM=head_dim,
+                BLOCK_M=rows,
+                BLOCK_N=block_keys(options["BLOCK_D"], query.element_size()),
+                **options,
+                **EXACT,
+            )
     return out, lse

@@ -285,6 +285,13 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
     assert set(recorder.names) <= allowed, recorder.names
 
 
+def test_more_sequences_than_a_launch_has(device, monkeypatch):
+    case = make(device, (3, 40, 0, 7, 70, 1, 5), heads=1)
+    expected = case.gradients()
+    monkeypatch.setattr(attention_forward, "MAX_SEQUENCES", 3)
+    assert_equal(case.gradients(), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0}])
 def test_neighbours_and_packing_do_not_matter(options, device):
     """The bits of a sequence are those that it has alone, beside a neighbour that is NaN too."""
@@ -432,6 +439,15 @@ def test_a_graph_replays_without_waiting(device):
         cu_seqlens.copy_(bounds(lengths, device))
         graph.replay()
         assert_equal(captured, replace(case, lengths=lengths).gradients(128))
+
+
+@needs_cuda
+def test_more_sequences_than_a_grid_has_programs(device):
+    """65,535 in its third dimension. The only position of a sequence is its value."""
+    case = make(device, (1,) * 70000, heads=2, dtype=torch.bfloat16)
+    out, _, _, dv = case.gradients()
+    assert torch.equal(out, case.value.repeat_interleave(2, 1))
+    torch.testing.assert_close(dv, case.dout.unflatten(1, (2, 2)).sum(2))
 
 
 @needs_cuda

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -175,9 +176,10 @@ def test_hooks_and_other_methods_make_way_for_transformers_layers_while_they_are
         module.forward = module.forward
         assert decoder_of(model) is None and "was replaced" in layers_of(model)
         del module.forward
-    handle = layer.mlp.register_full_backward_hook(lambda *_: None)
-    assert decoder_of(model) is None
-    handle.remove()
+    for register in (layer.mlp.register_full_backward_hook, layer.mlp.act_fn.register_forward_hook):
+        handle = register(lambda *_: None)
+        assert decoder_of(model) is None and "has" in layers_of(model) and "hooks" in layers_of(model)
+        handle.remove()
     assert decoder_of(model) is ours
     # The embedding is called as it is.
     model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(1) and None)
@@ -246,6 +248,13 @@ def test_adapters_train_and_switch_on_our_layers():
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
     with adapted.disable_adapter():
         torch.testing.assert_close(forward_hidden(model, batch), before, rtol=1e-5, atol=1e-5)
+    projection = model.model.layers[0].self_attn.q_proj
+    for inner in (projection.base_layer, projection.lora_A["default"], projection.lora_B["default"]):
+        handle = inner.register_forward_hook(lambda module, inputs, output: 3 * output)
+        hooked = forward_hidden(model, batch)
+        assert (hooked - hidden).abs().max() > 0.1
+        torch.testing.assert_close(hooked, own_hidden(model, batch), rtol=1e-4, atol=1e-4)
+        handle.remove()
 
 
 def test_a_scorers_backbone_has_our_layers_too():
@@ -261,6 +270,27 @@ def test_a_higher_precision_is_the_models_own():
     assert not torch.equal(hidden, forward_hidden(model, batch))
 
 
+def test_autocast_is_the_models_own():
+    model, batch = packed("llama"), pack_whole(prompts())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = forward_hidden(model, batch)
+        assert torch.equal(hidden, own_hidden(model, batch))
+    assert not torch.equal(hidden, forward_hidden(model, batch))
+    hidden.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_the_check_holds_where_deepspeed_has_replaced_torchs_linear(monkeypatch, recwarn):
+    """ZeRO 3 does so for good, and later stages of a run load models."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    model = packed("qwen2").train()
+    check_decoder(model, "it", gradients=True)
+    assert not recwarn and decoder_of(model) is not None and F.linear is zero3_linear_wrap
+
+
 def test_a_decoder_keeps_no_model_alive_and_a_copy_has_its_own():
     model = packed("llama")
     forward_hidden(model, pack_whole(prompts()))
@@ -272,7 +302,7 @@ def test_a_decoder_keeps_no_model_alive_and_a_copy_has_its_own():
         module.register_forward_hook(lambda *_, engine=[model]: None)
     model.model.norm.weight.engine = model
     backbone, layer = weakref.ref(model.model), weakref.ref(model.model.layers[0])
-    del model
+    del model, module
     gc.collect()
     assert backbone() is None and layer() is None
 
