@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rto_fast.kernels import layer_reference as reference
 from rto_fast.kernels import rms_norm as kernel
-from tests.kernels.layers import DTYPES, assert_near, leaves, normal, skip_truncation, sums_exactly
+from tests.kernels.layers import DTYPES, assert_near, cuda_norm, leaves, normal, skip_truncation, sums_exactly
 
 EPS = 1e-5
 SHAPES = (5, 64), (70, 100), (2, 1), (9, 576)
@@ -23,14 +23,6 @@ def gemma_norm(x, weight):
     module = Gemma2RMSNorm(len(weight), EPS).to(weight)
     module.weight.data = weight
     return module(x)
-
-
-def cuda_norm(x, weight, unit_offset):
-    """The modules by the operations of torch's CUDA kernels: their mean multiplies by 1/D, where a CPU's divides by D."""
-    wide = x.float()
-    reciprocal = torch.tensor(1.0 / x.shape[-1], dtype=torch.float32, device=x.device)
-    normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) * reciprocal + EPS)
-    return (normed * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +85,7 @@ def test_rounds_where_transformers_does(size, adds, unit_offset, dtype, device):
         assert torch.equal(summed, total)
     else:
         found = kernel.rms_norm(residual, weight, EPS, unit_offset)
-    assert torch.equal(found, cuda_norm(total, weight, unit_offset))
+    assert torch.equal(found, cuda_norm(total, weight, EPS, unit_offset))
     if device.type == "cuda" or size & (size - 1) == 0:
         assert torch.equal(found, (gemma_norm if unit_offset else llama_norm)(total, weight))
 
