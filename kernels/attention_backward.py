@@ -9,14 +9,16 @@ return nothing is added up in memory, where FlashAttention adds float32 dQ by at
   repeated, nor their gradients added up afterwards.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels import attention_forward
 from rto_fast.kernels.attention_forward import (
     base_2,
-    halve_columns,
     key_ranges,
     launch_options,
     load_rows,
@@ -75,7 +77,7 @@ def attention_dq_kernel(
     query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.reshape(halve_columns(dout.to(tl.float32) * out.to(tl.float32), 1), (BLOCK_M,))
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=positions < length)
@@ -175,6 +177,25 @@ def attention_dkdv_kernel(
     store_rows(dv_ptr + at, dv, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
+def _launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(rows of a tile, block sizes and launch options of both kernels), by which nothing spills registers."""
+    rows, options = launch_options(query, max_seqlen)
+    is_16_bit, is_wide = query.element_size() == 2, options["BLOCK_D"] > 128
+    keys, queries = (64 if is_16_bit and options["BLOCK_D"] <= 64 else 32), 32
+    if is_wide:
+        keys, queries = (32 if is_16_bit else 16), 16
+    dkdv_options = options
+    if is_16_bit and attention_forward.architecture(query.device)[0] < 9:
+        # Without wgmma, keys and values take registers too.
+        rows, queries, dkdv_options = 64, 32, options | {"num_warps": 8}
+        options = options | {"num_warps": 8 if is_wide else 4}
+    return (
+        rows,
+        {"BLOCK_M": rows, "BLOCK_N": keys, **options},
+        {"BLOCK_M": queries, "BLOCK_N": rows, **dkdv_options},
+    )
+
+
 def attention_backward(
     dout: Tensor,
     query: Tensor,
@@ -207,18 +228,13 @@ def attention_backward(
     strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
     numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
     sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
-    rows, options = launch_options(query, max_seqlen)
-    # Two products of a block are at hand at a time, where the forward pass has one, so blocks are smaller.
-    block = 64 if query.element_size() == 2 and options["BLOCK_D"] <= 64 else 32
-    if query.element_size() == 4 and options["BLOCK_D"] > 128:
-        block = 16
-    sizes |= options
+    rows, dq_options, dkdv_options = _launch_options(query, max_seqlen)
     tiles, sequences = triton.cdiv(max_seqlen, rows), len(cu_seqlens) - 1
     with torch.cuda.device_of(query):
         attention_dq_kernel[(tiles, num_heads, sequences)](
-            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, BLOCK_M=rows, BLOCK_N=block, **sizes
+            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, **sizes, **dq_options
         )
         attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
-            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, BLOCK_M=block, BLOCK_N=rows, **sizes
+            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, **sizes, **dkdv_options
         )
     return dq, dk, dv

@@ -218,21 +218,23 @@ def block_keys(block_d: int, itemsize: int) -> int:
 
 
 @cache
-def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
-    """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
+def architecture(device: torch.device) -> tuple[int, int]:
+    """(major compute capability, KB of shared memory that a program may have); an H100's on a CPU."""
     if device.type != "cuda":
-        return 64, 128
+        return 9, 227
     properties = torch.cuda.get_device_properties(device)
-    if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
-        return 128, 128
-    return 64, 128 if properties.shared_memory_per_block_optin >= 160 << 10 else 64
+    return properties.major, properties.shared_memory_per_block_optin >> 10
 
 
 def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.device) -> int:
     """Rows of a program's tile. Short sequences fill small tiles better; large tiles read less from L2."""
     if itemsize == 4:
         return 32
-    return 64 if block_d > 128 else _rows_of_tiles(device)[max_seqlen > 1024]
+    if block_d > 128:
+        return 64
+    major, shared_kb = architecture(device)
+    # Heads of 128 take 112 KB with 128 rows. A B200's tensor cores want 128 rows; Triton 3.7 spills registers with 64.
+    return 128 if major >= 10 or (max_seqlen > 1024 and shared_kb >= 160) else 64
 
 
 def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]:
