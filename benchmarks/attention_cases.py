@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case
-from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, SMOLLM2, TINY, PackedShape
+from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, SMOLLM2_135M, TINY, PackedShape
 from benchmarks.peers import adapt, load
 from rto_fast import layer_ops
 from rto_fast.kernels.layer_reference import repeat_heads
@@ -17,7 +17,7 @@ def uneven(count, least, most):
 SHAPES = (
     PackedShape(LLAMA3_8B, (2048,) * 8),
     PackedShape(QWEN3_06B, uneven(36, 256, 640)),
-    PackedShape(SMOLLM2, (256,) * 64),
+    PackedShape(SMOLLM2_135M, (256,) * 64),
 )
 
 

@@ -185,8 +185,8 @@ def _launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]
     if is_wide:
         keys, queries = (32 if is_16_bit else 16), 16
     dkdv_options = options
-    if is_16_bit and attention_forward.architecture(query.device)[0] < 9:
-        # Without wgmma, keys and values take registers too.
+    if is_16_bit and attention_forward.architecture(query.device) // 10 not in (9, 10):
+        # Tensor cores that do not read shared memory: keys and values take registers too.
         rows, queries, dkdv_options = 64, 32, options | {"num_warps": 8}
         options = options | {"num_warps": 8 if is_wide else 4}
     return (
