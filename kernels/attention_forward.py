@@ -224,9 +224,13 @@ def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 64, 128
     properties: Any = torch.cuda.get_device_properties(device)
+    # Before Hopper the operands of products are in registers, which tiles of 128 rows spill in the backward pass. Of
+    # Blackwell, GeForce has 99 KB of shared memory.
+    if properties.major < 9 or properties.shared_memory_per_block_optin < 160 << 10:
+        return 64, 64
     if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
         return 128, 128
-    return 64, 128 if properties.shared_memory_per_block_optin >= 160 << 10 else 64
+    return 64, 128
 
 
 def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.device) -> int:
@@ -245,7 +249,7 @@ def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]
         "BLOCK_D": block_d,
         "num_warps": rows // 16 if narrow else 8,
         "num_stages": 3 if narrow else 2,
-        "maxnreg": 255 if itemsize == 4 else None,  # by itself ptxas would spill, to make room for more programs
+        "maxnreg": 255,  # by itself ptxas would spill, to make room for more programs: on an A100 it gave dK and dV 32
     }
 
 

@@ -23,7 +23,7 @@ def check_decoder(model: PreTrainedModel, name: str, *, gradients: bool) -> None
     """Compares the hidden states of packed sequences, and the gradients of one layer of each kind.
 
     Our decoder and the model's own layers compute in the model's dtype, the truth is the latter in a higher precision. If
-    our errors exceed `FACTOR` times theirs, or ours fails, a notice says so and the model runs its own layers then on.
+    our errors exceed `FACTOR` times theirs, or ours fails, a notice says so, and the model runs its own layers.
 
     Args:
         name: of the model in messages.
