@@ -92,7 +92,7 @@ def check_ratio(config: Config, noise: Noise, sampled: bool, passes: Mapping[str
     # The sampler's own limit was checked on some responses, these are others: k3 of a sample varies.
     limit = max(noise.repeated_k3, FACTOR * k3_limit(clip) if sampled else 0.0)
     # By Chebyshev's inequality: no larger share of tokens can lie beyond the clip.
-    if kl <= limit and clipped <= 2 * limit / clip**2:  # NaN is no ≤
+    if kl <= limit and clipped * clip**2 <= 2 * limit:  # NaN is no ≤
         return
     cause = (
         "the log-probs came from the sampler, which runs other weights or another model; set rto.old_logps: recompute or "

@@ -135,6 +135,11 @@ def test_the_limits_know_clips_dtypes_and_numbers_that_are_none():
         check(0.02, 0.0, sampled=True, noise=rounded)
 
 
+def test_a_clip_whose_square_is_zero_divides_nothing():
+    config = load_config(["--rto.clip_eps_high=1e-320"])
+    first_update.check_ratio(config, Noise(mean=0.0, k3=0.0), False, {"approx_kl": 0.0, "clip_fraction": 0.5})
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
