@@ -248,7 +248,7 @@ def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]
         "BLOCK_D": block_d,
         "num_warps": rows // 16 if narrow else 8,
         "num_stages": 3 if narrow else 2,
-        "maxnreg": 255,  # by itself ptxas would spill, to make room for more programs: on an A100 it gave dK and dV 32
+        "maxnreg": 255 if itemsize == 4 else None,  # by itself ptxas would spill, to make room for more programs
     }
 
 
