@@ -15,7 +15,9 @@ from rto_fast.models.pass_time import LAYER_BACKWARD_LAUNCHES, LAYER_LAUNCHES
 # the forward sketch of attention at 8 x 2,048 tokens of Llama-3-8B's heads (387), which is assumed of the backward
 # pass too.
 SUSTAINED, ATTENTION = 667 / 790, 387 / 790
-HOST_SECONDS = 10e-6  # assumed, of Python and the driver for one kernel of an eager pass
+# Of Python and the driver for one kernel of an eager pass, assumed. `pass_time`, which decides whether a pass becomes a
+# graph, takes an upper bound instead: a graph of a pass that did not need one costs little.
+HOST_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,9 @@ def _forward_bytes(decoder: Decoder) -> float:
 
 
 def _backward_bytes(decoder: Decoder) -> float:
-    """The same of their backward kernels, and of the one that multiplies attention's output by its gradient."""
+    """The same of their backward kernels."""
     rotated = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
-    outputs = 2 * decoder.heads * decoder.head_dim
-    return 2 * (2 * 4 * decoder.hidden_size + 2 * rotated + 5 * decoder.intermediate_size + outputs)
+    return 2 * (2 * 4 * decoder.hidden_size + 2 * rotated + 5 * decoder.intermediate_size)
 
 
 MEASURED_MODELS, TOKENS = (SMOLLM2_135M, QWEN3_06B, LLAMA_1_5B), 16384
