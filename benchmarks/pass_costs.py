@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from benchmarks.costs import DEVICES, Device
 from benchmarks.decoders import LLAMA_1_5B, QWEN3_06B, SMOLLM2_135M, Decoder
+from rto_fast.models.pass_time import LAYER_BACKWARD_LAUNCHES, LAYER_LAUNCHES
 
 # Shares of a GPU's burst rate of large GEMMs, 790 TFLOP/s on an H200: GEMMs that run on for tens of milliseconds (667), and
 # the forward sketch of attention at 8 x 2,048 tokens of Llama-3-8B's heads (387), which is assumed of the backward
 # pass too.
 SUSTAINED, ATTENTION = 667 / 790, 387 / 790
-# Kernels of one layer of Llama's family, counted by tests/models/test_decoder.py.
-FORWARD_KERNELS, BACKWARD_KERNELS = 9, 17
 HOST_SECONDS = 10e-6  # assumed, of Python and the driver for one kernel of an eager pass
 
 
@@ -43,7 +42,7 @@ def scoring_pass(decoder: Decoder, lengths: list[int], labelled: int) -> Pass:
         2.0 * (decoder.layer_weights * tokens + decoder.head_weights * labelled),
         _attention_flops(decoder, lengths),
         tokens * decoder.layers * _forward_bytes(decoder) + 8.0 * labelled * decoder.vocab_size,
-        decoder.layers * FORWARD_KERNELS,
+        decoder.layers * LAYER_LAUNCHES,
     )
 
 
@@ -60,7 +59,7 @@ def training_pass(decoder: Decoder, lengths: list[int], labelled: int) -> Pass:
         + (4 + 4 + 4 + 2) * labelled * decoder.vocab_size
         # The gradient of the embedding is filled, and added to float32; those of the layers are written by their GEMMs.
         + 12.0 * decoder.head_weights,
-        decoder.layers * (FORWARD_KERNELS + BACKWARD_KERNELS),
+        decoder.layers * (LAYER_LAUNCHES + LAYER_BACKWARD_LAUNCHES),
     )
 
 

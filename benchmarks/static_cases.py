@@ -218,6 +218,14 @@ def decode_step(slots, stops, min_new_tokens, grow):
 # Vocabulary sizes of the three benchmarked models.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
+# Tiles of 64 rows of these heads are not for sm_100, tiles of 128 not for sm_80 (see `attention_forward._rows_of_tiles`).
+ONLY_ON = {
+    "attention qwen bf16": (80, 90),
+    "attention llama bf16 long": (90, 100),
+    "attention mistral bf16 window": (90, 100),
+    "attention phi-3 fp16 head_dim 96": (90, 100),
+}
+
 # By label: (module of rto_fast.kernels, a call of it on CPU tensors, of which only the launches are recorded).
 CASES = {
     "gae fp32 short": gae(1000, 10),

@@ -71,6 +71,7 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 _FINITE = _Range("a finite number", -_LARGEST, _LARGEST)
 AT_LEAST_0 = _Range("a finite number of at least 0", 0.0, _LARGEST)
 _ABOVE_0 = _Range("a finite number above 0", _SMALLEST, _LARGEST)
+_COUNT = _Range("an integer of at least 1", 1, (1 << 31) - 1, kind=(int, Integral))
 _FROM_0_TO_1 = _Range("a number in [0, 1]", 0.0, 1.0)
 _RANGES = {
     "temperature": _ABOVE_0,
@@ -93,7 +94,11 @@ _RANGES = {
     "top_p": _Range("a number in (0, 1]", _SMALLEST, 1.0),
     "min_p": _FROM_0_TO_1,
     "scale": _ABOVE_0._replace(is_optional=True),
-    "window": _Range("an integer of at least 1", 1, (1 << 31) - 1, is_optional=True, kind=(int, Integral)),
+    "window": _COUNT._replace(is_optional=True),
+    "eps": AT_LEAST_0,
+    "multiplier": _FINITE,
+    "num_heads": _COUNT,
+    "num_kv_heads": _COUNT,
     "max_seqlen": _Range("an integer of at least 0", 0, (1 << 31) - 1, kind=(int, Integral)),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from rto_fast.kernels import attention_forward
 from rto_fast.kernels.attention_forward import (
     base_2,
+    bounds_of_launches,
     key_ranges,
     launch_options,
     load_rows,
@@ -28,6 +29,16 @@ from rto_fast.kernels.attention_forward import (
     weights,
 )
 from rto_fast.kernels.common import EXACT
+
+
+@triton.jit
+def sum_of_rows(x):
+    """The sum of each row in one order, whatever the tile. Neighbours are added up first, because a thread has them."""
+    if x.shape[1] == 1:
+        return tl.reshape(x, (x.shape[0],))
+    else:
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return sum_of_rows(left + right)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -77,7 +88,7 @@ def attention_dq_kernel(
     query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = sum_of_rows(dout.to(tl.float32) * out.to(tl.float32))
     rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=positions < length)
@@ -228,13 +239,20 @@ def attention_backward(
     strides = [stride for x in (query, key, value, dout) for stride in x.stride()[:2]]
     numbers = (*strides, grads.stride(0), num_tokens, scale, factor, cap, window)
     sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, **EXACT}
-    rows, dq_options, dkdv_options = _launch_options(query, max_seqlen)
-    tiles, sequences = triton.cdiv(max_seqlen, rows), len(cu_seqlens) - 1
+    rows, options = launch_options(query, max_seqlen)
+    # Two products of a block are at hand at a time, where the forward pass has one, so blocks are smaller.
+    block = 64 if query.element_size() == 2 and options["BLOCK_D"] <= 64 else 32
+    if query.element_size() == 4 and options["BLOCK_D"] > 128:
+        block = 16
+    sizes |= options
+    tiles = triton.cdiv(max_seqlen, rows)
     with torch.cuda.device_of(query):
-        attention_dq_kernel[(tiles, num_heads, sequences)](
-            query, key, value, out, dout, lse, delta, dq, cu_seqlens, *numbers, **sizes, **dq_options
-        )
-        attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
-            query, key, value, dout, lse, delta, dk, dv, cu_seqlens, *numbers, **sizes, **dkdv_options
-        )
+        for bounds in bounds_of_launches(cu_seqlens):
+            sequences = len(bounds) - 1
+            attention_dq_kernel[(tiles, num_heads, sequences)](
+                query, key, value, out, dout, lse, delta, dq, bounds, *numbers, BLOCK_M=rows, BLOCK_N=block, **sizes
+            )
+            attention_dkdv_kernel[(tiles, num_kv_heads, sequences)](
+                query, key, value, dout, lse, delta, dk, dv, bounds, *numbers, BLOCK_M=block, BLOCK_N=rows, **sizes
+            )
     return dq, dk, dv

@@ -28,6 +28,7 @@ from rto_fast.kernels.common import EXACT, INTERPRETED, LOG2E
 
 # The columns in which the weights of a block are summed up. The bits of a result depend on it, and on `block_keys`.
 SUM_COLUMNS = tl.constexpr(8)
+MAX_SEQUENCES = 1 << 15  # of a launch; a grid may have 65,535 programs in its third dimension
 
 
 @triton.jit
@@ -221,9 +222,15 @@ def block_keys(block_d: int, itemsize: int) -> int:
 def architecture(device: torch.device) -> int:
     """90 for sm_90, an H100's; that is also what a CPU gets."""
     if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return 64, 128
+    properties: Any = torch.cuda.get_device_properties(device)
+    # Before Hopper the operands of products are in registers, which tiles of 128 rows spill in the backward pass. Of
+    # Blackwell, GeForce has 99 KB of shared memory.
+    if properties.major < 9 or properties.shared_memory_per_block_optin < 160 << 10:
+        return 64, 64
+    if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
+        return 128, 128
+    return 64, 128
 
 
 def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.device) -> int:
@@ -247,8 +254,15 @@ def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]
         "BLOCK_D": block_d,
         "num_warps": rows // 16 if narrow else 8,
         "num_stages": 3 if narrow else 2,
-        "maxnreg": 255 if itemsize == 4 else None,  # by itself ptxas would spill, to make room for more programs
+        "maxnreg": 255,  # by itself ptxas would spill, to make room for more programs: on an A100 it gave dK and dV 32
     }
+
+
+def bounds_of_launches(cu_seqlens: Tensor) -> list[Tensor]:
+    """The bounds of the sequences of each launch, nearly always of all of them."""
+    if len(cu_seqlens) <= MAX_SEQUENCES + 1:
+        return [cu_seqlens]
+    return [cu_seqlens[first : first + MAX_SEQUENCES + 1] for first in range(0, len(cu_seqlens) - 1, MAX_SEQUENCES)]
 
 
 def attention_forward(
@@ -270,30 +284,32 @@ def attention_forward(
         return out, lse
     rows, options = launch_options(query, max_seqlen)
     factor, cap = base_2(scale, softcap)
+    tiles = triton.cdiv(max_seqlen, rows)
     with torch.cuda.device_of(query):
-        attention_fwd_kernel[(triton.cdiv(max_seqlen, rows), num_heads, len(cu_seqlens) - 1)](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens_k,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            num_tokens,
-            factor,
-            cap,
-            window,
-            GROUP=num_heads // key.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_M=rows,
-            BLOCK_N=block_keys(options["BLOCK_D"], query.element_size()),
-            **options,
-            **EXACT,
-        )
+        for bounds, bounds_k in zip(bounds_of_launches(cu_seqlens), bounds_of_launches(cu_seqlens_k)):
+            attention_fwd_kernel[(tiles, num_heads, len(bounds) - 1)](
+                query,
+                key,
+                value,
+                out,
+                lse,
+                bounds,
+                bounds_k,
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                num_tokens,
+                factor,
+                cap,
+                window,
+                GROUP=num_heads // key.shape[1],
+                HEAD_DIM=head_dim,
+                BLOCK_M=rows,
+                BLOCK_N=block_keys(options["BLOCK_D"], query.element_size()),
+                **options,
+                **EXACT,
+            )
     return out, lse

@@ -5,7 +5,7 @@ function rounds where transformers' modules round.
 """
 
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
@@ -145,6 +145,23 @@ def sdpa_causal(
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
+def lengths(name: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """The lengths of the sequences with these bounds, which a ValueError refuses if they are none."""
+    bounds = cu_seqlens.tolist()
+    found = [end - start for start, end in pairwise(bounds)]
+    if bounds[0] or bounds[-1] != tokens or min(found, default=0) < 0:
+        raise ValueError(f"{name}: expected bounds that rise from 0 to the {tokens} tokens")
+    return found
+
+
+def query_and_key_lengths(cu_seqlens: Tensor, queries: int, cu_seqlens_k: Tensor, keys: int) -> list[tuple[int, int]]:
+    """The lengths of each sequence in queries and keys; see `lengths`."""
+    found = list(zip(lengths("cu_seqlens", cu_seqlens, queries), lengths("cu_seqlens_k", cu_seqlens_k, keys)))
+    if any(length > key_length for length, key_length in found):
+        raise ValueError("cu_seqlens_k: expected as many keys as queries in each sequence, or more")
+    return found
+
+
 def packed_sdpa(
     query: Tensor,
     key: Tensor,
@@ -156,7 +173,9 @@ def packed_sdpa(
 ) -> Tensor:
     """Attention of packed sequences, each to itself: [T, Hq, D]; the arguments are those of `packed_attention`."""
     # Neighbours of one length are one batch; prompts, which are sorted by length, profit most.
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths("cu_seqlens", cu_seqlens, len(query)))]
+    if not runs:
+        return query.clone()
     # split, not slices: its backward is one concatenation, where each slice's would fill a gradient of all T tokens.
     pieces = zip(*(x.transpose(0, 1).split([n * length for length, n in runs], 1) for x in (query, key, value)))
     outputs = []
@@ -181,10 +200,11 @@ def packed_attention(
     """See `rto_fast.layer_ops.packed_attention`."""
     if cu_seqlens_k is None:
         return packed_sdpa(query, key, value, cu_seqlens, scale, window, softcap)
-    lengths, key_lengths = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
-    pieces = zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths))
+    sizes = query_and_key_lengths(cu_seqlens, len(query), cu_seqlens_k, len(key))
+    query_sizes, key_sizes = [size for size, _ in sizes], [size for _, size in sizes]
+    pieces = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes))
     outputs = []
     for piece in pieces:
         q, k, v = (x.transpose(0, 1)[None] for x in piece)
         outputs.append(sdpa_causal(q, k, v, scale, window, softcap)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else query.clone()

@@ -7,7 +7,7 @@ All tensors are packed: T tokens of N sequences back to back.
   prefill, scoring and training run the same kernels.
 - Rounding: each op rounds where transformers' modules round. Gradients are computed in float32 and rounded once. Triton adds
   them up in a fixed order, so they are the same in every run.
-- Errors: wrong shapes, dtypes and devices raise a ValueError that begins with the argument's name.
+- Errors: wrong shapes, dtypes, devices and numbers raise a ValueError that begins with the argument's name.
 
 Gradients of weights (of norms) have the weight's dtype. If a weight has an attribute `main_grad`, a float32 tensor of its
 shape, its gradient is added to that tensor instead, and autograd gets none: no 16-bit rounding, no kernel that collects it.
@@ -70,6 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     """
     _check_rows(x)
     _check_norm(x, x.shape[-1], weight=weight)
+    check_numbers(eps=eps)
     return implementation("rms_norm", x).rms_norm(x, weight, eps, unit_offset)
 
 
@@ -95,6 +96,7 @@ def add_rms_norm(
     _check_rows(x)
     check_tensor("residual", residual, x.shape, (x.dtype,), x.device)
     _check_norm(x, x.shape[-1], weight=weight)
+    check_numbers(eps=eps, multiplier=multiplier)
     return implementation("rms_norm", x).add_rms_norm(x, residual, weight, eps, unit_offset, multiplier)
 
 
@@ -121,6 +123,7 @@ def rotary_embedding(
         query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim].
     """
     check_first("qkv", qkv)
+    check_numbers(num_heads=num_heads, num_kv_heads=num_kv_heads, eps=eps)
     num_rows = num_heads + 2 * num_kv_heads
     if qkv.dim() != 3 or qkv.shape[1] != num_rows or not qkv.shape[2]:
         raise ValueError(f"qkv: expected shape [T, {num_rows}, head_dim], got {tuple(qkv.shape)}")
@@ -177,6 +180,11 @@ def _check_attention(query: Any, key: Any, value: Any, cu_seqlens: Any, cu_seqle
         check_tensor("key", key, (len(query), *key.shape[1:]), (query.dtype,), query.device)
     else:
         check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), query.device)
+    if (
+        arguments.INTERPRET and query.device.type == "cpu"
+    ):  # kernels would read foreign memory; the reference checks itself
+        bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        layer_reference.query_and_key_lengths(cu_seqlens, len(query), bounds, len(key))
 
 
 def packed_attention(
@@ -197,7 +205,7 @@ def packed_attention(
         query: [T, num_heads, head_dim]; float32, bfloat16 or float16. Triton takes a head_dim of at most 256.
         key, value: [K, num_kv_heads, head_dim] of the same dtype; num_heads is a multiple of num_kv_heads.
         cu_seqlens: [N + 1] int32, the bounds of the sequences in `query`, which rise from 0 to T. A sequence may be empty,
-            so bounds that are repeated fill up a batch. Values are not checked: a token of no sequence is left undefined.
+            so bounds that are repeated fill up a batch. Others raise a ValueError on a CPU; on CUDA they are not checked.
         max_seqlen: the length of the longest sequence in `query`, or a larger number. On CUDA, tokens beyond are undefined.
         scale: scores are query·key·scale; None is 1/√head_dim.
         window: each position sees the last `window` positions, itself among them; None is all.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rto_fast import layer_ops
+from rto_fast.kernels import arguments
 from tests.kernels.layers import normal
 
 T, HEADS, KV_HEADS, HEAD_DIM = 3, 2, 1, 6
@@ -97,6 +98,10 @@ REFUSED = {
     "query_norm: expected shape (6,)": lambda: layer_ops.rotary_embedding(
         QKV, ROPE, query_norm=NORM[1:], key_norm=NORM, **HEADS_OF
     ),
+    "eps: expected a finite number of at least 0, got nan": lambda: layer_ops.rms_norm(X, WEIGHT, float("nan")),
+    "multiplier: expected a finite number": lambda: layer_ops.add_rms_norm(X, X, WEIGHT, 1e-5, multiplier=None),
+    "num_heads: expected an integer": lambda: layer_ops.rotary_embedding(QKV, ROPE, num_heads=2.0, num_kv_heads=1),
+    "num_kv_heads: expected an integer": lambda: layer_ops.rotary_embedding(QKV, ROPE, num_heads=6, num_kv_heads=-1),
     "gate_up: expected shape [T, 2·I]": lambda: layer_ops.gated_activation(X[:, :3]),
     "activation: expected one of silu, gelu_tanh, gelu, got 'relu'": lambda: layer_ops.gated_activation(X, "relu"),
 }
@@ -107,6 +112,37 @@ def test_wrong_arguments(message):
     with pytest.raises(ValueError) as error:
         REFUSED[message]()
     assert str(error.value).startswith(message)
+
+
+def attend(bounds, key_bounds=None, keys=T):
+    query, key = normal(T, HEADS, HEAD_DIM, seed=0), normal(keys, KV_HEADS, HEAD_DIM, seed=1)
+    cu_seqlens, cu_seqlens_k = (None if b is None else torch.tensor(b, dtype=torch.int32) for b in (bounds, key_bounds))
+    return layer_ops.packed_attention(query, key, key, cu_seqlens, T, cu_seqlens_k=cu_seqlens_k)
+
+
+@pytest.mark.parametrize("bounds", [[0], [0, 2], [0, 4], [1, 3], [0, 3, 2, 3], [0, -1, 3]])
+def test_wrong_bounds(bounds, monkeypatch):
+    with pytest.raises(ValueError, match="^cu_seqlens: expected bounds that rise from 0 to the 3 tokens$"):
+        attend(bounds)
+    with pytest.raises(ValueError, match="^cu_seqlens: expected bounds"):
+        attend(bounds, bounds)
+    with pytest.raises(ValueError, match="^cu_seqlens_k: expected bounds that rise from 0 to the 5 tokens$"):
+        attend([0, 1, 3], [0, 1, 4], keys=5)
+    monkeypatch.setattr(arguments, "INTERPRET", True)  # refused before a kernel runs
+    with pytest.raises(ValueError, match="^cu_seqlens: expected bounds"):
+        attend(bounds)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="^cu_seqlens_k: expected as many keys as queries in each sequence, or more$"):
+        attend([0, 1, 3], [0, 4, 5], keys=5)
+
+
+@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]])
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_attention_without_tokens(bounds, own_keys):
+    query, bounds = torch.zeros(0, HEADS, HEAD_DIM), torch.tensor(bounds, dtype=torch.int32)
+    key = query[:, :KV_HEADS]
+    out = layer_ops.packed_attention(query, key, key, bounds, 0, cu_seqlens_k=bounds if own_keys else None)
+    assert out.shape == query.shape
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rotary", "gated"])
@@ -121,6 +157,7 @@ def test_cpu_tensors_run_the_kernels_under_the_interpreter(op, interpreter):
 import os, torch
 os.environ["TRITON_INTERPRET"] = "1"
 from rto_fast import layer_ops
+from rto_fast.kernels import arguments
 assert layer_ops.implementation("{op}", torch.ones(1)).__name__ == "rto_fast.kernels.{op}"
 print({calls[op]})
 """

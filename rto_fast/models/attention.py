@@ -1,4 +1,4 @@
-"""Attention over packed sequences, registered with transformers for every decoder.
+"""Attention over packed sequences for transformers' layers, with which it is registered. Our decoder's layers do not use it.
 
 Sequences do not see each other because the kernels are given `cu_seqlens`. transformers would guess a mask from position
 ids, only if there is no attention mask and no cache, and would let sequences leak otherwise without an error.

@@ -8,7 +8,6 @@ residual sum before it.
 
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -150,27 +149,42 @@ class Decoder:
         return Decoder(self.spec, self.ropes, linear)
 
 
-# By backbone. Both hold the backbone's parts, which do not refer to the backbone: an entry ends with its model.
-_DECODERS: WeakKeyDictionary[nn.Module, tuple[Watch, Decoder]] = WeakKeyDictionary()
-_REFUSED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+class _Known:
+    """What is known of a backbone. The backbone holds it, because hooks and parameters may lead from its parts back to it.
+
+    A copy of the backbone begins anew.
+    """
+
+    def __init__(self) -> None:
+        self.refused: str | None = None
+        self.watch: Watch | None = None
+        self.decoder: Decoder | None = None
+
+    def __deepcopy__(self, memo: Any) -> "_Known":
+        return _Known()
+
+    def __reduce__(self) -> Any:
+        return _Known, ()
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> "_Known":
+        return backbone.__dict__.setdefault("_rto_fast_decoder", cls())
 
 
 def _decoder_or_reason(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | str:
     backbone: Any = model.base_model
-    if backbone in _REFUSED:
-        return _REFUSED[backbone]
-    known = _DECODERS.get(backbone)
-    if known is not None and known[0].is_unchanged():
-        return known[1]
+    known = _Known.of(backbone)
+    if known.refused is not None:
+        return known.refused
+    if known.decoder is not None and known.watch is not None and known.watch.is_unchanged():
+        return known.decoder
     reason = reason_against(backbone, exempt)
     if reason is not None:
         return reason
     spec = describe(backbone)
-    if known is not None and known[1].spec == spec:  # only `exempt` layers are not as they were
-        return known[1]
-    decoder = Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
-    _DECODERS[backbone] = Watch(backbone), decoder
-    return decoder
+    if known.decoder is None or known.decoder.spec != spec:  # else only `exempt` layers are not as they were
+        known.watch, known.decoder = Watch(backbone), Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
+    return known.decoder
 
 
 def decoder_of(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | None:
@@ -189,7 +203,8 @@ def decoder_of(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> De
 
 def refuse(model: PreTrainedModel, reason: str) -> None:
     """Makes a model run transformers' layers from now on."""
-    _REFUSED[model.base_model] = reason
+    backbone: Any = model.base_model
+    _Known.of(backbone).refused = reason
 
 
 def layers_of(model: PreTrainedModel) -> str:

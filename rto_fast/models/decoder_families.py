@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rto_fast import layer_ops
 from rto_fast.layer_ops import Activation
+from rto_fast.models.joined_linear import has_hooks
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A backbone. It does not refer to the backbone itself, by which it is cached."""
+    """A backbone."""
 
     family: Family
     embedding: Any
@@ -145,7 +146,7 @@ def projections(layer: Any) -> list[list[Any]]:
 
 
 def _owned(backbone: Any) -> Iterator[Any]:
-    """The modules of a backbone, other than embedding, activations and linear layers, whose work our layers do."""
+    """The modules of a backbone's own classes whose work our layers do."""
     yield from (backbone, backbone.norm, backbone.rotary_emb)
     for layer in backbone.layers:
         attention = layer.self_attn
@@ -155,7 +156,7 @@ def _owned(backbone: Any) -> Iterator[Any]:
 
 
 def parts(backbone: Any) -> list[Any]:
-    """All modules whose work our layers do, or an empty list if the backbone is of no family."""
+    """All modules but activations whose work our layers do, or an empty list if the backbone is of no family."""
     if type(backbone).__name__ not in FAMILIES or not type(backbone).__module__.startswith("transformers.models."):
         return []
     linears = [linear for layer in backbone.layers for group in projections(layer) for linear in group]
@@ -177,33 +178,24 @@ def reason_against(backbone: Any, exempt: Collection[nn.Module] = ()) -> str | N
         if kind.__module__ != home and kind is not nn.Linear and not _is_lora(module):
             return f"{kind.__name__} is not {home.rpartition('.')[2]}'s"
         # or have put hooks or another method on it, which our layers would not call.
-        if _has_hooks(module.__dict__):
+        if has_hooks(module.__dict__):
             return f"{kind.__name__} has hooks"
         if "forward" in module.__dict__ and module not in exempt:
             return f"the forward method of {kind.__name__} was replaced"
     return _unlike_ours(backbone)
 
 
-def _has_hooks(attributes: dict[str, Any]) -> bool:
-    """Whether a module with these attributes has hooks."""
-    before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
-    return bool(before or after or attributes["_backward_pre_hooks"] or attributes["_backward_hooks"])
-
-
 class Watch:
-    """Tells in 0.1 ms whether a backbone without a `reason_against` it is still as it was: the same modules, no hooks.
-
-    It holds no reference to the backbone.
-    """
+    """Tells in 0.1 ms whether a backbone without a `reason_against` it is still as it was: the same modules, no hooks."""
 
     def __init__(self, backbone: Any):
-        found = [*parts(backbone), backbone.layers]
+        found = [*parts(backbone), *(_activation_module(layer.mlp) for layer in backbone.layers), backbone.layers]
         self.attributes = [module.__dict__ for module in found]
         self.children = [(m._modules, list(m._modules.values())) for m in found if m._modules]
 
     def is_unchanged(self) -> bool:
         # Attributes are read from `__dict__`, because looking for a child as an attribute takes ten times as long.
-        if any("forward" in attributes or _has_hooks(attributes) for attributes in self.attributes):
+        if any("forward" in attributes or has_hooks(attributes) for attributes in self.attributes):
             return False
         return all(list(modules.values()) == children for modules, children in self.children)
 
@@ -224,6 +216,8 @@ def _unlike_ours(backbone: Any) -> str | None:
             return "it has dropout"
         if _activation(layer.mlp) is None:
             return f"its activation is {type(_activation_module(layer.mlp)).__name__}"
+        if has_hooks(_activation_module(layer.mlp).__dict__):
+            return "its activation has hooks"
     return None
 
 

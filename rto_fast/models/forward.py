@@ -31,9 +31,10 @@ def forward_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Returns the last hidden states [T, D] of the backbone, without logits.
 
     Our decoder computes them if it knows the model. In a higher precision (`precise`), the model's own layers do, because
-    that is what our decoder is compared with.
+    that is what our decoder is compared with; and under autocast, which knows nothing of our ops.
     """
-    decoder = None if is_precise() else decoder_of(model)
+    is_own = is_precise() or torch.is_autocast_enabled(batch.input_ids.device.type)
+    decoder = None if is_own else decoder_of(model)
     if decoder is None:
         return model.base_model(**packed_inputs(batch)).last_hidden_state[0]
     view = Packed(batch.cu_seqlens, batch.max_seqlen)

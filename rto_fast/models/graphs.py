@@ -1,9 +1,9 @@
 """CUDA graphs of whole passes, for models so small that launching kernels takes longer than running them.
 
-The host needs up to 40 µs for each of the 9 kernels of a layer (26 with the backward pass); `pass_time` says where that is
-longer than the GPU needs. A graph launches them all at once. It repeats the same kernels on the same addresses. So a batch
-is padded to sizes that many batches share (`PackedBatch.padded`) and copied to static tensors, and gradients are added to
-buffers that stay where they are (`main_grad`). A replay gives the bits of the eager pass on the same padded batch.
+The host needs up to 40 µs for each of the 9 kernels of a Llama layer (25 with the backward pass); `pass_time` says where
+that is longer than the GPU needs. A graph launches them all at once. It repeats the same kernels on the same addresses. So
+a batch is padded to sizes that many batches share (`PackedBatch.padded`) and copied to static tensors, and gradients are
+added to buffers that stay where they are (`main_grad`). A replay gives the bits of the eager pass on the same padded batch.
 
 A capture takes tenths of a second: the pass runs once more, the host waits for the device, and cached memory is given back.
 Sizes that come once would never repay it, so they are captured when they come for the second time.
@@ -121,6 +121,7 @@ class CudaGraph:
             with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # torch stays on the stream of a capture whose end raises
             if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(error)) from error
             # A capture that failed leaves torch's allocator and streams in a bad state, so the run must end.

@@ -52,8 +52,8 @@ class JoinedLinear:
     Weights, adapters and `main_grad`s are looked up in each call, so they may be moved and switched between passes.
 
     Args:
-        linears: `nn.Linear` modules, or PEFT's LoRA layers around them. Others, and LoRA with dropout, DoRA, biases or
-            merged weights, run as they are.
+        linears: `nn.Linear` modules, or PEFT's LoRA layers around them. Others, those with hooks, and LoRA with dropout,
+            DoRA, biases or merged weights, run as they are.
     """
 
     def __init__(self, linears: Sequence[Any]):
@@ -88,7 +88,7 @@ def _parts(linears: Sequence[Any], dtype: torch.dtype | None) -> _Parts | None:
     """
     weights, biases, found, start = [], [], [], 0
     for module in linears:
-        base = module if type(module) is nn.Linear else _base_layer(module)
+        base = module if _is_plain(module) else _base_layer(module)
         if base is None or "forward" in module.__dict__:
             return None
         weights.append(base.weight)
@@ -111,14 +111,24 @@ def _base_layer(module: Any) -> Any:
     """Returns the linear layer inside one of PEFT's LoRA layers; None if `module` is anything else, or is merged."""
     kind = type(module)
     is_lora = kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
-    return module.base_layer if is_lora and type(module.base_layer) is nn.Linear and not module.merged else None
+    return module.base_layer if is_lora and _is_plain(module.base_layer) and not module.merged else None
+
+
+def has_hooks(attributes: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has hooks, which whoever does its work would not call."""
+    before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
+    return bool(before or after or attributes["_backward_pre_hooks"] or attributes["_backward_hooks"])
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is nn.Linear and not has_hooks(module.__dict__)
 
 
 def _adapter_weights(module: Any, name: str) -> tuple[Tensor, Tensor] | None:
     """Returns (a, b) of an adapter that adds scale · (x @ aᵀ) @ bᵀ; None if it does anything else."""
     a, b = module.lora_A[name], module.lora_B[name]
     is_variant = name in getattr(module, "lora_variant", ()) or getattr(module, "use_dora", {}).get(name, False)
-    is_plain = type(a) is type(b) is nn.Linear and a.bias is b.bias is None and not is_variant
+    is_plain = _is_plain(a) and _is_plain(b) and a.bias is b.bias is None and not is_variant
     return (a.weight, b.weight) if is_plain and type(module.lora_dropout[name]) is nn.Identity else None
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 # What a launch costs the host at most, Python included. transformers' layers take 31 µs (SmolLM2-135M: 30 layers of 32
 # kernels in 29.2 ms, H200). Ours have no modules in between, but the host may be slower, and it has more to do than launch.
 LAUNCH_SECONDS = 40e-6
-# Launches of a pass: of a layer of Llama forward and backward, and of all else in each direction (embedding, head, loss).
+# Launches of a pass: of a layer of Qwen3 forward and backward (Llama's backward has one less), which
+# tests/models/test_decoder_kernels.py counts, and of all else in each direction (embedding, head, loss).
 LAYER_LAUNCHES, LAYER_BACKWARD_LAUNCHES, OTHER_LAUNCHES = 9, 17, 20
 FLOPS, BANDWIDTH = 667e12, 4.2e12  # of an H200; slower GPUs are bound by launches less often
 

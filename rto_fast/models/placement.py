@@ -29,12 +29,12 @@ def lay_side_by_side(groups: Iterable[Sequence[Any]], names: Sequence[str] = ("w
     """Moves the weights of each group of linear layers into one buffer, so that one GEMM can compute them.
 
     The parameters stay the same objects with the same values. Parameters that share their memory with others, such as an
-    optimizer's flat buffer, are left alone.
+    optimizer's flat buffer, are left alone, and so are those that were made in inference mode.
     """
     for group in groups:
         for name in names:
             tensors = [getattr(module, name) for module in group]
-            if any(t is None or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
+            if any(t is None or t.is_inference() or t.untyped_storage().nbytes() != t.nbytes for t in tensors):
                 continue
             for tensor, part in zip(tensors, torch.cat(tensors).split([len(t) for t in tensors])):
                 tensor.data = part

@@ -94,12 +94,23 @@ def precise(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     token = _RAISES.set(True)
     try:
-        with torch.no_grad(), plain_layers(model), _plain_experts(model), _Precise(dtype):
+        with torch.no_grad(), plain_layers(model), _plain_experts(model), _plain_linear(), _Precise(dtype):
             yield
     finally:
         _RAISES.reset(token)
         for module, kept in buffers:
             module._buffers.update(kept)
+
+
+@contextlib.contextmanager
+def _plain_linear() -> Iterator[None]:
+    """Puts torch's own `linear` back, which ZeRO 3 replaces for good: `_Precise` does not see into the other one."""
+    before = F.linear
+    F.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = before
 
 
 def from_liger(value: Any) -> bool:

@@ -1,12 +1,13 @@
 """Tables of the rotary embedding (RoPE) of a model, for all its passes."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rto_fast.models.context import VARYING
+from rto_fast.models.context import VARYING, context_of
 
 
 class RopeTables:
@@ -35,14 +36,19 @@ class RopeTables:
         return tuple(table.data_ptr() for table in self.tables.values())
 
     def prepare(self, longest: int, like: Tensor) -> None:
-        """Makes the tables of `longest` positions, with the dtype and device of `like`."""
+        """Makes the tables of `longest` positions, with the dtype and device of `like`.
+
+        The module of a type that `varies` waits for the device. So it is not asked again for a table that a pass can use:
+        up to the original context all have the same frequencies, past it those of one number of positions have.
+        """
+        size, most = 1 << (longest - 1).bit_length(), sys.maxsize
         if self.varies:
-            self.tables = {name: self._table(name, longest, like) for name in self.names}
-            return
+            size, most = longest, max(longest, context_of(self.module.config) or 0)
         for name in self.names:
             table = self.tables.get(name)
-            if table is None or len(table) < longest or (table.device, table.dtype) != (like.device, like.dtype):
-                self.tables[name] = self._table(name, 1 << (longest - 1).bit_length(), like)
+            fits = table is not None and longest <= len(table) <= most
+            if not fits or table is None or (table.device, table.dtype) != (like.device, like.dtype):
+                self.tables[name] = self._table(name, size, like)
 
     def rows(self, position_ids: Tensor, longest: int, like: Tensor) -> dict[str, Tensor]:
         """Cosines and sines of the positions [T] of a pass, [T, 2, R] for each name.

@@ -5,7 +5,9 @@ autograd none. The gradients of all others arrive through autograd and are colle
 its norm is one reduction, and ranks add it up in one call.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,33 +34,40 @@ class Gradients:
     """The gradients of some parameters.
 
     Float32 parameters have their place as `grad` too, where autograd itself adds up. Those of 16 bits have no `grad`.
+    Parameters that several of these share belong to the one that was used last. They are left as they were before when it
+    is closed or forgotten.
     """
 
     def __init__(self, parameters: Sequence[Tensor], layout: Layout):
         self.parameters, self.layout = parameters, layout
         self.flat: Tensor | None = None
+        self.places: dict[Tensor, Tensor] = {}
         self.pending: dict[Tensor, Tensor] = {}
         self.pending_bytes = 0
-        rounded = [parameter for parameter in parameters if parameter.dtype != torch.float32]
-        self.hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in rounded]
+        take = _weakly(self._take)  # a model must not keep the gradients of an optimizer that nobody else has
+        self.hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
+        weakref.finalize(self, _leave, self.places, self.hooks).atexit = False
 
     def make(self) -> Tensor:
-        """Allocates the buffer if there is none; returns it."""
+        """Allocates the buffer if there is none, makes it the parameters' own, and returns it."""
         if self.flat is None:
-            flat = torch.zeros(sum(self.layout.sizes), device=self.parameters[0].device)
-            for parameter, place in zip(self.parameters, self.layout.views(flat)):
+            self.flat = torch.zeros(sum(self.layout.sizes), device=self.parameters[0].device)
+            self.places.update(zip(self.parameters, self.layout.views(self.flat)))
+        if not all(_is_own(parameter, self.places) for parameter in self.parameters):
+            for parameter, place in self.places.items():
                 parameter.main_grad = place  # type: ignore[attr-defined]
                 parameter.grad = place if parameter.dtype == torch.float32 else None
-            self.flat = flat
         return self.flat
 
     def _take(self, parameter: Tensor) -> None:
         """Takes a gradient as soon as autograd has it, so that a large model's are never all in memory."""
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # a layer has added it already
+        gradient, place = parameter.grad, self.places.get(parameter)
+        # None and the place: the gradient is there already. Others may own the parameter now.
+        if gradient is None or gradient is place or not _is_own(parameter, self.places):
             return
+        parameter.grad = place if parameter.dtype == torch.float32 else None
         if gradient.numel() >= LARGE:
-            self.place_of(parameter).add_(gradient)
+            self.places[parameter].add_(gradient)
             return
         if parameter in self.pending:  # a call may not add to one place twice
             self.collect()
@@ -67,12 +76,9 @@ class Gradients:
         if self.pending_bytes > PENDING_BYTES:
             self.collect()
 
-    def place_of(self, parameter: Tensor) -> Tensor:
-        return parameter.main_grad  # type: ignore[attr-defined]
-
     def collect(self) -> None:
         """Adds the gradients that wait, in two calls."""
-        gradients, places = list(self.pending.values()), [self.place_of(parameter) for parameter in self.pending]
+        gradients, places = list(self.pending.values()), [self.places[parameter] for parameter in self.pending]
         self.pending, self.pending_bytes = {}, 0
         if gradients:
             # torch adds many tensors by one kernel only if all have one dtype; its copies convert.
@@ -92,14 +98,37 @@ class Gradients:
 
     def free(self) -> None:
         """Gives the buffer back."""
-        if self.flat is not None:
-            self.flat = None
-            for parameter in self.parameters:
-                parameter.grad = None
-                del parameter.main_grad  # type: ignore[attr-defined]
+        self.flat = None
+        _leave(self.places, [])
 
     def close(self) -> None:
         """Gives back all that the parameters hold for their gradients."""
         self.free()
-        for hook in self.hooks:
-            hook.remove()
+        _leave(self.places, self.hooks)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A function that calls a method, and does nothing once its object is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(parameter: Tensor) -> None:
+        if found := reference():
+            found(parameter)
+
+    return call
+
+
+def _is_own(parameter: Tensor, places: dict[Tensor, Tensor]) -> bool:
+    """Whether a parameter's gradient is collected in its place among these."""
+    return (place := getattr(parameter, "main_grad", None)) is not None and place is places.get(parameter)
+
+
+def _leave(places: dict[Tensor, Tensor], hooks: Sequence[Any]) -> None:
+    """Takes the places and hooks off their parameters, the places only where they are in use."""
+    for parameter in places:
+        if _is_own(parameter, places):
+            parameter.grad = None
+            del parameter.main_grad  # type: ignore[attr-defined]
+    places.clear()
+    for hook in hooks:
+        hook.remove()

@@ -222,9 +222,9 @@ class Optimizer(ScheduledOptimizer):
         skipped = not_finite(norm)
         if not self.moments:
             self._make_moments()
-        if self.has_masters:
-            for tensor, gradient in zip(self.updated, self._parts(flat)):
-                tensor.grad = gradient
+        places = self._parts(flat) if self.has_masters else self.gradients.places.values()
+        for tensor, gradient in zip(self.updated, places):
+            tensor.grad = gradient
         for group in self.adam.param_groups:
             group["lr"] = lr
         # As a GradScaler does: AdamW's kernel divides by the one and, where the other is 1, changes nothing.

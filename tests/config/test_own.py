@@ -92,7 +92,8 @@ def test_an_own_model_and_own_preferences_get_nothing_embedded(here, tmp_path, m
         "configuration: own (`--config own`; settings for models of up to a billion parameters), "
     )
     assert lines[0].endswith("since model.path, data.preferences are given; nothing of the embedded default is used")
-    assert lines[1:5] == [
+    assert lines[1].startswith("rto-fast ")
+    assert lines[2:6] == [
         "SFT: on the chosen responses of pairs.jsonl, since data.sft is not given",
         "RTO: on the prompts of pairs.jsonl, since data.prompts is not given",
         "evaluation: on prompts held out of pairs.jsonl, since data.eval_prompts is not given",

@@ -31,6 +31,14 @@ def leaves(*tensors):
     return tuple([make(t.detach()).requires_grad_() for t in tensors] for make in (torch.clone, torch.Tensor.double))
 
 
+def cuda_norm(x, weight, eps, unit_offset):
+    """transformers' RMSNorms by the operations of torch's CUDA kernels: these multiply by 1/D, where a CPU's divide by D."""
+    wide = x.float()
+    reciprocal = torch.tensor(1.0 / x.shape[-1], dtype=torch.float32, device=x.device)
+    normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) * reciprocal + eps)
+    return (normed * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
+
+
 def skip_truncation(dtype, device):
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16: needs a GPU")

@@ -4,6 +4,7 @@ Queries, keys and values are views of one tensor that is NaN around them.
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,19 +144,17 @@ def test_truth_is_the_gradient(options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "head_dim, heads, group, options",
+    "lengths, head_dim, heads, group, options",
     [
-        (16, 2, 2, {}),
-        (64, 1, 3, {"window": 70}),
-        (80, 1, 1, {"softcap": 3.0}),
-        (96, 2, 1, {"window": 3, "softcap": 20.0, "scale": 0.4}),
-        (20, 1, 7, {"scale": 0.1}),
+        ((1, 130, 0, 64, 37), 16, 2, 2, {}),
+        ((1, 130, 0, 64), 64, 1, 3, {"window": 70}),
+        ((1, 130, 0, 64, 37), 80, 1, 1, {"softcap": 3.0}),
+        ((1, 130, 0, 64), 96, 2, 1, {"window": 3, "softcap": 20.0, "scale": 0.4}),
+        ((1, 66, 0, 5), 20, 1, 7, {"scale": 0.1}),
     ],
 )
-def test_values_and_gradients(head_dim, heads, group, options, dtype, device):
-    assert_matches(
-        make(device, (1, 130, 0, 64, 37), head_dim=head_dim, heads=heads, group=group, dtype=dtype, **options)
-    )
+def test_values_and_gradients(lengths, head_dim, heads, group, options, dtype, device):
+    assert_matches(make(device, lengths, head_dim=head_dim, heads=heads, group=group, dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
@@ -285,6 +284,22 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
     assert set(recorder.names) <= allowed, recorder.names
 
 
+@pytest.mark.parametrize(
+    "major, kilobytes, expected", [(8, 163, (64, 64)), (9, 227, (64, 128)), (10, 227, (128, 128)), (12, 99, (64, 64))]
+)
+def test_tiles_fit_the_gpu(major, kilobytes, expected, monkeypatch):
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert attention_forward._rows_of_tiles.__wrapped__(torch.device("cuda", 0)) == expected
+
+
+def test_more_sequences_than_a_launch_has(device, monkeypatch):
+    case = make(device, (3, 40, 0, 7, 70, 1, 5), heads=1)
+    expected = case.gradients()
+    monkeypatch.setattr(attention_forward, "MAX_SEQUENCES", 3)
+    assert_equal(case.gradients(), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0}])
 def test_neighbours_and_packing_do_not_matter(options, device):
     """The bits of a sequence are those that it has alone, beside a neighbour that is NaN too."""
@@ -323,7 +338,7 @@ def test_nothing_before_the_window_is_read(device):
     "dtype, options", [(torch.float32, {}), (torch.bfloat16, {"window": 40}), (torch.bfloat16, {"softcap": 2.0})]
 )
 def test_bits_do_not_depend_on_the_tile(dtype, options, device, monkeypatch):
-    case = make(device, (200, 1, 65), head_dim=32, heads=1, dtype=dtype, **options)
+    case = make(device, (200, 1), head_dim=32, heads=1, dtype=dtype, **options)
     found = []
     for rows in (64, 128):
         tiles(monkeypatch, rows)
@@ -332,14 +347,14 @@ def test_bits_do_not_depend_on_the_tile(dtype, options, device, monkeypatch):
 
 
 def test_repeats(device):
-    case = make(device, (130, 20), dtype=torch.bfloat16)
+    case = make(device, (130, 20), heads=1, group=1, dtype=torch.bfloat16)
     assert_equal(case.gradients(), case.gradients())
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 2.0}])
 def test_queries_at_the_end_of_longer_sequences(options, device):
     """Their results have the bits of the whole sequence's: the last 0, 1, 30 and all queries, none of no keys."""
-    whole = make(device, (5, 70, 150, 20, 0), dtype=torch.bfloat16, **options)
+    whole = make(device, (5, 70, 150, 20, 0), heads=1, dtype=torch.bfloat16, **options)
     lengths = (0, 1, 30, 20, 0)
     rows = torch.cat([torch.arange(end - n, end) for n, end in zip(lengths, whole.bounds[1:].tolist())])
     part = replace(whole, query=whole.query[rows].requires_grad_(), lengths=lengths, key_lengths=whole.lengths)
@@ -432,6 +447,15 @@ def test_a_graph_replays_without_waiting(device):
         cu_seqlens.copy_(bounds(lengths, device))
         graph.replay()
         assert_equal(captured, replace(case, lengths=lengths).gradients(128))
+
+
+@needs_cuda
+def test_more_sequences_than_a_grid_has_programs(device):
+    """65,535 in its third dimension. The only position of a sequence is its value."""
+    case = make(device, (1,) * 70000, heads=2, dtype=torch.bfloat16)
+    out, _, _, dv = case.gradients()
+    assert torch.equal(out, case.value.repeat_interleave(2, 1))
+    torch.testing.assert_close(dv, case.dout.unflatten(1, (2, 2)).sum(2))
 
 
 @needs_cuda

@@ -9,7 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from rto_fast.kernels import layer_reference as reference
 from rto_fast.kernels import rotary as kernel
-from tests.kernels.layers import DTYPES, assert_near, normal, skip_truncation, sums_exactly
+from tests.kernels.layers import DTYPES, assert_near, cuda_norm, normal, skip_truncation, sums_exactly
 
 EPS = 1e-6
 
@@ -98,18 +98,10 @@ def test_the_reference_rotates_as_transformers(dtype, size, whole):
     assert torch.equal(reference.rotate(x, rope), expected[0].transpose(0, 1))
 
 
-def module_norm(x, weight, unit_offset):
-    module = (Gemma3RMSNorm if unit_offset else LlamaRMSNorm)(len(weight), EPS).to(weight)
+def module_norm(x, weight, eps, unit_offset):
+    module = (Gemma3RMSNorm if unit_offset else LlamaRMSNorm)(len(weight), eps).to(weight)
     module.weight.data = weight
     return module(x)
-
-
-def cuda_norm(x, weight, unit_offset):
-    """The modules by the operations of torch's CUDA kernels: their mean multiplies by 1/D, where a CPU's divides by D."""
-    wide = x.float()
-    reciprocal = torch.tensor(1.0 / x.shape[-1], dtype=torch.float32, device=x.device)
-    normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) * reciprocal + EPS)
-    return (normed * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,7 +117,7 @@ def test_rounds_where_transformers_does(norms, head_dim, dtype, device):
     q, k, _ = case.qkv.split([4, 2, 2], 1)
     if norms:
         norm = module_norm if device.type == "cuda" else cuda_norm
-        q, k = (norm(x, weight, unit_offset) for x, weight in zip((q, k), case.norms))
+        q, k = (norm(x, weight, EPS, unit_offset) for x, weight in zip((q, k), case.norms))
     cos, sin = case.rope[None, :, 0], case.rope[None, :, 1].clone()
     sin[..., : head_dim // 2].neg_()
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)

@@ -1,10 +1,12 @@
 """Our decoder computes what transformers' layers compute, forward and backward, and knows when it would not."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -19,6 +21,7 @@ from rto_fast.models.forward import causal_logps, forward_hidden, packed_inputs
 from rto_fast.models.precision import _Precise, precise
 from rto_fast.rollout import NativeEngine, Sampling
 from tests.tiny_models import FAMILIES, perturbed, prompts, tiny
+from tests.waits import NoWaits
 
 LENGTHS = (5, 23, 1, 9, 40, 12, 13)  # shorter and longer than the windows of 12
 
@@ -173,9 +176,10 @@ def test_hooks_and_other_methods_make_way_for_transformers_layers_while_they_are
         module.forward = module.forward
         assert decoder_of(model) is None and "was replaced" in layers_of(model)
         del module.forward
-    handle = layer.mlp.register_full_backward_hook(lambda *_: None)
-    assert decoder_of(model) is None
-    handle.remove()
+    for register in (layer.mlp.register_full_backward_hook, layer.mlp.act_fn.register_forward_hook):
+        handle = register(lambda *_: None)
+        assert decoder_of(model) is None and "has" in layers_of(model) and "hooks" in layers_of(model)
+        handle.remove()
     assert decoder_of(model) is ours
     # The embedding is called as it is.
     model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(1) and None)
@@ -244,6 +248,13 @@ def test_adapters_train_and_switch_on_our_layers():
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
     with adapted.disable_adapter():
         torch.testing.assert_close(forward_hidden(model, batch), before, rtol=1e-5, atol=1e-5)
+    projection = model.model.layers[0].self_attn.q_proj
+    for inner in (projection.base_layer, projection.lora_A["default"], projection.lora_B["default"]):
+        handle = inner.register_forward_hook(lambda module, inputs, output: 3 * output)
+        hooked = forward_hidden(model, batch)
+        assert (hooked - hidden).abs().max() > 0.1
+        torch.testing.assert_close(hooked, own_hidden(model, batch), rtol=1e-4, atol=1e-4)
+        handle.remove()
 
 
 def test_a_scorers_backbone_has_our_layers_too():
@@ -259,11 +270,39 @@ def test_a_higher_precision_is_the_models_own():
     assert not torch.equal(hidden, forward_hidden(model, batch))
 
 
-def test_a_decoder_keeps_no_model_alive():
+def test_autocast_is_the_models_own():
+    model, batch = packed("llama"), pack_whole(prompts())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = forward_hidden(model, batch)
+        assert torch.equal(hidden, own_hidden(model, batch))
+    assert not torch.equal(hidden, forward_hidden(model, batch))
+    hidden.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_the_check_holds_where_deepspeed_has_replaced_torchs_linear(monkeypatch, recwarn):
+    """ZeRO 3 does so for good, and later stages of a run load models."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    model = packed("qwen2").train()
+    check_decoder(model, "it", gradients=True)
+    assert not recwarn and decoder_of(model) is not None and F.linear is zero3_linear_wrap
+
+
+def test_a_decoder_keeps_no_model_alive_and_a_copy_has_its_own():
     model = packed("llama")
     forward_hidden(model, pack_whole(prompts()))
+    twin = copy.deepcopy(model)
+    assert decoder_of(twin) not in (decoder_of(model), None)
+    twin.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert decoder_of(twin) is None and decoder_of(model) is not None
+    for module in (model.model, model.model.layers[0]):  # as engines do: hooks and parameters that lead to the model
+        module.register_forward_hook(lambda *_, engine=[model]: None)
+    model.model.norm.weight.engine = model
     backbone, layer = weakref.ref(model.model), weakref.ref(model.model.layers[0])
-    del model
+    del model, module
     gc.collect()
     assert backbone() is None and layer() is None
 
@@ -289,13 +328,18 @@ def test_a_table_grows_in_powers_of_two_and_stays_where_it_is():
 LONGROPE = dict(rope_type="longrope", long_factor=[2.0, 3.0], short_factor=[1.0, 1.0], rope_theta=1e4, factor=2.0)
 
 
+VARYING = [
+    ("llama", dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
+    ("phi3", LONGROPE | dict(original_max_position_embeddings=16, partial_rotary_factor=0.5)),
+]
+
+
 @pytest.mark.parametrize(
     "name, parameters",
     [
-        ("llama", dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
+        *VARYING,
         ("llama", dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)),
         ("llama", dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
-        ("phi3", LONGROPE | dict(original_max_position_embeddings=16, partial_rotary_factor=0.5)),
     ],
 )
 def test_types_of_rope_are_those_of_the_longest_sequence(name, parameters):
@@ -306,3 +350,17 @@ def test_types_of_rope_are_those_of_the_longest_sequence(name, parameters):
         assert decoder_of(ours) is not None
         found, expected = forward_hidden(ours, batch), own_hidden(theirs, batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, parameters", VARYING)
+def test_a_table_of_rope_is_made_once_for_the_steps_of_a_rollout(name, parameters):
+    """The module of such a type looks at the positions, which a step in a CUDA graph cannot."""
+    model = packed(name, max_position_embeddings=16, rope_parameters=parameters)
+    ropes, like = decoder_of(model).ropes, model.get_input_embeddings().weight
+    for longest, others in ((12, (12, 3, 9)), (40, (40,)), (16, (9, 16))):
+        ropes.prepare(longest, like)
+        before = ropes.addresses()
+        with NoWaits():
+            for other in others:
+                ropes.rows(torch.arange(3), other, like)
+        assert ropes.addresses() == before

@@ -6,8 +6,11 @@ import weakref
 
 import pytest
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from rto_fast.batch import pack
+from rto_fast.config import load_config
+from rto_fast.data.tokenizing import Demonstration, Pair
 from rto_fast.errors import ModelError
 from rto_fast.models import graphs
 from rto_fast.models.forward import causal_logps, token_scores
@@ -16,6 +19,7 @@ from rto_fast.models.model import Model
 from rto_fast.models.pass_time import PassSizes
 from rto_fast.rto.update import policy_loss, value_loss
 from rto_fast.training.accumulate import Accumulator
+from rto_fast.training.supervised import dpo_batch, dpo_loss, reward_batch, reward_loss, text_batch, text_loss
 from tests.models.test_padding import RTO, STATISTICS, float64, micro_batch, scorer, sides
 from tests.tiny_models import tiny
 from tests.waits import NoWaits
@@ -173,6 +177,40 @@ def test_gradients_of_micro_batches_add_up_as_without_graphs(loss, make, args):
                     parameter -= 0.1 * parameter.main_grad
                 clear(each.module)
     assert [graph.replays for graph in made(model)] == [len(inputs) * 4 - 1]
+
+
+PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1], None), Pair([5, 9], [3, 1], [4, 4, 1], None)]
+DPO = load_config(["--config", "default"]).dpo
+
+
+@pytest.mark.parametrize(
+    "loss, make, inputs, args",
+    [
+        (policy_loss, tiny, micro_batch(SAME_SIZES[0]), (RTO, 0.7)),
+        (value_loss, scorer, micro_batch(SAME_SIZES[0]), (RTO, STATISTICS)),
+        (text_loss, tiny, text_batch([Demonstration([5, 6], [7, 8, 1])], 3.0, False, "cpu"), ()),
+        (reward_loss, scorer, reward_batch(PAIRS, 2, "cpu"), ()),
+        (dpo_loss, tiny, dpo_batch(PAIRS, torch.zeros(2, 2), 2, "cpu"), (DPO,)),
+    ],
+)
+def test_no_node_of_autograd_outlives_a_pass(loss, make, inputs, args):
+    """A node that receives a parameter's gradient runs on the stream of the pass that made it, as long as any result keeps
+    it alive. In a later capture this would be another stream than that of the capture, which fails then."""
+
+    def received(module):
+        return [get_gradient_edge(parameter).node.metadata for parameter in module.parameters()]
+
+    def marked(module, *given):
+        results = loss(module, *given)
+        for metadata in received(module):
+            metadata["is old"] = True
+        return results
+
+    model = Model(float64(make("llama")) if make is tiny else make())
+    metrics = model.learn(marked, inputs, *args, backward=backward(model.module))
+    assert metrics and not any(received(model.module))
+    kept, _ = marked(model.module, inputs, *args)
+    assert any(received(model.module)), "the test finds what a loss keeps alive"
 
 
 @pytest.mark.parametrize("moved", ["weight", "gradient"])
@@ -377,6 +415,7 @@ class FakeCuda:
         current.name, side.name = "current", "side"
         for name, value in dict(current_stream=lambda: current, Stream=lambda: side, stream=on).items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.events.append(f"back on {stream.name}"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
         monkeypatch.setattr(torch.cuda, "graph", graph)
         monkeypatch.setattr(CudaGraph, "stream", None)
@@ -412,10 +451,10 @@ def test_a_capture_that_runs_out_of_memory_says_so(monkeypatch, sync_modes, firs
         return torch.ones(1)
 
     # torch ends the capture while the error is on its way, which may raise another one.
-    FakeCuda(monkeypatch, fails=None if first else torch.OutOfMemoryError("CUDA out of memory"))
+    fake = FakeCuda(monkeypatch, fails=None if first else torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraph(run)
-    assert not CudaGraph.live
+    assert not CudaGraph.live and fake.events[-1] == "back on current"
 
 
 def test_a_capture_that_fails_ends_the_run_and_tells_the_way_out(monkeypatch, sync_modes):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rto_fast.batch import pack
+from rto_fast.batch import pack, pack_whole
 from rto_fast.config import DeepSpeedConfig, LoraConfig, load_config
 from rto_fast.data.world import build_model, build_tokenizer
-from rto_fast.models.forward import causal_logps
+from rto_fast.models.attention import PACKED
+from rto_fast.models.forward import causal_logps, forward_hidden
 from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.loading import load_model
 from rto_fast.models.lora import load_adapter, new_adapter
@@ -120,6 +121,16 @@ def test_layers_that_share_weights_stay_shared():
     lay_side_by_side(projection_groups(model))
     assert torch.equal(model(torch.tensor([[2, 3, 5]])).logits, expected)
     assert model.model.layers[1].mlp.gate_proj.weight is model.model.layers[0].mlp.gate_proj.weight
+
+
+def test_a_model_that_was_made_in_inference_mode_is_left_alone():
+    with torch.inference_mode():
+        model = tiny()
+        model.set_attn_implementation(PACKED)
+        weights = [parameter.data_ptr() for parameter in model.parameters()]
+        lay_side_by_side(projection_groups(model))
+        assert weights == [parameter.data_ptr() for parameter in model.parameters()]
+        assert forward_hidden(model, pack_whole([[1, 2, 3]])).isfinite().all()
 
 
 def test_models_without_such_projections_are_left_alone():

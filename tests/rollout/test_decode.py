@@ -148,7 +148,7 @@ def triton_decode(monkeypatch, device):
 def float64_logps(model, rollout):
     """Log-probs of a rollout's tokens from the model's own forward pass, one sequence at a time."""
     exact = copy.deepcopy(model).double()
-    exact.set_attnimplementation("eager")
+    exact.set_attn_implementation("eager")
     logps = []
     for prompt, response in zip(rollout.prompt_ids, rollout.response_ids):
         logits = exact(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]

@@ -28,7 +28,7 @@ if __name__ == "__main__" and "--triton" in sys.argv:
 
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.kernels.sampling_reference import philox_uniforms, sample_tokens  # noqa: E402
-from rto_fast.rollout import NativeEngine, Sampling, decode, fuse, native, scheduler  # noqa: E402
+from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native, scheduler  # noqa: E402
 from tests.tiny_models import ARCHITECTURES, state_of, tiny  # noqa: E402
 
 GIB = 1 << 30
@@ -183,7 +183,7 @@ def run_as_on_a_gpu():
                 return prompts, n, sampling, limits
 
     scheduler.Scheduler.__init__, decode.sample_tokens = late, sampling.sample_tokens
-    for module in (decode, fuse, native):
+    for module in (attention, decode, native):
         module.runs_triton = lambda _: True
     return small
 

@@ -1,5 +1,6 @@
 """The buffer of an optimizer's gradients, and steps that wait for nothing."""
 
+import gc
 import math
 from types import SimpleNamespace
 
@@ -165,6 +166,51 @@ def test_the_memory_is_given_back_unless_it_is_kept(dtype):
     optimizer.release()
     loss_of(model).backward()  # ordinary gradients again
     assert all(p.grad is not None and not hasattr(p, "main_grad") for p in model.parameters())
+
+
+def collected(model):
+    return [parameter.main_grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_optimizer_that_is_used_owns_the_gradients(dtype):
+    """Also while another one of the same model exists, and when it is gone the gradients are ordinary ones again."""
+    model, first = make(dtype)
+    first.backward(loss_of(model))
+    expected = collected(model)
+    second = Optimizer(Model(model), SFTConfig(lr=1e-2), first.settings, 20)
+    for optimizer in (second, first, second):
+        optimizer.zero_grad()
+        optimizer.make_gradients()
+        optimizer.backward(loss_of(model))
+        assert all(map(torch.equal, collected(model), expected))
+        assert torch.equal(optimizer.gradients.flat, first.gradients.flat) and optimizer.gradients.flat.any()
+    del optimizer, second
+    gc.collect()
+    assert not any(hasattr(p, "main_grad") or p.grad is not None for p in model.parameters())
+    first.make_gradients()
+    del first
+    gc.collect()
+    loss_of(model).backward()
+    assert all(p.grad is not None and not hasattr(p, "main_grad") for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_user_who_clears_the_models_gradients_loses_none(dtype, when):
+    """`Module.zero_grad` sets `grad` to None: before a backward pass it loses nothing, after it what autograd holds."""
+    results = []
+    for clears in (False, True):
+        model, optimizer = make(dtype)
+        optimizer.make_gradients()
+        if clears and when == "before":
+            model.zero_grad()
+        optimizer.backward(loss_of(model))
+        if clears and when == "after":
+            model.zero_grad()
+        optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
