@@ -290,6 +290,7 @@ CASES = {
     "attention gemma-2 bf16 window softcap": packed_attention(8, 4, 256, 2048, window=1024, softcap=50.0),
     "attention phi-3 fp16 head_dim 96": packed_attention(32, 32, 96, 2048, torch.float16),
     "attention fp32": packed_attention(6, 2, 64, 256, torch.float32),
+    "attention tiny fp32": packed_attention(4, 4, 16, 64, torch.float32),
     "norm llama bf16 frozen": rms_norm(4096, frozen=True),
     "norm gemma-2 bf16 unit offset multiplier": rms_norm(3584, unit_offset=True),
     "norm llama-3-405b bf16": rms_norm(16384),

@@ -9,14 +9,11 @@ return nothing is added up in memory, where FlashAttention adds float32 dQ by at
   repeated, nor their gradients added up afterwards.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels import attention_forward
 from rto_fast.kernels.attention_forward import (
     base_2,
     bounds_of_launches,
@@ -186,25 +183,6 @@ def attention_dkdv_kernel(
     at = pid_h * HEAD_DIM
     store_rows(dk_ptr + at, dk * scale, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_rows(dv_ptr + at, dv, first_n, end_n, stride_grad_t, HEAD_DIM, BLOCK_N, BLOCK_D)
-
-
-def _launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """(rows of a tile, block sizes and launch options of both kernels), by which nothing spills registers."""
-    rows, options = launch_options(query, max_seqlen)
-    is_16_bit, is_wide = query.element_size() == 2, options["BLOCK_D"] > 128
-    keys, queries = (64 if is_16_bit and options["BLOCK_D"] <= 64 else 32), 32
-    if is_wide:
-        keys, queries = (32 if is_16_bit else 16), 16
-    dkdv_options = options
-    if is_16_bit and attention_forward.architecture(query.device) // 10 not in (9, 10):
-        # Tensor cores that do not read shared memory: keys and values take registers too.
-        rows, queries, dkdv_options = 64, 32, options | {"num_warps": 8}
-        options = options | {"num_warps": 8 if is_wide else 4}
-    return (
-        rows,
-        {"BLOCK_M": rows, "BLOCK_N": keys, **options},
-        {"BLOCK_M": queries, "BLOCK_N": rows, **dkdv_options},
-    )
 
 
 def attention_backward(

@@ -219,8 +219,8 @@ def block_keys(block_d: int, itemsize: int) -> int:
 
 
 @cache
-def architecture(device: torch.device) -> int:
-    """90 for sm_90, an H100's; that is also what a CPU gets."""
+def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
+    """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
     if device.type != "cuda":
         return 64, 128
     properties: Any = torch.cuda.get_device_properties(device)
@@ -237,12 +237,7 @@ def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.d
     """Rows of a program's tile. Short sequences fill small tiles better; large tiles read less from L2."""
     if itemsize == 4:
         return 32
-    if block_d > 128:
-        return 64
-    sm = architecture(device)
-    # A B200's tensor cores want 128 rows, and Triton 3.7 spills registers with 64. Others with enough shared memory, 112 KB
-    # for heads of 128, are an A100 and an H100.
-    return 128 if sm // 10 == 10 or (max_seqlen > 1024 and sm in (80, 90)) else 64
+    return 64 if block_d > 128 else _rows_of_tiles(device)[max_seqlen > 1024]
 
 
 def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]:
