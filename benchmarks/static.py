@@ -27,7 +27,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.command_line import ArgumentParser
-from benchmarks.static_cases import CASES, EXPECTED, ONLY_ON
+from benchmarks.static_cases import CASES, EXPECTED
+from rto_fast.kernels import attention_forward
 from rto_fast.system.terminal import protect, say
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -168,9 +169,14 @@ def collect(only=""):
     with ThreadPoolExecutor() as pool:  # disassembling takes as long as compiling, so both run at once
         for case, (module, call) in CASES.items():
             torch.manual_seed(0)
-            launches = record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}"))
-            for kernel, args, kwargs in launches:
-                for sm in ONLY_ON.get(case, LIMITS) if only in kernel.__name__ else ():
+            implementation = importlib.import_module(f"rto_fast.kernels.{module}")
+            for sm in LIMITS:
+                # Attention's tiles follow from the architecture.
+                with patch.object(attention_forward, "architecture", lambda _, sm=sm: sm):
+                    launches = record_launches(call, implementation)
+                for kernel, args, kwargs in launches:
+                    if only not in kernel.__name__:
+                        continue
                     compiled = compile_launch(kernel, args, kwargs, sm)
                     if compiled.hash not in seen:
                         seen.add(compiled.hash)

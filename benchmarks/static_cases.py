@@ -218,14 +218,6 @@ def decode_step(slots, stops, min_new_tokens, grow):
 # Vocabulary sizes of the three benchmarked models.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
-# Tiles of 64 rows of these heads are not for sm_100, tiles of 128 not for sm_80 (see `attention_forward._rows_of_tiles`).
-ONLY_ON = {
-    "attention qwen bf16": (80, 90),
-    "attention llama bf16 long": (90, 100),
-    "attention mistral bf16 window": (90, 100),
-    "attention phi-3 fp16 head_dim 96": (90, 100),
-}
-
 # By label: (module of rto_fast.kernels, a call of it on CPU tensors, of which only the launches are recorded).
 CASES = {
     "gae fp32 short": gae(1000, 10),
@@ -290,7 +282,6 @@ CASES = {
     "attention gemma-2 bf16 window softcap": packed_attention(8, 4, 256, 2048, window=1024, softcap=50.0),
     "attention phi-3 fp16 head_dim 96": packed_attention(32, 32, 96, 2048, torch.float16),
     "attention fp32": packed_attention(6, 2, 64, 256, torch.float32),
-    "attention tiny fp32": packed_attention(4, 4, 16, 64, torch.float32),
     "norm llama bf16 frozen": rms_norm(4096, frozen=True),
     "norm gemma-2 bf16 unit offset multiplier": rms_norm(3584, unit_offset=True),
     "norm llama-3-405b bf16": rms_norm(16384),

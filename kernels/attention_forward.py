@@ -219,25 +219,24 @@ def block_keys(block_d: int, itemsize: int) -> int:
 
 
 @cache
-def _rows_of_tiles(device: torch.device) -> tuple[int, int]:
-    """Rows of a tile for short and for long sequences. A tile of 128 rows of 256 bytes takes 112 KB of shared memory."""
+def architecture(device: torch.device) -> int:
+    """90 for sm_90, an H100's; that is also what a CPU gets."""
     if device.type != "cuda":
-        return 64, 128
-    properties: Any = torch.cuda.get_device_properties(device)
-    # Before Hopper the operands of products are in registers, which tiles of 128 rows spill in the backward pass. Of
-    # Blackwell, GeForce has 99 KB of shared memory.
-    if properties.major < 9 or properties.shared_memory_per_block_optin < 160 << 10:
-        return 64, 64
-    if properties.major >= 10:  # its tensor cores want 128 rows; Triton 3.7 spills registers with 64
-        return 128, 128
-    return 64, 128
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def rows_of_a_tile(block_d: int, itemsize: int, max_seqlen: int, device: torch.device) -> int:
     """Rows of a program's tile. Short sequences fill small tiles better; large tiles read less from L2."""
     if itemsize == 4:
         return 32
-    return 64 if block_d > 128 else _rows_of_tiles(device)[max_seqlen > 1024]
+    if block_d > 128:
+        return 64
+    sm = architecture(device)
+    # A B200's tensor cores want 128 rows, and Triton 3.7 spills registers with 64. Others with enough shared memory, 112 KB
+    # for heads of 128, are an A100 and an H100.
+    return 128 if sm // 10 == 10 or (max_seqlen > 1024 and sm in (80, 90)) else 64
 
 
 def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]:
@@ -249,7 +248,7 @@ def launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]]
         "BLOCK_D": block_d,
         "num_warps": rows // 16 if narrow else 8,
         "num_stages": 3 if narrow else 2,
-        "maxnreg": 255,  # by itself ptxas would spill, to make room for more programs: on an A100 it gave dK and dV 32
+        "maxnreg": 255 if itemsize == 4 else None,  # by itself ptxas would spill, to make room for more programs
     }
 
 

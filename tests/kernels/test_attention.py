@@ -4,7 +4,6 @@ Queries, keys and values are views of one tensor that is NaN around them.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,12 +284,15 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "major, kilobytes, expected", [(8, 163, (64, 64)), (9, 227, (64, 128)), (10, 227, (128, 128)), (12, 99, (64, 64))]
+    "sm, forward, backward",
+    [(80, (64, 128), 64), (89, (64, 64), 64), (90, (64, 128), 128), (100, (128, 128), 128), (120, (64, 64), 64)],
 )
-def test_tiles_fit_the_gpu(major, kilobytes, expected, monkeypatch):
-    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert attention_forward._rows_of_tiles.__wrapped__(torch.device("cuda", 0)) == expected
+def test_tiles_fit_the_gpu(sm, forward, backward, monkeypatch):
+    """For short and long sequences forward, for long ones backward."""
+    monkeypatch.setattr(attention_forward, "architecture", lambda device: sm)
+    query = torch.empty(1, 1, 128, dtype=torch.bfloat16)
+    assert tuple(attention_forward.launch_options(query, length)[0] for length in (1024, 1025)) == forward
+    assert attention_backward._launch_options(query, 2048)[0] == backward
 
 
 def test_more_sequences_than_a_launch_has(device, monkeypatch):
