@@ -31,6 +31,16 @@ from rto_fast.kernels.attention_forward import (
 from rto_fast.kernels.common import EXACT
 
 
+@triton.jit
+def sum_of_rows(x):
+    """The sum of each row in one order, whatever the tile. Neighbours are added up first, because a thread has them."""
+    if x.shape[1] == 1:
+        return tl.reshape(x, (x.shape[0],))
+    else:
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return sum_of_rows(left + right)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def attention_dq_kernel(
     query_ptr,
@@ -78,7 +88,9 @@ def attention_dq_kernel(
     query = load_rows(query_ptr + pid_h * stride_query_h, first_m, end_m, stride_query_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr + pid_h * stride_dout_h, first_m, end_m, stride_dout_t, HEAD_DIM, BLOCK_M, BLOCK_D)
     out = load_rows(out_ptr + pid_h * HEAD_DIM, first_m, end_m, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = dout.to(tl.float32) * out.to(tl.float32)
+    # Larger heads have one tile only, and would spill registers on an A100.
+    delta = sum_of_rows(delta) if BLOCK_D <= 128 else tl.sum(delta, 1)
     rows = pid_h * num_tokens + first_m + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=positions < length, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=positions < length)
@@ -181,7 +193,7 @@ def attention_dkdv_kernel(
 def _launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """(rows of a tile, block sizes and launch options of both kernels), by which nothing spills registers."""
     rows, options = launch_options(query, max_seqlen)
-    options = options | {"maxnreg": 255}  # on an A100 ptxas of Triton 3.6 gave dK and dV 32 registers by itself
+    options = options | {"maxnreg": 255}  # by itself ptxas would spill, to make room for more programs
     is_16_bit, is_wide = query.element_size() == 2, options["BLOCK_D"] > 128
     keys, queries = (64 if is_16_bit and options["BLOCK_D"] <= 64 else 32), 32
     if is_wide:

@@ -204,7 +204,7 @@ def test_first_position_is_its_value(device):
 
 def test_huge_scores(device):
     """Scores exceed ±1000, so one key has all the weight; then all keys have equal weights."""
-    case = make(device, (100, 70), heads=1, group=1, spread=2000.0)
+    case = make(device, (100, 70), spread=2000.0)
     actual, expected = case.gradients(), truth(case)["out"][0]
     torch.testing.assert_close(actual[0].double(), expected, rtol=1e-3, atol=1e-3)
     assert all(x.isfinite().all() for x in actual)
@@ -284,14 +284,15 @@ def test_three_kernels_and_nothing_else(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, short, long", [((8, 0), 64, 128), ((9, 0), 64, 128), ((10, 0), 128, 128), ((12, 0), 64, 64)]
+    "sm, forward, backward",
+    [(80, (64, 128), 64), (89, (64, 64), 64), (90, (64, 128), 128), (100, (128, 128), 128), (120, (64, 64), 64)],
 )
-def test_tiles_fit_the_gpu(capability, short, long, monkeypatch):
-    """128 rows of heads of 128 take 112 KB, and an RTX 5090 (12.0) has 99."""
-    sm = 10 * capability[0] + capability[1]
+def test_tiles_fit_the_gpu(sm, forward, backward, monkeypatch):
+    """For short and long sequences forward, for long ones backward."""
     monkeypatch.setattr(attention_forward, "architecture", lambda device: sm)
-    found = [attention_forward.rows_of_a_tile(128, 2, length, torch.device("cuda")) for length in (256, 4096)]
-    assert found == [short, long]
+    query = torch.empty(1, 1, 128, dtype=torch.bfloat16)
+    assert tuple(attention_forward.launch_options(query, length)[0] for length in (1024, 1025)) == forward
+    assert attention_backward._launch_options(query, 2048)[0] == backward
 
 
 def test_more_sequences_than_a_launch_has(device, monkeypatch):
@@ -318,7 +319,7 @@ def test_neighbours_and_packing_do_not_matter(options, device):
 
 
 def test_nan_stays_in_its_head(device):
-    case = make(device, (70, 10))
+    case = make(device, (70, 70))
     clean = case.gradients()
     case.key[75, 1, 5] = float("nan")
     for name, actual, before in zip(("out", "dq", "dk", "dv"), case.gradients(), clean):
