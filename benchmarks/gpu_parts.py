@@ -22,9 +22,15 @@ COMPILED = "torch.compile"  # the peers of the last part
 # Time may run out, so first comes what only a GPU can show.
 TESTS = (
     "tests/rollout/test_cuda.py",
+    "tests/models/test_graphs_cuda.py",
+    "tests/models/test_decoder_kernels.py",
     "tests/kernels",
+    "tests/training/test_gradients.py",
+    "tests/training/test_waits.py",
+    "tests/models",
+    "tests/test_batch.py",
     "tests/test_ops.py",
-    "tests/models/test_models.py",
+    "tests/test_layer_ops.py",
     "tests/rto/test_rto_invariants.py",
     "tests/rollout",
 )
