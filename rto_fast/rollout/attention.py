@@ -95,7 +95,8 @@ def paged_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     paged.store(layer, key, value)
-    return paged.scored(layer, query, key, value, Scores(scaling, sliding_window, softcap))[None], None
+    out = paged.scored(layer, query, key, value, Scores(scaling, sliding_window, softcap))
+    return out.contiguous()[None], None  # some models call `view` on it
 
 
 # Only the attention is registered, not a mask: transformers' mask would ask the host what is packed, which is a sync.

@@ -195,7 +195,8 @@ def test_the_optimizers_gradients_are_neighbours_too(name, dtype):
                 assert joined([p.main_grad for p in parameters]) is not None, kind
     trained = new_adapter(tiny(name), "policy", LoraConfig(rank=2), 0)
     trained.base.requires_grad_(False)
-    Optimizer(Model(trained), config.sft, config.optimizer, 4).gradients.make()
+    optimizer = Optimizer(Model(trained), config.sft, config.optimizer, 4)
+    optimizer.gradients.make()
     for group in projection_groups(trained.base):
         assert joined([m.lora_A["policy"].weight.main_grad for m in group]) is not None
 

@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_run(refused, stopped, tmp_path):
         ([*RTO, "--reward_model.lr", "1"], "reward_model: the gradient was not finite in 10 steps in a row"),
         (
             [*RTO, *LENGTHS, "--rto.advantage", "gae", "--rto.critic_lr", "1", "--rto.iterations", "20"],
-            "rto: the gradient was not finite in 10 steps in a row",
+            "rto: the gradient was not finite in 11 steps in a row",  # an iteration's steps are checked together
         ),
         ([*RTO, *LENGTHS, "--rto.lr", "1"], "the policy's logits are NaN: response 0 "),
         ([*RTO, *LENGTHS, "--rto.lr", "1", "--rollout.engine", "hf"], "the policy's logits are NaN: sequence "),
@@ -295,7 +295,7 @@ def test_a_step_that_is_skipped_is_counted(start, monkeypatch, capsys, tmp_path)
     def logps(*arguments):
         return causal_logps(*arguments) * (factors.pop() if factors else 1.0)
 
-    monkeypatch.setattr("rto_fast.stages.causal_logps", logps)
+    monkeypatch.setattr("rto_fast.training.supervised.causal_logps", logps)
     start(*SFT, "--sft.max_steps", "4", "--sft.batch_size", "4", "--output_dir", tmp_path / "out")
     assert "\nsft: optimizer steps skipped for a gradient that was not finite: 1\n" in capsys.readouterr().out
 
