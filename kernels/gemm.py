@@ -9,9 +9,18 @@ import torch.nn.functional as F
 SPLIT_K_ELEMENTS = 1 << 23
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] @ weight [N, K]ᵀ + bias [N]: the forward pass of every linear layer of our decoder, in one GEMM."""
-    return F.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, K] @ weight [N, K]ᵀ + bias [N]: the forward pass of every linear layer of our decoder and of its output layer.
+
+    Args:
+        out: [T, N] of the dtype of x or float32, whose rows may have any stride. Default: a new tensor of the dtype of x.
+    """
+    if out is None:
+        return F.linear(x, weight, bias)
+    gemm(x, weight.t(), out)
+    return out if bias is None else out.add_(bias)
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:

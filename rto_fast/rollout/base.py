@@ -97,6 +97,7 @@ class RolloutBatch:
     sampling_logps: Tensor | None = None  # of the distribution from which the tokens were drawn
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the host, which runs ahead of a GPU
     stats: dict[str, float] = field(default_factory=dict)  # how well the engine was used
+    exact: bool = False  # whether `logps` are what the training forward pass computes, to the bit
 
     @property
     def finished(self) -> list[bool]:
