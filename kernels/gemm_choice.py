@@ -203,7 +203,7 @@ def _look(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[
             return reference, None
         if not differing[name]:
             right[name] = run
-    if not right or (few and "Triton" not in right):
+    if not right:
         right["Triton, reference tile"] = reference
     microseconds = _microseconds(right, x, weight, bias, out) if len(right) > 1 else {}
     choice = next(iter(right))

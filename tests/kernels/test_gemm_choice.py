@@ -76,7 +76,9 @@ def product(rows, columns=64, inner=24, dtype=torch.bfloat16, out_dtype=None, bi
     x, weight, bias = (torch.randn(size, generator=generator) for size in ((rows, inner), (columns, inner), (columns,)))
     operands = aligned(x.to(dtype)), aligned((scale * weight).to(dtype)), aligned(bias.to(dtype)) if biased else None
     out = aligned(torch.full((rows, columns), torch.nan, dtype=out_dtype or dtype))
+    copies = [None if operand is None else operand.clone() for operand in operands]
     assert gemm_choice.product(*operands, out) is out
+    assert all(copy is None or torch.equal(copy, operand) for copy, operand in zip(copies, operands))
     assert torch.equal(out, in_order(*operands, torch.empty_like(out))), "the result has other bits"
     return gemm_choice.looked_at()
 
