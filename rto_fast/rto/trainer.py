@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
-from rto_fast.models.model import vocabulary_of
+from rto_fast.models.model import Model, vocabulary_of
 from rto_fast.reporting.log import Finding, RunLog
 from rto_fast.reporting.metric_names import (
     CLIP_FRACTION,
@@ -86,11 +86,7 @@ class RTOTrainer(Trainer):
         self.budget = budget or unplanned_budget(config)
         self.accumulator = Accumulator(self.budget.training, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
-        if models.policy.device.type == "cuda":
-            otherwise = (
-                "" if self.engine.exactness.holds else "; old log-probs are compared or recomputed in every rollout"
-            )
-            log.say(f"policy: {self.engine.exactness}{otherwise}")
+        say_exactness(log, models.policy, self.engine)
         self.delimiters = None
         if rto.granularity == "sentence":
             self.delimiters = delimiter_table(tokenizer, vocabulary_of(models.policy.module), rto.delimiters, device)
@@ -189,6 +185,13 @@ def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float) -> f
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * responses / KL_HORIZON)
+
+
+def say_exactness(log: RunLog, policy: Model, engine: Engine) -> None:
+    """Says whether the sampler's log-probs are the trainer's. On a CPU, where they never are, nothing is said."""
+    if policy.device.type != "cpu":
+        otherwise = "" if engine.exactness.holds else "; old log-probs are compared or recomputed in every rollout"
+        log.say(f"policy: {engine.exactness}{otherwise}")
 
 
 def not_exact(kl: float) -> Finding:
