@@ -13,6 +13,7 @@ from rto_fast.rto import experience, first_update
 from rto_fast.rto import trainer as trainer_module
 from rto_fast.rto.experience import score_rollout
 from tests.rto.exact_engine import TOKENIZER, build, off_by_one_ulp, ordered_linear, packed, training_logps
+from tests.training.test_waits import watched_call
 from tests.waits import NoWaits
 
 
@@ -69,6 +70,18 @@ def test_no_pass_of_the_policy_and_a_ratio_of_exactly_one_in_every_iteration(opt
         assert (metrics["approx_kl"] == 0.0) == (metrics["clip_fraction"] == 0.0 and steps == 1) == (steps == 1)
     assert trainer.log.findings == [] and trainer.is_exact
     assert passes == 3 * [(trainer.models.reference, 12)]
+
+
+def test_an_iteration_reads_its_metrics_once_and_waits_for_nothing_else(monkeypatch):
+    reads, numbers = [], trainer_module.numbers
+    for name in ("score_rollout", "token_rewards", "rollout_metrics", "update"):
+        call = watched_call(getattr(trainer_module, name), [first_update.check_ratio])
+        monkeypatch.setattr(trainer_module, name, call)
+    monkeypatch.setattr(trainer_module, "numbers", lambda metrics: (reads.append(1), numbers(metrics))[1])
+    trainer = build()
+    for _ in range(2):
+        trainer.step()
+    assert len(reads) == 2
 
 
 def test_one_rounding_in_one_log_prob_is_said_once_and_ends_the_trust(passes):
