@@ -5,10 +5,7 @@ The training forward pass then computes the log-probs of the same tokens, in pac
 differs anywhere in a layer reaches most log-probs, so two thousand tokens show it.
 """
 
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +15,8 @@ from rto_fast.models.checks import check_sequences
 from rto_fast.models.decoder import decoder_of, layers_of
 from rto_fast.models.forward import causal_logps
 from rto_fast.rollout import attention
-from rto_fast.rollout.base import Exactness, RolloutBatch, Sampling
+from rto_fast.rollout.base import Engine, Exactness, RolloutBatch, Sampling
 from rto_fast.rollout.model import RolloutModel
-
-if TYPE_CHECKING:
-    from rto_fast.rollout.native import NativeEngine
 
 # Ends of blocks of 64 keys and of splits of 256 lie in prompts, in their pieces and among the tokens that are decoded.
 PROMPT_LENGTHS = (630, 500, 380, 300, 250, 230, 180, 127, 100, 64, 50, 20)
@@ -47,31 +41,27 @@ def reason_against(policy: RolloutModel) -> str | None:
     return None
 
 
-def measure(engine: "NativeEngine") -> Exactness:
-    """Compares the sampler with the training forward pass, at the temperature of the engine's configuration.
+def measure(engine: Engine, temperature: float) -> Exactness:
+    """Compares an engine's log-probs with the training forward pass.
 
-    Decode steps run without CUDA graphs, whose bits are those of the same steps without. Takes 43 decode steps and forward
-    passes over 26,000 tokens.
+    This takes 43 decode steps, and forward passes over 26,000 tokens.
+
+    Args:
+        engine: decodes prompts in pieces of `PREFILL_TOKENS`.
+        temperature: divides the logits, as in the run.
     """
-    if reason := reason_against(engine.policy):
-        return Exactness(reason=reason)
-    twin = copy.copy(engine)  # with a state of its own
-    # These few tokens do not count as rollout.kv_cache_gib.
-    twin.config = replace(engine.config, cuda_graphs=False, kv_cache_gib=None)
-    twin.prefill_tokens, twin.state, twin.step, twin.step_key = PREFILL_TOKENS, None, None, None
     try:
-        rollout = _sampled(twin)
-        return _compared(engine.policy, rollout, engine.config.temperature)
+        return _compared(engine.policy, _sampled(engine, temperature), temperature)
     except (RolloutError, torch.OutOfMemoryError) as error:
         return Exactness(reason=f"they could not be compared ({str(error).splitlines()[0]})")
 
 
-def _sampled(engine: "NativeEngine") -> RolloutBatch:
+def _sampled(engine: Engine, temperature: float) -> RolloutBatch:
     context, longest = engine.policy.context, PROMPT_LENGTHS[0]
     room = longest if context is None else min(longest, 3 * context // 4)
     prompts = check_sequences(engine.policy.vocab_size, [max(1, n * room // longest) for n in PROMPT_LENGTHS])
     limits = [1 + 5 * i % LONGEST for i in range(SAMPLES * len(prompts))]
-    return engine.generate(prompts, SAMPLES, Sampling(LONGEST, temperature=engine.config.temperature), limits=limits)
+    return engine.generate(prompts, SAMPLES, Sampling(LONGEST, temperature=temperature), limits=limits)
 
 
 @torch.no_grad()
