@@ -63,3 +63,14 @@ def test_attention_uses_tensor_cores_asynchronously(facts, kernel):
     found = [fact for fact in facts if fact["kernel"] == kernel and "fp32" not in fact["case"]]
     assert len(found) >= 12 and all(fact["tensor_core"] for fact in found)
     assert [fact["case"] for fact in found if fact["serialized"] and "gemma" not in fact["case"]] == []
+
+
+def test_products_of_16_bits_use_tensor_cores(facts):
+    """Tiles of 64 rows and more have the asynchronous instructions of sm_90 and sm_100, and smaller ones `mma.sync`."""
+    found = [fact for fact in facts if fact["kernel"] == "ordered_gemm_kernel"]
+    for fact in found:
+        rows = re.search(r"bf16 (\d+) x", fact["case"])
+        assert bool(fact["tensor_core"]) == (fact["sm"] == 80 or (rows is not None and int(rows[1]) >= 64)), fact[
+            "case"
+        ]
+    assert len(found) >= 24
