@@ -1,5 +1,6 @@
 """Proves that code repeats to the bit on a GPU: it calls no op of torch whose bits differ between two runs there."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,8 @@ ALWAYS = {
     "cuDNN's attention of sequences": "_scaled_dot_product_cudnn_attention_backward",
 }
 ELSEWHERE = {"torch.bmm", "torch.Tensor.resize_"}  # of sparse and of quantised tensors
+# New weights, from the seed of the run (`rto_fast/session.py`), of an adapter or of the embedded model.
+INITIALISE = ("rto_fast/data/world.py", "rto_fast/models/directory.py", "rto_fast/models/lora.py")
 RANDOM = ("rand", "normal", "uniform", "bernoulli", "multinomial", "exponential", "native_dropout", "poisson")
 
 
@@ -120,13 +123,17 @@ def fault(func: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
     rule = _RULES.get(name)
     if rule is not None and rule(*args, **kwargs):
         return f"{name} reaches a place twice, or sums floats, in no fixed order"
-    if name.startswith(RANDOM) and kwargs.get("generator") is None:
+    draws = name.startswith(RANDOM) and kwargs.get("generator") is None
+    if draws and (kwargs.get("device") or getattr(args[0], "device", None)) != torch.device("meta"):
         return f"{name} draws from the global random state"
     return None
 
 
 class Repeatable(TorchDispatchMode):
-    """`with Repeatable() as found:` collects in `found.faults` what would not repeat."""
+    """`with Repeatable() as mode:` collects in `mode.faults` what would not repeat, and from where it was called.
+
+    What only a CPU runs may do anything: the references of the kernels (`kernels/*reference.py`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,6 +142,20 @@ class Repeatable(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        if (found := fault(func, args, kwargs or {})) is not None:
-            self.faults.add(found)
+        if (reason := fault(func, args, kwargs or {})) is not None:
+            file, line = _caller()
+            initialises = "random state" in reason and file.endswith(INITIALISE)
+            if not file.endswith("reference.py") and not initialises:
+                self.faults.add(f"{reason} ({file}:{line})")
         return func(*args, **(kwargs or {}))
+
+
+def _caller() -> tuple[str, int]:
+    """The innermost file and line of ours on the stack, below these tests."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/rto_fast/" in name or "/kernels/" in name and "site-packages" not in name:
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return "?", 0
