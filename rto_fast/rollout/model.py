@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels import gemm
-from rto_fast.models.attention import PACKED, attention_implementation
+from rto_fast.models.attention import PLAIN, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
 from rto_fast.models.decoder_families import reason_against
@@ -171,7 +171,7 @@ class RolloutModel:
         """Logits [T, V] of the model's own forward pass, computed in `dtype` (by default that of the weights)."""
         with (
             self.evaluating(),
-            attention_implementation(self.causal_lm, PACKED),
+            attention_implementation(self.causal_lm, PLAIN),
             precise(self.causal_lm, dtype or self.kind[1]),
         ):
             return self.causal_lm(**packed_inputs(batch)).logits[0]
