@@ -37,9 +37,9 @@ class MicroBatch:
     policy_weights: Tensor | None = None  # of the tokens in the policy's loss; None: 1
     value_weights: Tensor | None = None
 
-    def padded(self) -> "MicroBatch":
+    def padded(self, *, coarse: bool = True) -> "MicroBatch":
         """See `PackedBatch.padded`. The padding has no label, so whatever it has else does not count."""
-        batch = self.batch.padded()
+        batch = self.batch.padded(coarse=coarse)
         more = batch.num_tokens - self.batch.num_tokens
         columns = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         padded = {name: F.pad(column, (0, more)) for name, column in columns.items() if column is not None}
