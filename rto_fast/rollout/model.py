@@ -179,11 +179,11 @@ class RolloutModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] float32, not yet divided or capped (see `Head`)."""
         weight, bias = self.head.weight, self.head.bias
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            # In bfloat16, logits of 20 would have steps of an eighth.
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            return logits if bias is None else logits.add_(bias)
-        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        # In bfloat16, logits of 20 would have steps of an eighth. The losses compute the same product and add the bias to
+        # it, too.
+        logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        gemm.linear(hidden, weight, out=logits)
+        return logits if bias is None else logits.add_(bias)
 
     @contextlib.contextmanager
     def _merged_lora(self) -> Iterator[None]:
