@@ -39,6 +39,7 @@ def adapter_input_kernel(
     stride_out,
     scale,
     IN_PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,10 +48,9 @@ def adapter_input_kernel(
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_t = offs_t < num_rows
-    mask_r = offs_r < num_ranks
-    x_ptrs = x_ptr + offs_t[:, None] * stride_x + offs_k[None, :]
-    a_ptrs = a_ptr + offs_r[:, None] * size + offs_k[None, :]
+    # What lies past the end is read from the last row instead, and not written: no masks in the loop.
+    x_ptrs = x_ptr + tl.minimum(offs_t, num_rows - 1)[:, None] * stride_x + offs_k[None, :]
+    a_ptrs = a_ptr + tl.minimum(offs_r, num_ranks - 1)[:, None] * size + offs_k[None, :]
     begin = 0
     end = size
     if IN_PARTS:
@@ -61,16 +61,20 @@ def adapter_input_kernel(
         part = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
         stop = tl.minimum(start + split, end)
         for k in range(start, stop, BLOCK_K):
-            mask_k = offs_k[None, :] < stop - k
-            x = tl.load(x_ptrs + k, mask=mask_t[:, None] & mask_k, other=0.0)
-            a = tl.load(a_ptrs + k, mask=mask_r[:, None] & mask_k, other=0.0)
+            if EVEN_K:
+                x = tl.load(x_ptrs + k)
+                a = tl.load(a_ptrs + k)
+            else:
+                mask_k = offs_k[None, :] < stop - k
+                x = tl.load(x_ptrs + k, mask=mask_k, other=0.0)
+                a = tl.load(a_ptrs + k, mask=mask_k, other=0.0)
             if INTERPRETED:
                 x = x.to(tl.float32)
                 a = a.to(tl.float32)
             part = tl.dot(x, tl.trans(a), part, input_precision="ieee")
         total += part
     out_ptr += offs_t[:, None] * stride_out + offs_r[None, :]
-    mask = mask_t[:, None] & mask_r[None, :]
+    mask = (offs_t < num_rows)[:, None] & (offs_r < num_ranks)[None, :]
     if IN_PARTS:
         tl.store(out_ptr + tl.program_id(2) * stride_part, total, mask=mask)
     else:
@@ -208,6 +212,7 @@ def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tenso
                 num_ranks,
                 float(scale),
                 IN_PARTS=in_parts,
+                EVEN_K=size % tile["BLOCK_K"] == 0,
                 num_warps=4,
                 **tile,
                 **EXACT,
@@ -286,6 +291,7 @@ def _add_spans(base: Tensor, t: Tensor, spans: Sequence[_Span], out: Tensor, til
         out.stride(0),
         PARTS=t.shape[0] if is_in_parts else 0,
         num_warps=4,
+        num_stages=1 if is_in_parts else 2,  # else copies of all parts would fill the shared memory
         **tile,
         **EXACT,
     )
