@@ -327,7 +327,9 @@ def test_graph_outlives_its_cache(num_programs, device):
     inputs = [x.clone() for x in (first.query, first.addresses, first.block_tables, first.lengths)]
 
     def attend():
-        return kernel.paged_attention(*inputs, num_kv_heads=2, page_size=16, scale=first.scale, num_programs=num_programs)
+        return kernel.paged_attention(
+            *inputs, num_kv_heads=2, page_size=16, scale=first.scale, num_programs=num_programs
+        )
 
     attend()
     graph = torch.cuda.CUDAGraph()
