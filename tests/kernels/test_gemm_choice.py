@@ -10,6 +10,7 @@ from rto_fast.kernels import gemm_choice
 from rto_fast.kernels.gemm import linear
 
 LT = "cuBLASLt without split-K"
+ORDERED = gemm_choice._ordered
 
 
 def in_order(x, weight, bias, out):
@@ -303,6 +304,22 @@ def test_linear_on_a_cpu_is_as_ever(biased, out_dtype):
     expected = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert out is None or found is out
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("rows", [7, 40])
+def test_the_triton_gemm_decides(rows, wrong, world, monkeypatch, device, ordered_dot):
+    """In the interpreter, with the tiles that are taken; the order of its sums is that of `in_order`."""
+    if device.type == "cuda":
+        pytest.skip("a GPU has the real cuBLAS")
+    for name, value in (("NEEDED", 2000), ("WANTED", 2500), ("MAX_OUTPUTS", 4096), ("FEW_ROWS", 16)):
+        monkeypatch.setattr(gemm_choice, name, value)
+    monkeypatch.setattr(gemm_choice, "_ordered", ORDERED)
+    if wrong:
+        world.blas.wrong_at = world.lt.wrong_at = (rows,)
+    (look,) = product(rows, columns=200, dtype=torch.float16, out_dtype=torch.float32, biased=True)
+    assert look.choice == ("Triton" if wrong else "cuBLAS") and look.outputs >= 2000
+    assert bool(look.differing["cuBLAS"]) == wrong and not look.differing.get("Triton")
 
 
 SHAPES = {
