@@ -264,7 +264,7 @@ def test_flags_are_restored(flags, dtype, monkeypatch):
             for end in ("", "_split_k")
         ]
 
-    seen, fails = [], []
+    seen, fails, x = [], [], torch.empty(1, 1, dtype=dtype)
 
     def product(*operands):
         seen.append((getattr(matmul, name), getattr(matmul, name + "_split_k"), library[-1]))
@@ -276,11 +276,11 @@ def test_flags_are_restored(flags, dtype, monkeypatch):
     try:
         setattr(matmul, name, flags)
         before = state()
-        gemm_choice.cublaslt(torch.empty(1, 1, dtype=dtype), None, None, None)
+        gemm_choice.cublaslt(x, x, None, x)
         assert state() == before and library[-1] == "the user's"
         fails.append(True)
         with pytest.raises(RuntimeError, match="it fails"):
-            gemm_choice.cublaslt(torch.empty(1, 1, dtype=dtype), None, None, None)
+            gemm_choice.cublaslt(x, x, None, x)
         assert state() == before and library[-1] == "the user's"
     finally:
         setattr(matmul, name, (True, True))
