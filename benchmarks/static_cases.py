@@ -194,7 +194,9 @@ def adapters(count, columns, rank, size, dtype=torch.bfloat16, keeps=False):
         num_ranks, bounds = rank * len(columns), [0, *itertools.accumulate(columns)]
         whole = AdapterInput(slice(0, num_ranks), torch.empty(num_ranks, size, dtype=dtype), 2.0)
         outputs = [
-            AdapterOutput(slice(*bounds[i : i + 2]), slice(i * rank, i * rank + rank), torch.empty(n, rank, dtype=dtype), 2.0)
+            AdapterOutput(
+                slice(*bounds[i : i + 2]), slice(i * rank, i * rank + rank), torch.empty(n, rank, dtype=dtype), 2.0
+            )
             for i, n in enumerate(columns)
         ]
         t = module.adapter_input(torch.empty(count, size, dtype=dtype), [whole], keeps)

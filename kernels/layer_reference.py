@@ -1,7 +1,7 @@
 """What a decoder layer computes beside its GEMMs, in plain torch: norms, rotary embedding, gate, attention, LoRA.
 
-The Triton kernels of `rms_norm`, `rotary`, `gated`, `attention` and `adapters` are tested against it, and CPU tensors run it. Each
-function rounds where transformers' modules round.
+The Triton kernels of the modules of the same names (`attention`, `adapters` and so on) are tested against it; a CPU runs it.
+Each function rounds where transformers' modules round, but for LoRA, where PEFT rounds more.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,7 +23,7 @@ GROUPS = {
 def make(group, size, dtype, device, scales=(2.0, -0.3)):
     """(runs, outputs) of a group, an input each."""
     columns, ranks = GROUPS[group]
-    runs, outputs, rank, column = [], [], 0, 0
+    runs, outputs, rank = [], [], 0
     starts = [sum(columns[:i]) for i in range(len(columns))]
     for order in range(2):
         for start, width, own in zip(starts, columns, ranks):
@@ -87,7 +87,10 @@ def test_bits_depend_on_the_row_alone(group, tiles, ordered_dot, device):
     size, rows = 1100, 37  # five splits, the last of them not full
     assert kernel.split_of(size) == 256
     runs, outputs, columns = make(group, size, torch.float16, device)
-    x, base = normal(rows, size, seed=1, dtype=torch.float16, device=device), normal(rows, columns, seed=2, device=device)
+    x, base = (
+        normal(rows, size, seed=1, dtype=torch.float16, device=device),
+        normal(rows, columns, seed=2, device=device),
+    )
     expected = run(kernel, x, base.clone(), runs, outputs, keeps=True)
     some = slice(20, 23)
     for fixed in [(16, 32, 16, 32, True), (16, 16, 64, 128, False), (32, 64, 32, 64, False), (64, 128, 64, 64, True)]:
@@ -107,11 +110,17 @@ def test_splits_that_moved_would_be_seen(monkeypatch, ordered_dot, device):
 
 
 def test_one_rounding_keeps_small_updates(device):
-    """Updates of some hundredths of a unit in the last place of the outputs: on average they are there. In two roundings, most vanish."""
+    """Updates of some hundredths of a unit in the last place of the outputs are there, on average.
+
+    Most vanish if the base is rounded first.
+    """
     size, columns, dtype = 64, 2048, torch.float16
     x = normal(64, size, seed=1, dtype=dtype, device=device)
     base = normal(64, columns, seed=2, device=device)
-    a, b = normal(4, size, seed=3, dtype=dtype, device=device) / 8, normal(columns, 4, seed=4, dtype=dtype, device=device)
+    a, b = (
+        normal(4, size, seed=3, dtype=dtype, device=device) / 8,
+        normal(columns, 4, seed=4, dtype=dtype, device=device),
+    )
     scale = 2e-5
     runs, outputs = [AdapterInput(slice(0, 4), a, scale)], [AdapterOutput(slice(0, columns), slice(0, 4), b, scale)]
     update = scale * (x.double() @ a.double().t()) @ b.double().t()
