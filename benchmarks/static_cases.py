@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from rto_fast.kernels.layer_reference import AdapterInput, AdapterOutput
+from rto_fast.kernels.ordered_gemm import TILES
 
 # The least number of 128-bit accesses of kernels that stream rows; whether a kernel must use the tensor cores; whether
 # it must round every operation separately, as torch's kernels do ("exact").
@@ -36,6 +37,7 @@ EXPECTED = {
     "gated_kernel": {"wide_loads": 2, "wide_stores": 1},
     "gated_bwd_kernel": {"wide_loads": 3, "wide_stores": 2},
     "sum_partials_kernel": {"wide_loads": 4},
+    "ordered_gemm_kernel": {"wide_loads": 16},
 }
 
 
@@ -243,7 +245,19 @@ def decode_step(slots, stops, min_new_tokens, grow):
 # Vocabulary sizes of the three benchmarked models.
 LLAMA3_8B, QWEN3_06B, GEMMA3_270M = 128256, 151936, 262144
 
+
 # By label: (module of rto_fast.kernels, a call of it on CPU tensors, of which only the launches are recorded).
+def ordered_gemm(tile, rows=64, cols=4096, inner=14336, dtype=torch.bfloat16, out_dtype=None, biased=False):
+    def call(module):
+        bias = torch.zeros(cols, dtype=dtype) if biased else None
+        out = torch.zeros(rows, cols, dtype=out_dtype or dtype)
+        module.ordered_gemm(
+            torch.zeros(rows, inner, dtype=dtype), torch.zeros(cols, inner, dtype=dtype), bias, out, tile
+        )
+
+    return "ordered_gemm", call
+
+
 CASES = {
     "gae fp32 short": gae(1000, 10),
     "gae bf16 long masked bootstrap": gae(32768, 2, torch.bfloat16, masked=True),
@@ -298,6 +312,8 @@ CASES = {
     "sample llama fp16 min_p": sample_tokens(LLAMA3_8B, torch.float16, min_p=0.05),
     "sample llama fp32 greedy stops": sample_tokens(LLAMA3_8B, torch.float32, stops=True, temperature=0.0),
     "sample tiny fp32": sample_tokens(2048, torch.float32),
+    **{f"gemm bf16 {tile.rows} x {tile.cols} x {tile.inner}": ordered_gemm(tile) for tile in TILES},
+    "gemm smollm2 fp16 bias fp32 out": ordered_gemm(TILES[1], 8, 960, 576, torch.float16, torch.float32, biased=True),
     "norm smollm2 bf16": rms_norm(576),
     "norm llama bf16": rms_norm(4096),
     "attention llama bf16 long": packed_attention(32, 8, 128, 2048),

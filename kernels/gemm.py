@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from rto_fast.kernels import gemm_choice
+
 # cuBLAS splits the sum over K if a product has too few tiles to fill the GPU, and may then add up the parts in the
 # dtype of a 16-bit output. So products up to this size, two waves of 128 x 256 tiles on 132 SMs, are written in
 # float32, at most 32 MiB, and then rounded. (The largest that was seen to be split on an H200 had 2^20 elements.)
@@ -14,13 +16,27 @@ def linear(
 ) -> torch.Tensor:
     """x [T, K] @ weight [N, K]ᵀ + bias [N]: the forward pass of every linear layer of our decoder and of its output layer.
 
+    On CUDA, a row of a 16-bit product has the same bits in any number of rows: its sum is that of `ordered_gemm`, in order
+    and never split, whoever computes it (`gemm_choice`). The first product of new sizes waits for the device.
+
     Args:
+        x: its rows may have any stride.
+        weight: of the dtype of x.
         out: [T, N] of the dtype of x or float32, whose rows may have any stride. Default: a new tensor of the dtype of x.
     """
+    if x.is_cuda and gemm_choice.is_exact(x.dtype):
+        if out is None:
+            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        return gemm_choice.product(_rows(x), _rows(weight), bias, out) if out.numel() else out
     if out is None:
         return F.linear(x, weight, bias)
     gemm(x, weight.t(), out)
     return out if bias is None else out.add_(bias)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that do not overlap, whose elements follow each other."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:

@@ -43,30 +43,47 @@ class PackedBatch:
         """Index of each sequence's last position, [N] int64."""
         return self.cu_seqlens[1:].long() - 1
 
-    def padded(self) -> "PackedBatch":
-        """This batch with tensors of sizes that many batches share, for CUDA graphs; real tokens keep their places.
+    def padded(self, *, coarse: bool = True) -> "PackedBatch":
+        """This batch with tensors of sizes that many batches share (`padded_size`); real tokens keep their places.
 
         The padding repeats the batch from its beginning, as further sequences without labels: what a model computes of it is
-        finite where it is for real tokens. The bounds end with empty sequences, and `rows` with the first token of the
-        padding. A loss and metrics over the labels are those of this batch, and the padding's part of a gradient is 0.
+        finite where it is for real tokens. `rows` ends with the first token of the padding. A loss and metrics over the
+        labels are those of this batch, and the padding's part of a gradient is 0.
+
+        Args:
+            coarse: for CUDA graphs, which hold the sizes of all tensors: `max_seqlen` and the number of bounds are of few
+                values too; the bounds end with empty sequences. Otherwise for eager passes, where only GEMMs count.
         """
         tokens = self.num_tokens
-        more = padded_size(tokens + 1) - tokens  # at least one, for `rows`, and never more than the batch has
+        more = (
+            padded_size(tokens + 1, coarse=coarse) - tokens
+        )  # at least one, for `rows`; never more than the batch has
         ends = (self.cu_seqlens[1:] + tokens).clamp(max=tokens + more)
-        empty = (1 << (2 * self.num_sequences - 1).bit_length()) - 2 * self.num_sequences  # to a power of 2
+        bounds, max_seqlen = torch.cat([self.cu_seqlens, ends]), self.max_seqlen
+        if coarse:
+            empty = (1 << (2 * self.num_sequences - 1).bit_length()) - 2 * self.num_sequences  # to a power of 2
+            bounds, max_seqlen = F.pad(bounds, (0, empty), value=tokens + more), 1 << (max_seqlen - 1).bit_length()
         return PackedBatch(
             input_ids=torch.cat([self.input_ids, self.input_ids[:more]]),
             labels=F.pad(self.labels, (0, more), value=IGNORE_INDEX),
             position_ids=torch.cat([self.position_ids, self.position_ids[:more]]),
-            cu_seqlens=F.pad(torch.cat([self.cu_seqlens, ends]), (0, empty), value=tokens + more),
-            max_seqlen=1 << (self.max_seqlen - 1).bit_length(),
-            rows=F.pad(self.rows, (0, padded_size(len(self.rows)) - len(self.rows)), value=tokens),
+            cu_seqlens=bounds,
+            max_seqlen=max_seqlen,
+            rows=F.pad(self.rows, (0, padded_size(len(self.rows), coarse=coarse) - len(self.rows)), value=tokens),
         )
 
 
-def padded_size(count: int) -> int:
-    """The smallest of the sizes of padded batches that holds `count`: eight between a power of 2 and the next."""
-    step = 1 << max(count.bit_length() - 4, 0)
+def padded_size(count: int, *, coarse: bool = True) -> int:
+    """The smallest of the sizes of padded batches that holds `count`.
+
+    Args:
+        coarse: eight sizes between a power of 2 and the next, at most an eighth more than `count`. Otherwise multiples of 64
+            and, from 4,096 on, of a 64th of the next power of 2, 32 of them; they are 1 % more on average.
+    """
+    bits = count.bit_length()
+    step = 1 << max(bits - 4, 0)
+    if not coarse:
+        step = min(step, max(64, 1 << max(bits - 6, 0)))
     return -(-count // step) * step
 
 

@@ -62,8 +62,8 @@ class TrainingInputs(Protocol):
     @property
     def batch(self) -> PackedBatch: ...
 
-    def padded(self) -> Self:
-        """The same with tensors of sizes that many batches share, and the same loss, metrics and gradients."""
+    def padded(self, *, coarse: bool = True) -> Self:
+        """The same loss, metrics and gradients from tensors of sizes that many batches share; see `PackedBatch.padded`."""
         ...
 
 
@@ -157,7 +157,7 @@ class _Recorded:
 
 
 class PassGraphs:
-    """Runs a model's passes, as CUDA graphs where their launches would take longer than they do.
+    """Runs a model's passes as CUDA graphs: those that `takes`, whose launches would take longer than they do.
 
     Args:
         module: a transformers model, see `takes_graphs`.
@@ -177,14 +177,16 @@ class PassGraphs:
         self.capture_seconds, self.is_on, self.trains = 0.0, True, False
         PassGraphs.everyone.add(self)
 
+    def takes(self, batch: PackedBatch, *, backward: bool) -> bool:
+        """Whether the host may take longer to launch a pass of this batch than the GPU takes to run it."""
+        return self.sizes.is_bound_by_launches(batch.num_tokens, len(batch.rows), backward)
+
     def score(self, function: Callable[..., Tensor], batch: PackedBatch, **options: Any) -> Tensor:
         """Returns `function(module, batch, **options)`: a number for each token, [T], without gradients."""
 
         def run(inputs: PackedBatch) -> dict[str, Tensor]:
             return {"": function(self.module, inputs, **options)}
 
-        if not self._is_bound_by_launches(batch, backward=False):
-            return run(batch)[""]
         return self._run((function, _key(options)), (batch.padded(),), run)[""][: batch.num_tokens]
 
     def learn(
@@ -204,19 +206,14 @@ class PassGraphs:
             The metrics.
         """
 
-        def run(inputs: TrainingInputs, factor: float | Tensor) -> Mapping[str, Tensor]:
+        def run(inputs: TrainingInputs, factor: Tensor) -> Mapping[str, Tensor]:
             loss, metrics = function(self.module, inputs, *args)
             backward(factor * loss)
             return metrics
 
-        if not self._is_bound_by_launches(inputs.batch, backward=True):
-            return run(inputs, factor)
         self.trains = self.is_on
         padded = inputs.padded(), torch.full((), factor, device=inputs.batch.labels.device)
         return self._run((function, _key(args)), padded, run)
-
-    def _is_bound_by_launches(self, batch: PackedBatch, backward: bool) -> bool:
-        return self.sizes.is_bound_by_launches(batch.num_tokens, len(batch.rows), backward)
 
     def _run(self, kind: Hashable, inputs: tuple[Any, ...], run: Run) -> Mapping[str, Tensor]:
         """Returns `run(*inputs)`, of padded inputs: its bits do not tell whether there is a graph of their sizes already."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rto_fast.batch import PackedBatch
+from rto_fast.models.decoder import decoder_of
 from rto_fast.models.graphs import PassGraphs, TrainingInputs
 from rto_fast.models.lora import Adapter
 from rto_fast.models.placement import moved
@@ -91,11 +93,13 @@ class Model:
         Without gradients it is a function of a packed batch that returns a number for each token.
         """
         self.activate()
-        if self.engine is None and self.graphs and not torch.is_grad_enabled():
-            return self.graphs.score(function, *args, **options)
-        if self.engine is None:
-            return function(self.module, *args, **options)
-        return self.engine(function, *args, **options)
+        if torch.is_grad_enabled():
+            return self._run(function, *args, **options)
+        batch: PackedBatch = args[0]
+        if (graphs := self._graphs(batch, backward=False)) is not None:
+            return graphs.score(function, batch, **options)
+        inputs = batch.padded(coarse=False) if self._pads(batch) else batch
+        return self._run(function, inputs, **options)[: batch.num_tokens]
 
     def learn(
         self,
@@ -114,14 +118,27 @@ class Model:
             The metrics, 0-d tensors.
         """
         self.activate()
-        if self.graphs and self.engine is None:
-            return self.graphs.learn(function, inputs, *args, backward=backward, factor=factor)
-        if self.engine is None:
-            loss, metrics = function(self.module, inputs, *args)
-        else:
-            loss, metrics = self.engine(function, inputs, *args)
+        if (graphs := self._graphs(inputs.batch, backward=True)) is not None:
+            return graphs.learn(function, inputs, *args, backward=backward, factor=factor)
+        padded = inputs.padded(coarse=False) if self._pads(inputs.batch) else inputs
+        loss, metrics = self._run(function, padded, *args)
         backward(factor * loss)
         return metrics
+
+    def _run(self, function: Callable, *args: Any, **options: Any) -> Any:
+        if self.engine is None:
+            return function(self.module, *args, **options)
+        return self.engine(function, *args, **options)
+
+    def _graphs(self, batch: PackedBatch, backward: bool) -> PassGraphs | None:
+        """What runs a pass of this batch as a CUDA graph; None where it runs eagerly."""
+        graphs = self.graphs if self.engine is None else None
+        return graphs if graphs is not None and graphs.takes(batch, backward=backward) else None
+
+    def _pads(self, batch: PackedBatch) -> bool:
+        """Whether an eager pass of this batch is padded to one of few sizes: our layers look at each new shape of a GEMM
+        on a GPU before they use it (`kernels/gemm.py`)."""
+        return batch.labels.is_cuda and decoder_of(self.module) is not None
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """A context in which every rank holds all weights, and ranks may run different numbers of passes."""

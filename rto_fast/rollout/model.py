@@ -58,6 +58,11 @@ class RolloutModel:
         """Device and dtype, which a cache must have too."""
         return self.device, self.causal_lm.get_input_embeddings().weight.dtype
 
+    @property
+    def looks_at_sizes(self) -> bool:
+        """Whether passes should have few sizes: our layers look at each new shape of a GEMM on a GPU before they use it."""
+        return self.decoder is not None and self.device.type == "cuda"
+
     def addresses(self) -> tuple[Any, ...]:
         """What CUDA graphs hold: addresses of weights and of tables of rotations, and which adapters run at which scale."""
         ropes = () if self.decoder is None else self.decoder.ropes.addresses()

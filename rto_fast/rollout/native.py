@@ -19,8 +19,9 @@ from rto_fast.models.agreement import compare_logits
 from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.precision import higher_precision
+from rto_fast.rollout import exactness
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
-from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons
+from rto_fast.rollout.base import Engine, Exactness, RolloutBatch, Sampling, finish_reasons
 from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -93,6 +94,7 @@ class NativeEngine(Engine):
                 ) from error
             finally:
                 self.cache.release()
+        batch.exact = self.exactness.holds
         batch.timings = scheduler.seconds
         batch.stats = {
             # The share of the slots of decode steps that gave a token.
@@ -155,7 +157,8 @@ class NativeEngine(Engine):
     def _check(self) -> None:
         self.state = None
         self.cache = verified_cache(self.policy, self.page_size or 64)
-        self.kind = self.policy.kind
+        self.kind, self.exactness = self.policy.kind, Exactness()
+        self.exactness = exactness.measure(self)
 
 
 @torch.no_grad()

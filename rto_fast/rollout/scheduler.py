@@ -8,6 +8,7 @@ from itertools import accumulate, chain, count, islice
 import torch
 from torch import Tensor
 
+from rto_fast.batch import padded_size
 from rto_fast.rollout.attention import Prefill
 from rto_fast.rollout.base import nan_logits
 from rto_fast.rollout.cache import PagedCache, to_device
@@ -320,7 +321,9 @@ class Scheduler:
         slots = self.state.start(len(self.running), starts)
         self.running += sequences
         self.begun += len(sequences)
-        self.state.draw_first(slots, self.model.logits(torch.stack(hidden)), self.step.sampler)
+        count = len(hidden)
+        hidden += hidden[-1:] * (self.step.bucket(count) - count)  # a size that decode steps have too
+        self.state.draw_first(slots, self.model.logits(torch.stack(hidden))[:count], self.step.sampler)
         if self.device.type != "cuda" and not self._row_of_pages():
             self._compact()
 
@@ -330,11 +333,17 @@ def prefill_chunk(model: RolloutModel, cache: PagedCache, pieces: list[Piece]) -
     slots = [_slots(cache, pages, begin, end) for _, pages, begin, end in pieces]
     ids = [token for prompt, _, begin, end in pieces for token in prompt.tokens[begin:end]]
     positions = [position for _, _, begin, end in pieces for position in range(begin, end)]
+    read = None
+    if any(begin for _, _, begin, _ in pieces):
+        read = [_slots(cache, pages, 0, end) for _, pages, _, end in pieces]
+    more = padded_size(len(ids), coarse=False) - len(ids) if model.looks_at_sizes else 0
+    if more:  # one more sequence, whose keys go nowhere; what it reads does not matter
+        slots, ids, positions = [*slots, [-1] * more], ids + [0] * more, positions + [0] * more
+        read = None if read is None else [*read, [0] * more]
     tensors = to_device([list(chain(*slots)), ids, positions], torch.int64, cache.device)
     bounds, cu_seqlens = _bounds(slots, cache.device)
     earlier = None
-    if any(begin for _, _, begin, _ in pieces):
-        read = [_slots(cache, pages, 0, end) for _, pages, _, end in pieces]
+    if read is not None:
         earlier = to_device(list(chain(*read)), torch.int64, cache.device), _bounds(read, cache.device)[1]
     view = Prefill(cache, tensors[0], cu_seqlens, max(map(len, slots)), earlier)
     hidden = model.hidden(tensors[1], tensors[2], view)

@@ -28,9 +28,9 @@ class TextBatch:
     batch: PackedBatch
     num_items: float | Tensor  # labelled tokens of the whole optimizer step
 
-    def padded(self) -> Self:
+    def padded(self, *, coarse: bool = True) -> Self:
         num_items = torch.full((), float(self.num_items), device=self.batch.labels.device)
-        return replace(self, batch=self.batch.padded(), num_items=num_items)
+        return replace(self, batch=self.batch.padded(coarse=coarse), num_items=num_items)
 
 
 def text_batch(texts: Sequence[Demonstration], num_items: float, on_prompt: bool, device: str) -> TextBatch:
@@ -53,11 +53,11 @@ class PairBatch:
     weights: Tensor  # [n] float32: 1 / pairs of the whole optimizer step, 0 of padding
     reference: Tensor | None = None  # [2, n] float32, summed log-probs of the sides under the reference model
 
-    def padded(self) -> Self:
-        more = padded_size(len(self.weights)) - len(self.weights)
+    def padded(self, *, coarse: bool = True) -> Self:
+        more = padded_size(len(self.weights), coarse=coarse) - len(self.weights)
         return replace(
             self,
-            batch=self.batch.padded(),
+            batch=self.batch.padded(coarse=coarse),
             sides=F.pad(self.sides, (0, more), value=self.batch.num_sequences),  # the first sequence of the padding
             weights=F.pad(self.weights, (0, more)),
             reference=None if self.reference is None else F.pad(self.reference, (0, more)),

@@ -10,7 +10,7 @@ from rto_fast.batch import IGNORE_INDEX, pack, pack_whole, padded_size
 from rto_fast.config import load_config
 from rto_fast.models.attention import PACKED
 from rto_fast.models.forward import causal_logps, token_scores
-from rto_fast.models.model import ScoreStatistics
+from rto_fast.models.model import Model, ScoreStatistics
 from rto_fast.rto.update import MicroBatch, policy_loss, value_loss
 from tests.tiny_models import tiny
 
@@ -62,12 +62,13 @@ def assert_equal(found, expected, rtol=1e-11, atol=1e-13):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("coarse", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_padding_repeats_the_beginning_as_sequences_without_labels(lengths):
+def test_the_padding_repeats_the_beginning_as_sequences_without_labels(lengths, coarse):
     batch = pack(*sides(lengths))
-    padded, tokens, count = batch.padded(), batch.num_tokens, batch.num_sequences
+    padded, tokens, count = batch.padded(coarse=coarse), batch.num_tokens, batch.num_sequences
     more = padded.num_tokens - tokens
-    assert 1 <= more <= tokens and padded.num_tokens == padded_size(tokens + 1)
+    assert 1 <= more <= tokens and padded.num_tokens == padded_size(tokens + 1, coarse=coarse)
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(getattr(padded, name)[:tokens], getattr(batch, name))
     assert torch.equal(padded.input_ids[tokens:], batch.input_ids[:more])
@@ -76,11 +77,13 @@ def test_the_padding_repeats_the_beginning_as_sequences_without_labels(lengths):
     lengths = padded.cu_seqlens.diff()
     assert padded.cu_seqlens.dtype == torch.int32 and torch.equal(padded.cu_seqlens[: count + 1], batch.cu_seqlens)
     assert padded.cu_seqlens[-1] == padded.num_tokens and (lengths >= 0).all()
-    assert batch.max_seqlen <= padded.max_seqlen < 2 * batch.max_seqlen and lengths.max() <= padded.max_seqlen
+    assert lengths.max() <= padded.max_seqlen and batch.max_seqlen <= padded.max_seqlen
+    assert padded.max_seqlen < 2 * batch.max_seqlen if coarse else padded.max_seqlen == batch.max_seqlen
     starts = padded.cu_seqlens[:-1][lengths > 0]
     assert torch.equal((padded.position_ids == 0).nonzero().squeeze(-1), starts)
     assert torch.equal(padded.rows[: len(batch.rows)], batch.rows)
-    assert (padded.rows[len(batch.rows) :] == tokens).all() and len(padded.rows) == padded_size(len(batch.rows))
+    assert (padded.rows[len(batch.rows) :] == tokens).all()
+    assert len(padded.rows) == padded_size(len(batch.rows), coarse=coarse)
 
 
 def test_sizes_are_few_and_waste_little():
@@ -88,6 +91,23 @@ def test_sizes_are_few_and_waste_little():
     assert all(count <= size <= 1.125 * count for count, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 90 and padded_size(0) == 0
     assert {padded_size(size) for size in sizes} == set(sizes)
+
+
+def test_sizes_of_eager_passes_are_few_and_waste_a_hundredth():
+    for begin in (2048, 4096, 32768):
+        sizes = [padded_size(count, coarse=False) for count in range(begin, 2 * begin)]
+        assert all(count <= size <= count + begin // 32 for count, size in enumerate(sizes, begin))
+        assert len(set(sizes)) == 33 and sum(sizes) < 1.012 * sum(range(begin, 2 * begin))
+        assert not any(size % 64 for size in sizes)
+    small = range(1100)
+    assert all(padded_size(count, coarse=False) <= padded_size(count) for count in small)
+    assert len({padded_size(count, coarse=False) for count in small}) < 70 and padded_size(0, coarse=False) == 0
+
+
+@pytest.mark.parametrize("budget", [1024, 11264, 65536])
+def test_a_pass_that_fills_its_budget_is_not_much_larger_for_its_padding(budget):
+    """The plan's numbers of tokens are such sizes themselves, so it need not count the padding of passes within them."""
+    assert padded_size(budget, coarse=False) == budget
 
 
 def test_batches_of_about_the_same_size_have_the_same_shapes():
@@ -100,11 +120,12 @@ def test_batches_of_about_the_same_size_have_the_same_shapes():
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("coarse", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_log_probs_and_their_gradients(name, lengths):
+def test_log_probs_and_their_gradients(name, lengths, coarse):
     model = float64(tiny(name))
     batch = pack(*sides(lengths))
-    padded = batch.padded()
+    padded = batch.padded(coarse=coarse)
     expected, found = causal_logps(model, batch), causal_logps(model, padded)
     assert_equal(found[: batch.num_tokens], expected)
     assert not found[batch.num_tokens :].any()
@@ -115,10 +136,11 @@ def test_log_probs_and_their_gradients(name, lengths):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("coarse", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_losses_of_rto_and_all_gradients(lengths, weighted):
+def test_the_losses_of_rto_and_all_gradients(lengths, coarse, weighted):
     inputs = micro_batch(lengths, weighted)
-    padded = poisoned(inputs.padded(), inputs.batch.num_tokens)
+    padded = poisoned(inputs.padded(coarse=coarse), inputs.batch.num_tokens)
     for model, loss, args, tolerance in (
         (float64(tiny("llama")), policy_loss, (RTO, 0.7), {}),
         (scorer(), value_loss, (RTO, STATISTICS), dict(rtol=1e-5, atol=1e-7)),  # scores are float32
@@ -136,3 +158,38 @@ def test_scores_of_whole_sequences():
     padded = batch.padded()
     assert not len(padded.rows)
     torch.testing.assert_close(token_scores(model, padded)[: batch.num_tokens], token_scores(model, batch))
+
+
+class Sizes(list):
+    """A function of a model that records the sizes of its passes."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, module, inputs, *args, **options):
+        batch = getattr(inputs, "batch", inputs)
+        self.append((batch.num_tokens, len(batch.rows)))
+        return self.function(module, inputs, *args, **options)
+
+
+def test_eager_passes_have_few_sizes_where_they_are_padded_and_their_results_are_the_batchs(monkeypatch):
+    model, inputs = Model(float64(tiny("llama"))), micro_batch([(40, 60)] * 30)
+    batch, found = inputs.batch, []
+    for pads in (False, True):
+        monkeypatch.setattr(Model, "_pads", lambda self, batch, pads=pads: pads)
+        score, learn = Sizes(causal_logps), Sizes(policy_loss)
+        with torch.no_grad():
+            logps = model.forward(score, batch)
+        metrics = model.learn(learn, inputs, RTO, 1.0, backward=lambda loss: loss.backward(), factor=2.0)
+        found.append((logps, metrics, [p.grad for p in model.module.parameters()]))
+        model.module.zero_grad()
+        sizes = (batch.num_tokens, len(batch.rows)) if not pads else (3008, 1856)
+        assert score == learn == [sizes]
+    assert_equal(found[1], found[0])
+
+
+def test_on_a_cpu_no_pass_is_padded():
+    model, batch, score = Model(float64(tiny("llama"))), pack(*sides(LENGTHS[2])), Sizes(causal_logps)
+    with torch.no_grad():
+        model.forward(score, batch)
+    assert score == [(batch.num_tokens, len(batch.rows))]

@@ -142,6 +142,7 @@ def triton_decode(monkeypatch, device):
         monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
         for module in (decode, attention, native):
             monkeypatch.setattr(module, "runs_triton", lambda _: True)
+        monkeypatch.setattr(RolloutModel, "looks_at_sizes", property(lambda self: self.decoder is not None))
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from rto_fast.errors import ConfigError, ModelError, RolloutError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.forward import causal_logps
 from rto_fast.rollout import NativeEngine, Sampling, cache, native, scheduler
+from rto_fast.rollout.attention import Prefill
+from rto_fast.rollout.model import RolloutModel
 from tests.tiny_models import assert_same, native_engine, prompts, state_of, tiny
 
 SAMPLING = Sampling(20, stop_ids=(1, 7, 8, 9))
@@ -39,6 +41,24 @@ def test_a_sample_does_not_depend_on_batch_slots_or_pages(way):
     expected = generate(model)
     assert set(expected.finish_reasons) == {"stop", "length"}
     assert_same(generate(model, way), expected)
+
+
+@pytest.mark.parametrize("way", [{}, dict(batch_size=4), dict(page_size=16, prefill_tokens=37)], ids=str)
+def test_padded_prefills_change_nothing(way, monkeypatch):
+    """As on a GPU, where pieces of prompts and first draws have few sizes."""
+    expected = generate(tiny(), way)
+    sizes, hidden = set(), RolloutModel.hidden
+
+    def counted(self, input_ids, *args):
+        if isinstance(args[1], Prefill):
+            sizes.add(len(input_ids))
+        return hidden(self, input_ids, *args)
+
+    monkeypatch.setattr(RolloutModel, "looks_at_sizes", True)
+    monkeypatch.setattr(RolloutModel, "hidden", counted)
+    monkeypatch.setattr(scheduler, "padded_size", lambda count, coarse: -(-count // 16) * 16)
+    assert_same(generate(tiny(), way), expected)
+    assert sizes and not any(size % 16 for size in sizes)
 
 
 def test_a_sample_does_not_depend_on_the_order_of_prompts_or_the_rank():

@@ -98,10 +98,11 @@ def test_dpo_loss_is_that_of_the_log_ratios():
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_padding_changes_neither_loss_nor_metrics_nor_gradients(name, count):
+@pytest.mark.parametrize("coarse", [True, False])
+def test_padding_changes_neither_loss_nor_metrics_nor_gradients(name, count, coarse):
     make, loss, inputs_of, args = CASES[name]
     model, inputs = float64(make()), inputs_of(count, 0)
-    padded = inputs.padded()
+    padded = inputs.padded(coarse=coarse)
     parts = [loss(model, each, *args) for each in (inputs, padded)]
     tolerance = dict(rtol=1e-5, atol=1e-7) if name == "reward" else dict(rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(parts[1][0], parts[0][0], **tolerance, check_dtype=False)
