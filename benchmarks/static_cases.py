@@ -8,7 +8,7 @@ from rto_fast.kernels.layer_reference import AdapterInput, AdapterOutput
 from rto_fast.kernels.ordered_gemm import TILES
 
 # The least number of 128-bit accesses of kernels that stream rows; whether a kernel must use the tensor cores; whether
-# it must round every operation separately, as torch's kernels do ("exact").
+# it must round every operation separately, as torch's kernels do ("exact"), or where it is written so ("as_written").
 EXPECTED = {
     # vector_loads have at least 64 bits, four tokens of a 16-bit input.
     "gae_kernel": {"vector_loads": 2, "wide_stores": 2},
@@ -16,18 +16,18 @@ EXPECTED = {
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
     "ppo_policy_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "ppo_value_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
-    "token_logps_fwd_kernel": {"wide_loads": 8},
+    "token_logps_fwd_kernel": {"wide_loads": 8, "as_written": True},
     "partial_state_kernel": {"wide_loads": 8},
     "token_logps_bwd_kernel": {"wide_loads": 4, "wide_stores": 4},
     "logits_gradient_kernel": {"wide_loads": 8, "wide_stores": 4},
-    "linear_ppo_kernel": {"wide_loads": 16, "wide_stores": 4},
+    "linear_ppo_kernel": {"wide_loads": 16, "wide_stores": 4, "as_written": True},
     "store_kv_kernel": {"wide_loads": 4, "wide_stores": 4},
     "paged_attention_kernel": {"wide_loads": 16},
     "attention_fwd_kernel": {"wide_loads": 6, "wide_stores": 1},
     "attention_dq_kernel": {"wide_loads": 6, "wide_stores": 1},
     "attention_dkdv_kernel": {"wide_loads": 6, "wide_stores": 1},
     "combine_splits_kernel": {"wide_loads": 1},
-    "sample_tokens_kernel": {"wide_loads": 6},
+    "sample_tokens_kernel": {"wide_loads": 6, "as_written": True},
     "rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1, "exact": True},
     "rms_norm_bwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "rotary_kernel": {"wide_loads": 2, "wide_stores": 2, "exact": True},

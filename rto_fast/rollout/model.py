@@ -7,13 +7,13 @@ from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
-from rto_fast.models.attention import PACKED, attention_implementation
+from rto_fast.kernels import gemm
+from rto_fast.models.attention import PLAIN, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
 from rto_fast.models.decoder_families import reason_against
@@ -154,7 +154,7 @@ class RolloutModel:
         """Logits [T, V] of the model's own forward pass, computed in `dtype` (by default that of the weights)."""
         with (
             self.evaluating(),
-            attention_implementation(self.causal_lm, PACKED),
+            attention_implementation(self.causal_lm, PLAIN),
             precise(self.causal_lm, dtype or self.kind[1]),
         ):
             return self.causal_lm(**packed_inputs(batch)).logits[0]
@@ -162,11 +162,11 @@ class RolloutModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] float32, not yet divided or capped (see `Head`)."""
         weight, bias = self.head.weight, self.head.bias
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            # In bfloat16, logits of 20 would have steps of an eighth.
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            return logits if bias is None else logits.add_(bias)
-        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        # In bfloat16, logits of 20 would have steps of an eighth. The losses compute the same product and add the bias to
+        # it, too.
+        logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        gemm.linear(hidden, weight, out=logits)
+        return logits if bias is None else logits.add_(bias)
 
 
 def _unwrapped(model: Model | nn.Module) -> Model:
