@@ -237,7 +237,8 @@ def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tenso
     """
     t = x.new_empty(x.shape[0], runs[-1].ranks.stop)
     for ranks, a, scale in runs:
-        torch.addmm(t[:, ranks], x, a.t(), beta=0, alpha=scale, out=t[:, ranks])  # autocast changes forms without `out`
+        part = t[:, ranks]
+        torch.addmm(part, x, a.t(), beta=0, alpha=scale, out=part)  # autocast changes the forms without `out`
     return t
 
 
