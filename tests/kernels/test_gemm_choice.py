@@ -105,6 +105,17 @@ def test_one_output_in_a_thousand_is_caught(rows, out_dtype, world):
     assert gemm_choice.looked_at()[1].choice == "cuBLAS"
 
 
+@pytest.mark.parametrize(
+    ("rows", "microseconds", "choice"), [(4000, 10.9, "Triton"), (4000, 11.1, None), (500, 99.0, "Triton")]
+)
+def test_exactness_does_not_make_training_slower(rows, microseconds, choice, world):
+    world.blas.wrong_at = world.lt.wrong_at = (rows,)
+    world.times["Triton"] = microseconds
+    x, weight = torch.randn(rows, 24).bfloat16(), torch.randn(64, 24).bfloat16()
+    gemm_choice.product(x, weight, None, torch.empty(rows, 64).bfloat16())
+    assert gemm_choice.looked_at()[0].choice == (choice or gemm_choice.INEXACT)
+
+
 @pytest.mark.parametrize("rows", [4, 30, 500, 4000])
 def test_the_triton_gemm_replaces_what_is_wrong(rows, world):
     world.blas.wrong_at = world.lt.wrong_at = (rows,)
