@@ -35,6 +35,7 @@ from rto_fast.kernels.common import (
     tile_states,
 )
 
+
 @triton.jit
 def _forbid(z, offs_v, stop_ids_ptr, num_stops):
     for i in range(num_stops):
