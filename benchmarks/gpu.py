@@ -3,6 +3,7 @@
     python benchmarks/gpu.py [--minutes 9] [--out benchmarks/results]
     python benchmarks/gpu.py --only passes iteration
     python benchmarks/gpu.py --only iteration --model DIRECTORY
+    git worktree add /tmp/before COMMIT && python benchmarks/gpu.py --only exact --before /tmp/before
 
 The parts run in the order of `--help`: first the GPU tests and what decides an iteration's time, last the slow peers, such
 as torch.compile. A part that does not fit into the minutes that are left is named and not begun. `<out>/<gpu>.json` is
@@ -38,6 +39,7 @@ BUDGETS = {
     "tests": 150,
     "passes": 120,
     "iteration": 90,
+    "exact": 180,
     "layers": 60,
     "lora": 120,
     "trl": 90,
@@ -71,7 +73,7 @@ def commit():
     return process.stdout.strip() or "unknown"
 
 
-LISTS = ("kernels", "passes", "iterations", "rollout")  # of records, each with its part
+LISTS = ("kernels", "passes", "iterations", "rollout", "comparisons")  # of records, each with its part
 
 
 class Report:
@@ -91,6 +93,7 @@ class Report:
             "passes": [],
             "iterations": [],
             "rollout": [],
+            "comparisons": [],
             "notes": [],
             "seconds": {},
         }
@@ -146,6 +149,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="parts to run, in this order")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default: 9)")
     parser.add_argument("--model", type=Path, help="folder of a model whose iteration is measured first")
+    parser.add_argument(
+        "--before", type=Path, help="checkout of another commit, which the part exact compares with this"
+    )
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU, to try the script")
     options = parser.parse_args()
     small = options.cpu_smoke
@@ -160,7 +166,7 @@ def main():
     report.data["ceilings"] = ceilings(clock)
     report.save()
     say(f"{report.data['gpu']}: {report.data['ceilings']}")
-    parts = gpu_parts.make_parts(report, device, clock, small, options.model)
+    parts = gpu_parts.make_parts(report, device, clock, small, options.model, options.before)
     end = report.start + 60 * options.minutes
     for part in options.only:
         report.part, start = part, time.perf_counter()

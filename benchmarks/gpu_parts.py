@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILED = "torch.compile"  # the peers of the last part
 # Time may run out, so first comes what only a GPU can show.
 TESTS = (
+    "tests/rollout/test_exact_cuda.py",
     "tests/rollout/test_cuda.py",
     "tests/models/test_graphs_cuda.py",
     "tests/models/test_decoder_kernels.py",
@@ -195,7 +196,17 @@ def run_trl(report, small, deadline):
     report.add("iterations", found)
 
 
-def make_parts(report, device, clock, small: bool, model: Path | None):
+def run_before_after(report, before: Path | None, device, small, deadline):
+    from benchmarks import before_after
+
+    if before is None:
+        report.data["notes"].append("the part exact needs another checkout: --before DIRECTORY")
+        return
+    for record in before_after.compare(before.resolve(), ROOT, device, report.data["ceilings"], small, deadline):
+        report.add("comparisons", record)
+
+
+def make_parts(report, device, clock, small: bool, model: Path | None, before: Path | None):
     """{name: function of the part's deadline}."""
     from benchmarks import iteration
 
@@ -213,6 +224,7 @@ def make_parts(report, device, clock, small: bool, model: Path | None):
         "tests": lambda end: run_tests(report, end, small),
         "passes": lambda end: run_passes(report, device, small, end),
         "iteration": lambda end: run_iterations(report, device, settings, end),
+        "exact": lambda end: run_before_after(report, before, device, small, end),
         "layers": lambda end: run_cases(report, layer_cases(device, small), clock, end, **rounds),
         "lora": lambda end: run_iterations(report, device, lora_settings, end),
         "trl": lambda end: run_trl(report, small, end),

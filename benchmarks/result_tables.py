@@ -93,6 +93,24 @@ def iterations(records):
     return [f"**An iteration** of RTO\n\n{markdown_table(head, rows)}"] if rows else []
 
 
+def comparisons(records):
+    """This checkout beside another, in turns."""
+    rows = [
+        [
+            r["model"],
+            {"step": "a decode step", "uniform": "a rollout", "iteration": "an iteration"}[r["what"]],
+            f"{r['sequences']:,}",
+            f"{1e3 * r['before']:.4g}",
+            f"{1e3 * r['after']:.4g}",
+            f"{100 * (r['after'] / r['before'] - 1):+.1f} %",
+        ]
+        for r in records
+        if "before" in r and "after" in r
+    ]
+    head = ["model", "", "sequences", "before, ms", "after, ms", ""]
+    return [f"**Before and after**, in turns\n\n{markdown_table(head, rows)}"] if rows else []
+
+
 def missing(records, what):
     """What was not measured, and why."""
     lines = dict.fromkeys(
@@ -113,6 +131,8 @@ def part_table(result, part):
         *missing(of("passes"), "Passes"),
         *iterations(of("iterations")),
         *missing(of("iterations"), "Iterations"),
+        *comparisons(of("comparisons")),
+        *missing(of("comparisons"), "Comparisons"),
         *rollout_tables.results(of("rollout")),
         *kernels(result, part),
     ]

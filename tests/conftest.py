@@ -100,3 +100,28 @@ def device(request):
         return torch.device("cuda")
     request.getfixturevalue("interpreter")
     return torch.device("cpu")
+
+
+def dot_in_order(builder, a, b, accumulator, input_precision, max_num_imprecise_acc):
+    """`tl.dot` of Triton's interpreter, which adds one k after the other to the accumulator, each step rounded."""
+    total, left, right = accumulator.data, a.data.astype(accumulator.data.dtype), b.data.astype(accumulator.data.dtype)
+    for k in range(left.shape[-1]):
+        total = total + left[..., :, k, None] * right[..., k, None, :]
+    return type(accumulator)(total, accumulator.dtype.scalar)
+
+
+@pytest.fixture
+def ordered_dot(request, monkeypatch):
+    """Within the test, `tl.dot` sums in the order of k, so that a test of equal bits has a meaning in the interpreter.
+
+    The bits of an element then depend on its row, its column and the order of k alone. Tensor cores have this property: on
+    an H200, products in twelve tiles, by mma.sync and by wgmma, had the same bits as one another and as cuBLAS.
+    The interpreter's own product is a BLAS's, whose order of summation depends on the sizes of the tile. `tl.sum` stays
+    numpy's. The operands must not be bfloat16, which the interpreter keeps as integers. On a GPU nothing is replaced.
+    """
+    if torch.cuda.is_available():
+        return
+    request.getfixturevalue("interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)

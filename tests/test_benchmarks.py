@@ -237,10 +237,22 @@ def test_without_a_gpu_the_gpu_script_says_so():
     assert process.stderr.count("\n") == 1 and "no CUDA device" in process.stderr
 
 
+def test_gemms_of_decode_steps(tmp_path):
+    process = run("-m", "benchmarks.gemms", "--cpu-smoke", str(tmp_path / "out.json"))
+    assert process.returncode == 0, process.stderr
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert {record["layer"] for record in records} == {"qkv", "o", "gate_up", "down"}
+    assert all("median_ms" in r or r["skipped"] == "needs a GPU" for r in records)
+    assert "tiny down 32 x 64, 2 rows" in process.stdout
+    if not torch.cuda.is_available():
+        assert run("-m", "benchmarks.gemms").returncode == 2
+
+
 def test_gpu_script_and_report(tmp_path):
     """All parts except the tests, which would start pytest again, and TRL, which is not installed."""
     parts = [part for part in gpu.BUDGETS if part not in ("tests", "trl", "compiled")]
-    process = run("benchmarks/gpu.py", "--cpu-smoke", "--out", str(tmp_path), "--only", *parts)
+    options = ["--cpu-smoke", "--out", str(tmp_path), "--before", str(ROOT)]
+    process = run("benchmarks/gpu.py", *options, "--only", *parts)
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((tmp_path / "cpu-smoke.json").read_text())
     groups = {record["group"] for record in result["kernels"]}
@@ -262,6 +274,9 @@ def test_gpu_script_and_report(tmp_path):
     assert set(whole) == {s.name for s in (*iteration.SMALL_SETTINGS, *iteration.SMALL_LORA_SETTINGS)}
     for record in whole.values():
         assert record["loss_is_finite"] and set(record["phases"]) == {"rollout", "score", "update"}, record
+    turns = result["comparisons"]
+    assert [r["what"] for r in turns] == ["step", "step", "uniform", "iteration"]
+    assert all(r["before"] > 0 and r["after"] > 0 for r in turns) and "**Before and after**" in process.stdout
     assert "**Passes**" in process.stdout and "**An iteration**" in process.stdout  # each part ends with its table
 
     pytest.importorskip("matplotlib")

@@ -49,6 +49,7 @@ COMMANDS = {
         "{run}/reward_model",
     ],
     "report": ["{run}"],
+    "exact": ["--model", "{run}/rto", "--prompts", "4", "--max_new_tokens", "8"],
     "plan": ["--gpus", "cpu"],
     "push": ["{run}", "--repo", "me/tiny", "--dry_run"],
 }
@@ -122,7 +123,7 @@ def test_all_commands_are_looked_at():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_prints_what_rto_fast_says_and_no_librarys_line(name, outcomes):
     process, found = outcomes[name]
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == (name == "exact"), process.stderr  # nothing is exact on a CPU
     assert not found["foreign"] and not process.stderr and process.stdout.strip()
 
 

@@ -128,11 +128,6 @@ class Model:
         backward(factor * loss)
         return metrics
 
-    def _run(self, function: Callable, *args: Any, **options: Any) -> Any:
-        if self.engine is None:
-            return function(self.module, *args, **options)
-        return self.engine(function, *args, **options)
-
     def _through_engine(self, function: Callable) -> Callable:
         """`function` of the module, as a forward pass of the engine if there is one."""
         return partial(function, self.module) if self.engine is None else partial(self.engine, function)

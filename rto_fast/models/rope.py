@@ -14,7 +14,7 @@ class RopeTables:
     """Cosines and sines of positions from a model's own module, [positions, 2, R] for each kind of its layers.
 
     `rto_fast.kernels.layer_reference.rotate` describes the layout. A table grows in powers of two and else stays where it
-    is, because CUDA graphs hold its address.
+    is, because CUDA graphs hold its address. Rows never change, so sampling and training rotate by the same bits.
 
     Args:
         module: `rotary_emb` of a transformers backbone.
@@ -47,8 +47,13 @@ class RopeTables:
         for name in self.names:
             table = self.tables.get(name)
             fits = table is not None and longest <= len(table) <= most
-            if not fits or table is None or (table.device, table.dtype) != (like.device, like.dtype):
+            if table is not None and (table.device, table.dtype) != (like.device, like.dtype):
+                table = None
+            if table is None or not fits:
                 self.tables[name] = self._table(name, size, like)
+                if table is not None and not self.varies:
+                    # A row keeps its bits while the table grows: transformers 5.17 computes angles by cuBLAS.
+                    self.tables[name][: len(table)] = table
 
     def rows(self, position_ids: Tensor, longest: int, like: Tensor) -> dict[str, Tensor]:
         """Cosines and sines of the positions [T] of a pass, [T, 2, R] for each name.

@@ -53,6 +53,7 @@ POLICY_LOSS = "policy_loss"
 VALUE_LOSS = "value_loss"
 ENTROPY = "entropy"  # nats a token
 APPROX_KL = "approx_kl"  # of the policy to the one that sampled, nats a token
+FIRST_STEP_KL = "first_step_kl"  # the same before the weights move: 0 where the sampler's log-probs are exact
 CLIP_FRACTION = "clip_fraction"  # share of tokens
 VALUE_CLIP_FRACTION = "value_clip_fraction"
 ADVANTAGE_STD = "advantage_std"
@@ -60,7 +61,7 @@ EXPLAINED_VARIANCE = "explained_variance"  # share of the returns' variance that
 MICRO_BATCH_TOKENS = "micro_batch_tokens"  # the most that one may have
 PLANNED_TOKENS = "planned_tokens"  # the same as the run began, before memory ran out
 
-# How far the sampler's log-probs are from training's; the formulas stand in rto_fast/models/agreement.py.
+# How far a sampler's log-probs are from training's, unless they are exact; formulas: rto_fast/models/agreement.py.
 MISMATCH_MEAN = "mismatch_mean"
 MISMATCH_MAX = "mismatch_max"
 MISMATCH_K3 = "mismatch_k3"

@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import ModelError
 from rto_fast.models.model import Model
-from rto_fast.rollout.base import Engine, RolloutBatch, Sampling
+from rto_fast.rollout.base import Engine, Exactness, RolloutBatch, Sampling
 from rto_fast.rollout.hf import HFEngine
 from rto_fast.rollout.native import NativeEngine
 from rto_fast.system.notices import notify
 from rto_fast.training.ranks import any_rank
 
-__all__ = ["Engine", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
+__all__ = ["Engine", "Exactness", "HFEngine", "NativeEngine", "RolloutBatch", "Sampling", "build_engine"]
 
 
 def build_engine(model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | None, config: RolloutConfig) -> Engine:
@@ -33,6 +33,9 @@ def build_engine(model: Model | nn.Module, tokenizer: PreTrainedTokenizerBase | 
         except ModelError as error:
             reason = str(error)
         if not any_rank(engine is None):  # all ranks have the same one
-            return cast(NativeEngine, engine)
+            native = cast(NativeEngine, engine)
+            if any_rank(not native.exactness.holds) and native.exactness.holds:
+                native.exactness = Exactness(reason="another rank's do")
+            return native
         notify("rollout", "engine_falls_back", f"rollout.engine: falls back to hf (slower): {reason}")
     return HFEngine(model, tokenizer, config)

@@ -124,11 +124,45 @@ class RolloutBatch:
         return out.index_copy_(0, batch.rows, values)
 
 
+@dataclass(frozen=True)
+class Exactness:
+    """Whether a sampler's log-probs are those of the training forward pass to the bit, and how that was found."""
+
+    tokens: int = 0  # whose log-probs were compared
+    different: int = 0  # of them
+    mean: float = 0.0  # of |Δ log-prob|, nats
+    largest: float = 0.0  # |Δ log-prob|, nats
+    first: int = 0  # the smallest position of a token whose log-probs differ
+    reason: str | None = None  # why nothing was compared
+
+    @classmethod
+    def of(cls, sampler: Tensor, trainer: Tensor, positions: Tensor) -> Self:
+        """Compares log-probs [n] float32 of tokens at `positions` [n]. NaN differs from NaN."""
+        differs, delta = sampler != trainer, (sampler.double() - trainer.double()).abs()
+        first = positions.double().masked_fill(~differs, torch.inf).amin()
+        different, mean, largest, first = torch.stack([differs.sum(), delta.mean(), delta.amax(), first]).tolist()
+        return cls(len(sampler), int(different), mean, largest, int(first) if different else 0)
+
+    @property
+    def holds(self) -> bool:
+        return self.tokens > 0 and not self.different
+
+    def __str__(self) -> str:
+        if self.holds:
+            return f"the sampler's log-probs are the trainer's to the bit ({self.tokens:,} tokens compared)"
+        reason = self.reason or (
+            f"{self.different:,} of {self.tokens:,} log-probs do, from position {self.first} on, by {self.mean:.2g} nats in "
+            f"the mean and at most {self.largest:.2g}"
+        )
+        return f"sampler and trainer may differ: {reason}"
+
+
 class Engine:
     """A rollout engine. It samples with the weights that its policy has at each call."""
 
     policy: RolloutModel
     tokenizer: PreTrainedTokenizerBase | None
+    exactness = Exactness(reason="the rollout engine runs other kernels than training")
 
     @torch.no_grad()
     def generate(
@@ -278,4 +312,5 @@ def generate_shared(engine: Engine, prompt_ids: list[list[int]], n: int, samplin
         sampling_logps,
         part.timings,
         part.stats | {"rollout_imbalance": max(tokens) * size / max(1, sum(tokens))},
+        exact=not ranks.any_rank(not part.exact),
     )

@@ -5,6 +5,8 @@ the log-probs of the policy that sampled. It batches continuously over a paged K
 graphs.
 """
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from rto_fast.models.agreement import compare_logits
 from rto_fast.models.checks import check_sequences
 from rto_fast.models.model import Model
 from rto_fast.models.precision import higher_precision
+from rto_fast.rollout import exactness
 from rto_fast.rollout.attention import DenseDecode, PagedDecode, Probe, runs_triton
-from rto_fast.rollout.base import Engine, RolloutBatch, Sampling, finish_reasons
+from rto_fast.rollout.base import Engine, Exactness, RolloutBatch, Sampling, finish_reasons
 from rto_fast.rollout.cache import PagedCache, choose_page_size, memory_budget, wanted_pages
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -45,7 +48,7 @@ class NativeEngine(Engine):
     Raises:
         ConfigError: a setting is invalid.
         ModelError: the model's attention cannot use a paged cache, or decoded log-probs differ from those of its forward
-            pass. A few tokens are decoded here to check this.
+            pass. A few tokens are decoded here to check this. On a GPU more are, for `exactness`.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class NativeEngine(Engine):
                 ) from error
             finally:
                 self.cache.release()
+        batch.exact = self.exactness.holds
         batch.timings = scheduler.seconds
         batch.stats = {
             # The share of the slots of decode steps that gave a token.
@@ -155,7 +159,18 @@ class NativeEngine(Engine):
     def _check(self) -> None:
         self.state = None
         self.cache = verified_cache(self.policy, self.page_size or 64)
-        self.kind = self.policy.kind
+        self.kind, self.exactness = self.policy.kind, Exactness()
+        self.exactness = self.measure_exactness()
+
+    def measure_exactness(self) -> Exactness:
+        """Compares the log-probs of samples with those of the training forward pass, bit by bit."""
+        if reason := exactness.reason_against(self.policy):
+            return Exactness(reason=reason)
+        twin = copy.copy(self)  # with a state of its own
+        twin.prefill_tokens, twin.state, twin.step, twin.step_key = exactness.PREFILL_TOKENS, None, None, None
+        # A graph has the bits of the step that it repeats. These few tokens do not count as rollout.kv_cache_gib.
+        twin.config = replace(self.config, cuda_graphs=False, kv_cache_gib=None)
+        return exactness.measure(twin, self.config.temperature)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """RTO's models, and a rollout as they judge it: log-probs, values and scores. Nothing is paid yet (see `token_rewards`)."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.batch import PackedBatch, pack, pack_whole, to_device
-from rto_fast.config import Config
+from rto_fast.config import Config, RTOConfig
 from rto_fast.data.tokenizing import Prompt
-from rto_fast.models.agreement import clip_width, mismatch, ppo_notices
 from rto_fast.models.forward import causal_logps, precise_logps, token_scores
 from rto_fast.models.model import Model, ScoreStatistics
-from rto_fast.reporting.metric_names import IMPORTANCE_WEIGHT
 from rto_fast.rewards import Judge, NormalizedScores, completions_of, judged
 from rto_fast.rollout import RolloutBatch
+from rto_fast.rto.behaviour import Recompute, behaviour_logps, sampler_mismatch
 from rto_fast.training import ranks
 from rto_fast.training.loader import Loader
 from rto_fast.training.ranks import map_items
@@ -178,8 +177,9 @@ class Experience:
     values_after: Tensor  # [N] the critic's value after the last token
     scores: Tensor  # [N] of whole responses, in units of their standard deviation; 0 without a reward model
     truncated: Tensor  # [N] bool, cut at rollout.max_new_tokens
-    importance: Tensor | None  # [T] weights of the policy's loss, see `behaviour_logps`; None: 1
+    importance: Tensor | None  # [T] weights of the policy's loss, see `rto_fast.rto.behaviour`; None: 1
     mismatch: dict[str, Tensor]  # metrics of the difference between the sampler and the training forward pass
+    exact: bool = False  # whether `old_logps` are what the training forward pass computes, to the bit
 
     @property
     def lengths(self) -> list[int]:
@@ -218,8 +218,9 @@ def score_rollout(
         some_prompts, some_responses = ([ids[i] for i in rows] for ids in (prompt_ids, response_ids))
         return response_logps(model, some_prompts, some_responses, max_tokens, temperature)
 
-    # What is decided from the mismatch waits for it, so the passes of all other models are begun before.
-    mismatch = sampler_mismatch(config, rollout, response_ids, batch, partial(logps, models.policy, temperature))
+    policy_logps, exact = partial(logps, models.policy, temperature), is_exact(config.rto, rollout)
+    # What is decided from a mismatch waits for it, so the passes of all other models are begun before.
+    mismatch = {} if exact else sampler_mismatch(config.rto, rollout, response_ids, batch, policy_logps)
     ref_logps = logps(models.reference, temperature)
     dpo_logps = dpo_ref_logps = ref_logps
     if models.dpo is not None:
@@ -233,9 +234,10 @@ def score_rollout(
     scores = ref_logps.new_zeros(batch.num_sequences)
     if models.scorer is not None:
         scores = judged(models.scorer, completions_of(prompts, response_ids, finished, tokenizer)).to(device)
-    old_logps, importance, mismatch = behaviour_logps(
-        config, rollout, batch, mismatch, partial(logps, models.policy, temperature)
-    )
+    if exact:
+        old_logps, importance = exact_logps(rollout, response_ids, batch, policy_logps), None
+    else:
+        old_logps, importance, mismatch = behaviour_logps(config.rto, rollout, batch, mismatch, policy_logps)
     return Experience(
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -251,76 +253,36 @@ def score_rollout(
         truncated=to_device([torch.tensor([not done for done in finished])], device)[0],
         importance=importance,
         mismatch=mismatch,
+        exact=exact,
     )
 
 
-MONITORED = 16  # the log-probs of every 16th response are compared, and of at least four
+def is_exact(rto: RTOConfig, rollout: RolloutBatch) -> bool:
+    """Whether the log-probs of a rollout need no comparison: they are those of the training forward pass to the bit."""
+    return rollout.exact and rto.old_logps != "recompute"
 
 
-def monitored_rows(count: int) -> range:
-    """The responses of a rollout of `count` whose log-probs are computed twice."""
-    return range(0, count, max(1, min(MONITORED, count // 4)))
-
-
-def sampler_mismatch(
-    config: Config,
-    rollout: RolloutBatch,
-    response_ids: list[list[int]],
-    batch: PackedBatch,
-    recompute: Callable[[Sequence[int] | None], Tensor],
-) -> dict[str, Tensor]:
-    """Compares the sampler with the training forward pass on some of a rollout's responses.
+def exact_logps(
+    rollout: RolloutBatch, response_ids: list[list[int]], batch: PackedBatch, recompute: Recompute
+) -> Tensor:
+    """The old log-probs of a rollout that is exact: the sampler's own.
 
     Args:
         rollout: as it was sampled.
-        response_ids: what is trained on.
+        response_ids: what is trained on. `paper_code` may have put another token in the place of a response's last one; a
+            forward pass then computes the log-probs of this response, with the bits that the sampler would have given.
         batch: the same, with the prompts, packed.
-        recompute: computes the policy's log-probs of the responses of these numbers, or of all.
+        recompute: computes the policy's log-probs of the responses of these numbers.
     Returns:
-        The metrics of the difference; none where the sampler's log-probs cannot be used.
+        [T] float32 in nats.
     """
-    # `paper_code` may have put another token in the place of the one that was drawn.
-    if rollout.logps is None or config.rto.old_logps == "recompute" or response_ids != rollout.response_ids:
-        return {}
-    rows = monitored_rows(len(response_ids))
-    monitored = pack([rollout.prompt_ids[i] for i in rows], [response_ids[i] for i in rows], batch.labels.device)
-    parts = rollout.logps.split([len(ids) for ids in response_ids])
-    sampled = RolloutBatch.aligned(torch.cat([parts[i] for i in rows]), monitored)
-    return mismatch(recompute(rows)[monitored.rows], sampled[monitored.rows])
-
-
-def behaviour_logps(
-    config: Config,
-    rollout: RolloutBatch,
-    batch: PackedBatch,
-    mismatch: dict[str, Tensor],
-    recompute: Callable[[Sequence[int] | None], Tensor],
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Chooses the old log-probs of a rollout: the sampler's own where they can be trusted, else those of a forward pass.
-
-    The sampler decodes with other kernels than the training forward pass runs, so in 16 bits its log-probs are a little off
-    from those that PPO's first step computes. The difference is measured on some of the responses of every rollout. While
-    PPO does not notice it (`rto_fast.models.agreement` says when), the sampler's log-probs are the old log-probs, which
-    saves a forward pass; the KL penalty then contains that difference, for the reference's log-probs come from the training
-    forward pass. When PPO would notice it, the old log-probs are recomputed, the loss is weighted with
-    min(π_training/π_sampler, cap) (truncated importance sampling, Espeholt et al., arXiv 1802.01561, section 4.1), and both
-    sides of the KL penalty come from the same forward pass.
-
-    Args:
-        rollout: as it was sampled.
-        batch: what is trained on.
-        mismatch: from `sampler_mismatch`.
-        recompute: as for `sampler_mismatch`.
-    Returns:
-        The old log-probs, [T] float32 in nats; the weights of the policy's loss, [T] float32 or None for 1; and the metrics
-        of the difference between the sampler and the training forward pass, none where nothing was compared.
-    """
-    rto = config.rto
-    if not mismatch or rollout.logps is None:
-        return recompute(None), None, {}
-    sampled = rollout.aligned(rollout.logps, batch)
-    if rto.old_logps == "sampler" or not ppo_notices(mismatch, clip_width(rto)):
-        return sampled, None, mismatch
-    old_logps = recompute(None)
-    weights = (old_logps - sampled).exp().clamp(max=rto.importance_cap)
-    return old_logps, weights, mismatch | {IMPORTANCE_WEIGHT: weights[batch.rows].mean()}
+    assert rollout.logps is not None
+    old_logps = rollout.aligned(rollout.logps, batch)
+    changed = [i for i, (new, sampled) in enumerate(zip(response_ids, rollout.response_ids)) if new != sampled]
+    if not changed:
+        return old_logps
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(rollout.prompt_ids, response_ids)]
+    parts = list(old_logps.split(lengths))
+    for i, part in zip(changed, recompute(changed).split([lengths[i] for i in changed])):
+        parts[i] = part
+    return torch.cat(parts)

@@ -2,7 +2,7 @@
 policy starts, does the DPO model tell good responses from bad ones. Every rank decides from the same numbers."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from rto_fast.errors import ModelError, TrainingError
 from rto_fast.models.agreement import FACTOR, OTHER_MODEL, Noise, clip_width, k3_limit
 from rto_fast.models.model import Model
 from rto_fast.reporting.log import Finding
-from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, IMPORTANCE_WEIGHT, MISMATCH_K3, MISMATCH_MEAN
-from rto_fast.rto.experience import Experience, Models, monitored_rows, response_logps
+from rto_fast.reporting.metric_names import APPROX_KL, CLIP_FRACTION, MISMATCH_K3, MISMATCH_MEAN
+from rto_fast.rto.behaviour import are_sampled, monitored_rows
+from rto_fast.rto.experience import Experience, Models, response_logps
 from rto_fast.session import TrainingSession
 from rto_fast.stages import CHECKED_PAIRS, pair_logps, preference_finding
 
@@ -29,6 +30,9 @@ def check_first_rollout(
 ) -> Callable[[Mapping[str, Any]], None]:
     """Checks the sampler and the reference.
 
+    With log-probs that are exact there is no rounding to measure: the ratio is 1, and a policy that starts from its
+    reference is at a distance of 0. Where these are not, a difference is judged as that of another sampler.
+
     Args:
         kl: [T] log π/π_ref of the rollout, nats.
         warn: is called with what is odd but may be meant.
@@ -38,14 +42,14 @@ def check_first_rollout(
         TrainingError: the responses come from another model, or the policy's forward pass is not repeatable.
         ModelError: the reference is another model.
     """
-    noise = forward_noise(config, models.policy, experience)
-    for finding in (
-        check_sampler(noise, experience.mismatch, config.rollout.engine),
-        check_reference(config, models, experience, kl, noise),
-    ):
-        if finding:
-            warn(finding)
-    return partial(check_ratio, config, noise, are_sampled(experience.mismatch))
+    noise = cache(partial(forward_noise, config, models.policy, experience))
+    if not experience.exact and (finding := check_sampler(noise(), experience.mismatch, config.rollout.engine)):
+        warn(finding)
+    if finding := check_reference(config, models, experience, kl, noise):
+        warn(finding)
+    if experience.exact:
+        return partial(check_ratio, config, None, True)
+    return partial(check_ratio, config, noise(), are_sampled(experience.mismatch))
 
 
 def forward_noise(config: Config, policy: Model, experience: Experience) -> Noise:
@@ -73,16 +77,11 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     return Noise.measure(own, truth)
 
 
-def are_sampled(mismatch: Mapping[str, Any]) -> bool:
-    """Whether the old log-probs of an `Experience` with this `mismatch` are the sampler's own."""
-    return MISMATCH_MEAN in mismatch and IMPORTANCE_WEIGHT not in mismatch
-
-
-def check_ratio(config: Config, noise: Noise, sampled: bool, passes: Mapping[str, Any]) -> None:
+def check_ratio(config: Config, noise: Noise | None, sampled: bool, passes: Mapping[str, Any]) -> None:
     """Checks that the policy is the model that sampled: before the first update its probability ratio is 1.
 
     Args:
-        noise: of the policy, from `forward_noise`.
+        noise: of the policy, from `forward_noise`; None where the old log-probs are exact.
         sampled: whether the old log-probs are the sampler's.
         passes: metrics of the first optimizer step's passes (`approx_kl`, `clip_fraction`), before the step is taken.
     Raises:
@@ -90,16 +89,19 @@ def check_ratio(config: Config, noise: Noise, sampled: bool, passes: Mapping[str
     """
     kl, clipped, clip = float(passes[APPROX_KL]), float(passes[CLIP_FRACTION]), clip_width(config.rto)
     # The sampler's own limit was checked on some responses, these are others: k3 of a sample varies.
-    limit = max(noise.repeated_k3, FACTOR * k3_limit(clip) if sampled else 0.0)
+    limit = max(noise.repeated_k3 if noise else 0.0, FACTOR * k3_limit(clip) if sampled else 0.0)
     # By Chebyshev's inequality: no larger share of tokens can lie beyond the clip.
     if kl <= limit and clipped * clip**2 <= 2 * limit:  # NaN is no ≤
         return
-    cause = (
-        "the log-probs came from the sampler, which runs other weights or another model; set rto.old_logps: recompute or "
-        "rollout.engine: hf"
-        if sampled
-        else f"its forward pass {NOT_REPEATABLE}"
-    )
+    if noise is None:
+        cause = f"it has changed since it sampled, or its forward pass {NOT_REPEATABLE}"
+    elif sampled:
+        cause = (
+            "the log-probs came from the sampler, which runs other weights or another model; set rto.old_logps: recompute "
+            "or rollout.engine: hf"
+        )
+    else:
+        cause = f"its forward pass {NOT_REPEATABLE}"
     raise TrainingError(
         f"the probability ratio of the very first update is not 1: approx_kl {kl:.2g} (up to {limit:.2g} does no harm), "
         f"{clipped:.1%} of the tokens clipped. PPO would start from a policy that did not sample: {cause}"
@@ -137,12 +139,14 @@ def check_sampler(noise: Noise, mismatch: Mapping[str, Any], engine: str) -> Fin
     )
 
 
-def check_reference(config: Config, models: Models, experience: Experience, kl: Tensor, noise: Noise) -> Finding | None:
+def check_reference(
+    config: Config, models: Models, experience: Experience, kl: Tensor, noise: Callable[[], Noise]
+) -> Finding | None:
     """Checks that a policy which starts from its reference has no KL to it.
 
     Args:
         kl: [T] log π/π_ref of the first rollout, nats.
-        noise: of the policy, from `forward_noise`.
+        noise: measures that of the policy, see `forward_noise`. It is not asked where the distance is exactly 0.
     Returns:
         A finding where the policy starts elsewhere, which may be meant.
     Raises:
@@ -151,16 +155,18 @@ def check_reference(config: Config, models: Models, experience: Experience, kl: 
     if models.origins is None:
         return None
     start, reference = models.origins
-    limit = noise.repeated_mean
+    same = Path(start) == Path(reference)
+    apart = kl[experience.batch.rows].abs().mean().item()
+    if apart == 0 or (config.rto.init_from == "dpo" and not same):  # DPO's policy has moved on purpose
+        return None
+    limit = noise().repeated_mean
     if are_sampled(experience.mismatch):  # their distance to the training forward was measured on other responses
         limit = max(limit, FACTOR * float(experience.mismatch[MISMATCH_MEAN]))
-    apart = kl[experience.batch.response_mask].abs().mean().item()
+    if apart <= limit:
+        return None
     distance = (
         f"the policy starts from {start}, its reference is {reference}, and they are {apart:.2g} nats a token apart"
     )
-    same = Path(start) == Path(reference)
-    if apart <= limit or (config.rto.init_from == "dpo" and not same):  # DPO's policy has moved on purpose
-        return None
     if same:
         raise ModelError(
             f"{distance}: the directory was changed while it was read, or its model does not compute the same twice"

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.config import Config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.errors import RewardError
-from rto_fast.models.model import vocabulary_of
-from rto_fast.reporting.log import RunLog
+from rto_fast.models.model import Model, vocabulary_of
+from rto_fast.reporting.log import Finding, RunLog
 from rto_fast.reporting.metric_names import (
     CLIP_FRACTION,
     DPO_REWARD,
+    FIRST_STEP_KL,
     KL,
     LENGTH,
     MICRO_BATCH_TOKENS,
@@ -59,6 +60,7 @@ class RTOTrainer(Trainer):
     """
 
     step_count = 0  # iterations done
+    is_exact = True  # no iteration has shown that the log-probs of an exact engine are not
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class RTOTrainer(Trainer):
         self.budget = budget or unplanned_budget(config)
         self.accumulator = Accumulator(self.budget.training, log.say)
         self.engine = build_engine(models.policy, tokenizer, config.rollout)
+        say_exactness(log, models.policy, self.engine)
         self.delimiters = None
         if rto.granularity == "sentence":
             self.delimiters = delimiter_table(tokenizer, vocabulary_of(models.policy.module), rto.delimiters, device)
@@ -123,6 +126,9 @@ class RTOTrainer(Trainer):
         updates = update(self.config, self.models, self.optimizers, experience, rewards, seed, self.accumulator, check)
         metrics = numbers(known | updates)  # the iteration's only look at them, which waits for the update
         updated = time.perf_counter()
+        if experience.exact and metrics[FIRST_STEP_KL] != 0:  # or NaN
+            self.is_exact = False
+            self.log.warning("rto", self.step_count + 1, *not_exact(metrics[FIRST_STEP_KL]))
         if self.config.rto.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, metrics[KL], len(prompts), self.config.rto.kl_target)
         self.step_count += 1
@@ -136,6 +142,7 @@ class RTOTrainer(Trainer):
         rollout = generate_shared(
             self.engine, [prompt.prompt_ids for prompt in drawn], rto.samples_per_prompt, self.sampling, seed
         )
+        rollout.exact &= self.is_exact
         return [prompt for prompt in drawn for _ in range(rto.samples_per_prompt)], rollout
 
     def _inspect(self, experience: Experience, rewards: TokenRewards) -> Callable[[Mapping[str, Any]], None] | None:
@@ -158,11 +165,13 @@ class RTOTrainer(Trainer):
             release(frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"iteration": self.step_count, "kl_coef": self.kl_coef}
+        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "is_exact": self.is_exact}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.is_exact = state.get("is_exact", True)  # older checkpoints have none
         self.steps, updates = self._count_steps()
         for optimizer in self.optimizers.values():
             optimizer.total_steps = optimizer.steps + updates
@@ -176,6 +185,27 @@ def adapt_kl_coef(kl_coef: float, kl: float, responses: int, target: float) -> f
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * responses / KL_HORIZON)
+
+
+def say_exactness(log: RunLog, policy: Model, engine: Engine) -> None:
+    """Says whether the sampler's log-probs are the trainer's. On a CPU, where they never are, nothing is said."""
+    if policy.device.type != "cpu":
+        otherwise = "" if engine.exactness.holds else "; old log-probs are compared or recomputed in every rollout"
+        log.say(f"policy: {engine.exactness}{otherwise}")
+
+
+def not_exact(kl: float) -> Finding:
+    """A ratio that is not exactly 1 at an iteration's first step, though the sampler's log-probs passed for exact.
+
+    Args:
+        kl: `FIRST_STEP_KL`, nats a token.
+    """
+    return Finding(
+        "sampler_is_not_exact",
+        f"the sampler's log-probs were not the trainer's to the bit: approx_kl of the first step was {kl:.2g} instead of 0; "
+        "from now on they are compared in every rollout",
+        "nothing is wrong while mismatch_k3 is small; please report the GPU and the model",
+    )
 
 
 SHOWN = (SCORE, DPO_REWARD, KL, LENGTH, CLIP_FRACTION, TOKENS_PER_SECOND)  # on the live line

@@ -15,7 +15,7 @@ from rto_fast.models.forward import forward_hidden, token_scores
 from rto_fast.models.head import output_head
 from rto_fast.models.model import ScoreStatistics
 from rto_fast.ops import linear_ppo_loss, linear_token_logps, ppo_policy_loss, ppo_value_loss
-from rto_fast.reporting.metric_names import ENTROPY, IMBALANCE
+from rto_fast.reporting.metric_names import APPROX_KL, ENTROPY, FIRST_STEP_KL, IMBALANCE
 from rto_fast.rto.experience import Experience, Models, normalised
 from rto_fast.rto.token_rewards import TokenRewards
 from rto_fast.system.progress import progress
@@ -64,7 +64,7 @@ def update(
         seed: of the order in which the responses are visited.
         check: called with the metrics of the first optimizer step's passes, before that step is taken.
     Returns:
-        The metrics, averaged over the optimizer steps.
+        The metrics, averaged over the optimizer steps, and the first step's KL to the policy that sampled.
     """
     rto, temperature, critic = config.rto, config.rollout.temperature, models.critic
     columns = split_by_response(rto, experience, rewards)
@@ -90,8 +90,10 @@ def update(
                             critic.learn(value_loss, micro_batch, rto, critic.scores, backward=backward, factor=factor)
                         )
             metrics: dict[str, Any] = step.metrics()
-            if check and number == 0:
-                check(metrics)
+            if number == 0:
+                first_kl = metrics[APPROX_KL]
+                if check:
+                    check(metrics)
             if ranks.world_size() > 1:
                 metrics[IMBALANCE] = ranks.imbalance([lengths[i] for i in minibatch])
             metrics |= optimizers["policy_optimizer"].step()
@@ -101,7 +103,7 @@ def update(
             phase.advance()
     for optimizer in optimizers.values():
         optimizer.free_gradients()
-    return {name: value / len(minibatches) for name, value in totals.items()}
+    return {name: value / len(minibatches) for name, value in totals.items()} | {FIRST_STEP_KL: first_kl}
 
 
 def shuffled_minibatches(rto: RTOConfig, count: int, seed: int) -> list[list[int]]:

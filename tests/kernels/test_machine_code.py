@@ -57,42 +57,20 @@ def test_programs_that_wait_for_latency_share_an_sm(facts, kernel, programs):
         assert 65536 // registers >= programs, fact
 
 
-ORDER_OF_SUMS = """
-import importlib, json, re
-from benchmarks.static import compile_launch, record_launches
-from benchmarks.static_cases import CASES
-
-found = {}
-for case in ("norm smollm2 bf16", "norm llama bf16", "rotary qwen bf16 head norms", "rotary gemma-3 bf16 head norms"):
-    module, call = CASES[case]
-    for kernel, args, options in record_launches(call, importlib.import_module(f"rto_fast.kernels.{module}")):
-        if kernel.__name__ in ("rms_norm_kernel", "rotary_kernel"):
-            code = compile_launch(kernel, args, options, 90).asm["ttgir"]
-            layouts = dict(re.findall(r"^(#\\w+) = (.*)$", code, re.MULTILINE))
-            sums = re.findall(r"\\}\\) : \\(tensor<([\\dx]+xf32), (#\\w+)>\\)", code)
-            found.setdefault(case, []).append([(shape, layouts[name]) for shape, name in sums])
-print(json.dumps(found))
-"""
-
-
-def test_decoding_and_training_add_up_in_the_same_order():
-    """A norm that saves its rstd, and a rotation that stores to the cache, are other variants of a kernel.
-
-    A sum over a tile is in the order of its layout, which the compiler chooses for each variant.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", ORDER_OF_SUMS]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    found = json.loads(process.stdout)
-    assert sorted(map(len, found.values())) == [2, 2, 4, 4]  # variants; the norm has also those with the residual sum
-    for variants in found.values():
-        assert len(variants[0]) == 1 and variants == [variants[0]] * len(variants)
-
-
 @pytest.mark.parametrize("kernel", ["attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"])
 def test_attention_uses_tensor_cores_asynchronously(facts, kernel):
     """ptxas lets each product wait for the one before where it finds no registers; it does for heads of 256."""
     found = [fact for fact in facts if fact["kernel"] == kernel and "fp32" not in fact["case"]]
     assert len(found) >= 12 and all(fact["tensor_core"] for fact in found)
     assert [fact["case"] for fact in found if fact["serialized"] and "gemma" not in fact["case"]] == []
+
+
+def test_products_of_16_bits_use_tensor_cores(facts):
+    """Tiles of 64 rows and more have the asynchronous instructions of sm_90 and sm_100, and smaller ones `mma.sync`."""
+    found = [fact for fact in facts if fact["kernel"] == "ordered_gemm_kernel"]
+    for fact in found:
+        rows = re.search(r"bf16 (\d+) x", fact["case"])
+        assert bool(fact["tensor_core"]) == (fact["sm"] == 80 or (rows is not None and int(rows[1]) >= 64)), fact[
+            "case"
+        ]
+    assert len(found) >= 24

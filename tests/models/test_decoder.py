@@ -19,6 +19,7 @@ from rto_fast.models.decoder import Packed, decoder_of, layers_of
 from rto_fast.models.decoder_check import check_decoder
 from rto_fast.models.forward import causal_logps, forward_hidden, packed_inputs
 from rto_fast.models.precision import _Precise, precise
+from rto_fast.models.rope import RopeTables
 from rto_fast.rollout import NativeEngine, Sampling
 from tests.tiny_models import FAMILIES, perturbed, prompts, tiny
 from tests.waits import NoWaits
@@ -323,6 +324,38 @@ def test_a_table_grows_in_powers_of_two_and_stays_where_it_is():
     assert len(grown) == 32 and torch.equal(grown[:16], table)
     forward_hidden(model.double(), pack_whole(prompts((17,))))
     assert next(iter(ropes.tables.values())).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_tables_of_any_size(name, dtype):
+    spec, like = decoder_of(packed(name)).spec, torch.zeros(1, 8, dtype=dtype)
+    long = RopeTables(spec.rotary, spec.rope_names)
+    long.prepare(2048, like)
+    for size in (2, 17, 100, 1000):
+        short = RopeTables(spec.rotary, spec.rope_names)
+        short.prepare(size, like)
+        for kind, table in short.tables.items():
+            assert torch.equal(table, long.tables[kind][: len(table)])
+
+
+def test_rows_stay_as_they_are_when_a_table_grows():
+    """A product of cuBLAS, as transformers 5.17 computes angles, may have other bits for another number of positions."""
+
+    class Varies:
+        rope_type = "default"
+
+        def __call__(self, x, position_ids):
+            values = position_ids[..., None] + torch.full((4,), 1.0 / position_ids.numel())
+            return values, values
+
+    ropes, like = RopeTables(Varies(), [""]), torch.zeros(1, 8)
+    ropes.prepare(4, like)
+    (small,) = ropes.tables.values()
+    ropes.prepare(5, like)
+    (grown,) = ropes.tables.values()
+    assert len(grown) == 8 and torch.equal(grown[:4], small)
+    assert torch.equal(grown[4:, 0, 0], torch.arange(4, 8) + 1 / 8)
 
 
 LONGROPE = dict(rope_type="longrope", long_factor=[2.0, 3.0], short_factor=[1.0, 1.0], rope_theta=1e4, factor=2.0)

@@ -11,7 +11,7 @@ from rto_fast.errors import TrainingError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
 from rto_fast.rollout import Sampling
-from rto_fast.rto import experience, first_update, trainer
+from rto_fast.rto import behaviour, first_update, trainer
 from rto_fast.rto.experience import Models
 from rto_fast.training.accumulate import numbers
 from rto_fast.training.loop import train
@@ -74,9 +74,9 @@ def test_a_supervised_step(stage, directory, tmp_path, monkeypatch):
 def iterations(monkeypatch, *options):
     """Trains RTO for three iterations; the passes over a rollout and the update are watched."""
     # What is decided on the host: is the sampler the policy, are the scores finite; and the checks of a run's beginning.
-    decides = [experience.ppo_notices, first_update.check_ratio]
+    decides = [behaviour.ppo_notices, first_update.check_ratio]
     for name in ("score_rollout", "token_rewards", "rollout_metrics", "update"):
-        monkeypatch.setattr(trainer, name, _watched(getattr(trainer, name), decides))
+        monkeypatch.setattr(trainer, name, watched_call(getattr(trainer, name), decides))
     reads = []
     monkeypatch.setattr(trainer, "numbers", lambda metrics: (reads.append(len(metrics)), numbers(metrics))[1])
     arguments = ["--rto.prompts_per_rollout", "3", "--rto.iterations", "3", "--rto.batch_size", "2", *SMALL]
@@ -91,7 +91,7 @@ def iterations(monkeypatch, *options):
     return metrics
 
 
-def _watched(function, decides):
+def watched_call(function, decides):
     def call(*arguments):
         with NoWaits(allowed=decides):
             return function(*arguments)

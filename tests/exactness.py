@@ -1,0 +1,82 @@
+"""What the tests of exactness share: are a sampler's log-probs those of training passes, to the bit?"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rto_fast.batch import micro_batches
+from rto_fast.config import RTOConfig
+from rto_fast.evaluation.exactness import trained_logps
+from rto_fast.models.attention import PACKED
+from rto_fast.models.model import Model
+from rto_fast.rto.update import MicroBatch, policy_loss
+
+
+def packings(count, seed=0):
+    """Two ways to pack responses: all in one batch, and in an order of chance one alone and then the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [[list(range(count))], [part for part in (order[:1], order[1:]) if part]]
+
+
+def as_model(model):
+    """A `Model` whose passes attend as in training."""
+    model = model if isinstance(model, Model) else Model(model)
+    model.module.set_attn_implementation(PACKED)
+    return model
+
+
+def differing(model, rollout, temperature=1.0, seed=0, most=16384):
+    """The number of tokens whose log-prob is not the sampler's, in training passes of two packings.
+
+    Args:
+        most: tokens of a pass.
+    """
+    model, sampled, found = as_model(model), rollout.logps.cpu(), 0
+    assert len(sampled) == rollout.num_tokens > 0 and sampled.isfinite().all()
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids)]
+    for groups in packings(len(lengths), seed):
+        parts = [[rows[i] for i in part] for rows in groups for part in micro_batches([lengths[i] for i in rows], most)]
+        found += (trained_logps(model, rollout, parts, temperature) != sampled).sum().item()
+    return found
+
+
+def first_step(model, rollout, temperature=1.0, backward=torch.Tensor.backward):
+    """The metrics of PPO's loss on a whole rollout with the sampler's log-probs as the old ones; leaves its gradients."""
+    model = as_model(model)
+    batch, old, _ = rollout.pack(model.device)
+    advantages, zeros = torch.linspace(-1, 1, len(old), device=old.device), torch.zeros_like(old)
+    inputs = MicroBatch(batch, float(rollout.num_tokens), old, zeros, advantages, zeros)
+    metrics = model.learn(policy_loss, inputs, RTOConfig(), temperature, backward=backward)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+class RowProducts(TorchDispatchMode):
+    """Within it, torch's float32 and float16 products on a CPU are summed in float64 and rounded once.
+
+    So a row has the same bits in a product of any number of rows, which MKL does not promise. On a GPU this is the work of
+    `rto_fast.kernels.gemm.linear`.
+
+    Args:
+        planted: the number of a product, from 0, in which one element of each row is made the next larger number.
+    """
+
+    def __init__(self, planted=None):
+        super().__init__()
+        self.left = planted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        if name not in ("aten::mm", "aten::addmm") or args[0].dtype == torch.float64 or not args[0].is_cpu:
+            return function(*args, **kwargs)
+        out, dtype = kwargs.get("out"), args[0].dtype
+        scales = {key: value for key, value in kwargs.items() if key in ("alpha", "beta")}
+        wide = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+        if scales.get("beta") == 0:
+            wide[0] = torch.zeros((), dtype=torch.float64)  # what is not read may be NaN
+        product = (torch.mm if name == "aten::mm" else torch.addmm)(*wide, **scales)
+        product = product.to(dtype if out is None else out.dtype)
+        if self.left is not None:
+            if self.left == 0:
+                product[:, -1] = torch.nextafter(product[:, -1], torch.full((), torch.inf, dtype=product.dtype))
+            self.left -= 1
+        return product if out is None else out.copy_(product)

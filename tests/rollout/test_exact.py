@@ -1,0 +1,128 @@
+"""The sampler's log-probs are those of training passes, to the bit: what a CPU can show of it, in Triton's interpreter.
+
+Everything between token ids and log-probs runs as on a GPU: the engine's decode steps in buckets over a paged cache, the
+kernels of the layers, of attention, of the sampler and of the losses. Two things are replaced, because their order of sums
+is not a GPU's: `tl.dot` (`ordered_dot`) and torch's products (`RowProducts`). `test_exact_cuda.py` is the proof on a GPU.
+"""
+
+import pytest
+import torch
+
+from rto_fast.config import LoraConfig
+from rto_fast.kernels import arguments
+from rto_fast.models.lora import new_adapter
+from rto_fast.models.model import Model
+from rto_fast.rollout import Exactness, Sampling, attention, decode, exactness, native
+from tests.exactness import RowProducts, differing, first_step
+from tests.tiny_models import native_engine, perturbed, prompts, tiny
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own tests: test_exact_cuda.py")
+LENGTHS = (3, 30, 9)
+SAMPLING = Sampling(4, stop_ids=(1, 7))
+FAMILIES = ["llama", "qwen3", "qwen2", "gemma2", "granite", "phi3"]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(ordered_dot, monkeypatch):
+    """What Triton computes on a GPU runs in the interpreter, and products of torch in an order that knows no rows."""
+    monkeypatch.setattr(arguments, "INTERPRET", True)
+    for module in (attention, decode, native):
+        monkeypatch.setattr(module, "runs_triton", lambda _: True)
+    monkeypatch.setattr(exactness, "measure", lambda engine: Exactness())  # thousands of tokens
+    # The engine's own check that it decodes the model, on few tokens: here it takes longer than the test.
+    monkeypatch.setattr(native, "PROMPT_LENGTHS", (2, 3))
+    monkeypatch.setattr(native, "DECODED", 2)
+    with RowProducts():
+        yield
+
+
+def made(name="llama", dtype=torch.float32, **sizes):
+    layers = 2 if name == "gemma2" else 1  # its layers are of two kinds
+    sizes = dict(num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1) | sizes
+    return perturbed(tiny(name, max_position_embeddings=512, **sizes), 0.05).to(dtype).train()
+
+
+def engine_of(model, batch_size=8, **settings):
+    return native_engine(model, page_size=16, batch_size=batch_size, **{"prefill_tokens": 24} | settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_log_probs_are_those_of_training(name):
+    model = made(name)
+    assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
+
+
+def test_log_probs_in_float16_are_those_of_training():
+    model = made(dtype=torch.float16)
+    assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
+
+
+def test_responses_that_cross_a_split_of_keys():
+    """Splits are counted from a sequence's start: the end of the first lies in a response."""
+    model = made(num_attention_heads=1)
+    rollout = engine_of(model, prefill_tokens=200).generate(prompts((253, 9)), 1, Sampling(5), 0)
+    assert differing(model, rollout) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_sample_is_the_same_in_any_batch(batch_size):
+    model = made()
+    expected = engine_of(model).generate(prompts(LENGTHS), 2, SAMPLING, 0)
+    found = engine_of(model, batch_size).generate(prompts(LENGTHS), 2, SAMPLING, 0)
+    assert found.response_ids == expected.response_ids
+    assert torch.equal(found.logps, expected.logps) and torch.equal(found.sampling_logps, expected.sampling_logps)
+
+
+def test_samples_that_were_preempted_and_refilled():
+    """Their keys are computed anew, as a prompt's, where they were once computed token by token."""
+    model, sampling = made(), Sampling(12)
+    engine = engine_of(model)
+    expected = engine.generate(prompts((5, 23)), 2, sampling, 0)
+    room = 8 * engine.cache.page_bytes / (1 << 30)
+    found = engine_of(model, kv_cache_gib=room).generate(prompts((5, 23)), 2, sampling, 0)
+    assert found.stats["preemptions"] > 0 == expected.stats["preemptions"]
+    assert found.response_ids == expected.response_ids and torch.equal(found.logps, expected.logps)
+    assert differing(model, found) == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_ratio_is_one_at_the_first_step_and_after_an_update(temperature):
+    model, engine = made("gemma2"), None
+    engine = engine_of(model)
+    sampling = Sampling(6, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
+    for seed in range(2):
+        rollout = engine.generate(prompts(LENGTHS), 1, sampling, seed)
+        metrics = first_step(model, rollout, temperature)
+        assert metrics["approx_kl"] == metrics["clip_fraction"] == 0.0
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-2 * parameter.grad
+                parameter.grad = None
+        assert differing(model, rollout, temperature) > 0  # the weights have moved
+
+
+def test_lora():
+    pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
+    adapter = new_adapter(made().requires_grad_(False), "policy", LoraConfig(rank=2, alpha=4.0), 0)
+    torch.manual_seed(0)
+    for _, parameter in adapter.trainable():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = Model(adapter)
+    assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
+
+
+def test_gradient_checkpointing():
+    """A layer then adds to the residual stream by torch, and norms alone, where it otherwise does both in one kernel."""
+    model = made("granite")
+    rollout = engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert differing(model, rollout) == 0 and first_step(model, rollout)["approx_kl"] == 0.0
+
+
+@pytest.mark.parametrize("product", [0, 9])
+def test_one_rounding_in_one_product_is_noticed(product):
+    model = made()
+    engine = engine_of(model)
+    with RowProducts(planted=product):
+        rollout = engine.generate(prompts((5, 9)), 1, Sampling(4), 0)
+    assert differing(model, rollout) > 0
