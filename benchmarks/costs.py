@@ -144,7 +144,7 @@ def limit(op, phase, shape, kept=1.0):
 
 
 def _linear_forward(tokens, shape):
-    """A GEMM writes float32 tiles, larger than L2, that a row kernel reads back."""
+    """A GEMM writes chunks of float32 logits, larger than L2, that a row kernel reads back."""
     gemm = 2 * tokens * shape.vocab_size * shape.hidden_size
     return [Step(flops=gemm), Step(bytes=4 * tokens * shape.vocab_size)]
 

@@ -56,6 +56,7 @@ class Facts:
     tensor_core: int
     serialized: bool  # on sm_90, ptxas made each product of the tensor cores wait for the one before
     inexact: int
+    contractible: int
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +86,8 @@ class Facts:
             self.failures.append("no tensor-core instruction")
         if expected.get("exact") and self.inexact:
             self.failures.append(f"{self.inexact} operations that do not round each by itself, expected 0")
+        if expected.get("as_written") and self.contractible:
+            self.failures.append(f"{self.contractible} operations that may be contracted, expected 0")
 
 
 def record_launches(call, *call_args):
@@ -136,6 +139,11 @@ def _inexact(ptx, sass):
     return count
 
 
+def _contractible(ptx):
+    """Counts products and sums that ptxas may contract, because they do not say how they round. LLVM contracts no others."""
+    return len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", ptx))
+
+
 def read_facts(compiled, case, sm):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -158,6 +166,7 @@ def read_facts(compiled, case, sm):
         tensor_core,
         0 < tensor_core <= len(re.findall(r"\bWARPGROUP\.DEPBAR\b", dump)),
         _inexact(compiled.asm["ptx"], dump),
+        _contractible(compiled.asm["ptx"]),
     )
     facts.check()
     return facts

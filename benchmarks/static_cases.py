@@ -1,11 +1,14 @@
 """The cases of `benchmarks.static`: calls that launch every kernel in every form that matters, and what is expected."""
 
+import itertools
+
 import torch
 
+from rto_fast.kernels.layer_reference import AdapterInput, AdapterOutput
 from rto_fast.kernels.ordered_gemm import TILES
 
 # The least number of 128-bit accesses of kernels that stream rows; whether a kernel must use the tensor cores; whether
-# it must round every operation separately, as torch's kernels do ("exact").
+# it must round every operation separately, as torch's kernels do ("exact"), or where it is written so ("as_written").
 EXPECTED = {
     # vector_loads have at least 64 bits, four tokens of a 16-bit input.
     "gae_kernel": {"vector_loads": 2, "wide_stores": 2},
@@ -13,22 +16,24 @@ EXPECTED = {
     "rto_whiten_kernel": {"wide_loads": 1, "wide_stores": 1},
     "ppo_policy_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "ppo_value_fwd_kernel": {"wide_loads": 3, "wide_stores": 1},
-    "token_logps_fwd_kernel": {"wide_loads": 8},
+    "token_logps_fwd_kernel": {"wide_loads": 8, "as_written": True},
     "partial_state_kernel": {"wide_loads": 8},
     "token_logps_bwd_kernel": {"wide_loads": 4, "wide_stores": 4},
     "logits_gradient_kernel": {"wide_loads": 8, "wide_stores": 4},
-    "linear_ppo_kernel": {"wide_loads": 16, "wide_stores": 4},
+    "linear_ppo_kernel": {"wide_loads": 16, "wide_stores": 4, "as_written": True},
     "store_kv_kernel": {"wide_loads": 4, "wide_stores": 4},
     "paged_attention_kernel": {"wide_loads": 16},
     "attention_fwd_kernel": {"wide_loads": 6, "wide_stores": 1},
     "attention_dq_kernel": {"wide_loads": 6, "wide_stores": 1},
     "attention_dkdv_kernel": {"wide_loads": 6, "wide_stores": 1},
     "combine_splits_kernel": {"wide_loads": 1},
-    "sample_tokens_kernel": {"wide_loads": 6},
+    "sample_tokens_kernel": {"wide_loads": 6, "as_written": True},
     "rms_norm_kernel": {"wide_loads": 2, "wide_stores": 1, "exact": True},
     "rms_norm_bwd_kernel": {"wide_loads": 3, "wide_stores": 1},
     "rotary_kernel": {"wide_loads": 2, "wide_stores": 2, "exact": True},
     "rotary_bwd_kernel": {"wide_loads": 2, "wide_stores": 2},
+    "adapter_input_kernel": {"wide_loads": 4},
+    "adapter_output_kernel": {"wide_loads": 2, "wide_stores": 1},
     "gated_kernel": {"wide_loads": 2, "wide_stores": 1},
     "gated_bwd_kernel": {"wide_loads": 3, "wide_stores": 2},
     "sum_partials_kernel": {"wide_loads": 4},
@@ -184,6 +189,25 @@ def gated(size, activation="silu", dtype=torch.bfloat16, count=256):
     return "gated", call
 
 
+def adapters(count, columns, rank, size, dtype=torch.bfloat16, keeps=False):
+    """LoRA of projections of one input."""
+
+    def call(module):
+        num_ranks, bounds = rank * len(columns), [0, *itertools.accumulate(columns)]
+        whole = AdapterInput(slice(0, num_ranks), torch.empty(num_ranks, size, dtype=dtype), 2.0)
+        outputs = [
+            AdapterOutput(
+                slice(*bounds[i : i + 2]), slice(i * rank, i * rank + rank), torch.empty(n, rank, dtype=dtype), 2.0
+            )
+            for i, n in enumerate(columns)
+        ]
+        t = module.adapter_input(torch.empty(count, size, dtype=dtype), [whole], keeps)
+        base = torch.empty(count, bounds[-1])
+        module.add_adapters(base, t, outputs, base if dtype == torch.float32 else base.to(dtype))
+
+    return "adapters", call
+
+
 def decode_step(slots, stops, min_new_tokens, grow):
     def call(module):
         numbers, active = torch.zeros(slots, dtype=torch.long), torch.ones(slots, dtype=torch.bool)
@@ -314,6 +338,14 @@ CASES = {
     "gated gemma-2 bf16 gelu_tanh": gated(9216, "gelu_tanh"),
     "gated fp16 gelu": gated(1536, "gelu", torch.float16),
     "gated fp32": gated(1536, "silu", torch.float32),
+    "lora llama bf16 qkv of rank 16, 1 row": adapters(1, (4096, 1024, 1024), 16, 4096),
+    "lora llama bf16 qkv of rank 64, 256 rows": adapters(256, (4096, 1024, 1024), 64, 4096),
+    "lora llama bf16 down of rank 64, 32 rows": adapters(32, (4096,), 64, 14336),
+    "lora llama bf16 gate_up of rank 16, training": adapters(16384, (14336, 14336), 16, 4096, keeps=True),
+    "lora llama bf16 down of rank 256, training": adapters(4096, (4096,), 256, 14336, keeps=True),
+    "lora fp16 qkv of rank 4": adapters(64, (576, 192, 192), 4, 576, torch.float16),
+    "lora fp32 qkv of rank 32": adapters(512, (384, 128, 128), 32, 384, torch.float32),
+    "lora fp32 qkv of rank 32, training": adapters(2048, (384, 128, 128), 32, 384, torch.float32, keeps=True),
     "step of 256": decode_step(256, 2, 3, True),
     "first draw of 1": decode_step(1, 1, 1, False),
 }

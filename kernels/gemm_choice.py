@@ -13,7 +13,8 @@ differed on an H200. Candidates, in this order:
 Few rows are looked at with random inputs. If cuBLAS and a Triton GEMM are both right, the faster is taken: their bits are
 equal, so a run repeats. Of many rows, some are computed anew from the inputs at hand, which takes at most 130 MB.
 
-A look waits for the device. Later calls of the same product cost the making of its key and a look in a dictionary.
+A look waits for the device. Later calls of the same product cost the making of its key and a look in a dictionary. What is
+found holds as long as nobody changes torch's flags for cuBLAS.
 """
 
 import contextlib
@@ -88,9 +89,13 @@ def summary() -> str:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out = x @ weightᵀ + bias, with the bits of `ordered_gemm`, of which this has the arguments."""
-    tensors = (x, weight, out) if bias is None else (x, weight, out, bias)
-    # What torch tells cuBLAS of a pointer is the power of two that divides it, up to 256.
-    alignments = tuple((t.data_ptr() | 256) & -(t.data_ptr() | 256) for t in tensors)
+    # What torch tells cuBLAS of a pointer is the power of two that divides it, up to 256 (here 0).
+    alignments = (
+        (p := x.data_ptr()) & -p & 255,
+        (p := weight.data_ptr()) & -p & 255,
+        (p := out.data_ptr()) & -p & 255,
+        -1 if bias is None else (p := bias.data_ptr()) & -p & 255,
+    )
     strides = (x.stride(0), weight.stride(0), out.stride(0))
     key = (x.device, x.dtype, out.dtype, x.shape, weight.shape[0], strides, alignments)
     run = _choices.get(key)

@@ -1,18 +1,35 @@
-"""What a decoder layer computes between its GEMMs, in plain torch: norms, rotary embedding, gate, attention.
+"""What a decoder layer computes beside its GEMMs, in plain torch: norms, rotary embedding, gate, attention, LoRA.
 
-The Triton kernels of `rms_norm`, `rotary`, `gated` and `attention` are tested against it, and CPU tensors run it. Each
+The Triton kernels of `rms_norm`, `rotary`, `gated`, `attention` and `adapters` are tested against it, and CPU tensors run it. Each
 function rounds where transformers' modules round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+class AdapterInput(NamedTuple):
+    """The a's of LoRA adapters of one input, which lie side by side: t[:, ranks] = scale · (x @ aᵀ)."""
+
+    ranks: slice
+    a: Tensor  # [R, K]
+    scale: float
+
+
+class AdapterOutput(NamedTuple):
+    """The other half of an adapter: y[:, columns] += t[:, ranks] @ bᵀ."""
+
+    columns: slice
+    ranks: slice
+    b: Tensor  # [N, R]
+    scale: float  # that of its t
 
 
 class _MainGrad(torch.autograd.Function):
@@ -208,3 +225,33 @@ def packed_attention(
         q, k, v = (x.transpose(0, 1)[None] for x in piece)
         outputs.append(sdpa_causal(q, k, v, scale, window, softcap)[0].transpose(0, 1))
     return torch.cat(outputs) if outputs else query.clone()
+
+
+def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tensor:
+    """The inner products of LoRA adapters of one input, for `add_adapters`.
+
+    Args:
+        x: [T, K].
+        runs: cover the columns of the result in order.
+        keeps: the result must be [T, ΣR] of the dtype of x, for the backward pass.
+    """
+    t = x.new_empty(x.shape[0], runs[-1].ranks.stop)
+    for ranks, a, scale in runs:
+        torch.addmm(t[:, ranks], x, a.t(), beta=0, alpha=scale, out=t[:, ranks])  # autocast changes forms without `out`
+    return t
+
+
+def add_adapters(base: Tensor, t: Tensor, adapters: Sequence[AdapterOutput], out: Tensor) -> None:
+    """Adds the outputs of LoRA adapters to those of linear layers, and rounds the sums once.
+
+    Args:
+        base: [T, N], float32 if the adapters have 16 bits; is overwritten.
+        t: from `adapter_input`.
+        adapters: in the order in which they are added.
+        out: [T, N] of the adapters' dtype; may be the base.
+    """
+    for columns, ranks, b, _ in adapters:
+        part = base[:, columns]
+        torch.addmm(part, t[:, ranks].to(base.dtype), b.to(base.dtype).t(), out=part)
+    if out is not base:
+        out.copy_(base)

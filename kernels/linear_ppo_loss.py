@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
+    EXACT,
     LN2,
     LOG2E,
     autocast_operands,
@@ -28,14 +29,14 @@ from rto_fast.kernels.common import (
     fold_row,
     gradient_view,
     kept_rows,
-    load_logits,
+    load_label,
     logits_buffer,
     num_items_tensor,
     ppo_terms,
     row_block,
     write_gradient,
 )
-from rto_fast.kernels.gemm import gemm
+from rto_fast.kernels.gemm import gemm, linear
 
 # Float32 logits of a chunk. Reading and writing dweight's float32 accumulator takes 735/C of the time of the dweight
 # GEMM of a chunk of C tokens (H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V =
@@ -77,11 +78,10 @@ def linear_ppo_kernel(
         weight = tl.load(weights_ptr + token).to(tl.float32)
     weight = tl.where(counts, weight, 0.0)
     x_ptr += pid_t * stride_x_t
-    # A label outside of the row is not read: its log-prob is NaN, and so are the loss and the gradient.
-    is_label = (label >= 0) & (label < num_cols)
-    z_label, _ = load_logits(x_ptr, None, tl.where(is_label, label, 0) + tl.arange(0, 1), num_cols, cap, False)
+    # The log-prob of a label outside of the row is NaN, and so are the loss and the gradient.
+    z_label, _ = load_label(x_ptr, None, label, num_cols, cap)
     m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, cap, True, BLOCK_V)
-    logp, entropy, log2_s = finish_row(tl.where(is_label, tl.sum(z_label, 0), float("nan")), m, s, u, scale)
+    logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
     # A row outside of the mask is exactly 0, whatever its tensors hold: 0·NaN must not occur.
     m = tl.where(counts, m, 0.0)
     entropy = tl.where(counts, entropy, 0.0)
@@ -181,7 +181,7 @@ def linear_ppo_sweep(
             chunk = hidden[here]
             logits = buffer[: len(chunk), :vocab_size]
             dlogits = gradient_view(buffer, hidden.dtype)[: len(chunk), :vocab_size]
-            gemm(chunk, weight.t(), logits)
+            linear(chunk, weight, out=logits)
             linear_ppo_kernel[(len(chunk),)](
                 logits,
                 dlogits if need_gradient else None,
@@ -204,6 +204,7 @@ def linear_ppo_sweep(
                 entropy_coef or None,
                 BLOCK_V=block_v,
                 num_warps=num_warps,
+                **EXACT,
             )
             if need_dhidden:
                 gemm(dlogits, weight, dhidden[here])

@@ -1,8 +1,8 @@
 """Log-probabilities and entropies of labels straight from hidden states; the [T, V] logits never exist.
 
-Forward pass: cuBLAS writes a tile of float32 logits at a time, an eighth of all logits but 32 to 512 MiB, and a row
-kernel folds each tile into a state of 16 bytes a row. Backward pass: recomputes the logits in chunks of the vocabulary,
-so that dW of a chunk is written once, with all tokens in one accumulation. Only dX, which is small, is accumulated over
+Forward pass: a GEMM writes the float32 logits of a chunk of rows, and the kernel of `token_logps` reduces each row in one
+program, in the order in which the sampler does it. Backward pass: recomputes the logits in chunks of the vocabulary, so
+that dW of a chunk is written once, with all tokens in one accumulation. Only dX, which is small, is accumulated over
 chunks, in float32. Logits must be float32: bfloat16 costs .03 nats of log-prob at |z| ~ 19, more than PPO's clipping
 range resolves. Ignored rows are dropped before the GEMMs, which saves half of the FLOPs or more if prompts are in the
 batch. Which these are, the host has to know: a caller who does not say it (`rows`) waits for the device.
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
+    EXACT,
     LOG2E,
     autocast_operands,
     contiguous,
@@ -26,18 +27,17 @@ from rto_fast.kernels.common import (
     row_block,
     write_gradient,
 )
-from rto_fast.kernels.gemm import gemm
-from rto_fast.kernels.token_logps import combine_partials, partial_state_kernel
+from rto_fast.kernels.gemm import gemm, linear
+from rto_fast.kernels.token_logps import token_logps_fwd_kernel
 
-# A forward tile is an eighth of all float32 logits, within these bounds. Tiles small enough to be read back from L2 do
-# not pay off on an H200, because short GEMMs lose more. 8192 tokens of Llama-3-8B, Qwen3-0.6B and Gemma3-270M took
-# 15.22, 6.37 and 8.35 ms in tiles of 32, 64 and 128 MiB, 15.11, 6.08 and 8.11 in 8192 x 8192 (256 MiB), 14.67, 5.97 and
-# 7.98 in 4096 x 32768 (512 MiB). Memory below the lower bound is not worth saving.
-MIN_TILE_BYTES, MAX_TILE_BYTES = 32 << 20, 512 << 20
-MAX_TILE_ROWS = 4096
-# Backward logits are in HBM anyway. What counts is that a chunk of C columns adds a float32 read-modify-write of dX,
-# which takes 735/C of the time of the chunk's dX GEMM (H200). 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %)
-# for 64k rows, and is half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
+# Float32 logits of a chunk, in each pass. In the forward pass a chunk is some rows of the whole vocabulary. 1 GiB holds
+# 2093 of 128k and 1766 of 152k columns: 8192 rows of Llama-3-8B's and Qwen3-0.6B's logits took 13.26 and 4.89 ms in four
+# products of 2048 rows (H200), and 14.01 and 5.09 in tiles of 1024 x 8192. Chunks small enough to be read back from L2
+# do not pay off, because short GEMMs lose more: whole forward passes took 15.22 and 6.37 ms in tiles of 32 and 64 MiB,
+# 14.67 and 5.97 in tiles of 512.
+# In the backward pass a chunk is all rows of some columns. Each adds a float32 read-modify-write of dX, which takes 735/C
+# of the time of the dX GEMM of a chunk of C columns. 1 GiB holds C = 16384 (4 %) for 16k rows and 4096 (18 %) for 64k
+# rows, and is half of what the bfloat16 logits of 8192 tokens of a 128k vocabulary would take.
 WORKSPACE_BYTES = 1 << 30
 MAX_CHUNK_COLS = 16384
 
@@ -95,12 +95,10 @@ def logits_gradient_kernel(
     )
 
 
-def forward_tile(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """(rows, columns) of a forward tile, equal shares of both."""
-    tile_bytes = min(max(4 * num_rows * vocab_size // 8, MIN_TILE_BYTES), MAX_TILE_BYTES)
-    tile_rows = min(num_rows, equal_share(num_rows, MAX_TILE_ROWS))
-    largest = triton.cdiv(tile_bytes // (4 * tile_rows), 128) * 128
-    return tile_rows, min(vocab_size, equal_share(vocab_size, largest))
+def rows_per_chunk(num_rows: int, vocab_size: int) -> int:
+    """Rows of a forward chunk, which is all of them or an equal share that fits the workspace."""
+    largest = max(1, WORKSPACE_BYTES // (4 * vocab_size))
+    return min(num_rows, largest, equal_share(num_rows, largest))
 
 
 def columns_per_chunk(num_rows: int, vocab_size: int) -> int:
@@ -128,42 +126,35 @@ def linear_token_logps_fwd(
     rows, hidden = kept_rows(rows, labels, ignore_index, hidden_states)
     if not len(rows):
         return logps, entropy, state
-    labels, vocab_size, scale = labels.index_select(0, rows), len(weight), LOG2E.value / temperature
-    tile_rows, tile_cols = forward_tile(len(rows), vocab_size)
-    buffer = logits_buffer(tile_rows, tile_cols, hidden)
-    partials = logps.new_empty(triton.cdiv(vocab_size, tile_cols), 4, len(rows))
-    block_v, num_warps = row_block(tile_cols, 4)
-    # Views cost the host microseconds, so they are made once a row of tiles, not once a tile.
-    row_tiles = list(zip(hidden.split(tile_rows), labels.split(tile_rows), partials.split(tile_rows, dim=2)))
+    vocab_size, scale = len(weight), LOG2E.value / temperature
+    labels, chunk_rows = labels.contiguous(), rows_per_chunk(len(rows), vocab_size)
+    buffer = logits_buffer(chunk_rows, vocab_size, hidden)
+    block_v, num_warps = row_block(vocab_size, 4)
     with torch.cuda.device_of(hidden):
-        for split, tile_weight in enumerate(weight.split(tile_cols)):
-            first_col, num_cols, tile_weight = split * tile_cols, len(tile_weight), tile_weight.t()
-            tile_bias = None if bias is None else bias[first_col : first_col + num_cols]
-            for tile_hidden, tile_labels, tile_partials in row_tiles:
-                num_rows = len(tile_labels)
-                logits = buffer[:num_rows, :num_cols]
-                gemm(tile_hidden, tile_weight, logits)
-                partial_state_kernel[(num_rows, 1)](
-                    logits,
-                    tile_bias,
-                    tile_labels,
-                    tile_partials,
-                    0,
-                    logits.stride(0),
-                    num_rows,
-                    len(rows),
-                    num_cols,
-                    tile_cols,
-                    split,
-                    first_col,
-                    scale,
-                    softcap,
-                    ignore_index,
-                    WITH_ENTROPY=with_entropy,
-                    BLOCK_V=block_v,
-                    num_warps=num_warps,
-                )
-        combine_partials(partials, labels, rows, logps, entropy, state, vocab_size, scale, ignore_index, with_entropy)
+        for chunk, tokens in zip(hidden.split(chunk_rows), rows.split(chunk_rows)):
+            logits = buffer[: len(chunk), :vocab_size]
+            linear(chunk, weight, out=logits)
+            token_logps_fwd_kernel[(len(chunk),)](
+                logits,
+                bias,
+                labels,
+                tokens,
+                logps,
+                entropy,
+                state,
+                0,
+                logits.stride(0),
+                len(chunk),
+                len(labels),
+                vocab_size,
+                scale,
+                softcap,
+                ignore_index,
+                WITH_ENTROPY=with_entropy,
+                BLOCK_V=block_v,
+                num_warps=num_warps,
+                **EXACT,
+            )
     return logps, entropy, state
 
 

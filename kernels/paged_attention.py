@@ -18,12 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import INTERPRETED, LOG2E
+from rto_fast.kernels.attention_forward import (
+    SPLIT_KEYS,
+    base_2,
+    block_keys,
+    empty_state,
+    fold_block,
+    merge,
+    normalise,
+    product,
+    soft_cap,
+    sum_of_columns,
+)
+from rto_fast.kernels.common import EXACT, cdiv
 
-TILE_BYTES = 8192
-# Copies of this many tokens are in flight at once (bf16, head_dim 128, rounded up); fewer do not keep a program busy.
-MIN_SPLIT_TOKENS = 128
-MAX_SPLITS = 64  # because their sums are combined in registers
+MERGED_AT_ONCE = 16  # splits
 
 
 @triton.jit
@@ -97,6 +106,23 @@ def block_offsets(
 
 
 @triton.jit
+def splits_of(length, window, SPLIT: tl.constexpr):
+    """(first position in the window, first split with one, number of splits from there) of a sequence."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(length - window, 0)
+    return first, first // SPLIT, tl.cdiv(length, SPLIT) - first // SPLIT
+
+
+@triton.jit
+def store_output(out_ptr, rows, total, acc, mask, HEAD_DIM: tl.constexpr):
+    """An idle slot gives 0."""
+    out = normalise(acc, tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty)
+    offs_d = tl.arange(0, acc.shape[1])[None, :]
+    tl.store(out_ptr + rows[:, None] * HEAD_DIM + offs_d, out, mask=mask[:, None] & (offs_d < HEAD_DIM))
+
+
+@triton.jit
 def paged_attention_kernel(
     query_ptr,
     addresses_ptr,
@@ -107,6 +133,7 @@ def paged_attention_kernel(
     stride_query_b,
     stride_query_h,
     stride_tables_b,
+    max_splits,
     scale,
     cap,
     window,
@@ -116,39 +143,34 @@ def paged_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     pid_b = tl.program_id(0).to(tl.int64)
     pid_h = tl.program_id(1)
-    pid_s = tl.program_id(2)
+    pid_p = tl.program_id(2)
     num_heads = tl.num_programs(1)
-    num_splits = tl.num_programs(2)
+    num_programs = tl.num_programs(2)
     offs_g = tl.arange(0, BLOCK_G)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_g < GROUP)[:, None] & mask_d[None, :]
 
-    # Splits get whole blocks, as evenly as possible. Blocks begin at multiples of BLOCK_N.
+    # Programs get whole splits, as evenly as possible.
     length = tl.load(lengths_ptr + pid_b)
-    first = 0
-    if window is not None:
-        first = tl.maximum(length - window, 0)
-    first_block = first // BLOCK_N
-    num_blocks = tl.cdiv(length, BLOCK_N) - first_block
-    begin = (first_block + num_blocks * pid_s // num_splits) * BLOCK_N
-    end = tl.minimum((first_block + num_blocks * (pid_s + 1) // num_splits) * BLOCK_N, length)
+    first, first_split, num_splits = splits_of(length, window, SPLIT)
+    begin = (first_split + num_splits * pid_p // num_programs) * SPLIT
+    end = tl.minimum((first_split + num_splits * (pid_p + 1) // num_programs) * SPLIT, length)
+    begin = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
 
-    # State (m, s) in base 2, as in common.py. s is kept by column and summed across columns, thus warps, only at the
-    # end.
-    m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    m, s, acc = empty_state(BLOCK_G, BLOCK_D)
+    all_m, all_acc = m, acc
+    all_total = tl.zeros((BLOCK_G,), tl.float32)
     k_ptr, v_ptr = cache_pointers(addresses_ptr, query_ptr.dtype.element_ty)
     tables_ptr += pid_b * stride_tables_b
     offs_q = pid_b * stride_query_b + (pid_h * GROUP + offs_g)[:, None] * stride_query_h + offs_d[None, :]
     query = tl.load(query_ptr + offs_q, mask=mask_q & (begin < end), other=0.0)
-    if INTERPRETED:
-        query = query.to(tl.float32)
+    row = (pid_b * num_heads + pid_h) * GROUP + offs_g
     pages = load_pages(tables_ptr, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         offs_kv = block_offsets(pages, pid_h, num_heads, start, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
@@ -159,79 +181,101 @@ def paged_attention_kernel(
             valid = valid & (start + offs_n >= first)
         # Only tokens that are attended to are read. Others may be NaN, and 0·NaN is NaN; their pages may be freed.
         mask_kv = valid[:, None] & mask_d[None, :]
-        k = tl.load(k_ptr + offs_kv, mask=mask_kv, other=0.0)
-        if INTERPRETED:
-            k = k.to(tl.float32)
-        x = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        key = tl.load(k_ptr + offs_kv, mask=mask_kv, other=0.0)
+        value = tl.load(v_ptr + offs_kv, mask=mask_kv, other=0.0)
+        x = product(query, tl.trans(key), key.dtype)
         if cap is not None:
-            x = cap - 2.0 * cap / (1.0 + tl.exp2(x))  # cap·tanh, as in common.load_logits
+            x, _ = soft_cap(x, scale, cap)
         x = tl.where(valid[None, :], x, float("-inf"))
-        new_m = tl.maximum(m, tl.max(x, 1))
-        rescale = tl.exp2(m - new_m)
-        p = tl.exp2(x - new_m[:, None])
-        m = new_m
-        s = s * rescale[:, None] + p
-        v = tl.load(v_ptr + offs_kv, mask=mask_kv, other=0.0)
-        if INTERPRETED:
-            v = v.to(tl.float32)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        m, s, acc = fold_block(x, value, m, s, acc, 1.0 if cap is not None else scale)
+        if (start + BLOCK_N) % SPLIT == 0 or start + BLOCK_N >= end:
+            total = sum_of_columns(s)
+            if state_ptr is None:
+                all_m, all_total, all_acc = merge(all_m, all_total, all_acc, m, total, acc)
+            else:
+                at = row * max_splits + (start // SPLIT - first_split)
+                tl.store(state_ptr + at * 2, m, mask=offs_g < GROUP)
+                tl.store(state_ptr + at * 2 + 1, total, mask=offs_g < GROUP)
+                tl.store(out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
+            m, s, acc = empty_state(BLOCK_G, BLOCK_D)
 
-    row = (pid_b * num_heads + pid_h) * GROUP + offs_g
     if state_ptr is None:
-        total = tl.sum(s, 1)
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # an idle slot gives 0
-        tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
+        store_output(out_ptr, row, all_total, all_acc, offs_g < GROUP, HEAD_DIM)
+
+
+@triton.jit
+def merge_in_order(m, total, acc, split_m, split_total, split_acc):
+    """Merges one split [1] after the other into the state of a row: m and total [S], acc [S, D] of the splits."""
+    if split_acc.shape[0] == 1:
+        return merge(m, total, acc, split_m, split_total, split_acc)
     else:
-        row = row * num_splits + pid_s
-        tl.store(state_ptr + row * 2, m, mask=offs_g < GROUP)
-        if begin < end:
-            tl.store(state_ptr + row * 2 + 1, tl.sum(s, 1), mask=offs_g < GROUP)
-            tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
+        HALF: tl.constexpr = split_acc.shape[0] // 2
+        first_m, second_m = tl.split(tl.trans(tl.reshape(split_m, (2, HALF))))
+        first_total, second_total = tl.split(tl.trans(tl.reshape(split_total, (2, HALF))))
+        halves = tl.permute(tl.reshape(split_acc, (2, HALF, split_acc.shape[1])), (1, 2, 0))
+        first_acc, second_acc = tl.split(halves)
+        m, total, acc = merge_in_order(m, total, acc, first_m, first_total, first_acc)
+        return merge_in_order(m, total, acc, second_m, second_total, second_acc)
 
 
 @triton.jit
 def combine_splits_kernel(
-    partials_ptr, state_ptr, out_ptr, num_splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    partials_ptr,
+    state_ptr,
+    lengths_ptr,
+    out_ptr,
+    num_heads,
+    max_splits,
+    window,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Combines the splits of one query head. All are loaded at once, because each wait costs as much as one for all."""
+    """Merges the splits of one query head in order. `BLOCK_S` are loaded at once: each wait costs as much as one for all."""
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
-    m = tl.load(state_ptr + (row * num_splits + offs_s) * 2, mask=offs_s < num_splits, other=float("-inf"))
-    filled = m > float("-inf")
-    s = tl.load(state_ptr + (row * num_splits + offs_s) * 2 + 1, mask=filled, other=0.0)
-    offs = (row * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
-    partials = tl.load(partials_ptr + offs, mask=filled[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-    weight = tl.where(filled, tl.exp2(m - tl.max(m, 0)), 0.0)
-    total = tl.sum(weight * s, 0)
-    out = tl.sum(weight[:, None] * partials, 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    _, _, num_splits = splits_of(tl.load(lengths_ptr + row // num_heads), window, SPLIT)
+    m, _, acc = empty_state(1, BLOCK_D)
+    total = tl.zeros((1,), tl.float32)
+    for begin in range(0, num_splits, BLOCK_S):
+        splits = row * max_splits + begin + offs_s
+        mask = begin + offs_s < num_splits
+        split_m = tl.load(state_ptr + splits * 2, mask=mask, other=float("-inf"))
+        split_total = tl.load(state_ptr + splits * 2 + 1, mask=mask, other=0.0)
+        offs = splits[:, None] * HEAD_DIM + offs_d[None, :]
+        split_acc = tl.load(partials_ptr + offs, mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        m, total, acc = merge_in_order(m, total, acc, split_m, split_total, split_acc)
+    store_output(out_ptr, row + tl.arange(0, 1), total, acc, tl.arange(0, 1) == 0, HEAD_DIM)
 
 
 def _tiling(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes and launch options. A tile has at least 8 columns for each of 4 warps, as their products need."""
+    """Block sizes and launch options."""
     itemsize = dtype.itemsize
     block_d = max(16, triton.next_power_of_2(head_dim))
     # float32 products do not run on tensor cores, so they need no padding.
     block_g = triton.next_power_of_2(group) if itemsize == 4 else max(16, triton.next_power_of_2(group))
-    block_n = min(max(TILE_BYTES // (block_d * itemsize), 64 // itemsize), 64)
-    programs = 4 if block_n * block_d * itemsize <= TILE_BYTES else 3  # on an SM, limited by its shared memory
     return {
         "BLOCK_G": block_g,
-        "BLOCK_N": block_n,
+        "BLOCK_N": block_keys(block_d, itemsize),
         "BLOCK_D": block_d,
+        "SPLIT": SPLIT_KEYS,
         "num_warps": 4 if block_g <= 64 else 8,
-        "num_stages": programs,  # one tile is worked on, the others are in flight
-        # By itself ptxas would spill, to make room for more programs than shared memory has room for.
-        "maxnreg": 65536 // (128 * programs) // 8 * 8 if itemsize == 2 and block_g == 16 else None,
+        "num_stages": 3,
     }
 
 
-def _num_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
-    """Splits of a sequence, from shapes only, because the host knows no lengths and a graph is captured only once."""
+def _splits(max_tokens: int, window: int | None) -> int:
+    """The most splits that a sequence has."""
+    splits = cdiv(max_tokens, SPLIT_KEYS)
+    return splits if window is None else min(splits, cdiv(window - 1, SPLIT_KEYS) + 1)
+
+
+def _num_programs(sequences_and_heads: int, max_splits: int, device: torch.device) -> int:
+    """Programs of a sequence, from shapes only, because the host knows no lengths and a graph is captured only once."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    wanted = triton.cdiv(2 * num_sms, num_programs)
-    return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    return max(1, min(cdiv(2 * num_sms, sequences_and_heads), max_splits))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -284,13 +328,13 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    num_splits: int | None = None,
+    num_programs: int | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence to the tokens its pages hold, itself included: [B, num_heads, head_dim].
 
     Tokens beyond the length or before the window are not read, nor are their pages. The weights are rounded to the
     cache's dtype, their sum is not. Nothing here waits for the device. The output of a sequence does not depend on
-    other sequences, but on `num_splits`, because another number rounds differently.
+    other sequences, nor on `num_programs`, and has the bits that `packed_attention` gives the last position.
 
     Args:
         query: [B, num_heads, head_dim] of the cache's dtype, with any strides.
@@ -301,7 +345,7 @@ def paged_attention(
         scale: scores are query·key·scale.
         window: only the last `window` tokens count; None for all.
         softcap: scores become softcap·tanh(scores/softcap); None for no cap.
-        num_splits: parts into which a sequence is split; by default it follows from the shapes.
+        num_programs: programs that share the splits of a sequence; by default it follows from the shapes.
     """
     batch, num_heads, head_dim = query.shape
     group = num_heads // num_kv_heads
@@ -310,17 +354,16 @@ def paged_attention(
         return out
     query = _dense_rows(query)
     tiling = _tiling(group, head_dim, query.dtype)
-    if num_splits is None:
-        num_splits = _num_splits(batch * num_kv_heads, block_tables.shape[1] * page_size, query.device)
-    # One multiplication converts scores to base 2, or to the exponent for tanh.
-    cap = None if softcap is None else softcap * LOG2E.value
-    scale *= LOG2E.value if softcap is None else 2 * LOG2E.value / softcap
+    max_splits = _splits(block_tables.shape[1] * page_size, window)
+    if num_programs is None:
+        num_programs = _num_programs(batch * num_kv_heads, max_splits, query.device)
+    factor, cap = base_2(scale, softcap)
     partials, state = out, None
-    if num_splits > 1:
-        partials = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
-        state = torch.empty(batch, num_heads, num_splits, 2, dtype=torch.float32, device=query.device)
+    if num_programs > 1:
+        partials = torch.empty(batch, num_heads, max_splits, head_dim, dtype=torch.float32, device=query.device)
+        state = torch.empty(batch, num_heads, max_splits, 2, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
-        paged_attention_kernel[(batch, num_kv_heads, num_splits)](
+        paged_attention_kernel[(batch, num_kv_heads, num_programs)](
             query,
             addresses,
             block_tables,
@@ -330,23 +373,30 @@ def paged_attention(
             query.stride(0),
             query.stride(1),
             block_tables.stride(0),
-            scale,
+            max_splits,
+            factor,
             cap,
             window,
             GROUP=group,
             HEAD_DIM=head_dim,
             PAGE_SIZE=page_size,
             **tiling,
+            **EXACT,
         )
-        if num_splits > 1:
+        if num_programs > 1:
             combine_splits_kernel[(batch * num_heads,)](
                 partials,
                 state,
+                lengths,
                 out,
-                num_splits,
+                num_heads,
+                max_splits,
+                window,
                 HEAD_DIM=head_dim,
-                BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_S=min(triton.next_power_of_2(max_splits), MERGED_AT_ONCE),
                 BLOCK_D=tiling["BLOCK_D"],
-                num_warps=4,
+                SPLIT=SPLIT_KEYS,
+                num_warps=1,
+                **EXACT,
             )
     return out

@@ -21,12 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels import sampling_reference
-from rto_fast.kernels.common import LN2, LOG2E, load_logits
-
-TILE = sampling_reference.TILE
-# 8 warps read 16 tiles at a time. That is 32 KB of float32 in flight; two programs on an SM cover HBM's latency.
-MAX_BLOCK_TILES = 16
+from rto_fast.kernels.common import (
+    EXACT,
+    LOG2E,
+    SLOTS,
+    TILE,
+    empty_states,
+    load_logits,
+    log_prob,
+    merge_slots,
+    merge_states,
+    tile_columns,
+    tile_states,
+)
 
 
 @triton.jit
@@ -37,11 +44,19 @@ def _forbid(z, offs_v, stop_ids_ptr, num_stops):
 
 
 @triton.jit
-def _store_block(
+def _store_tiles(states_ptr, tile, m, s, NUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Stores the states (m, Σ 2^((z - m)·scale)) of tiles [tile, tile + BLOCK_T)."""
+    # Both at once, because values go to the threads that store them through shared memory.
+    state = tl.join(tl.reshape(m, (BLOCK_T,)), tl.sum(s, 1))
+    offsets = tl.arange(0, BLOCK_T)[:, None] + tl.arange(0, 2)[None, :] * NUM_TILES
+    tl.store(states_ptr + tile + offsets, state)
+
+
+@triton.jit
+def _store_kept(
     x_ptr,
-    m_ptr,
-    s_ptr,
-    previous_m_ptr,
+    states_ptr,
+    previous_ptr,
     stop_ids_ptr,
     num_stops,
     threshold,
@@ -49,41 +64,57 @@ def _store_block(
     num_cols,
     scale,
     cap,
-    MASKED: tl.constexpr,
-    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Stores the state (m, Σ 2^((z - m)·scale)) of tiles [tile, tile + BLOCK_T), of logits ≥ threshold."""
-    # A warp loads a row of this block at once, 16 bytes a lane, and rows go to warps in turn. So all rows of a tile,
-    # which are BLOCK_T apart, go to one warp, which sums up the tile without shared memory.
-    LANES: tl.constexpr = 4096 // x_ptr.dtype.element_ty.primitive_bitwidth
-    PARTS: tl.constexpr = TILE // LANES
-    offs_r = tl.arange(0, PARTS * BLOCK_T)
-    offs_t = tile + offs_r % BLOCK_T
-    offs_v = (offs_t * TILE + offs_r // BLOCK_T * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+    """Stores the states of tiles [tile, tile + BLOCK_T) of what is left of them: no stop id, nothing below `threshold`."""
+    offs_v = tile * TILE + tile_columns(x_ptr.dtype.element_ty.primitive_bitwidth, BLOCK_T)
     end = num_cols
     if threshold is not None:  # tiles below it are not read
-        end = tl.where(tl.load(previous_m_ptr + offs_t) >= threshold, num_cols, 0)[:, None]
-    z, _ = load_logits(x_ptr, None, offs_v, end, cap, MASKED)
+        offs_t = tile + tl.arange(0, offs_v.shape[0]) % BLOCK_T
+        end = tl.where(tl.load(previous_ptr + offs_t) >= threshold, num_cols, 0)[:, None]
+    z, _ = load_logits(x_ptr, None, offs_v, end, cap, True)
     if stop_ids_ptr is not None:
         z = _forbid(z, offs_v, stop_ids_ptr, num_stops)
     if threshold is not None:
         z = tl.where(z >= threshold, z, float("-inf"))
-    z = tl.reshape(z, (PARTS, BLOCK_T, LANES))
-    m = tl.max(tl.max(z, 0), 1)
-    origin = tl.where(m == float("-inf"), 0.0, m)  # as in fold_tile; NaN reaches the sum too
-    s = tl.sum(tl.sum(tl.exp2((z - origin[None, :, None]) * scale), 0), 1)
-    tl.store(m_ptr + tile + tl.arange(0, BLOCK_T), m)
-    tl.store(s_ptr + tile + tl.arange(0, BLOCK_T), s)
+    m, s, _ = tile_states(z, scale, False, BLOCK_T)
+    _store_tiles(states_ptr, tile, m, s, NUM_TILES, BLOCK_T)
 
 
 @triton.jit
-def _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES: tl.constexpr):
+def _fold_policy(x_ptr, states_ptr, num_cols, scale, cap, NUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(m, s) of the row as the losses have it (see kernels/common.py); stores the states of its tiles."""
+    BLOCK_V: tl.constexpr = BLOCK_T * TILE
+    offs_v = tile_columns(x_ptr.dtype.element_ty.primitive_bitwidth, BLOCK_T)
+    m, s, u = empty_states(BLOCK_T, offs_v.shape[1])
+    tail = num_cols // (2 * BLOCK_V) * (2 * BLOCK_V)
+    for start in range(0, tail, 2 * BLOCK_V):
+        # Both loads come before the first store, so both are in flight.
+        z, _ = load_logits(x_ptr, None, start + offs_v, num_cols, cap, False)
+        next_z, _ = load_logits(x_ptr, None, start + BLOCK_V + offs_v, num_cols, cap, False)
+        tile_m, tile_s, _ = tile_states(z, scale, False, BLOCK_T)
+        m, s, u = merge_states(m, s, u, tile_m, tile_s, u, scale, False)
+        _store_tiles(states_ptr, start // TILE, tile_m, tile_s, NUM_TILES, BLOCK_T)
+        tile_m, tile_s, _ = tile_states(next_z, scale, False, BLOCK_T)
+        m, s, u = merge_states(m, s, u, tile_m, tile_s, u, scale, False)
+        _store_tiles(states_ptr, start // TILE + BLOCK_T, tile_m, tile_s, NUM_TILES, BLOCK_T)
+    for start in range(tail, num_cols, BLOCK_V):
+        z, _ = load_logits(x_ptr, None, start + offs_v, num_cols, cap, True)
+        tile_m, tile_s, _ = tile_states(z, scale, False, BLOCK_T)
+        m, s, u = merge_states(m, s, u, tile_m, tile_s, u, scale, False)
+        _store_tiles(states_ptr, start // TILE, tile_m, tile_s, NUM_TILES, BLOCK_T)
+    m, s, _ = merge_slots(m, s, u, scale, False)
+    return m, s
+
+
+@triton.jit
+def _fold_tiles(states_ptr, num_tiles, scale, NUM_TILES: tl.constexpr):
     """(m of the row, Σ 2^((z - m)·scale) of each tile, their total, m of each tile)."""
     tl.debug_barrier()  # the tiles were stored by other threads
     offs_t = tl.arange(0, NUM_TILES)
-    tile_m = tl.load(m_ptr + offs_t, mask=offs_t < num_tiles, other=float("-inf"))
-    tile_s = tl.load(s_ptr + offs_t, mask=offs_t < num_tiles, other=0.0)
+    tile_m = tl.load(states_ptr + offs_t, mask=offs_t < num_tiles, other=float("-inf"))
+    tile_s = tl.load(states_ptr + NUM_TILES + offs_t, mask=offs_t < num_tiles, other=0.0)
     m = tl.max(tile_m, 0)
     weights = tile_s * tl.exp2((tile_m - tl.where(m == float("-inf"), 0.0, m)) * scale)
     return m, weights, tl.sum(weights, 0), tile_m
@@ -191,28 +222,21 @@ def sample_tokens_kernel(
     top_p,
     min_p_drop,
     GREEDY: tl.constexpr,
-    TILE: tl.constexpr,
     NUM_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Filters that are off are None. min_p_drop: distance of min_p's threshold from the highest logit. states: [B, 4,
     NUM_TILES]."""
     BLOCK_V: tl.constexpr = BLOCK_T * TILE
-    HALF_T: tl.constexpr = (BLOCK_T + 1) // 2  # half, because masks and comparisons take registers
     pid_b = tl.program_id(0).to(tl.int64)
     x_ptr += pid_b * stride_x_b
-    m_ptr = states_ptr + pid_b * 4 * NUM_TILES
-    s_ptr = m_ptr + NUM_TILES
+    states_ptr += pid_b * 4 * NUM_TILES
     num_tiles = tl.cdiv(num_cols, TILE)
 
     # The policy, without filters and forbidden tokens.
-    whole = num_cols // BLOCK_V * BLOCK_T
-    for tile in range(0, whole, BLOCK_T):
-        _store_block(x_ptr, m_ptr, s_ptr, None, None, 0, None, tile, num_cols, scale, cap, False, TILE, BLOCK_T)
-    for tile in range(whole, num_tiles, HALF_T):
-        _store_block(x_ptr, m_ptr, s_ptr, None, None, 0, None, tile, num_cols, scale, cap, True, TILE, HALF_T)
-    policy_m, weights, policy_s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+    policy_m, policy_s = _fold_policy(x_ptr, states_ptr, num_cols, scale, cap, NUM_TILES, BLOCK_T)
     m, s = policy_m, policy_s
+    _, weights, _, tile_m = _fold_tiles(states_ptr, num_tiles, scale, NUM_TILES)
 
     if stop_ids_ptr is not None:
         if tl.load(stop_allowed_ptr + pid_b):
@@ -221,11 +245,10 @@ def sample_tokens_kernel(
         for i in range(num_stops):
             stop_id = tl.load(stop_ids_ptr + i)
             if (stop_id >= 0) & (stop_id < num_cols):
-                tile = (stop_id // (HALF_T * TILE)).to(tl.int32) * HALF_T
-                _store_block(
+                tile = (stop_id // BLOCK_V).to(tl.int32) * BLOCK_T
+                _store_kept(
                     x_ptr,
-                    m_ptr,
-                    s_ptr,
+                    states_ptr,
                     None,
                     stop_ids_ptr,
                     num_stops,
@@ -234,27 +257,26 @@ def sample_tokens_kernel(
                     num_cols,
                     scale,
                     cap,
-                    True,
-                    TILE,
-                    HALF_T,
+                    NUM_TILES,
+                    BLOCK_T,
                 )
-        m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+        m, weights, s, tile_m = _fold_tiles(states_ptr, num_tiles, scale, NUM_TILES)
 
     threshold = None
     if not GREEDY:
         if min_p_drop is not None:
             threshold = m - min_p_drop
         if (top_k is not None) or (top_p is not None):
-            BLOCK_C: tl.constexpr = BLOCK_V // 8  # candidates are few
+            BLOCK_C: tl.constexpr = BLOCK_V // 4  # candidates are few
             low = _to_key(tl.full((), float("-inf"), tl.float32))
             high = _to_key(m) + 1
             if top_k is not None:
-                low = _bisect(m_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
+                low = _bisect(states_ptr, num_tiles, low, high, top_k, m, scale, False, BLOCK_C)
             else:
                 # Half of (1 - top_p)·s / V, as a margin for rounding.
                 low = _to_key(m + (tl.log2((1.0 - top_p) * s / num_cols) - 1.0) / scale)
             values_ptr += pid_b * num_cols
-            count = _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, _from_key(low), num_cols, cap, BLOCK_V // 4)
+            count = _collect(x_ptr, values_ptr, stop_ids_ptr, num_stops, _from_key(low), num_cols, cap, BLOCK_V // 2)
             if top_k is not None:
                 low = _bisect(values_ptr, count, low, high, top_k, m, scale, False, BLOCK_C)
             if top_p is not None:
@@ -264,12 +286,11 @@ def sample_tokens_kernel(
                 low = _bisect(values_ptr, count, low, high, top_p * s, m, scale, True, BLOCK_C)
             threshold = _from_key(low) if threshold is None else tl.maximum(threshold, _from_key(low))
         if threshold is not None:
-            for tile in range(0, num_tiles, HALF_T):
-                _store_block(
+            for tile in range(0, num_tiles, BLOCK_T):
+                _store_kept(
                     x_ptr,
-                    m_ptr + 2 * NUM_TILES,
-                    s_ptr + 2 * NUM_TILES,
-                    m_ptr,
+                    states_ptr + 2 * NUM_TILES,
+                    states_ptr,
                     stop_ids_ptr,
                     num_stops,
                     threshold,
@@ -277,13 +298,11 @@ def sample_tokens_kernel(
                     num_cols,
                     scale,
                     cap,
-                    True,
-                    TILE,
-                    HALF_T,
+                    NUM_TILES,
+                    BLOCK_T,
                 )
-            m_ptr += 2 * NUM_TILES
-            s_ptr += 2 * NUM_TILES
-            m, weights, s, tile_m = _fold_tiles(m_ptr, s_ptr, num_tiles, scale, NUM_TILES)
+            states_ptr += 2 * NUM_TILES
+            m, weights, s, tile_m = _fold_tiles(states_ptr, num_tiles, scale, NUM_TILES)
 
     offs_t = tl.arange(0, NUM_TILES)
     if GREEDY:
@@ -305,8 +324,8 @@ def sample_tokens_kernel(
         token = tl.maximum(_invert(weights, offs_v, tl.load(uniforms_ptr + pid_b * stride_u_b + stride_u_i)), 0)
 
     z_token = tl.sum(tl.where(offs_v == token, z, 0.0), 0)
-    logp = ((z_token - policy_m) * scale - tl.log2(policy_s)) * LN2
-    sampling_logp = 0.0 if GREEDY else ((z_token - m) * scale - tl.log2(s)) * LN2
+    logp = log_prob(z_token, policy_m, tl.log2(policy_s), scale)
+    sampling_logp = 0.0 if GREEDY else log_prob(z_token, m, tl.log2(s), scale)
     # False with a NaN or +inf in the row, and if there is nothing to draw.
     valid = (policy_s > 0.0) & (s > 0.0)
     tl.store(tokens_ptr + pid_b, tl.where(valid, tile * TILE + token, 0))
@@ -328,8 +347,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `rto_fast.ops.sample_tokens`."""
     num_rows, num_cols = logits.shape
-    num_tiles = triton.cdiv(num_cols, TILE)
-    block_tiles = min(triton.next_power_of_2(num_tiles), MAX_BLOCK_TILES)
+    num_tiles = triton.cdiv(num_cols, TILE.value)
+    slots = min(triton.next_power_of_2(num_tiles), SLOTS)
     tokens = logits.new_empty(num_rows, dtype=torch.int64)
     logps = logits.new_empty(2, num_rows, dtype=torch.float32)
     if not num_rows:
@@ -365,10 +384,10 @@ def sample_tokens(
             top_p,
             -temperature * math.log(min_p) if min_p and not greedy else None,
             GREEDY=greedy,
-            TILE=TILE,
             NUM_TILES=states.shape[2],
-            BLOCK_T=block_tiles,
-            num_warps=max(1, block_tiles // 2),
+            BLOCK_T=slots,
+            num_warps=slots,
             maxnreg=128,
+            **EXACT,
         )
     return tokens, logps[0], logps[1]

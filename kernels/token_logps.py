@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rto_fast.kernels.common import (
+    EXACT,
     LOG2E,
-    MIN_LOG2,
     finish_row,
     fold_row,
-    load_logits,
+    load_label,
+    merge_states,
     row_block,
     write_gradient,
 )
@@ -39,131 +40,119 @@ MIN_PROGRAMS = 2048
 FORWARD_BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
+@triton.jit(do_not_specialize=["rows_per_batch", "num_tokens"])
 def token_logps_fwd_kernel(
     x_ptr,
+    bias_ptr,
     labels_ptr,
+    rows_ptr,
     logps_ptr,
     entropy_ptr,
     state_ptr,
     stride_x_b,
     stride_x_t,
     rows_per_batch,
-    num_rows,
+    num_tokens,
     num_cols,
-    scale,
-    ignore_index,
-    WITH_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    pid_t = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + pid_t)
-    logp = 0.0
-    entropy = 0.0
-    m = 0.0
-    log2_s = 0.0
-    if label != ignore_index:
-        x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
-        is_label = (label >= 0) & (label < num_cols)
-        z_label = tl.load(x_ptr + label, mask=is_label, other=float("nan")).to(tl.float32)
-        m, s, u = fold_row(x_ptr, None, 0, num_cols, scale, None, WITH_ENTROPY, BLOCK_V)
-        logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
-        m = tl.where(is_label, m, float("nan"))
-    tl.store(logps_ptr + pid_t, logp)
-    tl.store(state_ptr + pid_t, m)
-    tl.store(state_ptr + num_rows + pid_t, log2_s)
-    if WITH_ENTROPY:
-        tl.store(entropy_ptr + pid_t, entropy)
-
-
-@triton.jit(do_not_specialize=["rows_per_batch", "stride_p", "first_split"])
-def partial_state_kernel(
-    x_ptr,
-    bias_ptr,
-    labels_ptr,
-    partials_ptr,
-    stride_x_b,
-    stride_x_t,
-    rows_per_batch,
-    stride_p,
-    num_cols,
-    split_cols,
-    first_split,
-    first_col,
     scale,
     cap,
     ignore_index,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Stores the state (m, s, u, z[label]) of one split of a row's columns; x begins at column `first_col`."""
+    """Row i of x holds the logits of token `rows[i]`, or of token i without rows."""
     pid_t = tl.program_id(0).to(tl.int64)
-    pid_s = tl.program_id(1)
-    label = tl.load(labels_ptr + pid_t)
+    token = pid_t
+    if rows_ptr is not None:
+        token = tl.load(rows_ptr + pid_t)
+    label = tl.load(labels_ptr + token)
+    logp = 0.0
+    entropy = 0.0
+    m = 0.0
+    log2_s = 0.0
     if label != ignore_index:
         x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
-        begin = pid_s * split_cols
-        end = tl.minimum(begin + split_cols, num_cols)
-        partials_ptr += (first_split + pid_s).to(tl.int64) * 4 * stride_p + pid_t
-        col = label - first_col
-        is_here = (col >= begin) & (col < end)
-        z_label, _ = load_logits(x_ptr, bias_ptr, tl.where(is_here, col, begin) + tl.arange(0, 1), end, cap, False)
-        tl.store(partials_ptr + 3 * stride_p, tl.where(is_here, tl.sum(z_label, 0), 0.0))
-        m, s, u = fold_row(x_ptr, bias_ptr, begin, end, scale, cap, WITH_ENTROPY, BLOCK_V)
-        tl.store(partials_ptr, m)
-        tl.store(partials_ptr + stride_p, s)
-        tl.store(partials_ptr + 2 * stride_p, u)
+        z_label, is_label = load_label(x_ptr, bias_ptr, label, num_cols, cap)
+        m, s, u = fold_row(x_ptr, bias_ptr, 0, num_cols, scale, cap, WITH_ENTROPY, BLOCK_V)
+        logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
+        m = tl.where(is_label, m, float("nan"))
+    tl.store(logps_ptr + token, logp)
+    tl.store(state_ptr + token, m)
+    tl.store(state_ptr + num_tokens + token, log2_s)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + token, entropy)
 
 
-@triton.jit(do_not_specialize=["num_partial_rows", "num_rows", "num_splits", "vocab_size"])
-def combine_states_kernel(
-    partials_ptr,
+@triton.jit(do_not_specialize=["rows_per_batch", "num_rows"])
+def partial_state_kernel(
+    x_ptr,
     labels_ptr,
-    rows_ptr,
+    partials_ptr,
+    stride_x_b,
+    stride_x_t,
+    rows_per_batch,
+    num_rows,
+    num_cols,
+    split_cols,
+    scale,
+    ignore_index,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Stores the state (m, s, u) of one split of a row's columns in partials [splits, 3, R]."""
+    pid_t = tl.program_id(0).to(tl.int64)
+    pid_s = tl.program_id(1)
+    if tl.load(labels_ptr + pid_t) != ignore_index:
+        x_ptr += pid_t // rows_per_batch * stride_x_b + pid_t % rows_per_batch * stride_x_t
+        begin = pid_s * split_cols
+        m, s, u = fold_row(
+            x_ptr, None, begin, tl.minimum(begin + split_cols, num_cols), scale, None, WITH_ENTROPY, BLOCK_V
+        )
+        partials_ptr += pid_s.to(tl.int64) * 3 * num_rows + pid_t
+        tl.store(partials_ptr, m)
+        tl.store(partials_ptr + num_rows, s)
+        tl.store(partials_ptr + 2 * num_rows, u)
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "num_rows", "num_splits"])
+def combine_states_kernel(
+    x_ptr,
+    labels_ptr,
+    partials_ptr,
     logps_ptr,
     entropy_ptr,
     state_ptr,
-    num_partial_rows,
+    stride_x_b,
+    stride_x_t,
+    rows_per_batch,
     num_rows,
+    num_cols,
     num_splits,
-    vocab_size,
     scale,
     ignore_index,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Adds up the states of the splits in order, and writes the results of row i to `rows[i]`, or to i without rows."""
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = offs_t < num_partial_rows
+    """Adds up the states of the splits of BLOCK_T rows in order."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_rows
     label = tl.load(labels_ptr + offs_t, mask=mask_t, other=ignore_index)
     valid = mask_t & (label != ignore_index)
+    is_label = valid & (label >= 0) & (label < num_cols)
+    x_ptr += offs_t // rows_per_batch * stride_x_b + offs_t % rows_per_batch * stride_x_t
+    z_label = tl.load(x_ptr + label, mask=is_label, other=float("nan")).to(tl.float32)
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_T,), tl.float32)
     u = tl.zeros((BLOCK_T,), tl.float32)
-    z_label = tl.zeros((BLOCK_T,), tl.float32)
     partials_ptr += offs_t
     for _ in range(num_splits):
-        m_i = tl.load(partials_ptr, mask=valid, other=0.0)
-        s_i = tl.load(partials_ptr + num_partial_rows, mask=valid, other=1.0)
-        new_m = tl.maximum(m, m_i)
-        origin = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shift, shift_i = (m - origin) * scale, (m_i - origin) * scale
-        rescale, rescale_i = tl.exp2(shift), tl.exp2(shift_i)
-        if WITH_ENTROPY:
-            u_i = tl.load(partials_ptr + 2 * num_partial_rows, mask=valid, other=0.0)
-            u = rescale * (u + tl.maximum(shift, MIN_LOG2) * s) + rescale_i * (
-                u_i + tl.maximum(shift_i, MIN_LOG2) * s_i
-            )
-        s = rescale * s + rescale_i * s_i
-        m = new_m
-        z_label += tl.load(partials_ptr + 3 * num_partial_rows, mask=valid, other=0.0)
-        partials_ptr += 4 * num_partial_rows
+        split_m = tl.load(partials_ptr, mask=valid, other=0.0)
+        split_s = tl.load(partials_ptr + num_rows, mask=valid, other=1.0)
+        split_u = tl.load(partials_ptr + 2 * num_rows, mask=valid, other=0.0)
+        m, s, u = merge_states(m, s, u, split_m, split_s, split_u, scale, WITH_ENTROPY)
+        partials_ptr += 3 * num_rows
     logp, entropy, log2_s = finish_row(z_label, m, s, u, scale)
-    is_label = (label >= 0) & (label < vocab_size)
-    logp = tl.where(is_label, logp, float("nan"))
     m = tl.where(is_label, m, float("nan"))
-    if rows_ptr is not None:
-        offs_t = tl.load(rows_ptr + offs_t, mask=mask_t, other=0)
     tl.store(logps_ptr + offs_t, tl.where(valid, logp, 0.0), mask=mask_t)
     tl.store(state_ptr + offs_t, tl.where(valid, m, 0.0), mask=mask_t)
     tl.store(state_ptr + num_rows + offs_t, tl.where(valid, log2_s, 0.0), mask=mask_t)
@@ -232,39 +221,6 @@ def _splits(num_rows: int, num_cols: int, block_v: int) -> tuple[int, int]:
     return triton.cdiv(num_cols, split_cols), split_cols
 
 
-def combine_partials(
-    partials: Tensor,
-    labels: Tensor,
-    rows: Tensor | None,
-    logps: Tensor,
-    entropy: Tensor,
-    state: Tensor,
-    vocab_size: int,
-    scale: float,
-    ignore_index: int,
-    with_entropy: bool,
-) -> None:
-    """Writes the results of partials [splits, 4, R] into logps, entropy and state [2, T], at `rows` [R] or at all rows."""
-    num_splits, _, num_partial_rows = partials.shape
-    combine_states_kernel[(triton.cdiv(num_partial_rows, 128),)](
-        partials,
-        labels,
-        rows,
-        logps,
-        entropy,
-        state,
-        num_partial_rows,
-        len(logps),
-        num_splits,
-        vocab_size,
-        scale,
-        ignore_index,
-        WITH_ENTROPY=with_entropy,
-        BLOCK_T=128,
-        num_warps=4,
-    )
-
-
 @torch.library.custom_op("rto_fast::token_logps_fwd", mutates_args=())
 def token_logps_fwd(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, with_entropy: bool, inplace_backward: bool
@@ -282,10 +238,9 @@ def token_logps_fwd(
     scale = LOG2E.value / temperature
     with torch.cuda.device_of(logits):
         if splits > 1:
-            partials = logps.new_empty(splits, 4, num_rows)
+            partials = logps.new_empty(splits, 3, num_rows)
             partial_state_kernel[(num_rows, splits)](
                 logits,
-                None,
                 labels,
                 partials,
                 logits.stride(0),
@@ -294,20 +249,39 @@ def token_logps_fwd(
                 num_rows,
                 num_cols,
                 split_cols,
-                0,
-                0,
                 scale,
-                None,
                 ignore_index,
                 WITH_ENTROPY=with_entropy,
                 BLOCK_V=block_v,
                 num_warps=num_warps,
+                **EXACT,
             )
-            combine_partials(partials, labels, None, logps, entropy, state, num_cols, scale, ignore_index, with_entropy)
+            combine_states_kernel[(triton.cdiv(num_rows, 128),)](
+                logits,
+                labels,
+                partials,
+                logps,
+                entropy,
+                state,
+                logits.stride(0),
+                logits.stride(1),
+                rows_per_batch,
+                num_rows,
+                num_cols,
+                splits,
+                scale,
+                ignore_index,
+                WITH_ENTROPY=with_entropy,
+                BLOCK_T=128,
+                num_warps=4,
+                **EXACT,
+            )
         else:
             token_logps_fwd_kernel[(num_rows,)](
                 logits,
+                None,
                 labels,
+                None,
                 logps,
                 entropy,
                 state,
@@ -317,10 +291,12 @@ def token_logps_fwd(
                 num_rows,
                 num_cols,
                 scale,
+                None,
                 ignore_index,
                 WITH_ENTROPY=with_entropy,
                 BLOCK_V=block_v,
                 num_warps=num_warps,
+                **EXACT,
             )
     return logps, entropy, state
 

@@ -37,6 +37,7 @@ def implementation(module: str, tensor: Tensor) -> ModuleType:
     if not (tensor.is_cuda or (arguments.INTERPRET and tensor.device.type == "cpu")):
         return layer_reference
     # Not at the top, because CPU tensors need no Triton.
+    import rto_fast.kernels.adapters
     import rto_fast.kernels.attention
     import rto_fast.kernels.gated
     import rto_fast.kernels.rms_norm

@@ -237,6 +237,17 @@ def test_without_a_gpu_the_gpu_script_says_so():
     assert process.stderr.count("\n") == 1 and "no CUDA device" in process.stderr
 
 
+def test_gemms_of_decode_steps(tmp_path):
+    process = run("-m", "benchmarks.gemms", "--cpu-smoke", str(tmp_path / "out.json"))
+    assert process.returncode == 0, process.stderr
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert {record["layer"] for record in records} == {"qkv", "o", "gate_up", "down"}
+    assert all("median_ms" in r or r["skipped"] == "needs a GPU" for r in records)
+    assert "tiny down 32 x 64, 2 rows" in process.stdout
+    if not torch.cuda.is_available():
+        assert run("-m", "benchmarks.gemms").returncode == 2
+
+
 def test_gpu_script_and_report(tmp_path):
     """All parts except the tests, which would start pytest again, and TRL, which is not installed."""
     parts = [part for part in gpu.BUDGETS if part not in ("tests", "trl", "compiled")]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rto_fast.kernels import layer_reference, reference
+from rto_fast.kernels import gemm_choice, layer_reference, reference
 
 # What gives the host a number or a shape that depends on values.
 OPS = (
@@ -26,7 +26,8 @@ class NoWaits(TorchDispatchMode):
     """`with NoWaits():` raises where an op would make the host wait for a GPU.
 
     What only a CPU runs may look: the references of the layers and the advantages, and the checks of our ops, which
-    are ops of their own. The references of the losses may not: they show that the rows are known ahead.
+    are ops of their own. The references of the losses may not: they show that the rows are known ahead. On a GPU, a new
+    product is looked at once.
 
     Args:
         allowed: functions that decide something on the host.
@@ -34,7 +35,8 @@ class NoWaits(TorchDispatchMode):
 
     def __init__(self, allowed: Sequence[Callable] = ()):
         super().__init__()
-        self.codes = {function.__code__ for function in (*allowed, reference.gae, reference.rto_advantages)}
+        own = (reference.gae, reference.rto_advantages, gemm_choice._choose)
+        self.codes = {function.__code__ for function in (*allowed, *own)}
 
     def _is_allowed(self) -> bool:
         frame = sys._getframe(2)

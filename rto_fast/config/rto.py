@@ -70,9 +70,9 @@ class RTOConfig(TrainingConfig):
     whiten: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
     old_logps: Literal["auto", "sampler", "recompute"] = "auto"
-    """Log-probs of the policy that sampled. sampler takes the engine's. recompute takes those of a forward pass and gives
-    the loss importance weights. auto takes the engine's unless they are so far from those of a forward pass that PPO's clip
-    would notice."""
+    """Log-probs of the policy that sampled. auto takes the engine's where they are exact, and elsewhere unless they are so
+    far from those of a forward pass that PPO's clip would notice; then it takes the latter and gives the loss importance
+    weights. sampler always takes the engine's. recompute always takes those of a forward pass."""
     importance_cap: Positive = 2.0
     """The largest importance weight (truncated importance sampling)."""
     clip_eps: Annotated[float, Range(0, 1, below=True)] = 0.2

@@ -12,7 +12,8 @@ There are two questions.
    by `CERTAIN` times the standard error of the excess. In float32 this is too rare to matter, and a leak into only the first
    tokens of a sequence must be found.
 
-2. *Does the difference between sampler and training change PPO?* Let Δ = log π_training − log π_sampler of the sampled
+2. *Does the difference between sampler and training change PPO?* It is asked where there is one: a sampler that is exact
+   (`rto_fast.rollout.base.Exactness`) has none. Let Δ = log π_training − log π_sampler of the sampled
    tokens. PPO's ratio starts at exp(Δ), which is the correct importance weight of these samples. Its mean is 1 despite
    rounding, because the sampler draws from the distribution that it reports. So noise causes no bias until it is as large as
    the clip; then tokens start the update outside of the clip and lose their gradient. KL(sampler ‖ training), by the k3

@@ -3,41 +3,28 @@
 Sequences do not see each other because the kernels are given `cu_seqlens`. transformers would guess a mask from position
 ids, only if there is no attention mask and no cache, and would let sequences leak otherwise without an error.
 
-The first of these that applies is used: flash-attn's varlen kernel, torch's `varlen_attn`, scaled_dot_product_attention of
-each sequence. The last is exact everywhere. On a 2-core CPU it takes 5 ms for 64 sequences of 40–90 tokens (4 heads of 16),
-where one call with a block mask takes 239 ms, since it also computes every pair of tokens that the mask hides.
+On a GPU it is our kernel, whose backward pass adds up in a fixed order: that of FlashAttention (also torch's `varlen_attn`)
+and of memory-efficient attention adds by atomics, so that no two runs have the same bits. Everywhere else, and where a pass
+is what others are compared with, it is scaled_dot_product_attention of each sequence, which is exact everywhere. On a 2-core
+CPU that takes 5 ms for 64 sequences of 40–90 tokens (4 heads of 16), where one call with a block mask takes 239 ms, since it
+also computes every pair of tokens that the mask hides.
 """
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rto_fast.kernels.layer_reference import packed_sdpa, repeat_heads
+from rto_fast import layer_ops
+from rto_fast.kernels.layer_reference import packed_sdpa
+from rto_fast.models.precision import is_precise
 
 PACKED = "rto_packed"
-
-
-@cache
-def _flash_attn() -> Callable[..., Tensor] | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:  # optional: the registry has no wheel of it
-        return None
-    return flash_attn_varlen_func
-
-
-@cache
-def _torch_varlen() -> tuple[Callable[..., Any], bool]:
-    """torch's `varlen_attn`, and whether it accepts fewer key heads than query heads; torch 2.11's does not."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+PLAIN = "rto_plain"  # the same without our kernel, for checks of it
 
 
 def refuse_masked_window(module: nn.Module, window: int | None) -> None:
@@ -75,6 +62,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     s_aux: Tensor | None = None,
+    plain: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, with the interface of transformers' attention functions.
@@ -85,6 +73,7 @@ def packed_attention(
         cu_seq_lens_q: [N + 1] int32, the bounds of the sequences.
         max_length_q: tokens of the longest sequence.
         scaling, sliding_window, softcap: see `rto_fast.kernels.layer_reference.sdpa_causal`.
+        plain: whether it is torch's on a GPU too.
     Returns:
         ([1, T, Hq, D], None).
     Raises:
@@ -101,19 +90,10 @@ def packed_attention(
             raise ValueError(f"its attention needs {what}, which packed attention does not compute")
     refuse_masked_window(module, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of queries and keys
-    window = (sliding_window - 1 if sliding_window else -1, 0)  # positions before and after the query's
-    if half and (flash_attn := _flash_attn()):
-        out = flash_attn(
-            query, key, value, *bounds, softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0
-        )
-    elif half and not softcap and query.shape[-1] <= 256 and not query.shape[-1] % 8:
-        varlen_attn, takes_gqa = _torch_varlen()
-        options = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
-        if not takes_gqa:
-            key, value = repeat_heads(query, key, value)
-        out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=window, **options)
+    ours = query.is_cuda and query.dtype != torch.float64 and query.shape[-1] <= 256 and key.shape == value.shape
+    if ours and not plain and not is_precise():
+        options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+        out = layer_ops.packed_attention(query, key, value, cu_seq_lens_q, max_length_q, **options)
     else:
         out = packed_sdpa(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
     return out.contiguous()[None], None  # some models call `view` on it
@@ -121,6 +101,7 @@ def packed_attention(
 
 # No mask function is registered, so transformers builds no mask and does not look for packing, which would wait for the GPU.
 AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PLAIN, partial(packed_attention, plain=True))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ the others. A layer of Llama has nine kernels forward: four GEMMs, attention, Ro
 residual sum before it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -171,23 +171,22 @@ class _Known:
         return backbone.__dict__.setdefault("_rto_fast_decoder", cls())
 
 
-def _decoder_or_reason(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | str:
+def _decoder_or_reason(model: PreTrainedModel) -> Decoder | str:
     backbone: Any = model.base_model
     known = _Known.of(backbone)
     if known.refused is not None:
         return known.refused
     if known.decoder is not None and known.watch is not None and known.watch.is_unchanged():
         return known.decoder
-    reason = reason_against(backbone, exempt)
+    reason = reason_against(backbone)
     if reason is not None:
         return reason
     spec = describe(backbone)
-    if known.decoder is None or known.decoder.spec != spec:  # else only `exempt` layers are not as they were
-        known.watch, known.decoder = Watch(backbone), Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
+    known.watch, known.decoder = Watch(backbone), Decoder(spec, RopeTables(spec.rotary, spec.rope_names))
     return known.decoder
 
 
-def decoder_of(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> Decoder | None:
+def decoder_of(model: PreTrainedModel) -> Decoder | None:
     """Our decoder of a model, which computes what the model's backbone computes; None if we have none.
 
     It follows what happens to the model: it is made anew if parts of the model were replaced, and there is none while
@@ -195,9 +194,8 @@ def decoder_of(model: PreTrainedModel, exempt: Collection[nn.Module] = ()) -> De
 
     Args:
         model: a transformers model or an `rto_fast.models.lora.Adapter`.
-        exempt: linear layers that may have another `forward` method.
     """
-    found = _decoder_or_reason(model, exempt)
+    found = _decoder_or_reason(model)
     return None if isinstance(found, str) else found
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rto_fast.batch import PackedBatch, pack_whole
 from rto_fast.errors import error_text
 from rto_fast.models.agreement import FACTOR, compare_values
+from rto_fast.models.attention import PLAIN, attention_implementation
 from rto_fast.models.checks import check_sequences
 from rto_fast.models.decoder import Decoder, Packed, decoder_of, refuse
 from rto_fast.models.decoder_families import LayerSpec
@@ -37,9 +38,10 @@ def check_decoder(model: PreTrainedModel, name: str, *, gradients: bool) -> None
         model.eval()
         vocab_size = model.get_input_embeddings().weight.shape[0]
         batch = pack_whole(check_sequences(vocab_size, [12, 16, 20]), model.device)
-        reason = _hidden_reason(model, decoder, batch)
-        if reason is None and gradients:
-            reason = next(filter(None, (_gradient_reason(model, decoder, i, batch) for i in _kinds(decoder))), None)
+        with attention_implementation(model, PLAIN):
+            reason = _hidden_reason(model, decoder, batch)
+            if reason is None and gradients:
+                reason = next(filter(None, (_gradient_reason(model, decoder, i, batch) for i in _kinds(decoder))), None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler or a library may raise anything

@@ -4,7 +4,7 @@ A model belongs to a family if transformers' class of its backbone does and nobo
 """
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,12 +163,8 @@ def parts(backbone: Any) -> list[Any]:
     return [*_owned(backbone), *linears]
 
 
-def reason_against(backbone: Any, exempt: Collection[nn.Module] = ()) -> str | None:
-    """Why our layers would not compute what the backbone computes; None if they would.
-
-    Args:
-        exempt: linear layers with a `forward` method of ours.
-    """
+def reason_against(backbone: Any) -> str | None:
+    """Why our layers would not compute what the backbone computes; None if they would."""
     found, home = parts(backbone), type(backbone).__module__
     if not found:
         return f"{type(backbone).__name__} is of no family that has ours"
@@ -180,7 +176,7 @@ def reason_against(backbone: Any, exempt: Collection[nn.Module] = ()) -> str | N
         # or have put hooks or another method on it, which our layers would not call.
         if has_hooks(module.__dict__):
             return f"{kind.__name__} has hooks"
-        if "forward" in module.__dict__ and module not in exempt:
+        if "forward" in module.__dict__:
             return f"the forward method of {kind.__name__} was replaced"
     return _unlike_ours(backbone)
 

@@ -9,7 +9,7 @@ A parameter with the attribute `main_grad`, a float32 tensor of its shape, gets 
 16 bits, and none from autograd. Where the main_grads are neighbours too, one GEMM does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rto_fast import layer_ops
 from rto_fast.kernels.gemm import gemm, linear
+from rto_fast.kernels.layer_reference import AdapterInput, AdapterOutput
 from rto_fast.models.placement import joined
+
+# Elements of a float32 base to which adapters are added: 256 MiB at a time.
+BASE_ELEMENTS = 1 << 26
 
 
 class _Adapter(NamedTuple):
-    """An active LoRA adapter of one projection: y[:, columns] += scale · (x @ aᵀ) @ bᵀ."""
+    """An active LoRA adapter of one projection: y[:, columns] += (scale · (x @ aᵀ)) @ bᵀ."""
 
     columns: slice  # of y
     ranks: slice  # its columns of t = scale · (x @ aᵀ), which holds all adapters side by side
@@ -59,6 +64,17 @@ class JoinedLinear:
     def __init__(self, linears: Sequence[Any]):
         self.linears = tuple(linears)
 
+    def bound(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """A function that computes the same for inputs of `dtype`, without gradients, and looks nothing up.
+
+        It is valid until weights are moved, or adapters switched.
+        """
+        parts = _parts(self.linears, dtype)
+        if parts is None:
+            return self
+        operands = _operands(parts, dtype)
+        return lambda x: _forward(x, operands, keeps=False)[0]
+
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs [T, ΣN] for x [T, K], in the dtype of x, or in autocast's."""
         dtype: torch.dtype | None = x.dtype
@@ -69,7 +85,7 @@ class JoinedLinear:
             outputs = [module(x) for module in self.linears]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if not torch.is_grad_enabled():
-            return _forward(x, parts).y
+            return _forward(x, _operands(parts, x.dtype), keeps=False)[0]
         parameters = parts.parameters
         needed = [parameter is not None and parameter.requires_grad for parameter in parameters]
         # Autograd need not know a parameter whose gradient is added to its main_grad: it would visit it for nothing.
@@ -132,9 +148,9 @@ def _adapter_weights(module: Any, name: str) -> tuple[Tensor, Tensor] | None:
     return (a.weight, b.weight) if is_plain and type(module.lora_dropout[name]) is nn.Identity else None
 
 
-def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the dtype of `like`, which differs under autocast. `precise` casts large weights better than `to`."""
-    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, which differs under autocast. `precise` casts large weights better than `to`."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, accumulate: bool = False) -> None:
@@ -142,52 +158,70 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, accumulate: 
     torch.addmm(out, a, b, beta=int(accumulate), alpha=scale, out=out)
 
 
-class _Pass(NamedTuple):
-    """A forward pass, and what its backward pass needs. Weights are as they were multiplied: neighbours as one."""
+class _Operands(NamedTuple):
+    """What is multiplied: the parts, cast, with neighbours as one."""
 
-    y: Tensor
     weights: list[Tensor]
-    runs: list[tuple[slice, Tensor, float]]  # see `_runs`
-    b: list[Tensor]  # of each adapter
-    t: Tensor | None  # see `_Adapter`
+    biases: list[Tensor | None]  # of each weight
+    inputs: list[AdapterInput]
+    outputs: list[AdapterOutput]
 
 
-def _base_output(x: Tensor, parts: _Parts) -> tuple[Tensor, list[Tensor]]:
-    """Returns the outputs without adapters, and the weights as they were multiplied."""
-    biases = [bias for bias in parts.biases if bias is not None]
-    weight = joined(parts.weights) if len(biases) in (0, len(parts.biases)) else None
-    if weight is None:
-        weights = [_cast(weight, x) for weight in parts.weights]
-        pairs = zip(weights, parts.biases)
-        return torch.cat([linear(x, w, None if b is None else _cast(b, x)) for w, b in pairs], -1), weights
-    weight, bias = _cast(weight, x), None
-    if biases:
-        bias = joined(biases)
-        bias = _cast(torch.cat(biases) if bias is None else bias, x)
-    return linear(x, weight, bias), [weight]
+def _operands(parts: _Parts, dtype: torch.dtype) -> _Operands:
+    weights, biases = parts.weights, parts.biases
+    present = [bias for bias in biases if bias is not None]
+    weight = joined(weights) if len(present) in (0, len(biases)) else None
+    if weight is not None:
+        weights, biases = [weight], [None]
+        if present:
+            bias = joined(present)
+            biases = [torch.cat(present) if bias is None else bias]
+    return _Operands(
+        [_cast(weight, dtype) for weight in weights],
+        [None if bias is None else _cast(bias, dtype) for bias in biases],
+        _inputs(parts.adapters, dtype),
+        [AdapterOutput(a.columns, a.ranks, _cast(a.b, dtype), a.scale) for a in parts.adapters],
+    )
 
 
-def _runs(adapters: Sequence[_Adapter], like: Tensor) -> list[tuple[slice, Tensor, float]]:
-    """Returns (columns of t, a, scale) of each GEMM that computes t: of one for all adapters if their a's are neighbours."""
+def _inputs(adapters: Sequence[_Adapter], dtype: torch.dtype) -> list[AdapterInput]:
+    """Of all adapters together if their a's are neighbours, which takes one product; else of each."""
     scales = {adapter.scale for adapter in adapters}
     whole = joined([adapter.a for adapter in adapters]) if len(scales) == 1 else None
     if whole is None:
-        return [(adapter.ranks, _cast(adapter.a, like), adapter.scale) for adapter in adapters]
-    return [(slice(0, whole.shape[0]), _cast(whole, like), scales.pop())]
+        return [AdapterInput(a.ranks, _cast(a.a, dtype), a.scale) for a in adapters]
+    return [AdapterInput(slice(0, whole.shape[0]), _cast(whole, dtype), scales.pop())]
 
 
-def _forward(x: Tensor, parts: _Parts) -> _Pass:
-    y, weights = _base_output(x, parts)
-    adapters = parts.adapters
-    if not adapters:
-        return _Pass(y, weights, [], [], None)
-    t = x.new_empty(x.shape[0], adapters[-1].ranks.stop)
-    runs, b = _runs(adapters, x), [_cast(adapter.b, x) for adapter in adapters]
-    for ranks, a, scale in runs:
-        _product(x, a.t(), t[:, ranks], scale)
-    for adapter, weight in zip(adapters, b):
-        _product(t[:, adapter.ranks], weight.t(), y[:, adapter.columns], accumulate=True)
-    return _Pass(y, weights, runs, b, t)
+def _forward(x: Tensor, operands: _Operands, keeps: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns (y [T, ΣN], t [T, ΣR] if there are adapters and `keeps`)."""
+    weights, biases, inputs, outputs = operands
+    if not outputs:
+        return _base(x, operands), None
+    ops = layer_ops.implementation("adapters", x)
+    t = ops.adapter_input(x, inputs, keeps)
+    if x.dtype.itemsize > 2:
+        y = _base(x, operands)
+        ops.add_adapters(y, t, outputs, y)
+        return y, t if keeps else None
+    # Both sums are rounded together, see `kernels/adapters.py`.
+    sizes = [weight.shape[0] for weight in weights]
+    y = x.new_empty(x.shape[0], sum(sizes))
+    rows = max(BASE_ELEMENTS // y.shape[1] // 128 * 128, 128)
+    buffer = y.new_empty(min(rows, len(x)), y.shape[1], dtype=torch.float32)
+    for first in range(0, len(x), rows):
+        some = slice(first, first + rows)
+        base = buffer[: len(x) - first]
+        for columns, weight, bias in zip(base.split(sizes, 1), weights, biases):
+            linear(x[some], weight, bias, out=columns)
+        ops.add_adapters(base, t[..., some, :], outputs, y[some])
+    return y, t if keeps else None
+
+
+def _base(x: Tensor, operands: _Operands) -> Tensor:
+    """The outputs without adapters."""
+    parts = [linear(x, weight, bias) for weight, bias in zip(operands.weights, operands.biases)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _gradients(
@@ -248,7 +282,7 @@ def _adapter_gradients(
     """Adds the adapters' part to dx, and returns the gradients of all a's and then of all b's as `_gradients` does.
 
     Args:
-        kept: the a's of the runs if dx is needed, and the b's if the gradient of t is.
+        kept: the a's of `_inputs` if dx is needed, and the b's if the gradient of t is.
     """
     adapters, m = ctx.parts.adapters, len(ctx.parts.adapters)
     of_a, of_b = ctx.needed[-2 * m : -m], ctx.needed[-m:]
@@ -273,21 +307,22 @@ class _JoinedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: _Parts, needed: list[bool], known: list[bool], *inputs: Tensor) -> Tensor:
-        done = _forward(x, parts)
+        operands = _operands(parts, x.dtype)
+        y, t = _forward(x, operands, keeps=True)
         n, m, needs_x = len(parts.weights), len(parts.adapters), ctx.needs_input_grad[0]
         trains_a, trains_b = True in needed[2 * n : 2 * n + m], True in needed[2 * n + m :]
-        weights = done.weights if needs_x else []
+        weights = operands.weights if needs_x else []
         ctx.save_for_backward(
             x if trains_a or True in needed[:n] else None,
-            done.t if trains_b else None,
+            t if trains_b else None,
             *weights,
-            *(a for _, a, _ in done.runs if needs_x),
-            *(done.b if needs_x or trains_a else ()),
+            *(of_input.a for of_input in operands.inputs if needs_x),
+            *(of_output.b for of_output in operands.outputs if needs_x or trains_a),
         )
         # `parts` has the parameters themselves, which have the main_grads.
         ctx.parts, ctx.needed, ctx.known, ctx.num_inputs = parts, needed, known, len(inputs)
-        ctx.num_weights, ctx.ranks = len(weights), [ranks for ranks, _, _ in done.runs]
-        return done.y
+        ctx.num_weights, ctx.ranks = len(weights), [of_input.ranks for of_input in operands.inputs]
+        return y
 
     @staticmethod
     @once_differentiable

@@ -58,14 +58,20 @@ def _can_run(model: PreTrainedModel) -> bool:
 
 
 def patch(model: PreTrainedModel) -> None:
-    """Gives the layers of one model Liger's methods. Its losses are left off: the output layers here have their own."""
+    """Gives the layers of one model Liger's methods. Its losses are left off: the output layers here have their own.
+
+    So are its experts: timings choose their tiles, and their backward pass adds by atomics, so that a run would not repeat.
+    """
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     own = vars(sys.modules[type(model.base_model).__module__])
     with _modules_of_transformers_kept():
         before = dict(own)
         # The backbone, because a scorer has no other part that Liger knows.
-        _apply_liger_kernel_to_instance(model.base_model, fused_linear_cross_entropy=False, cross_entropy=False)
+        options = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        if any("experts" in name for name, _ in model.base_model.named_modules()):
+            options["swiglu"] = False
+        _apply_liger_kernel_to_instance(model.base_model, **options)
         replaced = {name: value for name, value in own.items() if before.get(name) is not value}
         functions = {name: value for name, value in replaced.items() if isinstance(value, FunctionType)}
     for module in model.base_model.modules():

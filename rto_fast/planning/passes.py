@@ -59,12 +59,13 @@ def largest_part(layers: float, head: float) -> Memory:
 
 
 def head_forward(shape: Shape, labelled: float, setting: Setting) -> float:
-    """Log-probs without gradients: a block of logits, and the labelled rows of the hidden states."""
+    """Log-probs without gradients: a chunk of logits, and the labelled rows of the hidden states."""
     rows = labelled * shape.hidden_size * setting.itemsize
-    if not setting.gpu:
-        return rows + 4 * min(labelled, block_sizes(shape.vocab_size)[0]) * shape.vocab_size
-    tile_rows, tile_columns = linear_token_logps.forward_tile(max(int(labelled), 1), shape.vocab_size)
-    return rows + 4 * tile_rows * tile_columns + 16 * labelled * -(-shape.vocab_size // tile_columns)
+    if setting.gpu:
+        chunk = linear_token_logps.rows_per_chunk(max(int(labelled), 1), shape.vocab_size)
+    else:
+        chunk = min(labelled, block_sizes(shape.vocab_size)[0])
+    return rows + 4 * chunk * shape.vocab_size
 
 
 def head_backward(shape: Shape, work: Work, setting: Setting) -> float:
@@ -84,7 +85,8 @@ def head_backward(shape: Shape, work: Work, setting: Setting) -> float:
     if work.op == "linear_token_logps":
         columns = min(linear_token_logps.columns_per_chunk(int(labelled), vocab), vocab)
         of_weight = b * weight + product(columns * hidden) * work.trains_all
-        return b * rows + 4 * labelled * columns + (4 + b) * rows + of_weight
+        backward = b * rows + 4 * labelled * columns + (4 + b) * rows + of_weight
+        return max(backward, head_forward(shape, labelled, setting))
     chunk = linear_ppo_loss.rows_per_chunk(int(labelled), vocab, hidden, work.trains_all)
     # The gradient of the weight is added up in float32 where there are several chunks.
     of_weight = b * weight + product(weight) if chunk >= int(labelled) else (4 + b) * weight

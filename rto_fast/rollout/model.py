@@ -2,27 +2,26 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rto_fast.batch import PackedBatch
 from rto_fast.errors import ModelError, RolloutError
 from rto_fast.kernels import gemm
-from rto_fast.models.attention import PACKED, attention_implementation
+from rto_fast.models.attention import PLAIN, attention_implementation
 from rto_fast.models.context import context_of
 from rto_fast.models.decoder import Decoder, Linear, decoder_of
 from rto_fast.models.decoder_families import reason_against
 from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
+from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
-from rto_fast.models.placement import joined, lay_side_by_side, projection_groups
+from rto_fast.models.placement import lay_side_by_side, projection_groups
 from rto_fast.models.precision import plain_layers, precise
 from rto_fast.rollout.attention import PAGED, CacheView
 
@@ -32,8 +31,7 @@ _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # a 
 class RolloutModel:
     """A Hugging Face causal LM, bare or inside DeepSpeed, DistributedDataParallel or PEFT.
 
-    Only LoRA's merged weights are copied, because a rollout needs each as one matrix. The training weights are not touched,
-    because merging into them and undoing it would round them.
+    It runs the training weights and adapters; nothing is copied.
     """
 
     def __init__(self, model: Model | nn.Module):
@@ -47,9 +45,6 @@ class RolloutModel:
         self.config: PreTrainedConfig = self.causal_lm.config
         self.vocab_size = vocabulary_of(self.causal_lm)
         self.context = context_of(self.config)  # the longest sequence for which the model has positions, or None
-        # The merged weight of each LoRA layer, at the same address in every rollout, and the weights of the other layers in
-        # the same GEMM.
-        self.merged: dict[nn.Module, Tensor] = {}
         self.decoder: Decoder | None = None  # while decoding, if there is one
         self.longest = 0  # tokens of the longest sequence possible, while decoding
         self.head: Any = None  # a `Head` while decoding
@@ -68,28 +63,17 @@ class RolloutModel:
         """Whether passes should have few sizes: our layers look at each new shape of a GEMM on a GPU before they use it."""
         return self.decoder is not None and self.device.type == "cuda"
 
-    def addresses(self) -> tuple[int, ...]:
-        """Addresses of the weights and of the tables of rotations, which CUDA graphs hold."""
+    def addresses(self) -> tuple[Any, ...]:
+        """What CUDA graphs hold: addresses of weights and of tables of rotations, and which adapters run at which scale."""
         ropes = () if self.decoder is None else self.decoder.ropes.addresses()
-        return (*(p.data_ptr() for p in self.causal_lm.parameters()), *ropes)
-
-    def _groups(self) -> tuple[list[Any], list[list[Any]], list[list[Any]]]:
-        """(LoRA layers, groups of projections of one input that contain one, groups that contain none).
-
-        Groups are those of our decoder; there are none if the model does not run it.
-        """
-        adapted = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-        backbone: Any = self.causal_lm.base_model
-        groups = [] if reason_against(backbone, adapted) else projection_groups(backbone)
-        mixed = [group for group in groups if not set(group).isdisjoint(adapted)]
-        return adapted, mixed, [group for group in groups if group not in mixed]
+        layers = (module for module in self.causal_lm.modules() if hasattr(module, "lora_A"))
+        adapters = ((m.disable_adapters, m.merged, *m.active_adapters, *m.scaling.values()) for m in layers)
+        return (*(p.data_ptr() for p in self.causal_lm.parameters()), *ropes, *adapters)
 
     def lay_side_by_side(self) -> None:
         """Moves the weights of projections of the same input next to each other, so that one GEMM can compute them."""
-        if not self.is_zero3:
-            _, mixed, plain = self._groups()
-            lay_side_by_side(plain)
-            lay_side_by_side(mixed, ["bias"])  # decoding uses their merged weights
+        if not self.is_zero3 and reason_against(self.causal_lm.base_model) is None:
+            lay_side_by_side(projection_groups(self.causal_lm.base_model))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Self]:
@@ -121,7 +105,7 @@ class RolloutModel:
 
     @contextlib.contextmanager
     def decoding(self, longest: int) -> Iterator[Self]:
-        """Adds paged attention, merged adapters and our decoder to `evaluating`; restores everything.
+        """Adds paged attention and our decoder to `evaluating`; restores everything.
 
         Args:
             longest: tokens of the longest sequence possible.
@@ -134,26 +118,24 @@ class RolloutModel:
             linear = self.causal_lm.get_output_embeddings()
             if linear._forward_hooks or linear._forward_pre_hooks:
                 raise ModelError(f"{type(self.causal_lm).__name__}: hooks on its output layer would not run")
-            with self._merged_lora(), _unwarned(self.causal_lm.base_model):
-                decoder = decoder_of(self.causal_lm, exempt=self.merged)
+            if hasattr(linear, "lora_A"):
+                raise ModelError(
+                    f"{type(self.causal_lm).__name__}: its output layer has an adapter, which only transformers can run"
+                )
+            with _unwarned(self.causal_lm.base_model):
+                decoder = decoder_of(self.causal_lm)
                 try:
                     if decoder is not None:
                         self.longest, self.decoder = longest, decoder.with_linear(self._linear)
                         decoder.ropes.prepare(longest, self.causal_lm.get_input_embeddings().weight)
                     self.head = output_head(self.causal_lm)
-                    if linear in self.merged:
-                        self.head = replace(self.head, weight=self.merged[linear])
                     yield self
                 finally:
                     self.decoder = self.head = None  # else they would keep weights alive that are moved elsewhere
 
     def _linear(self, group: list[Any]) -> Linear:
-        """Projections of one input, with LoRA on their merged weights; valid while the weights stay where they are."""
-        weights, biases = [self.merged.get(m, m.weight) for m in group], [m.bias for m in group]
-        weight, bias = joined(weights), None if None in biases else joined(biases)
-        if weight is not None and (bias is None) == all(b is None for b in biases):
-            return lambda x: gemm.linear(x, weight, bias)
-        return lambda x: torch.cat([gemm.linear(x, w, b) for w, b in zip(weights, biases)], -1)
+        """Projections of one input, as training computes them; valid while the weights stay where they are."""
+        return JoinedLinear(group).bound(self.kind[1])
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, paged: CacheView) -> Tensor:
         """Last hidden states [T, D], while `decoding`."""
@@ -171,7 +153,7 @@ class RolloutModel:
         """Logits [T, V] of the model's own forward pass, computed in `dtype` (by default that of the weights)."""
         with (
             self.evaluating(),
-            attention_implementation(self.causal_lm, PACKED),
+            attention_implementation(self.causal_lm, PLAIN),
             precise(self.causal_lm, dtype or self.kind[1]),
         ):
             return self.causal_lm(**packed_inputs(batch)).logits[0]
@@ -179,39 +161,11 @@ class RolloutModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] float32, not yet divided or capped (see `Head`)."""
         weight, bias = self.head.weight, self.head.bias
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            # In bfloat16, logits of 20 would have steps of an eighth.
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            return logits if bias is None else logits.add_(bias)
-        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-
-    @contextlib.contextmanager
-    def _merged_lora(self) -> Iterator[None]:
-        """Runs layers with LoRA on their merged weights."""
-        layers, groups, _ = self._groups()
-        try:
-            self._place(layers, groups)
-            for linear, weight in self.merged.items():
-                _merge(linear, weight)
-            for layer in layers:
-                layer.forward = _linear_forward(self.merged[layer], layer.base_layer.bias)
-            yield
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
-
-    def _place(self, layers: list[Any], groups: list[list[Any]]) -> None:
-        """Allocates the merged weights of LoRA layers and of the others in their GEMMs, side by side for each GEMM."""
-        for layer in layers:
-            if type(layer.base_layer) is not nn.Linear:
-                raise _not_plain(layer)
-        grouped = {linear for group in groups for linear in group}
-        for group in groups + [[layer] for layer in layers if layer not in grouped]:
-            weight, merged = group[0].weight, self.merged.get(group[0])
-            if merged is None or (merged.device, merged.dtype) != (weight.device, weight.dtype):
-                sizes = [linear.out_features for linear in group]
-                whole = weight.new_empty(sum(sizes), group[0].in_features)
-                self.merged |= zip(group, whole.split(sizes))
+        # In bfloat16, logits of 20 would have steps of an eighth. The losses compute the same product and add the bias to
+        # it, too.
+        logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        gemm.linear(hidden, weight, out=logits)
+        return logits if bias is None else logits.add_(bias)
 
 
 def _unwrapped(model: Model | nn.Module) -> Model:
@@ -245,27 +199,6 @@ def _alone(model: nn.Module) -> Iterator[None]:
         lock.release()
 
 
-@torch.no_grad()
-def _merge(linear: Any, out: Tensor) -> None:
-    """Writes to `out` the weight of a layer, with its active adapters if it has LoRA."""
-    if not hasattr(linear, "lora_A"):
-        out.copy_(linear.weight)
-        return
-    active = [] if linear.disable_adapters else [a for a in linear.active_adapters if a in linear.lora_A]
-    if linear.merged or any(getattr(linear, "use_dora", {}).get(a) or linear.lora_bias.get(a) for a in active):
-        raise _not_plain(linear)
-    out.copy_(linear.base_layer.weight)
-    for adapter in active:
-        out += linear.get_delta_weight(adapter)
-
-
-def _not_plain(layer: Any) -> ModelError:
-    return ModelError(
-        f"{type(layer).__name__} of {type(layer.base_layer).__name__}: only plain LoRA on linear layers, not "
-        "merged, can be decoded natively"
-    )
-
-
 @contextlib.contextmanager
 def _unwarned(backbone: Any) -> Iterator[None]:
     """Skips the check for padding tokens that some models do in every forward pass; the host would wait for the device."""
@@ -274,7 +207,3 @@ def _unwarned(backbone: Any) -> Iterator[None]:
         yield
     finally:
         vars(backbone).pop("warn_if_padding_and_no_attention_mask", None)
-
-
-def _linear_forward(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    return lambda x, *_, **__: F.linear(x, weight, bias)

@@ -1,5 +1,6 @@
 """Which GEMM `linear` takes: wrong bits are found, the user's flags stay, and a product is looked at once."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -300,3 +301,123 @@ def test_linear_on_a_cpu_is_as_ever(biased, out_dtype):
     expected = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert out is None or found is out
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+SHAPES = {
+    "Qwen3-0.6B": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)),
+    "Llama-3-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "SmolLM2-135M": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
+    "LoRA": ((16, 4096), (192, 4096), (64, 14336), (8, 1024)),
+    "ragged": ((49, 100), (200, 1000), (33, 129)),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 12345)
+FLAGS = [f"allow_{kind}_reduced_precision_reduction{end}" for kind in ("bf16", "fp16") for end in ("", "_split_k")]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the bits of cuBLAS")
+
+
+def on_cuda(rows, columns, inner, dtype, biased=False):
+    generator = torch.Generator("cuda").manual_seed(columns)
+    x, weight, bias = (
+        torch.randn(size, generator=generator, device="cuda") for size in ((rows, inner), (columns, inner), (columns,))
+    )
+    return x.to(dtype), (weight * inner**-0.5).to(dtype), bias.to(dtype) if biased else None
+
+
+def user_flags():
+    matmul = torch.backends.cuda.matmul
+    return [getattr(matmul, name, None) for name in FLAGS] + [torch.backends.cuda.preferred_blas_library()]
+
+
+@contextlib.contextmanager
+def waits_are_errors():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", SHAPES)
+def test_rows_do_not_depend_on_their_number(model, dtype, capsys):
+    """Of what 18 numbers of rows and 16,384 have in common, and of joined and separate weights."""
+    before, first = user_flags(), len(gemm_choice.looked_at())
+    for columns, inner in SHAPES[model]:
+        x, weight, bias = on_cuda(16384, columns, inner, dtype, biased=model == "ragged")
+        whole = linear(x, weight, bias)
+        wrong = [rows for rows in ROWS if not torch.equal(linear(x[:rows], weight, bias), whole[:rows])]
+        assert wrong == [], (columns, inner)
+        half = columns // 2
+        for rows in (1, 16, 64, 256):
+            part = linear(x[-rows:], weight[:half], None if bias is None else bias[:half])
+            assert torch.equal(part, whole[-rows:, :half]), (columns, inner, rows)
+        assert ((whole[:64].double() - x[:64].double() @ weight.double().T).abs() < 0.1).all() or bias is not None
+    assert user_flags() == before
+    with capsys.disabled():
+        print(f"\n{model} {dtype}")
+        for look in gemm_choice.looked_at()[first:]:
+            if look.choice != "cuBLAS":
+                print(f"  {look}")
+
+
+@on_gpu
+@pytest.mark.parametrize("columns, inner", [(151936, 1024), (49152, 576)])
+def test_rows_of_logits_do_not_depend_on_their_number(columns, inner):
+    """float32 output, in rows that are longer than the vocabulary."""
+    x, weight, _ = on_cuda(2048, columns, inner, torch.bfloat16)
+    whole = torch.full((2048, columns + 64), 7.0, device="cuda")
+    linear(x, weight, out=whole[:, :columns])
+    assert (whole[:, columns:] == 7).all()
+    for rows in (1, 3, 16, 64, 100, 256, 1024):
+        out = torch.empty(rows, columns, device="cuda")
+        assert torch.equal(linear(x[:rows], weight, out=out), whole[:rows, :columns])
+
+
+@on_gpu
+def test_a_graph_captures_it_and_later_calls_do_not_wait(monkeypatch):
+    monkeypatch.setattr(gemm_choice, "_choices", {})
+    x, weight, _ = on_cuda(16, 1024, 3072, torch.bfloat16)
+    looks = len(gemm_choice.looked_at())
+    with waits_are_errors():
+        first = linear(x, weight)  # the look may wait
+        assert len(gemm_choice.looked_at()) == looks + 1
+        assert torch.equal(linear(x, weight), first)
+    for operands in ((x, weight), on_cuda(5, 256, 512, torch.bfloat16)[:2]):  # the second was not looked at
+        expected = linear(*operands) if operands[0] is x else None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        if expected is None:  # compiles what a capture may not load
+            linear(operands[0].repeat(2, 1), operands[1])
+        with torch.cuda.graph(graph, stream=stream):
+            captured = linear(*operands)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, linear(*operands))
+
+
+@on_gpu
+def test_a_product_that_is_split_is_caught(monkeypatch):
+    """What cuBLAS does is not known ahead; sums of two halves have the bits of a split."""
+    monkeypatch.setattr(gemm_choice, "_choices", {})
+
+    def split(x, weight, bias, out):
+        half = x.shape[1] // 2
+        left, right = (
+            torch.mm(x[:, k], weight[:, k].t(), out_dtype=torch.float32) for k in (slice(half), slice(half, None))
+        )
+        out.copy_(left + right)
+
+    monkeypatch.setattr(gemm_choice, "cublas", split)
+    for rows in (1, 64, 4096):
+        linear(*on_cuda(rows, 1024, 3072, torch.bfloat16)[:2])
+        look = gemm_choice.looked_at()[-1]
+        assert look.choice.startswith("Triton") and look.differing["cuBLAS"] > 1e-4
+
+
+@on_gpu
+def test_float32_is_as_cublas_computes_it():
+    x, weight, bias = on_cuda(64, 128, 256, torch.float32, biased=True)
+    looks = len(gemm_choice.looked_at())
+    assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert len(gemm_choice.looked_at()) == looks

@@ -8,7 +8,7 @@ import torch
 
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps, reference, token_logps
 
-ROWS, VOCAB, SIZE, BAD = 6, 300, 8, 2
+ROWS, VOCAB, SIZE, BAD = 6, 700, 8, 2
 # Next to the row, beyond 32 bits (which a 32-bit offset would take for tokens), and beyond all memory.
 OUTSIDE = [-1, -101, VOCAB, 2**32 + 3, -(2**32) + 3, 2**40, -(2**63)]
 
@@ -54,9 +54,8 @@ def assert_only_the_bad_row_is_nan(values, clean):
 @pytest.fixture(params=["whole rows", "split rows"])
 def splits(request, monkeypatch):
     monkeypatch.setattr(token_logps, "MIN_PROGRAMS", 1 if request.param == "whole rows" else 2 * ROWS)
-    monkeypatch.setattr(linear_token_logps, "forward_tile", lambda rows, _: (rows, 128))
     monkeypatch.setattr(linear_token_logps, "MAX_CHUNK_COLS", 128)
-    monkeypatch.setattr(token_logps, "row_block", lambda *_: (128, 1))
+    monkeypatch.setattr(token_logps, "row_block", lambda *_: (512, 1))
 
 
 @pytest.mark.parametrize("bad", OUTSIDE)

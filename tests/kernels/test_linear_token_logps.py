@@ -64,9 +64,9 @@ def assert_matches(hidden, weight, bias, labels, **options):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    """Makes several tiles of rows and columns and several backward chunks, where the real sizes would make one."""
-    monkeypatch.setattr(kernel, "forward_tile", lambda *_: (16, 256))
+def small_chunks(monkeypatch):
+    """Makes several chunks in both passes, where the real sizes would make one."""
+    monkeypatch.setattr(kernel, "rows_per_chunk", lambda *_: 16)
     monkeypatch.setattr(kernel, "MAX_CHUNK_COLS", 384)
 
 
@@ -75,7 +75,7 @@ OPTIONS = ({}, {"temperature": 0.7}, {"softcap": 5.0, "temperature": 1.3})
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_values_and_gradients(dtype, options, device, small_tiles):
+def test_values_and_gradients(dtype, options, device, small_chunks):
     assert_matches(*make(24, 900, 32, device, dtype), **options)
 
 
@@ -88,18 +88,18 @@ def test_large_vocabulary(device):
     assert_matches(*make(1, 128256, 8, device, torch.bfloat16), softcap=30.0)
 
 
-def test_many_rows_of_few_columns(device, small_tiles):
+def test_many_rows_of_few_columns(device, small_chunks):
     hidden, weight, _, labels = make(300, 7, 8, device)
     expected = reference.linear_token_logps(hidden.double(), weight.double(), labels)
     actual = kernel.linear_token_logps(hidden, weight, labels)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_tiles_do_not_change_the_result(device, monkeypatch):
+def test_chunks_do_not_change_the_result(device, monkeypatch):
     inputs = make(20, 500, 32, device)
     whole = evaluate(kernel.linear_token_logps, *inputs)
-    monkeypatch.setattr(kernel, "forward_tile", lambda *_: (13, 128))
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 4 * 16 * 128)
+    assert kernel.rows_per_chunk(16, 500) == 4 and kernel.columns_per_chunk(16, 500) == 128
     for value, other in zip(evaluate(kernel.linear_token_logps, *inputs), whole):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_nothing_to_do(rows, device):
         assert (value == 0).all()
 
 
-def test_ignored_rows_do_not_count(device, small_tiles):
+def test_ignored_rows_do_not_count(device, small_chunks):
     hidden, weight, bias, labels = make(11, 300, 8, device)
     clean = evaluate(kernel.linear_token_logps, hidden, weight, bias, labels)
     hidden[labels == -100] = float("nan")
@@ -137,12 +137,12 @@ def test_confident_rows(dtype, device):
 
 
 @pytest.mark.parametrize("offset", [-120.0, 120.0])
-def test_offsets(offset, device, small_tiles):
+def test_offsets(offset, device, small_chunks):
     hidden, weight, bias, labels = make(6, 1024, 16, device)
     assert_matches(hidden, weight, bias + offset, labels)
 
 
-def test_vocabulary_masked_by_the_bias(device, small_tiles):
+def test_vocabulary_masked_by_the_bias(device, small_chunks):
     """Logits are -inf, in whole leading tiles."""
     hidden, weight, bias, labels = make(6, 900, 16, device)
     bias[:600] = float("-inf")
@@ -152,7 +152,7 @@ def test_vocabulary_masked_by_the_bias(device, small_tiles):
     assert all(value.isfinite().all() for value in actual)
 
 
-def test_nan_stays_in_its_row(device, small_tiles):
+def test_nan_stays_in_its_row(device, small_chunks):
     hidden, weight, bias, _ = make(3, 600, 8, device)
     labels = torch.tensor([3, 4, 5], device=device)
     clean = evaluate(kernel.linear_token_logps, hidden, weight, bias, labels)
@@ -173,7 +173,7 @@ def test_only_the_gradients_needed(needs, device, monkeypatch):
     monkeypatch.setattr(kernel, "gemm", lambda *args, **options: products.append(gemm(*args, **options)))
     logps = kernel.linear_token_logps(hidden, weight, labels)
     (logps * torch.arange(-4, 5, device=device)).sum().backward()
-    assert len(products) == 3, "forward, recomputed logits, one gradient"
+    assert len(products) == 2, "recomputed logits, one gradient"
     for tensor, truth in zip((hidden, weight), expected):
         assert (tensor.grad is None) == (truth.grad is None)
         if truth.grad is not None:
@@ -211,18 +211,26 @@ def test_autocast(device):
         torch.testing.assert_close(value, other.float(), rtol=0, atol=0)
 
 
-def test_bitwise_repeatable(device, small_tiles):
+def test_bitwise_repeatable(device, small_chunks):
     inputs = make(20, 600, 32, device, torch.bfloat16)
     first, second = (evaluate(kernel.linear_token_logps, *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("vocab", [1, 128, 900, 32000, 128256, 151936, 262144])
-@pytest.mark.parametrize("rows", [1, 63, 8192, 100_000])
+@pytest.mark.parametrize("rows", [1, 63, 1000, 8192, 100_000])
 def test_chunks_fit_the_workspace(rows, vocab):
-    columns = kernel.columns_per_chunk(rows, vocab)
+    columns, chunk = kernel.columns_per_chunk(rows, vocab), kernel.rows_per_chunk(rows, vocab)
     assert columns % 128 == 0 and columns <= kernel.MAX_CHUNK_COLS
     assert rows * columns * 4 <= kernel.WORKSPACE_BYTES
+    assert 1 <= chunk <= rows and 4 * chunk * vocab <= kernel.WORKSPACE_BYTES
+    assert chunk in (rows, kernel.WORKSPACE_BYTES // (4 * vocab)) or chunk % 128 == 0
+
+
+def test_forward_chunks_of_known_models():
+    """The last chunk is hardly shorter than the others, so that no GEMM is short."""
+    found = [kernel.rows_per_chunk(8192, vocab) for vocab in (49152, 128256, 151936, 262144)]
+    assert found == [4096, 2048, 1664, 1024]
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -257,17 +265,3 @@ def test_compile(device):
         assert torch.equal(actual, expected)
         for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)):
             torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("vocab", [1, 49, 900, 32000, 128256, 151936, 262144])
-@pytest.mark.parametrize("rows", [1, 63, 1000, 4097, 8192, 100_000])
-def test_a_forward_tile_is_an_eighth_of_the_logits(rows, vocab):
-    tile_rows, tile_cols = kernel.forward_tile(rows, vocab)
-    assert 1 <= tile_rows <= min(rows, kernel.MAX_TILE_ROWS) and 1 <= tile_cols <= vocab
-    share = min(max(rows * vocab / 2, kernel.MIN_TILE_BYTES), kernel.MAX_TILE_BYTES)
-    assert 4 * tile_rows * tile_cols <= share + 4 * tile_rows * 128  # columns are rounded up to 128
-
-
-def test_forward_tiles_as_they_were_fastest():
-    found = [kernel.forward_tile(8192, vocab) for vocab in (128256, 151936, 262144)]
-    assert found == [(4096, 32128), (4096, 30464), (4096, 32768)]

@@ -86,8 +86,8 @@ def assert_matches(case, actual=None, **options):
 
     Both are relative to the sum of |weight·value|; so is the error of torch in the same dtype.
     """
-    num_splits = options.pop("num_splits", None)
-    actual = case.attend(num_splits=num_splits, **options) if actual is None else actual
+    num_programs = options.pop("num_programs", None)
+    actual = case.attend(num_programs=num_programs, **options) if actual is None else actual
     assert actual.dtype == case.query.dtype and actual.shape == case.query.shape and actual.is_contiguous()
     rounding = 0 if actual.dtype == torch.float32 else 1.5 * torch.finfo(actual.dtype).eps
     bound = (rounding + 1e-5) * case.truth(absolute_values=True, **options) + 1e-7
@@ -119,7 +119,7 @@ def test_reference_is_scaled_dot_product_attention(window, softcap):
 
 
 @pytest.mark.parametrize(
-    "group, head_dim, page_size, num_splits, dtype",
+    "group, head_dim, page_size, num_programs, dtype",
     [
         (1, 64, 16, 1, torch.float32),
         (1, 128, 32, 3, torch.bfloat16),
@@ -137,64 +137,64 @@ def test_reference_is_scaled_dot_product_attention(window, softcap):
         (4, 64, 24, 3, torch.float32),
     ],
 )
-def test_values(group, head_dim, page_size, num_splits, dtype, device):
+def test_values(group, head_dim, page_size, num_programs, dtype, device):
     lengths = (0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size + 1, 200)
     heads = 1 if group == 7 else 2
     case = make(device, lengths, group=group, heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
-    assert_matches(case, num_splits=num_splits)
+    assert_matches(case, num_programs=num_programs)
 
 
 @pytest.mark.parametrize("window", [1, 10, 32, 33, 64, 1000])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_window(window, num_splits, device):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_window(window, num_programs, device):
     case = make(device, (0, 1, 9, 10, 11, 32, 64, 65, 130), head_dim=32, heads=1, page_size=32)
-    assert_matches(case, num_splits=num_splits, window=window)
+    assert_matches(case, num_programs=num_programs, window=window)
 
 
 @pytest.mark.parametrize("page_size, num_pages", [(32, 5), (64, 2)])
 def test_nothing_before_the_window_is_read(page_size, num_pages, device):
     """Pages without a token in the window may be freed."""
     case = make(device, (200,), page_size=page_size)
-    expected = case.attend(window=20, num_splits=3)
+    expected = case.attend(window=20, num_programs=3)
     case.block_tables[0, :num_pages] = torch.iinfo(torch.int32).max
     for cache in (case.k_cache, case.v_cache):
         cache[case.block_tables[0, num_pages].item(), :, : 180 - num_pages * page_size] = float("nan")
-    assert torch.equal(case.attend(window=20, num_splits=3), expected)
+    assert torch.equal(case.attend(window=20, num_programs=3), expected)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
-@pytest.mark.parametrize("window, num_splits", [(None, 1), (50, 3)])
-def test_softcap(softcap, window, num_splits, device):
+@pytest.mark.parametrize("window, num_programs", [(None, 1), (50, 3)])
+def test_softcap(softcap, window, num_programs, device):
     case = make(device, (0, 1, 33, 130), page_size=32)
     case.scale *= 20
-    assert_matches(case, softcap=softcap, window=window, num_splits=num_splits)
+    assert_matches(case, softcap=softcap, window=window, num_programs=num_programs)
 
 
 def test_large_scores(device):
     """One token has all the weight, in any split; scores exceed ±1000."""
     case = make(device, (130, 130), head_dim=64, page_size=64)
     case.scale *= 300
-    for num_splits in (1, 3):
-        actual = case.attend(num_splits=num_splits)
+    for num_programs in (1, 3):
+        actual = case.attend(num_programs=num_programs)
         torch.testing.assert_close(actual.double(), case.truth(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 8, 33])
-def test_splits_agree(num_splits, device):
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 8, 33])
+def test_splits_agree(num_programs, device):
     case = make(device, (0, 1, 64, 65, 129, 500), head_dim=32, heads=1, page_size=64)
-    whole = case.attend(num_splits=1)
-    torch.testing.assert_close(case.attend(num_splits=num_splits), whole, rtol=1e-5, atol=1e-6)
+    whole = case.attend(num_programs=1)
+    torch.testing.assert_close(case.attend(num_programs=num_programs), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_number_of_splits():
     """There are enough programs for two on each of 132 SMs, and each has work."""
     cpu = torch.device("cpu")
-    assert kernel._num_splits(256 * 8, 4096, cpu) == kernel._num_splits(264, 4096, cpu) == 1
-    assert kernel._num_splits(263, 4096, cpu) == 2
-    assert kernel._num_splits(8, 1 << 20, cpu) == 33
-    assert kernel._num_splits(8, 512, cpu) == 4
-    assert kernel._num_splits(1, 1 << 20, cpu) == kernel.MAX_SPLITS
-    assert kernel._num_splits(1, 0, cpu) == kernel._num_splits(1, 16, cpu) == 1
+    assert kernel._num_programs(256 * 8, 4096, cpu) == kernel._num_programs(264, 4096, cpu) == 1
+    assert kernel._num_programs(263, 4096, cpu) == 2
+    assert kernel._num_programs(8, 1 << 20, cpu) == 33
+    assert kernel._num_programs(8, 512, cpu) == 4
+    assert kernel._num_programs(1, 1 << 20, cpu) == kernel.MAX_SPLITS
+    assert kernel._num_programs(1, 0, cpu) == kernel._num_programs(1, 16, cpu) == 1
 
 
 def test_shared_pages(device):
@@ -221,18 +221,18 @@ def test_strided_query(device):
 
 def test_nan_stays_in_its_sequence(device):
     case = make(device, (40, 40, 40))
-    clean = case.attend(num_splits=2)
+    clean = case.attend(num_programs=2)
     case.k_cache[case.block_tables[1, 2].item(), 0, 3, 5] = float("nan")
-    actual = case.attend(num_splits=2)
+    actual = case.attend(num_programs=2)
     assert actual[1, :4].isnan().all()
     actual[1, :4] = clean[1, :4]
     assert torch.equal(actual, clean)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_bitwise_repeatable_in_any_slot(num_splits, device):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_bitwise_repeatable_in_any_slot(num_programs, device):
     case = make(device, (0, 100, 17, 64, 65), dtype=torch.bfloat16, head_dim=64)
-    first, second = (case.attend(num_splits=num_splits) for _ in range(2))
+    first, second = (case.attend(num_programs=num_programs) for _ in range(2))
     assert torch.equal(first, second)
     order = torch.tensor([3, 1, 4, 0, 2, 1], device=device)
     moved = Case(
@@ -243,15 +243,15 @@ def test_bitwise_repeatable_in_any_slot(num_splits, device):
         case.lengths[order],
         case.scale,
     )
-    assert torch.equal(moved.attend(num_splits=num_splits), first[order])
+    assert torch.equal(moved.attend(num_programs=num_programs), first[order])
 
 
-@pytest.mark.parametrize("num_splits", [None, 1, 3])
-def test_nothing_to_do(num_splits, device):
+@pytest.mark.parametrize("num_programs", [None, 1, 3])
+def test_nothing_to_do(num_programs, device):
     case = make(device, (0, 0))
-    assert (case.attend(num_splits=num_splits) == 0).all()
+    assert (case.attend(num_programs=num_programs) == 0).all()
     empty = Case(case.query[:0], case.k_cache, case.v_cache, case.block_tables[:0], case.lengths[:0], case.scale)
-    assert empty.attend(num_splits=num_splits).shape == empty.truth().shape == (0, 8, 16)
+    assert empty.attend(num_programs=num_programs).shape == empty.truth().shape == (0, 8, 16)
     assert torch.equal(case.truth(), torch.zeros_like(case.query, dtype=torch.float64))
     kernel.store_kv(case.query[:0], case.query[:0], case.addresses, case.lengths[:0].long(), page_size=16)
 
@@ -317,17 +317,19 @@ def test_offsets_beyond_32_bits(device):
         slots = target * 256 + torch.arange(count, device=device)
         kernel.store_kv(key, value, far.addresses, slots, page_size=256)
         assert torch.equal(far.k_cache[target].transpose(0, 1)[:count], key)
-    assert torch.equal(far.attend(num_splits=2), near.attend(num_splits=2))
+    assert torch.equal(far.attend(num_programs=2), near.attend(num_programs=2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_graph_outlives_its_cache(num_splits, device):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_graph_outlives_its_cache(num_programs, device):
     first, second = (make(device, (100, 0, 33), dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     inputs = [x.clone() for x in (first.query, first.addresses, first.block_tables, first.lengths)]
 
     def attend():
-        return kernel.paged_attention(*inputs, num_kv_heads=2, page_size=16, scale=first.scale, num_splits=num_splits)
+        return kernel.paged_attention(
+            *inputs, num_kv_heads=2, page_size=16, scale=first.scale, num_programs=num_programs
+        )
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -337,4 +339,4 @@ def test_graph_outlives_its_cache(num_splits, device):
         for x, new in zip(inputs, (case.query, case.addresses, case.block_tables, case.lengths)):
             x.copy_(new)
         graph.replay()
-        assert torch.equal(out, case.attend(num_splits=num_splits))
+        assert torch.equal(out, case.attend(num_programs=num_programs))

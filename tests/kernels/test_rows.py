@@ -55,7 +55,7 @@ def test_results_do_not_change(call, module, extra, chunked, device, monkeypatch
     monkeypatch.setattr(linear_token_logps, "MAX_CHUNK_COLS", 128)
     if chunked:
         monkeypatch.setattr(linear_ppo_loss, "rows_per_chunk", lambda *_: 5)
-        monkeypatch.setattr(linear_token_logps, "forward_tile", lambda *_: (4, 128))
+        monkeypatch.setattr(linear_token_logps, "rows_per_chunk", lambda *_: 4)
     tensors = make(device)
     actual, expected = call(module, tensors, known(tensors[5], extra)), call(module, tensors, None)
     for one, other in zip(actual, expected, strict=True):

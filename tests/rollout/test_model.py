@@ -7,16 +7,20 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from rto_fast.config import RolloutConfig  # noqa: E402
-from rto_fast.errors import ModelError  # noqa: E402
-from rto_fast.models.decoder import refuse  # noqa: E402
-from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine  # noqa: E402
-from rto_fast.rollout import model as rollout_model  # noqa: E402
-from rto_fast.rollout.model import RolloutModel  # noqa: E402
-from tests.ranks import join_deepspeed, run_ranks  # noqa: E402
-from tests.tiny_models import FAMILIES, assert_same, prompts, tiny  # noqa: E402
+from rto_fast.batch import pack
+from rto_fast.config import RolloutConfig
+from rto_fast.errors import ModelError
+from rto_fast.models.decoder import refuse
+from rto_fast.models.forward import causal_logps
+from rto_fast.models.placement import joined
+from rto_fast.rollout import HFEngine, NativeEngine, Sampling, build_engine
+from rto_fast.rollout.model import RolloutModel
+from tests.ranks import join_deepspeed, run_ranks
+from tests.tiny_models import FAMILIES, assert_same, prompts, tiny
 
 SAMPLING = Sampling(16, stop_ids=(1, 7, 8))
 
@@ -126,7 +130,7 @@ def test_the_model_inside_a_wrapper():
 @pytest.fixture
 def lora():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"])
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
     model = peft.get_peft_model(tiny(), config)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
@@ -135,61 +139,155 @@ def lora():
     return model
 
 
-def test_lora_is_merged_into_a_copy_and_the_base_stays_as_it_is(lora):
+def merged(model):
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def test_adapters_are_sampled_from_and_the_model_stays_as_it_is(lora):
+    """In float32 merged weights compute the same."""
     before = copy.deepcopy(lora.state_dict())
     engine = NativeEngine(lora, None, RolloutConfig())
     found = engine.generate(prompts(), 2, SAMPLING, 0)
     assert all(torch.equal(value, before[name]) for name, value in lora.state_dict().items())
     assert all(p.requires_grad == ("lora_" in name) for name, p in lora.named_parameters())
-    merged = copy.deepcopy(lora).merge_and_unload()
-    assert_same(found, generate(merged))
+    assert_same(found, generate(merged(lora)))
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             if "lora_A" in name:
                 parameter.add_(0.1)
     changed = engine.generate(prompts(), 2, SAMPLING, 0)
     assert changed.response_ids != found.response_ids
-    assert_same(changed, generate(copy.deepcopy(lora).merge_and_unload()))
+    assert_same(changed, generate(merged(lora)))
     with lora.disable_adapter():
         assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(tiny()))
+    assert_same(engine.generate(prompts(), 2, SAMPLING, 0), changed)
 
 
-def test_adapters_that_are_more_than_lora_fall_back():
+def test_adapters_are_switched_between_rollouts(lora):
+    engine, found = NativeEngine(lora, None, RolloutConfig()), {}
+    lora.add_adapter("second", lora.peft_config["default"])
+    torch.manual_seed(3)
+    for name, parameter in lora.named_parameters():
+        if "lora_B.second" in name:
+            parameter.data.normal_(std=0.1)
+    for name in ("second", "default", "second"):
+        lora.set_adapter(name)
+        samples = engine.generate(prompts(), 2, SAMPLING, 0)
+        assert_same(samples, generate(merged(lora)))
+        found.setdefault(name, []).append(samples.response_ids)
+    assert found["second"][0] == found["second"][1] != found["default"][0]
+
+
+def test_graphs_know_which_adapter_runs(lora):
+    """Adapters are switched without a change of addresses."""
+    model, keys = RolloutModel(lora), set()
+    lora.add_adapter("second", lora.peft_config["default"])
+    for name in ("default", "second"):
+        lora.set_adapter(name)
+        keys |= {model.addresses(), model.addresses()}
+    with lora.disable_adapter():
+        keys.add(model.addresses())
+    for module in lora.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["second"] *= 2
+    keys.add(model.addresses())
+    assert len(keys) == 4
+    moved = lora.get_base_model().model.layers[0].self_attn.q_proj.lora_A["second"].weight
+    moved.data = moved.data.clone()
+    assert model.addresses() not in keys
+
+
+def test_log_probs_are_the_trainers_after_updates(lora):
+    """Sampler and trainer run the same layers on the same weights; nothing is left of a rollout before an update."""
+    engine, base = NativeEngine(lora, None, RolloutConfig()), lora.get_base_model()
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    seen = []
+    for seed in range(3):
+        found = engine.generate(prompts(), 2, SAMPLING, seed)
+        batch = pack(found.prompt_ids, found.response_ids)
+        with torch.no_grad():
+            logps = causal_logps(base.eval(), batch)[batch.response_mask]
+        torch.testing.assert_close(found.logps, logps, rtol=1e-5, atol=3e-5)
+        seen.append(logps)
+        ids = torch.tensor(prompts()[:1])
+        lora(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (seen[0][:4] - seen[1][:4]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("settings", [dict(use_dora=True), dict(lora_dropout=0.5), dict(lora_bias=True)], ids=str)
+def test_adapters_that_are_more_than_lora_run_as_peft_runs_them(settings):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    with pytest.warns(UserWarning, match="falls back to hf.*only plain LoRA"):
+    model = peft.get_peft_model(
+        tiny("qwen2").train(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings)
+    )
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    assert isinstance(build_engine(model, None, RolloutConfig()), NativeEngine) and is_fused(model.get_base_model())
+    assert_same(generate(model), generate(merged(model).eval()))
+
+
+def test_adapters_of_a_model_without_layers_of_ours(lora):
+    expected = generate(lora)
+    refuse(lora.get_base_model(), "for the test")
+    assert not is_fused(lora.get_base_model())
+    assert_same(generate(lora), expected)
+
+
+def test_an_output_layer_with_an_adapter_falls_back():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    with pytest.warns(UserWarning, match="falls back to hf.*its output layer has an adapter"):
         assert isinstance(build_engine(model, None, RolloutConfig()), HFEngine)
 
 
-def test_adapted_layers_are_fused_on_merged_weights(lora):
-    """Adapted layers, and the plain layers in the same GEMM, run on merged weights."""
-    model = RolloutModel(lora)
-    model.lay_side_by_side()
-    with model.decoding(16) as decoding:
-        layer = lora.get_base_model().model.layers[0]
-        projections = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
-        storages = {decoding.merged[x].untyped_storage().data_ptr() for x in projections}
-        assert decoding.decoder is not None and len(storages) == 1
-        assert torch.equal(decoding.merged[projections[1]], projections[1].weight)  # no adapter
-        assert layer.mlp.gate_proj not in decoding.merged
+class LargeTensors(TorchDispatchMode):
+    """Counts the elements of what operations allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, tensor.numel())
+        return result
 
 
-def test_adapted_layers_with_biases_sample_as_when_merged():
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_rollout_allocates_no_weight(adapted):
+    peft = pytest.importorskip("peft")
+    model = tiny(hidden_size=256, intermediate_size=512, head_dim=64)
+    size = model.model.layers[0].self_attn.o_proj.weight.numel()
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    engine = NativeEngine(model, None, RolloutConfig(batch_size=4))
+    with LargeTensors() as seen:
+        engine.generate(prompts()[:2], 1, Sampling(4), 0)
+    assert 0 < seen.largest < size
+
+
+def test_base_weights_lie_side_by_side_below_adapters():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("qwen2"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             parameter.data.normal_(std=0.1)
-    expected = generate(copy.deepcopy(model).merge_and_unload())
+    expected = generate(merged(model))
     assert_same(generate(model), expected)
     attention = model.get_base_model().model.layers[0].self_attn
-    biases = [getattr(attention, f"{name}_proj").bias for name in "qkv"]
-    assert len({bias.untyped_storage().data_ptr() for bias in biases}) == 1  # one GEMM
-    # After a change of dtype the merged weights are made anew.
+    for kind in ("weight", "bias"):
+        assert joined([getattr(getattr(attention, f"{name}_proj"), kind) for name in "qkv"]) is not None
     engine = NativeEngine(model, None, RolloutConfig())
     model.double()
-    assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(copy.deepcopy(model).merge_and_unload()))
+    assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(merged(model)))
 
 
 def test_virtual_tokens_are_refused():
@@ -200,21 +298,6 @@ def test_virtual_tokens_are_refused():
             ModelError, match="PromptTuningConfig: responses would be sampled without the virtual tokens"
         ):
             (NativeEngine if engine == "native" else HFEngine)(model, None, RolloutConfig(engine=engine))
-
-
-def test_an_adapter_that_cannot_be_merged_leaves_the_others_as_they_are(lora, monkeypatch):
-    engine = NativeEngine(lora, None, RolloutConfig())
-    merge = rollout_model._merge
-
-    def fails(layer, out):
-        if layer is list(engine.policy.merged)[2]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return merge(layer, out)
-
-    monkeypatch.setattr(rollout_model, "_merge", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.generate(prompts(), 1, SAMPLING, 0)
-    assert not any("forward" in vars(module) for module in lora.modules())
 
 
 def test_the_fallback_takes_the_same_wrappers_and_restores_every_mode():
