@@ -45,6 +45,11 @@ class _MainGrad(torch.autograd.Function):
         ctx.main_grad.add_(gradient)
 
 
+def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+    """See `rto_fast.layer_ops.embedding`."""
+    return F.embedding(input_ids, weight, padding_idx)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """See `rto_fast.layer_ops.rms_norm`."""
     if weight.requires_grad and hasattr(weight, "main_grad") and torch.is_grad_enabled():

@@ -19,7 +19,7 @@ from tests.tiny_models import native_engine, perturbed, prompts, tiny
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own tests: test_exact_cuda.py")
 LENGTHS = (3, 30, 9)
 SAMPLING = Sampling(4, stop_ids=(1, 7))
-FAMILIES = ["llama", "qwen3", "qwen2", "gemma2", "granite", "phi3"]
+FAMILIES = ["qwen3", "qwen2", "gemma2", "granite", "phi3"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def as_on_a_gpu(ordered_dot, monkeypatch):
     monkeypatch.setattr(arguments, "INTERPRET", True)
     for module in (attention, decode, native):
         monkeypatch.setattr(module, "runs_triton", lambda _: True)
-    monkeypatch.setattr(exactness, "measure", lambda engine: Exactness())  # thousands of tokens
+    monkeypatch.setattr(exactness, "measure", lambda *_: Exactness())  # thousands of tokens
     # The engine's own check that it decodes the model, on few tokens: here it takes longer than the test.
     monkeypatch.setattr(native, "PROMPT_LENGTHS", (2, 3))
     monkeypatch.setattr(native, "DECODED", 2)
@@ -75,7 +75,7 @@ def test_a_sample_is_the_same_in_any_batch(batch_size):
 
 def test_samples_that_were_preempted_and_refilled():
     """Their keys are computed anew, as a prompt's, where they were once computed token by token."""
-    model, sampling = made(), Sampling(12)
+    model, sampling = made(), Sampling(10)
     engine = engine_of(model)
     expected = engine.generate(prompts((5, 23)), 2, sampling, 0)
     room = 8 * engine.cache.page_bytes / (1 << 30)
@@ -85,11 +85,9 @@ def test_samples_that_were_preempted_and_refilled():
     assert differing(model, found) == 0
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_ratio_is_one_at_the_first_step_and_after_an_update(temperature):
-    model, engine = made("gemma2"), None
-    engine = engine_of(model)
-    sampling = Sampling(6, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
+def test_the_ratio_is_one_at_the_first_step_and_after_an_update():
+    model, temperature = made(), 0.7
+    engine, sampling = engine_of(model), Sampling(4, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
     for seed in range(2):
         rollout = engine.generate(prompts(LENGTHS), 1, sampling, seed)
         metrics = first_step(model, rollout, temperature)
