@@ -37,6 +37,8 @@ EXPECTED = {
     "gated_kernel": {"wide_loads": 2, "wide_stores": 1},
     "gated_bwd_kernel": {"wide_loads": 3, "wide_stores": 2},
     "sum_partials_kernel": {"wide_loads": 4},
+    "embedding_partials_kernel": {"wide_loads": 2, "wide_stores": 1},
+    "embedding_bwd_kernel": {"wide_loads": 2},
     "ordered_gemm_kernel": {"wide_loads": 16},
 }
 
@@ -179,6 +181,19 @@ def rotary(heads, kv_heads, head_dim, dtype=torch.bfloat16, norms=False, rotated
         torch.autograd.backward(outputs, [torch.empty(x.shape, dtype=dtype) for x in outputs])
 
     return "rotary", call
+
+
+def embedding(size, dtype=torch.bfloat16, main_grad=True, count=256):
+    """The gradient, added in float32 or as a tensor of its own."""
+
+    def call(module):
+        weight = torch.empty(1000, size, dtype=dtype, requires_grad=True)
+        if main_grad:
+            weight.main_grad = torch.zeros(1000, size)
+        out = module.embedding(torch.zeros(count, dtype=torch.long), weight, None)
+        out.backward(torch.empty_like(out))
+
+    return "embedding", call
 
 
 def gated(size, activation="silu", dtype=torch.bfloat16, count=256):
@@ -327,6 +342,10 @@ CASES = {
     "norm gemma-2 bf16 unit offset multiplier": rms_norm(3584, unit_offset=True),
     "norm llama-3-405b bf16": rms_norm(16384),
     "norm 20M fp32": rms_norm(384, torch.float32),
+    "embedding llama bf16": embedding(4096),
+    "embedding smollm2 bf16": embedding(576),
+    "embedding fp16 own gradient": embedding(1024, torch.float16, main_grad=False),
+    "embedding fp32": embedding(384, torch.float32),
     "rotary llama bf16": rotary(32, 8, 128),
     "rotary qwen bf16 head norms": rotary(16, 8, 128, norms=True, count=4096),
     "rotary gemma-3 bf16 head norms": rotary(4, 1, 256, norms=True, unit_offset=True),

@@ -3,7 +3,7 @@
 The base comes in float32, so that the sum is rounded once. A small update would vanish in the second rounding of a sum of
 16-bit numbers, as it would in merged 16-bit weights.
 
-The bits of a row depend on that row alone: x @ aᵀ is cut into a number of splits of K that K alone determines. Each is summed
+The bits of a row depend on that row alone: x @ aᵀ is cut into splits of K, whose length follows from K alone. Each is summed
 up in order, and so are the splits. With many rows one program walks all splits of its rows. With few rows, as in decoding,
 each split has a program of its own, and the second kernel adds the splits up: t has few columns, so one program that reads
 all of K would take ten times as long as the rest.
@@ -186,7 +186,10 @@ def _output_tile(num_rows: int, rank: int, itemsize: int) -> dict[str, int]:
 
 
 def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tensor:
-    """See `rto_fast.kernels.layer_reference.adapter_input`. Without `keeps` it may be [splits, T, ΣR] float32, not yet scaled."""
+    """See `rto_fast.kernels.layer_reference.adapter_input`.
+
+    Without `keeps`, the result may be [splits, T, ΣR] float32: products that are neither added up nor scaled.
+    """
     num_rows, size = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     num_ranks = runs[-1].ranks.stop

@@ -23,8 +23,15 @@ from rto_fast.kernels import arguments, layer_reference
 from rto_fast.kernels.arguments import check_first, check_numbers, check_tensor, float_dtypes
 from rto_fast.kernels.layer_reference import Activation
 
-__all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention", "rms_norm", "rotary_embedding"]
-
+__all__ = [
+    "Activation",
+    "add_rms_norm",
+    "embedding",
+    "gated_activation",
+    "packed_attention",
+    "rms_norm",
+    "rotary_embedding",
+]
 
 _ACTIVATIONS = get_args(Activation)
 
@@ -39,6 +46,7 @@ def implementation(module: str, tensor: Tensor) -> ModuleType:
     # Not at the top, because CPU tensors need no Triton.
     import rto_fast.kernels.adapters
     import rto_fast.kernels.attention
+    import rto_fast.kernels.embedding
     import rto_fast.kernels.gated
     import rto_fast.kernels.rms_norm
     import rto_fast.kernels.rotary
@@ -56,6 +64,21 @@ def _check_rows(x: Any) -> None:
     check_first("x", x)
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"x: expected shape [T, D] with D > 0, got {tuple(x.shape)}")
+
+
+def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The rows of `weight` that tokens name, as torch.nn.functional.embedding.
+
+    Args:
+        input_ids: [...] int64, in [0, V).
+        weight: [V, D] float32, bfloat16 or float16.
+        padding_idx: a row without a gradient, or None.
+    Returns:
+        [..., D].
+    """
+    check_first("weight", weight)
+    check_tensor("input_ids", input_ids, None, (torch.int64,), weight.device)
+    return implementation("embedding", weight).embedding(input_ids, weight, padding_idx)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:

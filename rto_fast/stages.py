@@ -185,14 +185,15 @@ def train_dpo(session: TrainingSession, sft: str) -> str:
     model = Loader(config, session.placement).trained("causal_lm", sft)
     # The reference is the model before its first step: no second copy, and each pair is scored once.
     order = ShuffledIndices.of(pairs, config.seed, stage.epochs)
-    # A resumed stage may have come further than its present batch size says; it scores all pairs.
-    most = None if stage.max_steps is None or config.resume else stage.max_steps * stage.batch_size
-    visited = order.first(most)
-    log.say(f"dpo: reference log-probs of {len(visited) + len(held_out):,} pairs")
+    visited = order.first(None if stage.max_steps is None else stage.max_steps * stage.batch_size)
+    # A resumed stage may have come further than its present batch size says, so it scores all pairs. The others come last:
+    # the passes over the first ones are those of a run that was not resumed.
+    others = sorted(set(order.first(None)).difference(visited)) if config.resume else []
+    log.say(f"dpo: reference log-probs of {len(visited) + len(others) + len(held_out):,} pairs")
     with progress("dpo: reference log-probs"):
-        scored = pair_logps(model, [pairs[i] for i in visited], budget.scoring)
-        reference = scored.new_full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
-        reference[visited] = scored
+        reference = torch.full((len(pairs), 2), torch.nan)  # a step that came to another pair would stop
+        for part in filter(None, (visited, others)):
+            reference[part] = pair_logps(model, [pairs[i] for i in part], budget.scoring)
         held_out_reference = pair_logps(model, held_out, budget.scoring) if held_out else None
 
     def work(rows: list[int], step_items: list[int]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from rto_fast.models.decoder import decoder_of, layers_of
 from rto_fast.models.decoder_check import check_decoder
 from rto_fast.models.directory import KINDS, Kind, check_fit, check_weights, from_pretrained, quiet, refuse_misfit
 from rto_fast.models.dropout import disable_dropout
+from rto_fast.models.embedding import use_op_embeddings
 from rto_fast.models.forward import forward_hidden
 from rto_fast.models.head import score_head
 from rto_fast.models.liger import use_liger
@@ -126,6 +127,7 @@ def _prepare(model: PreTrainedModel, path: str, device: torch.device | str, trai
             raise ModelError(
                 f"{path}: {key} holds NaN or infinity; the run that wrote it failed, or the file is damaged"
             )
+    use_op_embeddings(model)
     # Many tokenizers pad with the token that ends a response, whose embedding must learn.
     model.get_input_embeddings().padding_idx = None
     with torch.no_grad(), naming_layer(model, path), precise(model, higher_precision(next(model.parameters()).dtype)):

@@ -3,6 +3,7 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,13 +94,15 @@ class Model:
         Without gradients it is a function of a packed batch that returns a number for each token.
         """
         self.activate()
+        run = self._through_engine(function)
         if torch.is_grad_enabled():
-            return self._run(function, *args, **options)
+            return run(*args, **options)
         batch: PackedBatch = args[0]
-        if (graphs := self._graphs(batch, backward=False)) is not None:
-            return graphs.score(function, batch, **options)
-        inputs = batch.padded(coarse=False) if self._pads(batch) else batch
-        return self._run(function, inputs, **options)[: batch.num_tokens]
+        if self.graphs and self.engine is None and self.graphs.takes(batch, backward=False):
+            return self.graphs.score(function, batch, **options)
+        if not self._pads():
+            return run(batch, **options)
+        return run(batch.padded(coarse=False), **options)[: batch.num_tokens]
 
     def learn(
         self,
@@ -118,27 +121,21 @@ class Model:
             The metrics, 0-d tensors.
         """
         self.activate()
-        if (graphs := self._graphs(inputs.batch, backward=True)) is not None:
-            return graphs.learn(function, inputs, *args, backward=backward, factor=factor)
-        padded = inputs.padded(coarse=False) if self._pads(inputs.batch) else inputs
-        loss, metrics = self._run(function, padded, *args)
+        if self.graphs and self.engine is None and self.graphs.takes(inputs.batch, backward=True):
+            return self.graphs.learn(function, inputs, *args, backward=backward, factor=factor)
+        run = self._through_engine(function)
+        loss, metrics = run(inputs.padded(coarse=False) if self._pads() else inputs, *args)
         backward(factor * loss)
         return metrics
 
-    def _run(self, function: Callable, *args: Any, **options: Any) -> Any:
-        if self.engine is None:
-            return function(self.module, *args, **options)
-        return self.engine(function, *args, **options)
+    def _through_engine(self, function: Callable) -> Callable:
+        """`function` of the module, as a forward pass of the engine if there is one."""
+        return partial(function, self.module) if self.engine is None else partial(self.engine, function)
 
-    def _graphs(self, batch: PackedBatch, backward: bool) -> PassGraphs | None:
-        """What runs a pass of this batch as a CUDA graph; None where it runs eagerly."""
-        graphs = self.graphs if self.engine is None else None
-        return graphs if graphs is not None and graphs.takes(batch, backward=backward) else None
-
-    def _pads(self, batch: PackedBatch) -> bool:
-        """Whether an eager pass of this batch is padded to one of few sizes: our layers look at each new shape of a GEMM
-        on a GPU before they use it (`kernels/gemm.py`)."""
-        return batch.labels.is_cuda and decoder_of(self.module) is not None
+    def _pads(self) -> bool:
+        """Whether an eager pass is padded to one of few sizes: our layers look at each new shape of a GEMM on a GPU before
+        they use it (`kernels/gemm.py`)."""
+        return next(self.module.parameters()).is_cuda and decoder_of(self.module) is not None
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """A context in which every rank holds all weights, and ranks may run different numbers of passes."""

@@ -176,7 +176,7 @@ def test_eager_passes_have_few_sizes_where_they_are_padded_and_their_results_are
     model, inputs = Model(float64(tiny("llama"))), micro_batch([(40, 60)] * 30)
     batch, found = inputs.batch, []
     for pads in (False, True):
-        monkeypatch.setattr(Model, "_pads", lambda self, batch, pads=pads: pads)
+        monkeypatch.setattr(Model, "_pads", lambda self, pads=pads: pads)
         score, learn = Sizes(causal_logps), Sizes(policy_loss)
         with torch.no_grad():
             logps = model.forward(score, batch)

@@ -103,9 +103,12 @@ def test_the_ratio_is_one_at_the_first_step_and_after_an_update():
         assert differing(model, rollout, temperature) > 0  # the weights have moved
 
 
-def test_lora():
+@pytest.mark.parametrize("name, dtype, size", [("llama", torch.float32, 64), ("qwen2", torch.float16, 288)])
+def test_lora(name, dtype, size):
+    """Inputs of 288 elements have splits, which decoding leaves to several programs."""
     pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
-    adapter = new_adapter(made().requires_grad_(False), "policy", LoraConfig(rank=2, alpha=4.0), 0)
+    model = made(name, dtype, hidden_size=size, intermediate_size=96)
+    adapter = new_adapter(model.requires_grad_(False), "policy", LoraConfig(rank=2, alpha=4.0), 0)
     torch.manual_seed(0)
     for _, parameter in adapter.trainable():
         parameter.data += 0.1 * torch.randn_like(parameter)

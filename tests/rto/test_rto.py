@@ -462,7 +462,7 @@ def test_iterations_with_padded_passes_are_those_without(monkeypatch):
     for _ in range(2):
         expected = {k: float(v) for k, v in plain.step().items() if "second" not in k}
         with monkeypatch.context() as context:
-            context.setattr(Model, "_pads", lambda self, batch: True)
+            context.setattr(Model, "_pads", lambda self: True)
             found = {k: float(v) for k, v in other.step().items() if "second" not in k}
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     plain.release(), other.release()
