@@ -25,7 +25,7 @@ def as_model(model):
     return model
 
 
-def differing(model, rollout, temperature=1.0, seed=0, most=16384):
+def differing(model, rollout, temperature=1.0, seed=0, most=8192):
     """The number of tokens whose log-prob is not the sampler's, in training passes of two packings.
 
     Args:

@@ -79,7 +79,7 @@ def test_a_sample_is_the_same_in_any_batch(batch_size):
 
 def test_samples_that_were_preempted_and_refilled():
     """Their keys are computed anew, as a prompt's, where they were once computed token by token."""
-    model, sampling = made(), Sampling(10)
+    model, sampling = made(), Sampling(12)
     engine = engine_of(model)
     expected = engine.generate(prompts((5, 23)), 2, sampling, 0)
     room = 8 * engine.cache.page_bytes / (1 << 30)
@@ -117,11 +117,14 @@ def test_lora(name, dtype, size):
 
 
 def test_gradient_checkpointing():
-    """A layer then adds to the residual stream by torch, and norms alone, where it otherwise does both in one kernel."""
-    model = made("granite")
+    """A layer then multiplies and adds by torch, and norms alone, where it otherwise does all in one kernel.
+
+    In float16, where each of these steps rounds.
+    """
+    model = made("granite", torch.float16)
     rollout = engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert differing(model, rollout) == 0 and first_step(model, rollout)["approx_kl"] == 0.0
+    assert differing(model, rollout) == 0
 
 
 @pytest.mark.parametrize("product", [0, 9])
