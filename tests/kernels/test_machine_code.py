@@ -45,7 +45,7 @@ def test_warps_of_a_row_of_logits(facts):
 
 @pytest.mark.parametrize("kernel", ["token_logps_fwd_kernel", "linear_ppo_kernel", "sample_tokens_kernel"])
 def test_log_probs_are_rounded_as_written(facts, kernel):
-    """No compiler decides what is contracted in one of them and not in the others. The gradient's kernel leaves it to them."""
+    """No compiler decides what is contracted in one and not in the others. It does so in the gradient's kernel."""
     assert [fact["contractible"] for fact in facts if fact["kernel"] == kernel and fact["contractible"]] == []
     assert all(fact["contractible"] for fact in facts if fact["kernel"] == "logits_gradient_kernel")
 
