@@ -1,6 +1,7 @@
 """Cases of the decode kernels, and the peers with which they are compared."""
 
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.cases import Case
 from benchmarks.costs import DECODE_BATCH, LAYER_OPS, SAMPLING_OPS, decode_shape
-from benchmarks.decoders import LLAMA3_8B, QWEN3_06B, TINY
+from benchmarks.decoders import LLAMA3_8B, LLAMA_20M, QWEN3_06B, TINY
 from benchmarks.peers import adapt, compiled, load, torch_token_logps
 from benchmarks.shapes import MODELS, Shape, packed
 from rto_fast import layer_ops, ops
@@ -17,6 +18,7 @@ from rto_fast.kernels import paged_attention as kernel
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
 PAGE, FLASH_PAGE = 64, 256  # tokens of a page: the native engine's default, and FlashAttention 2's
+FEW = (1, 8, 32, 64)  # sequences of 1,024 tokens, whose attention several programs may share
 
 
 @dataclass
@@ -286,11 +288,14 @@ def sampling_cases(shape, device):
 
 
 def decode_cases(device, small=False):
-    """The kernels' part of a decode step of 256 sequences. small: shapes for a trial on a CPU."""
+    """The kernels' part of a decode step of 256 sequences, and attention of fewer. small: shapes for a trial on a CPU."""
     for decoder in (TINY,) if small else (LLAMA3_8B, QWEN3_06B):
         shape = decode_shape(decoder, 5, 40) if small else decode_shape(decoder)
         for build in (attention_cases, layer_cases):
             yield from build(shape, device, torch.float32 if small else torch.bfloat16)
+    if not small:
+        for decoder, sequences in itertools.product((LLAMA3_8B, QWEN3_06B, LLAMA_20M), FEW):
+            yield from attention_cases(decode_shape(decoder, sequences, 1024), device, torch.bfloat16)
     for shape in (Shape("tiny", 4, 16, 1000),) if small else (s.at(DECODE_BATCH) for s in MODELS[:2]):
         yield from sampling_cases(shape, device)
 

@@ -53,7 +53,9 @@ def measured_points(results):
         for record in result["kernels"]:
             tokens = 1 << 20 if record["group"] in VECTOR_OPS else MODELS[0].tokens
             if record["group"] in DECODE_OPS:
-                tokens = record["tokens"]  # of one size only
+                tokens = record["tokens"]  # of one size only, but for attention
+            if record["group"] == "paged_attention":
+                tokens = DECODE_BATCH * DECODE_CONTEXT
             if record["provider"] == "ours" and record.get("mask", "full") == "full" and record["tokens"] == tokens:
                 if "median_ms" in record:
                     key = record["group"], record["phase"], record["model"]

@@ -295,6 +295,26 @@ def test_tiles_fit_the_gpu(sm, forward, backward, monkeypatch):
     assert attention_backward._launch_options(query, 2048)[0] == backward
 
 
+@pytest.mark.parametrize(
+    "sm, head_dim, expected",
+    [
+        (80, 64, (128, 8, 3, False)),
+        (80, 128, (32, 4, 3, False)),
+        (80, 256, (64, 8, 2, False)),
+        (90, 128, (128, 8, 3, True)),
+        (90, 256, (64, 8, 3, True)),
+        (100, 64, (128, 8, 3, False)),
+        (100, 128, (64, 8, 3, False)),
+    ],
+)
+def test_tiles_of_sequences_with_several_splits(sm, head_dim, expected, monkeypatch):
+    """By which the machine code of two states spills no registers, see tests/kernels/test_machine_code.py."""
+    monkeypatch.setattr(attention_forward, "architecture", lambda device: sm)
+    query = torch.empty(1, 1, head_dim, dtype=torch.bfloat16)
+    rows, options = attention_forward.fit_two_states(*attention_forward.launch_options(query, 2048), query)
+    assert (rows, options["num_warps"], options["num_stages"], options["MERGE_FIRST"]) == expected
+
+
 def test_more_sequences_than_a_launch_has(device, monkeypatch):
     case = make(device, (3, 40, 0, 7, 70, 1, 5), heads=1)
     expected = case.gradients()
