@@ -3,7 +3,7 @@
 The base comes in float32, so that the sum is rounded once. A small update would vanish in the second rounding of a sum of
 16-bit numbers, as it would in merged 16-bit weights.
 
-The bits of a row depend on that row alone: x @ aᵀ is cut into a number of splits of K that K alone determines. Each is summed
+The bits of a row depend on that row alone: x @ aᵀ is cut into splits of K, whose length follows from K alone. Each is summed
 up in order, and so are the splits. With many rows one program walks all splits of its rows. With few rows, as in decoding,
 each split has a program of its own, and the second kernel adds the splits up: t has few columns, so one program that reads
 all of K would take ten times as long as the rest.
@@ -186,7 +186,10 @@ def _output_tile(num_rows: int, rank: int, itemsize: int) -> dict[str, int]:
 
 
 def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tensor:
-    """See `rto_fast.kernels.layer_reference.adapter_input`. Without `keeps` it may be [splits, T, ΣR] float32, not yet scaled."""
+    """See `rto_fast.kernels.layer_reference.adapter_input`.
+
+    Without `keeps`, the result may be [splits, T, ΣR] float32: products that are neither added up nor scaled.
+    """
     num_rows, size = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     num_ranks = runs[-1].ranks.stop
@@ -257,13 +260,13 @@ def add_adapters(base: Tensor, t: Tensor, adapters: Sequence[AdapterOutput], out
         for number, spans in enumerate(rounds):
             target = out if number == len(rounds) - 1 else base
             for first in range(0, len(spans), MAX_SPANS):
-                _add_spans(base, t, spans[first : first + MAX_SPANS], target, tile)
+                _add_spans(base, t, adapters[0].b, spans[first : first + MAX_SPANS], target, tile)
 
 
-def _add_spans(base: Tensor, t: Tensor, spans: Sequence[_Span], out: Tensor, tile: dict[str, int]) -> None:
-    """One launch."""
-    found = [span.adapter for span in spans if span.adapter is not None]
-    like = found[0].b if found else base  # without adapters the base is rounded
+def _add_spans(
+    base: Tensor, t: Tensor, like: Tensor, spans: Sequence[_Span], out: Tensor, tile: dict[str, int]
+) -> None:
+    """One launch. `like` is any b: a span without an adapter reads nothing of it."""
     bs, ranks, firsts, scales, tiles, columns = [], [], [], [], [0], [spans[0].begin]
     for span in [*spans, *[_Span(spans[-1].end, spans[-1].end, None)] * (MAX_SPANS - len(spans))]:
         adapter = span.adapter

@@ -11,7 +11,9 @@ differed on an H200. Candidates, in this order:
 4. `ordered_gemm` in that tile, which is right by definition.
 
 Few rows are looked at with random inputs. If cuBLAS and a Triton GEMM are both right, the faster is taken: their bits are
-equal, so a run repeats. Of many rows, some are computed anew from the inputs at hand, which takes at most 130 MB.
+equal, so a run repeats. Of many rows, some are computed anew from the inputs at hand, which takes at most 130 MB. If only a
+Triton GEMM is right there and takes `MAX_PRICE` times as long as cuBLAS, as may be on a card that nobody has tried, cuBLAS
+is taken: exactness must not make training slower. Then the log-probs of sampler and trainer differ, and the run says so.
 
 A look waits for the device. Later calls of the same product cost the making of its key and a look in a dictionary. What is
 found holds as long as nobody changes torch's flags for cuBLAS.
@@ -39,7 +41,10 @@ MAX_OUTPUTS = 1 << 22  # that are compared, if a product has more
 MAX_INPUTS = 1 << 25  # elements of rows that are gathered, 64 MB
 MAX_ROUNDS = 2048  # calls of a candidate; products with so few outputs that it takes more are left to Triton
 TIMED = 7  # calls of each candidate
-MIN_GAIN = 0.95  # of cuBLAS's time, from which on the Triton GEMM is taken: it takes longer to launch
+MAX_PRICE = 1.1  # of a Triton GEMM for many rows, in times of cuBLAS's
+MIN_GAIN = 0.9  # of cuBLAS's time, from which on the Triton GEMM is taken: the host takes longer to launch it
+
+INEXACT = "cuBLAS, whose rows depend on their number"
 
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], Any]  # (x, weight, bias, out)
 
@@ -186,7 +191,8 @@ def _look(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[
     reference, tiled = _ordered(x, weight)
     right: dict[str, Run] = {}
     differing: dict[str, float] = {}
-    for name, run in {**_cublas_candidates(x.dtype), "Triton": tiled}.items():
+    candidates = _cublas_candidates(x.dtype)
+    for name, run in {**candidates, "Triton": tiled}.items():
         if right and not (few and run is tiled):
             continue
         trial = _trial_of_tile(weight, bias, out) if run is tiled else _trial_of(x, weight, bias, out)
@@ -203,14 +209,18 @@ def _look(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[
             return reference, None
         if not differing[name]:
             right[name] = run
-    if not right or (few and "Triton" not in right):
+    if not right:
         right["Triton, reference tile"] = reference
-    microseconds = _microseconds(right, x, weight, bias, out) if len(right) > 1 else {}
-    choice = next(iter(right))
+    choice, timed = next(iter(right)), dict(right)
+    is_costly = not few and choice.startswith("Triton")
+    if is_costly:
+        timed[INEXACT] = candidates["cuBLAS"]
+    microseconds = _microseconds(timed, x, weight, bias, out) if len(timed) > 1 else {}
+    gain = 1 / MAX_PRICE if is_costly else MIN_GAIN
     for name, duration in microseconds.items():
-        if duration < MIN_GAIN * microseconds[choice]:
+        if duration < gain * microseconds[choice]:
             choice = name
-    return right[choice], {
+    return timed[choice], {
         "device": torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device),
         "rows": rows,
         "columns": columns,

@@ -1,7 +1,7 @@
 """What a decoder layer computes beside its GEMMs, in plain torch: norms, rotary embedding, gate, attention, LoRA.
 
-The Triton kernels of `rms_norm`, `rotary`, `gated`, `attention` and `adapters` are tested against it, and CPU tensors run it. Each
-function rounds where transformers' modules round.
+The Triton kernels of the modules of the same names (`attention`, `adapters` and so on) are tested against it; a CPU runs it.
+Each function rounds where transformers' modules round, but for LoRA, where PEFT rounds more.
 """
 
 from collections.abc import Callable, Sequence
@@ -246,7 +246,8 @@ def adapter_input(x: Tensor, runs: Sequence[AdapterInput], keeps: bool) -> Tenso
     """
     t = x.new_empty(x.shape[0], runs[-1].ranks.stop)
     for ranks, a, scale in runs:
-        torch.addmm(t[:, ranks], x, a.t(), beta=0, alpha=scale, out=t[:, ranks])  # autocast changes forms without `out`
+        part = t[:, ranks]
+        torch.addmm(part, x, a.t(), beta=0, alpha=scale, out=part)  # autocast changes the forms without `out`
     return t
 
 

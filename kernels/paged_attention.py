@@ -4,11 +4,17 @@ A layer's cache is two tensors [num_pages, num_kv_heads, page_size, head_dim]. T
 int64 tensor [2] and read them on the device, so that a captured CUDA graph of the decode step stays valid when the
 cache is freed and allocated again.
 
+The arithmetic is that of `attention_forward.py`: the same blocks of keys, and splits that are merged in order. So a row has
+the bits that training gives it, however many programs share the splits of a sequence. One program merges them in
+registers; several store the state of each split, and `combine_splits_kernel` merges those.
+
 The kernels are bound by memory: each key and value is read once. Query heads that share a key head are padded to the 16
 rows of a tensor-core product, even MHA's single head. That is 16 FLOP a byte (16 bits), where an H200 can do 200. It
-matters how many bytes are in flight: 5 MB, 40 KB an SM, cover the latency of memory. So tiles are 8 KB, and the copies
-to shared memory (LDGSTS, 128 bits) run up to three tiles of keys and of values ahead, 48 KB a program; four programs
-fit on an SM.
+matters how many bytes are in flight: 5 MB, 40 KB an SM, cover the latency of memory. Blocks of 64 keys are 16 KB (heads of
+128); while a program works on one of keys and one of values, the next two are copied to shared memory (LDGSTS, 128
+bits). Three programs fit on an SM (two that store splits): 96 or 64 KB are in flight. By machine code 64 keys take as many
+instructions and barriers as in two blocks of 32, with which the kernel had 90 % of an H200's bandwidth. So the predicted
+times are those it had before, but for a few sequences of 1,024 keys, whose programs do 256 keys and not 128: 0.7 us more.
 """
 
 from typing import Any
@@ -18,10 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rto_fast.kernels import attention_forward
 from rto_fast.kernels.attention_forward import (
-    SPLIT_KEYS,
     base_2,
-    block_keys,
     empty_state,
     fold_block,
     merge,
@@ -32,7 +37,7 @@ from rto_fast.kernels.attention_forward import (
 )
 from rto_fast.kernels.common import EXACT, cdiv
 
-MERGED_AT_ONCE = 16  # splits
+MERGED_AT_ONCE = 4096  # elements of splits, in the registers of one warp
 
 
 @triton.jit
@@ -122,7 +127,7 @@ def store_output(out_ptr, rows, total, acc, mask, HEAD_DIM: tl.constexpr):
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + offs_d, out, mask=mask[:, None] & (offs_d < HEAD_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits"])
 def paged_attention_kernel(
     query_ptr,
     addresses_ptr,
@@ -133,7 +138,7 @@ def paged_attention_kernel(
     stride_query_b,
     stride_query_h,
     stride_tables_b,
-    max_splits,
+    most_splits,
     scale,
     cap,
     window,
@@ -193,7 +198,7 @@ def paged_attention_kernel(
             if state_ptr is None:
                 all_m, all_total, all_acc = merge(all_m, all_total, all_acc, m, total, acc)
             else:
-                at = row * max_splits + (start // SPLIT - first_split)
+                at = row * most_splits + (start // SPLIT - first_split)
                 tl.store(state_ptr + at * 2, m, mask=offs_g < GROUP)
                 tl.store(state_ptr + at * 2 + 1, total, mask=offs_g < GROUP)
                 tl.store(out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
@@ -218,14 +223,14 @@ def merge_in_order(m, total, acc, split_m, split_total, split_acc):
         return merge_in_order(m, total, acc, second_m, second_total, second_acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits", "num_heads"])
 def combine_splits_kernel(
     partials_ptr,
     state_ptr,
     lengths_ptr,
     out_ptr,
     num_heads,
-    max_splits,
+    most_splits,
     window,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -240,7 +245,7 @@ def combine_splits_kernel(
     m, _, acc = empty_state(1, BLOCK_D)
     total = tl.zeros((1,), tl.float32)
     for begin in range(0, num_splits, BLOCK_S):
-        splits = row * max_splits + begin + offs_s
+        splits = row * most_splits + begin + offs_s
         mask = begin + offs_s < num_splits
         split_m = tl.load(state_ptr + splits * 2, mask=mask, other=float("-inf"))
         split_total = tl.load(state_ptr + splits * 2 + 1, mask=mask, other=0.0)
@@ -258,24 +263,28 @@ def _tiling(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     block_g = triton.next_power_of_2(group) if itemsize == 4 else max(16, triton.next_power_of_2(group))
     return {
         "BLOCK_G": block_g,
-        "BLOCK_N": block_keys(block_d, itemsize),
+        "BLOCK_N": attention_forward.block_keys(block_d, itemsize),
         "BLOCK_D": block_d,
-        "SPLIT": SPLIT_KEYS,
+        "SPLIT": attention_forward.SPLIT_KEYS,
         "num_warps": 4 if block_g <= 64 else 8,
-        "num_stages": 3,
+        # Of keys and of values, one block is worked on and the others, up to 16 KB each, are in flight.
+        "num_stages": 4 if block_d <= 64 else 3,
     }
 
 
-def _splits(max_tokens: int, window: int | None) -> int:
-    """The most splits that a sequence has."""
-    splits = cdiv(max_tokens, SPLIT_KEYS)
-    return splits if window is None else min(splits, cdiv(window - 1, SPLIT_KEYS) + 1)
+def _most_splits(max_tokens: int, window: int | None) -> int:
+    """Splits of the longest sequence, or of its window, which may begin and end within a split."""
+    size = attention_forward.SPLIT_KEYS
+    return cdiv(max_tokens, size) if window is None else min(cdiv(max_tokens, size), cdiv(window - 1, size) + 1)
 
 
-def _num_programs(sequences_and_heads: int, max_splits: int, device: torch.device) -> int:
-    """Programs of a sequence, from shapes only, because the host knows no lengths and a graph is captured only once."""
+def _num_programs(rows: int, most_splits: int, device: torch.device) -> int:
+    """Programs for each row, a key head of a sequence: up to two an SM in all, as many as fit if they store splits.
+
+    It follows from shapes only, because the host knows no lengths and a graph is captured only once.
+    """
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return max(1, min(cdiv(2 * num_sms, sequences_and_heads), max_splits))
+    return max(1, min(2 * num_sms // rows, most_splits))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -354,14 +363,14 @@ def paged_attention(
         return out
     query = _dense_rows(query)
     tiling = _tiling(group, head_dim, query.dtype)
-    max_splits = _splits(block_tables.shape[1] * page_size, window)
+    most_splits = _most_splits(block_tables.shape[1] * page_size, window)
     if num_programs is None:
-        num_programs = _num_programs(batch * num_kv_heads, max_splits, query.device)
+        num_programs = _num_programs(batch * num_kv_heads, most_splits, query.device)
     factor, cap = base_2(scale, softcap)
     partials, state = out, None
     if num_programs > 1:
-        partials = torch.empty(batch, num_heads, max_splits, head_dim, dtype=torch.float32, device=query.device)
-        state = torch.empty(batch, num_heads, max_splits, 2, dtype=torch.float32, device=query.device)
+        partials = torch.empty(batch, num_heads, most_splits, head_dim, dtype=torch.float32, device=query.device)
+        state = torch.empty(batch, num_heads, most_splits, 2, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         paged_attention_kernel[(batch, num_kv_heads, num_programs)](
             query,
@@ -373,7 +382,7 @@ def paged_attention(
             query.stride(0),
             query.stride(1),
             block_tables.stride(0),
-            max_splits,
+            most_splits,
             factor,
             cap,
             window,
@@ -390,12 +399,12 @@ def paged_attention(
                 lengths,
                 out,
                 num_heads,
-                max_splits,
+                most_splits,
                 window,
                 HEAD_DIM=head_dim,
-                BLOCK_S=min(triton.next_power_of_2(max_splits), MERGED_AT_ONCE),
+                BLOCK_S=min(triton.next_power_of_2(most_splits), MERGED_AT_ONCE // tiling["BLOCK_D"]),
                 BLOCK_D=tiling["BLOCK_D"],
-                SPLIT=SPLIT_KEYS,
+                SPLIT=tiling["SPLIT"],
                 num_warps=1,
                 **EXACT,
             )

@@ -73,7 +73,10 @@ class JoinedLinear:
         if parts is None:
             return self
         operands = _operands(parts, dtype)
-        return lambda x: _forward(x, operands, keeps=False)[0]
+        if operands.outputs or len(operands.weights) > 1:
+            return lambda x: _forward(x, operands, keeps=False)[0]
+        (weight,), (bias,) = operands.weights, operands.biases
+        return lambda x: linear(x, weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs [T, ΣN] for x [T, K], in the dtype of x, or in autocast's."""

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from rto_fast.config import LoraConfig
 from rto_fast.errors import ConfigError, ModelError, error_text
-from rto_fast.models.placement import lay_side_by_side, projection_groups
+from rto_fast.models.placement import adapter_groups, lay_side_by_side
 
 FOLDER = "adapter"  # in the folder of a model that was trained with LoRA, beside the merged weights
 PREFIX = "base_model.model."  # of names in PEFT's adapter files
@@ -181,10 +181,7 @@ def _inject(base: PreTrainedModel, name: str, config: Any, scorer: bool) -> Adap
         raise ConfigError("lora.targets: the output layer cannot have an adapter; name layers of attention and MLP")
     for _, parameter in _parameters(base, name):
         parameter.data = parameter.data.to(base.dtype)
-    siblings = [
-        [m.lora_A[name] for m in group if name in getattr(m, "lora_A", ())] for group in projection_groups(base)
-    ]
-    lay_side_by_side([group for group in siblings if group], ["weight"])
+    lay_side_by_side(adapter_groups(base), ["weight"])
     if not scorer:
         return Adapter(base, name)
     if hasattr(base, "score"):

@@ -23,6 +23,13 @@ def projection_groups(model: nn.Module) -> list[list[Any]]:
     return [group for group in groups if all(type(getattr(m, "base_layer", m)) is nn.Linear for m in group)]
 
 
+def adapter_groups(model: nn.Module) -> list[list[Any]]:
+    """Returns the groups of LoRA's first layers that have the same input: those of an adapter in a group of projections."""
+    halves = [[m.lora_A for m in group if hasattr(m, "lora_A")] for group in projection_groups(model)]
+    found = [(group, dict.fromkeys(name for half in group for name in half)) for group in halves]
+    return [[half[name] for half in group if name in half] for group, names in found for name in names]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def lay_side_by_side(groups: Iterable[Sequence[Any]], names: Sequence[str] = ("weight", "bias")) -> None:

@@ -4,6 +4,7 @@ There are three kinds of layers: our decoder's on a GPU, where they run kernels 
 keeps more; and transformers' (ZeRO 3, other families), which Liger's kernels make smaller on a GPU: an upper bound there.
 """
 
+from rto_fast.models.joined_linear import BASE_ELEMENTS
 from rto_fast.planning.memory import Setting
 from rto_fast.planning.shapes import Shape
 
@@ -95,4 +96,12 @@ def forward_activations(shape: Shape, tokens: float, setting: Setting) -> float:
     mlp = b * (hidden * shape.hidden_size + projections + intermediate * shape.intermediate_size)
     rotated, results = (projections, query) if setting.gpu else (query + key, 2 * query)
     attention = b * (2 * shape.hidden_size + projections + rotated + results) + 4 * shape.heads
-    return tokens * (max(mlp, attention, 0 if setting.gpu else norm) + 2 * b * shape.head_dim)
+    layers = tokens * (max(mlp, attention, 0 if setting.gpu else norm) + 2 * b * shape.head_dim)
+    return layers + adapted_base(shape, tokens, setting)
+
+
+def adapted_base(shape: Shape, tokens: float, setting: Setting) -> float:
+    """The float32 outputs to which adapters are added in 16 bits. With gradients, the backward pass takes more than this."""
+    if not setting.lora.rank or setting.itemsize > 2:
+        return 0.0
+    return 4 * min(tokens * max(2 * shape.intermediate_size, shape.query_width + 2 * shape.key_width), BASE_ELEMENTS)

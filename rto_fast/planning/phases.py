@@ -240,11 +240,10 @@ class RTOPlanner(StagePlanner):
     def _states(self) -> Memory:
         """What every phase holds: all models, and the rollout's tokens."""
         setting, shape = self.setting, self.shape
-        merged = shape.layer_weights if setting.lora.rank else 0  # the engine's copy of the layers with adapters
         loaded = [shape] if setting.lora.rank else [*(s for s, _ in self._trained), *(s for s, *_ in self._frozen)]
         copied = sum(passes.mapped_projections(model, setting) for model in loaded)
         states = memory.shared_base(shape, setting) + Memory(
-            weights=setting.itemsize * merged + copied,
+            weights=copied,
             workspace=passes.ROLLOUT_TOKEN_BYTES * self._responses * self.items.mean,
         )
         for _, parameters in self._trained:

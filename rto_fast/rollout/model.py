@@ -21,7 +21,7 @@ from rto_fast.models.forward import packed_inputs
 from rto_fast.models.head import output_head
 from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.model import Model, vocabulary_of, whole_weights
-from rto_fast.models.placement import lay_side_by_side, projection_groups
+from rto_fast.models.placement import adapter_groups, lay_side_by_side, projection_groups
 from rto_fast.models.precision import plain_layers, precise
 from rto_fast.rollout.attention import PAGED, CacheView
 
@@ -74,6 +74,7 @@ class RolloutModel:
         """Moves the weights of projections of the same input next to each other, so that one GEMM can compute them."""
         if not self.is_zero3 and reason_against(self.causal_lm.base_model) is None:
             lay_side_by_side(projection_groups(self.causal_lm.base_model))
+            lay_side_by_side(adapter_groups(self.causal_lm.base_model), ["weight"])
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Self]:

@@ -30,8 +30,8 @@ def check_first_rollout(
 ) -> Callable[[Mapping[str, Any]], None]:
     """Checks the sampler and the reference.
 
-    With log-probs that are exact there is no rounding to measure: the ratio is 1, and a policy that starts from its
-    reference is at a distance of 0. Where these are not, a difference is judged as that of another sampler.
+    With log-probs that are exact the ratio is 1, and a policy that starts from its reference is at a distance of 0, so
+    that the effect of rounding need not be measured.
 
     Args:
         kl: [T] log π/π_ref of the rollout, nats.
@@ -47,9 +47,7 @@ def check_first_rollout(
         warn(finding)
     if finding := check_reference(config, models, experience, kl, noise):
         warn(finding)
-    if experience.exact:
-        return partial(check_ratio, config, None, True)
-    return partial(check_ratio, config, noise(), are_sampled(experience.mismatch))
+    return partial(check_ratio, config, noise, experience.exact or are_sampled(experience.mismatch))
 
 
 def forward_noise(config: Config, policy: Model, experience: Experience) -> Noise:
@@ -77,31 +75,35 @@ def forward_noise(config: Config, policy: Model, experience: Experience) -> Nois
     return Noise.measure(own, truth)
 
 
-def check_ratio(config: Config, noise: Noise | None, sampled: bool, passes: Mapping[str, Any]) -> None:
+def check_ratio(config: Config, noise: Callable[[], Noise], sampled: bool, passes: Mapping[str, Any]) -> None:
     """Checks that the policy is the model that sampled: before the first update its probability ratio is 1.
 
     Args:
-        noise: of the policy, from `forward_noise`; None where the old log-probs are exact.
+        noise: measures that of the policy, see `forward_noise`. It is not asked where the ratio is near 1 without.
         sampled: whether the old log-probs are the sampler's.
         passes: metrics of the first optimizer step's passes (`approx_kl`, `clip_fraction`), before the step is taken.
     Raises:
         TrainingError: the ratio differs from 1 by more than rounding explains and, for a sampler, than PPO ignores.
     """
     kl, clipped, clip = float(passes[APPROX_KL]), float(passes[CLIP_FRACTION]), clip_width(config.rto)
+
+    def is_near_1() -> bool:
+        # By Chebyshev's inequality: no larger share of tokens can lie beyond the clip.
+        return kl <= limit and clipped * clip**2 <= 2 * limit  # NaN is no ≤
+
     # The sampler's own limit was checked on some responses, these are others: k3 of a sample varies.
-    limit = max(noise.repeated_k3 if noise else 0.0, FACTOR * k3_limit(clip) if sampled else 0.0)
-    # By Chebyshev's inequality: no larger share of tokens can lie beyond the clip.
-    if kl <= limit and clipped * clip**2 <= 2 * limit:  # NaN is no ≤
+    limit = FACTOR * k3_limit(clip) if sampled else 0.0
+    if is_near_1():
         return
-    if noise is None:
-        cause = f"it has changed since it sampled, or its forward pass {NOT_REPEATABLE}"
-    elif sampled:
-        cause = (
-            "the log-probs came from the sampler, which runs other weights or another model; set rto.old_logps: recompute "
-            "or rollout.engine: hf"
-        )
-    else:
-        cause = f"its forward pass {NOT_REPEATABLE}"
+    limit = max(limit, noise().repeated_k3)
+    if is_near_1():
+        return
+    cause = (
+        "the log-probs came from the sampler, which runs other weights or another model; set rto.old_logps: recompute or "
+        "rollout.engine: hf"
+        if sampled
+        else f"its forward pass {NOT_REPEATABLE}"
+    )
     raise TrainingError(
         f"the probability ratio of the very first update is not 1: approx_kl {kl:.2g} (up to {limit:.2g} does no harm), "
         f"{clipped:.1%} of the tokens clipped. PPO would start from a policy that did not sample: {cause}"

@@ -174,7 +174,7 @@ def test_nothing_is_read_outside_of_a_row(bad, splits, reads, device):
 def test_a_cpu_names_the_label(function, bad):
     hidden, weight, labels = make("cpu", bad)
     with pytest.raises(
-        ValueError, match=rf"^labels: expected values in \[0, 300\) or ignore_index \(-100\), got {bad} at \[2\]"
+        ValueError, match=rf"^labels: expected values in \[0, 700\) or ignore_index \(-100\), got {bad} at \[2\]"
     ):
         function(reference, hidden, weight, labels)
 
@@ -184,7 +184,7 @@ def test_a_cpu_names_the_label_inside_the_loss_mask(bad):
     hidden, weight, labels = make("cpu", bad)
     mask = torch.arange(ROWS) > 0
     with pytest.raises(
-        ValueError, match=rf"^labels: expected values in \[0, 300\) where loss_mask is True, got {bad} at \[2\]"
+        ValueError, match=rf"^labels: expected values in \[0, 700\) where loss_mask is True, got {bad} at \[2\]"
     ):
         ppo(reference, hidden, weight, labels, mask)
     mask[BAD] = False
@@ -200,7 +200,7 @@ def test_a_cpu_names_the_label_of_a_compiled_function():
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(labels), function(labels))
-    with pytest.raises(ValueError, match="^labels: expected values in .* got 300 at"):
+    with pytest.raises(ValueError, match="^labels: expected values in .* got 700 at"):
         compiled(labels.where(labels != 5, VOCAB))
 
 

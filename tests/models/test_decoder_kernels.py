@@ -12,7 +12,7 @@ from rto_fast.kernels import arguments
 from rto_fast.models.attention import PACKED
 from rto_fast.models.decoder import decoder_of
 from rto_fast.models.forward import forward_hidden
-from rto_fast.models.placement import lay_side_by_side, projection_groups
+from rto_fast.models.placement import adapter_groups, lay_side_by_side, projection_groups
 from rto_fast.models.precision import _Precise
 from tests.rollout.test_decode import Launches
 from tests.tiny_models import FAMILIES, perturbed, prompts, tiny
@@ -33,6 +33,18 @@ def packed(name, device, dtype=torch.float32, **sizes):
     model.set_attn_implementation(PACKED)
     lay_side_by_side(projection_groups(model))
     return model
+
+
+def adapted(model, targets="all-linear", rank=3):
+    """Adds adapters that change the results, in the model's dtype, with the a's of one input as neighbours."""
+    peft = pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2.0 * rank, target_modules=targets), model)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape).mul(0.1).to(model.device, model.dtype)
+    lay_side_by_side(adapter_groups(model), ["weight"])
+    return model.requires_grad_(True)
 
 
 def with_main_grads(model):
@@ -78,6 +90,21 @@ def test_a_whole_pass_on_triton_kernels_has_the_values_and_gradients_of_plain_to
     assert found.keys() == reference.keys() == exact.keys() and len(found) > 12
     for key, value in exact.items():
         # float32 in another order: a few times what plain torch's own float32 errs.
+        allowed = 8 * (reference[key] - value).norm() + 1e-7 * value.norm()
+        assert (found[key] - value).norm() <= allowed, key
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "up_proj"]], ids=str)
+def test_adapters_on_triton_kernels(targets, triton, monkeypatch):
+    model = adapted(packed("qwen2", triton), targets)
+    plain = copy.deepcopy(model).cpu()
+    found = results(with_main_grads(model), pack_whole(prompts((4, 1, 5)), triton))
+    monkeypatch.undo()
+    reference = results(plain, pack_whole(prompts((4, 1, 5))))
+    with _Precise(torch.float64):
+        exact = results(copy.deepcopy(plain).double(), pack_whole(prompts((4, 1, 5))))
+    assert sum(".lora_" in key for key in found) == 2 * 2 * (7 if targets == "all-linear" else 3)
+    for key, value in exact.items():
         allowed = 8 * (reference[key] - value).norm() + 1e-7 * value.norm()
         assert (found[key] - value).norm() <= allowed, key
 
@@ -128,6 +155,25 @@ def test_the_number_of_kernels_of_a_layer(name, triton):
     assert tuple(found.total() for found in added) == TRAINING[name], added
     forward, backward = TRAINING[name]
     assert name.startswith("gemma") or (forward <= 9 and backward <= 20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+@pytest.mark.parametrize("targets, forward", [("all-linear", 9 + 8), (["q_proj", "v_proj"], 9 + 2 + 1)], ids=str)
+def test_the_number_of_kernels_of_a_layer_with_adapters(targets, forward, triton):
+    """Adapters of one input take two kernels more, and those of q and v, whose a's are no neighbours here, three."""
+    counts = []
+    for layers in (1, 2):
+        model = adapted(packed("llama", triton, num_hidden_layers=layers), targets)
+        if targets != "all-linear":
+            for layer in model.model.layers:
+                a = layer.self_attn.v_proj.lora_A["default"].weight
+                a.data = a.data.clone()
+        batch = pack_whole(prompts((3, 1)), triton)
+        decoder_of(model).ropes.prepare(4, model.model.embed_tokens.weight)
+        with Kernels() as counted, torch.no_grad():
+            forward_hidden(model, batch)
+        counts.append(counted.found)
+    assert (counts[1] - counts[0]).total() == forward, counts
 
 
 def kernels_of(run):

@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rto_fast.kernels import layer_reference
+from rto_fast.models import joined_linear
+from rto_fast.models.joined_linear import JoinedLinear
 from rto_fast.models.placement import joined, lay_side_by_side
 from tests.models.test_joined_linear import TOKENS, WIDTH, Group, assert_same, draw, launches, outputs, run
 
@@ -198,6 +202,65 @@ def test_16_bits_round_no_more_than_peft():
         assert error <= 1.1 * bound
 
 
+def test_first_updates_are_not_rounded_away():
+    """After a step of Adam at 1e-4, b's are 1e-4. The outputs change by what the adapters add, on average.
+
+    PEFT rounds the base first, where most of this vanishes, as it does in merged weights.
+    """
+    group = Group((512,), dtype=torch.bfloat16)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=16, lora_alpha=32, target_modules=["layers.0"]), group)
+    (layer,) = group.layers
+    a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    a.data, b.data = draw(*a.shape, dtype=torch.bfloat16) / 100, (1e-4 * draw(*b.shape, seed=2).sign()).bfloat16()
+    x = draw(512, WIDTH, dtype=torch.bfloat16)
+    with torch.no_grad():
+        update = layer.scaling["default"] * (x.double() @ a.double().t()) @ b.double().t()
+        base = layer.base_layer(x).double()
+        weight = layer.base_layer.weight
+        merged = (weight.double() + layer.get_delta_weight("default").double()).bfloat16().double()
+
+        def gain(y):
+            return (((y.double() - base) * update).sum() / update.square().sum()).item()
+
+        assert abs(gain(group.joined(x)) - 1) < 0.15
+        assert gain(group.separate(x)) < 0.5
+        change = x.double() @ (merged - weight.double()).t()
+        assert ((change * update).sum() / update.square().sum()) < 0.5 and (merged == weight).double().mean() > 0.7
+
+
+@pytest.mark.parametrize("rows", [1, 128, 129, 300])
+def test_rows_in_parts(rows, monkeypatch):
+    """The float32 base of many rows would be large."""
+    group = adapted(dtype=torch.bfloat16)
+    x = draw(rows, WIDTH, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, buffers = group.joined(x), []
+        monkeypatch.setattr(joined_linear, "BASE_ELEMENTS", 128 * outputs(group))
+        add = layer_reference.add_adapters
+        monkeypatch.setattr(
+            layer_reference, "add_adapters", lambda base, *rest: (buffers.append(len(base)), add(base, *rest))
+        )
+        found = group.joined(x)
+    assert buffers == [128] * (rows // 128) + [rows % 128] * (rows % 128 > 0)
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("laid", [True, False])
+def test_bound_looks_nothing_up(laid, monkeypatch):
+    x = draw(TOKENS, WIDTH)
+    for group in (adapted(laid=laid), adapted("first", "second", laid=laid), Group(biases=(True,) * 3)):
+        linear = JoinedLinear(list(group.layers))
+        with torch.no_grad():
+            expected, run = linear(x), linear.bound(torch.float64)
+            with monkeypatch.context() as patch:
+                patch.setattr(joined_linear, "_parts", None)
+                assert torch.equal(run(x), expected)
+    dropout = adapted(lora_dropout=0.5).eval()
+    with torch.no_grad():
+        found = JoinedLinear(list(dropout.layers)).bound(torch.float64)(x)
+        torch.testing.assert_close(found, dropout.separate(x), rtol=1e-12, atol=1e-12)
+
+
 def test_under_autocast_it_is_peft():
     group = adapted(dtype=torch.float32)
     x = draw(TOKENS, WIDTH, dtype=torch.float32).requires_grad_()
@@ -235,3 +298,28 @@ def test_launches():
     assert launches(adapted(dtype=torch.float32, biases=(False,) * 3, laid=False))[0] == {"gemm": 3 + 3 + 3, "cat": 1}
     group.requires_grad_(False)
     assert launches(group) == ({"gemm": 1 + 1 + 3}, {"gemm": 1 + 3 + 1})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the bits of cuBLAS and of our kernels")
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("width, sizes", [(4096, (4096, 1024, 1024)), (14336, (4096,))], ids=["qkv", "down"])
+def test_rows_have_the_same_bits_in_decoding_and_training(width, sizes, rank):
+    """At the sizes of Llama-3-8B: few rows without gradients, whose splits of K are summed up by other programs."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    group = nn.Module()
+    group.layers = nn.ModuleList(nn.Linear(width, n, bias=False, dtype=torch.bfloat16, device="cuda") for n in sizes)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=["layers.0", "layers.2"]), group)
+    group.bfloat16()
+    for name, parameter in group.named_parameters():
+        if ".lora_B" in name:
+            parameter.data = normal(*parameter.shape) / 50
+    linear = JoinedLinear(list(group.layers))
+    x = normal(4096, width)
+    trained = linear(x.requires_grad_()).detach()
+    with torch.no_grad():
+        for rows in (1, 2, 7, 16, 32, 64, 256, 1024, 2048):
+            assert torch.equal(linear.bound(torch.bfloat16)(x[100 : 100 + rows]), trained[100 : 100 + rows]), rows

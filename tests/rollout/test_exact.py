@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rto_fast.config import LoraConfig
-from rto_fast.kernels import arguments
+from rto_fast.kernels import arguments, attention_forward, paged_attention
 from rto_fast.models.lora import new_adapter
 from rto_fast.models.model import Model
 from rto_fast.rollout import Exactness, Sampling, attention, decode, exactness, native
@@ -19,7 +19,7 @@ from tests.tiny_models import native_engine, perturbed, prompts, tiny
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own tests: test_exact_cuda.py")
 LENGTHS = (3, 30, 9)
 SAMPLING = Sampling(4, stop_ids=(1, 7))
-FAMILIES = ["llama", "qwen3", "qwen2", "gemma2", "granite", "phi3"]
+FAMILIES = ["qwen3", "qwen2", "gemma2", "granite", "phi3"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def as_on_a_gpu(ordered_dot, monkeypatch):
     monkeypatch.setattr(arguments, "INTERPRET", True)
     for module in (attention, decode, native):
         monkeypatch.setattr(module, "runs_triton", lambda _: True)
-    monkeypatch.setattr(exactness, "measure", lambda engine: Exactness())  # thousands of tokens
+    monkeypatch.setattr(exactness, "measure", lambda *_: Exactness())  # thousands of tokens
     # The engine's own check that it decodes the model, on few tokens: here it takes longer than the test.
     monkeypatch.setattr(native, "PROMPT_LENGTHS", (2, 3))
     monkeypatch.setattr(native, "DECODED", 2)
@@ -57,11 +57,15 @@ def test_log_probs_in_float16_are_those_of_training():
     assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
 
 
-def test_responses_that_cross_a_split_of_keys():
-    """Splits are counted from a sequence's start: the end of the first lies in a response."""
-    model = made(num_attention_heads=1)
-    rollout = engine_of(model, prefill_tokens=200).generate(prompts((253, 9)), 1, Sampling(5), 0)
+def test_splits_of_keys(monkeypatch):
+    """They begin at a sequence's start, and end within prompts, pieces of prompts and responses. Others are noticed."""
+    for module in (attention_forward, paged_attention):
+        monkeypatch.setattr(module, "SPLIT_KEYS", 64)  # instead of 256
+    model = made()
+    rollout = engine_of(model, prefill_tokens=100).generate(prompts((127, 61)), 1, Sampling(5), 0)
     assert differing(model, rollout) == 0
+    monkeypatch.setattr(attention_forward, "SPLIT_KEYS", 128)
+    assert differing(model, rollout) > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -85,11 +89,9 @@ def test_samples_that_were_preempted_and_refilled():
     assert differing(model, found) == 0
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_ratio_is_one_at_the_first_step_and_after_an_update(temperature):
-    model, engine = made("gemma2"), None
-    engine = engine_of(model)
-    sampling = Sampling(6, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
+def test_the_ratio_is_one_at_the_first_step_and_after_an_update():
+    model, temperature = made(), 0.7
+    engine, sampling = engine_of(model), Sampling(4, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
     for seed in range(2):
         rollout = engine.generate(prompts(LENGTHS), 1, sampling, seed)
         metrics = first_step(model, rollout, temperature)
@@ -101,9 +103,12 @@ def test_the_ratio_is_one_at_the_first_step_and_after_an_update(temperature):
         assert differing(model, rollout, temperature) > 0  # the weights have moved
 
 
-def test_lora():
+@pytest.mark.parametrize("name, dtype, size", [("llama", torch.float32, 64), ("qwen2", torch.float16, 288)])
+def test_lora(name, dtype, size):
+    """Inputs of 288 elements have splits, which decoding leaves to several programs."""
     pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
-    adapter = new_adapter(made().requires_grad_(False), "policy", LoraConfig(rank=2, alpha=4.0), 0)
+    model = made(name, dtype, hidden_size=size, intermediate_size=96)
+    adapter = new_adapter(model.requires_grad_(False), "policy", LoraConfig(rank=2, alpha=4.0), 0)
     torch.manual_seed(0)
     for _, parameter in adapter.trainable():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -112,11 +117,14 @@ def test_lora():
 
 
 def test_gradient_checkpointing():
-    """A layer then adds to the residual stream by torch, and norms alone, where it otherwise does both in one kernel."""
-    model = made("granite")
+    """A layer then multiplies and adds by torch, and norms alone, where it otherwise does all in one kernel.
+
+    In float16, where each of these steps rounds.
+    """
+    model = made("granite", torch.float16)
     rollout = engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert differing(model, rollout) == 0 and first_step(model, rollout)["approx_kl"] == 0.0
+    assert differing(model, rollout) == 0
 
 
 @pytest.mark.parametrize("product", [0, 9])

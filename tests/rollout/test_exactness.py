@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rto_fast import rollout as engines
 from rto_fast.config import RolloutConfig
@@ -158,16 +159,37 @@ def test_an_engine_is_exact_on_all_ranks_or_on_none(trusted, monkeypatch):
     assert not found.holds and "rank" in found.reason
 
 
-def test_the_kernels_of_a_gpu_are_compared(monkeypatch, device):
-    """Without a GPU in Triton's interpreter, where decoding, scoring and training run what they run on a GPU."""
-    from rto_fast.kernels import sampling
+def rows_alone(monkeypatch):
+    """torch's products on a CPU are rounded from float64 sums, so that a row does not depend on how many there are."""
 
+    def mm(a, b, *, out=None):
+        product = product_of(a.double(), b.double())
+        return product.to(a.dtype) if out is None else out.copy_(product)
+
+    product_of = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: mm(x, weight.t()))
+
+
+def test_the_kernels_of_a_gpu_give_the_bits_of_training(monkeypatch, ordered_dot, device):
+    """Without a GPU in Triton's interpreter, where decoding, scoring and training run what they run on a GPU."""
     for name, value in dict(PROMPT_LENGTHS=(11, 5), SAMPLES=2, LONGEST=3, PREFILL_TOKENS=4).items():
         monkeypatch.setattr(exactness, name, value)
     engine = native_engine(tiny("llama", num_hidden_layers=1).to(device, torch.bfloat16))
     if device.type == "cpu":
         monkeypatch.setattr(arguments, "INTERPRET", True)
-        monkeypatch.setattr(decode, "sample_tokens", sampling.sample_tokens)
+        rows_alone(monkeypatch)
         for module in (decode, attention, native):
             monkeypatch.setattr(module, "runs_triton", lambda _: True)
-    assert engine.measure_exactness().tokens == 7
+    found = engine.measure_exactness()
+    assert found.tokens == 7 and found.holds, found
+    scored = attention.PagedDecode.scored
+
+    def off(self, *arguments):  # by one unit in the last place of one element of a decode step's attention
+        out = scored(self, *arguments)
+        out.view(torch.int16)[0, 0, 0] += 1
+        return out
+
+    monkeypatch.setattr(attention.PagedDecode, "scored", off)
+    found = engine.measure_exactness()
+    assert found.tokens == 7 and 0 < found.different < 4, found  # of the three tokens that are no prompt's first

@@ -273,7 +273,7 @@ def test_a_rollout_allocates_no_weight(adapted):
     assert 0 < seen.largest < size
 
 
-def test_base_weights_lie_side_by_side_below_adapters():
+def test_weights_and_adapters_lie_side_by_side():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("qwen2"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(2)
@@ -285,6 +285,7 @@ def test_base_weights_lie_side_by_side_below_adapters():
     attention = model.get_base_model().model.layers[0].self_attn
     for kind in ("weight", "bias"):
         assert joined([getattr(getattr(attention, f"{name}_proj"), kind) for name in "qkv"]) is not None
+    assert joined([p.lora_A["default"].weight for p in (attention.q_proj, attention.v_proj)]) is not None
     engine = NativeEngine(model, None, RolloutConfig())
     model.double()
     assert_same(engine.generate(prompts(), 2, SAMPLING, 0), generate(merged(model)))

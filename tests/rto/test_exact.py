@@ -162,18 +162,29 @@ def test_a_policy_is_at_its_reference_exactly(passes, monkeypatch):
     assert len(measured) == 2
 
 
-def test_a_policy_that_did_not_sample_stops_the_run():
-    def other(batch):
-        batch.logps = batch.logps + 0.5 * torch.randn(len(batch.logps), generator=torch.Generator().manual_seed(0))
+def noisy(size):
+    def fault(batch):
+        batch.logps = batch.logps + size * torch.randn(len(batch.logps), generator=torch.Generator().manual_seed(0))
 
+    return fault
+
+
+def test_a_policy_that_did_not_sample_stops_the_run():
     trainer = build()
-    trainer.engine.fault = other
-    with pytest.raises(TrainingError, match="ratio .* is not 1.*not repeatable"):
+    trainer.engine.fault = noisy(0.5)
+    with pytest.raises(TrainingError, match="ratio .* is not 1.*came from the sampler"):
         trainer.step()
     trainer = build()  # a pass with noise
     trainer.models.policy.module.model.norm.register_forward_hook(lambda m, i, out: out + 0.5 * torch.randn_like(out))
     with pytest.raises(TrainingError, match="ratio .* is not 1.*not repeatable"):
         trainer.step()
+
+
+def test_rounding_does_not_stop_a_run_whatever_its_clip():
+    trainer = build("--rto.clip_eps", "0.001", policy=packed().bfloat16(), reference=packed().bfloat16())
+    trainer.engine.fault = noisy(2e-3)  # as far as rounding to 16 bits moves the log-probs of this model
+    trainer.step()
+    assert not trainer.is_exact and [finding.name for finding in trainer.log.findings] == ["sampler_is_not_exact"]
 
 
 def test_a_number_that_is_none_is_no_proof(monkeypatch):

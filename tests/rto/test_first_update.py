@@ -122,7 +122,7 @@ def test_the_limits_know_clips_dtypes_and_numbers_that_are_none():
 
     def check(kl, clipped, clip_eps=0.2, sampled=False, noise=exact):
         config.rto.clip_eps = clip_eps
-        first_update.check_ratio(config, noise, sampled, {"approx_kl": kl, "clip_fraction": clipped})
+        first_update.check_ratio(config, lambda: noise, sampled, {"approx_kl": kl, "clip_fraction": clipped})
 
     check(1e-6, 0.0)
     check(3e-3, 0.02, noise=rounded)
@@ -137,7 +137,8 @@ def test_the_limits_know_clips_dtypes_and_numbers_that_are_none():
 
 def test_a_clip_whose_square_is_zero_divides_nothing():
     config = load_config(["--rto.clip_eps_high=1e-320"])
-    first_update.check_ratio(config, Noise(mean=0.0, k3=0.0), False, {"approx_kl": 0.0, "clip_fraction": 0.5})
+    noise = Noise(mean=0.0, k3=0.0)
+    first_update.check_ratio(config, lambda: noise, False, {"approx_kl": 0.0, "clip_fraction": 0.5})
 
 
 @pytest.fixture(scope="module")
