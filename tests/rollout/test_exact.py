@@ -92,15 +92,15 @@ def test_samples_that_were_preempted_and_refilled():
 def test_the_ratio_is_one_at_the_first_step_and_after_an_update():
     model, temperature = made(), 0.7
     engine, sampling = engine_of(model), Sampling(4, temperature=temperature, top_p=0.9, stop_ids=(1, 7))
-    for seed in range(2):
-        rollout = engine.generate(prompts(LENGTHS), 1, sampling, seed)
-        metrics = first_step(model, rollout, temperature)
-        assert metrics["approx_kl"] == metrics["clip_fraction"] == 0.0
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 1e-2 * parameter.grad
-                parameter.grad = None
-        assert differing(model, rollout, temperature) > 0  # the weights have moved
+    rollout = engine.generate(prompts(LENGTHS), 1, sampling, 0)
+    metrics = first_step(model, rollout, temperature)
+    assert metrics["approx_kl"] == metrics["clip_fraction"] == 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-2 * parameter.grad
+    assert first_step(model, rollout, temperature, backward=torch.detach)["approx_kl"] > 0.0
+    rollout = engine.generate(prompts(LENGTHS), 1, sampling, 1)
+    assert first_step(model, rollout, temperature, backward=torch.detach)["approx_kl"] == 0.0
 
 
 @pytest.mark.parametrize("name, dtype, size", [("llama", torch.float32, 64), ("qwen2", torch.float16, 288)])
@@ -127,9 +127,9 @@ def test_gradient_checkpointing():
     assert differing(model, rollout) == 0
 
 
-@pytest.mark.parametrize("product", [0, 9])
+@pytest.mark.parametrize("product", [0, 6], ids=["values of a prompt", "attention's output in a decode step"])
 def test_one_rounding_in_one_product_is_noticed(product):
-    model = made()
+    model = made(dtype=torch.float16)  # in float32 the next number of an element may be rounded away again
     engine = engine_of(model)
     with RowProducts(planted=product):
         rollout = engine.generate(prompts((5, 9)), 1, Sampling(4), 0)
