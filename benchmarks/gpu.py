@@ -36,7 +36,7 @@ from rto_fast.system.writing import write_file  # noqa: E402
 
 # The most seconds of each part, in the order in which they run.
 BUDGETS = {
-    "tests": 150,
+    "tests": 240,
     "passes": 120,
     "iteration": 90,
     "exact": 180,

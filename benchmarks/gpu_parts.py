@@ -22,6 +22,7 @@ COMPILED = "torch.compile"  # the peers of the last part
 # Time may run out, so first comes what only a GPU can show.
 TESTS = (
     "tests/rollout/test_exact_cuda.py",
+    "tests/rto/test_exact_cuda.py",
     "tests/rollout/test_cuda.py",
     "tests/models/test_graphs_cuda.py",
     "tests/models/test_decoder_kernels.py",

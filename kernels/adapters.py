@@ -260,13 +260,13 @@ def add_adapters(base: Tensor, t: Tensor, adapters: Sequence[AdapterOutput], out
         for number, spans in enumerate(rounds):
             target = out if number == len(rounds) - 1 else base
             for first in range(0, len(spans), MAX_SPANS):
-                _add_spans(base, t, spans[first : first + MAX_SPANS], target, tile)
+                _add_spans(base, t, adapters[0].b, spans[first : first + MAX_SPANS], target, tile)
 
 
-def _add_spans(base: Tensor, t: Tensor, spans: Sequence[_Span], out: Tensor, tile: dict[str, int]) -> None:
-    """One launch."""
-    found = [span.adapter for span in spans if span.adapter is not None]
-    like = found[0].b if found else base  # without adapters the base is rounded
+def _add_spans(
+    base: Tensor, t: Tensor, like: Tensor, spans: Sequence[_Span], out: Tensor, tile: dict[str, int]
+) -> None:
+    """One launch. `like` is any b: a span without an adapter reads nothing of it."""
     bs, ranks, firsts, scales, tiles, columns = [], [], [], [], [0], [spans[0].begin]
     for span in [*spans, *[_Span(spans[-1].end, spans[-1].end, None)] * (MAX_SPANS - len(spans))]:
         adapter = span.adapter

@@ -35,9 +35,9 @@ SLOTS = 8
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Below this 2^t is 0 in float32. t is clamped to it as a factor, because 0·t must not become 0·(-inf).
 MIN_LOG2 = tl.constexpr(-200.0)
-# Launch options of kernels that must round as transformers' modules do, one operation after the other. A product that is
-# added to something is rounded first. The compiler would contract both into one fused multiply-add, even if the product
-# is cast to 16 bits in between: it narrows the product to 16 bits, then contracts.
+# Launch options of kernels that must round as transformers' modules do, one operation after the other, or as each other.
+# A product that is added to something is rounded first, unless it says tl.fma. The compiler would contract both into one
+# fused multiply-add, even if the product is cast to 16 bits in between: it narrows the product to 16 bits, then contracts.
 EXACT = {"enable_fp_fusion": False}
 
 

@@ -157,7 +157,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    """See `rto_fast.layer_ops.embedding`."""
+    """See `rto_fast.kernels.layer_reference.embedding`."""
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return F.embedding(input_ids, weight)
     return _Embedding.apply(input_ids, weight, -1 if padding_idx is None else padding_idx % len(weight))

@@ -46,7 +46,11 @@ class _MainGrad(torch.autograd.Function):
 
 
 def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    """See `rto_fast.layer_ops.embedding`."""
+    """The rows [..., D] of `weight` [V, D] that tokens [...] name.
+
+    Args:
+        padding_idx: a row without a gradient, or None.
+    """
     return F.embedding(input_ids, weight, padding_idx)
 
 

@@ -2,9 +2,9 @@
 
 The draw is an inverse CDF of two levels, not Gumbel-max: one random number picks a tile of the vocabulary, and one
 picks a token of that tile. This takes two random numbers a token instead of V, so a table made once per rollout can
-hold them. The sums of the tiles come from the pass that the log-prob needs anyway, and only the chosen tile is read
-again. One program does all of this for a row, so that a sample depends on its row only, not on its slot or the size of
-the batch.
+hold them. The sums of the tiles come from the pass that the log-prob needs anyway, which adds up the row in the order of
+the losses (kernels/common.py). Only the chosen tile is read again. One program does all of this for a row, so that a
+sample depends on its row only, not on its slot or the size of the batch.
 
 The kernel is bound by memory: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. All filters of a row
 become one threshold, which is found without sorting. A pass collects the candidates of the row, which are above a bound
@@ -90,7 +90,7 @@ def _fold_policy(x_ptr, states_ptr, num_cols, scale, cap, NUM_TILES: tl.constexp
     m, s, u = empty_states(BLOCK_T, offs_v.shape[1])
     tail = num_cols // (2 * BLOCK_V) * (2 * BLOCK_V)
     for start in range(0, tail, 2 * BLOCK_V):
-        # Both loads come before the first store, so both are in flight.
+        # Both loads come before the first store, so 8 warps have 32 KB in flight. Two programs on an SM cover the latency.
         z, _ = load_logits(x_ptr, None, start + offs_v, num_cols, cap, False)
         next_z, _ = load_logits(x_ptr, None, start + BLOCK_V + offs_v, num_cols, cap, False)
         tile_m, tile_s, _ = tile_states(z, scale, False, BLOCK_T)

@@ -26,7 +26,6 @@ from rto_fast.kernels.layer_reference import Activation
 __all__ = [
     "Activation",
     "add_rms_norm",
-    "embedding",
     "gated_activation",
     "packed_attention",
     "rms_norm",
@@ -64,21 +63,6 @@ def _check_rows(x: Any) -> None:
     check_first("x", x)
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"x: expected shape [T, D] with D > 0, got {tuple(x.shape)}")
-
-
-def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
-    """The rows of `weight` that tokens name, as torch.nn.functional.embedding.
-
-    Args:
-        input_ids: [...] int64, in [0, V).
-        weight: [V, D] float32, bfloat16 or float16.
-        padding_idx: a row without a gradient, or None.
-    Returns:
-        [..., D].
-    """
-    check_first("weight", weight)
-    check_tensor("input_ids", input_ids, None, (torch.int64,), weight.device)
-    return implementation("embedding", weight).embedding(input_ids, weight, padding_idx)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:

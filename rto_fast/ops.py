@@ -170,10 +170,10 @@ def linear_token_logps(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, of which only a tile is in memory at a time.
+    """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, of which only a chunk is in memory at a time.
 
-    On CUDA the forward pass holds a float32 tile: an eighth of the logits of all rows that are not ignored, but at least 32
-    and at most 512 MiB (columns are rounded up to a multiple of 128). The backward pass holds at most 1 GiB.
+    On CUDA each pass holds float32 logits of at most 1 GiB. The log-probs have the bits of `sample_tokens`, if the product
+    has.
 
     Args:
         hidden_states: [..., D] float, the output of the last layer after its norm.

@@ -6,12 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rto_fast.batch import pack_whole
+from rto_fast.models.attention import PACKED, PLAIN
+from rto_fast.models.embedding import use_op_embeddings
+from rto_fast.models.forward import packed_inputs
+from tests.tiny_models import tiny
 from tests.training.test_resume import KILLER, UNREPORTED, records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -107,3 +113,24 @@ def test_torch_finds_no_op_that_would_not_repeat(variant, tmp_path):
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch asks for it, whatever workspaces it has itself
     folder = finished(tmp_path / "deterministic", *options, code=DETERMINISTIC, environment=environment)
     assert all("NaN" not in json.dumps(record) for record in records(folder))
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "gpt2"])
+def test_transformers_layers_repeat_and_compute_what_torchs_attention_does(name):
+    sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=2)
+    model = tiny(name, **({} if name == "gpt2" else sizes)).to("cuda", torch.bfloat16)
+    use_op_embeddings(model)
+    batch = pack_whole([[3 + i % 40] * (20 + i) for i in range(200)], "cuda")
+    batch = replace(batch, input_ids=torch.randint_like(batch.input_ids, 3, 90))
+
+    def gradients(attention):
+        model.set_attn_implementation(attention)
+        hidden = model.base_model(**packed_inputs(batch)).last_hidden_state
+        towards = torch.linspace(-1, 1, hidden.numel(), device="cuda").view_as(hidden).to(hidden)
+        return torch.autograd.grad(hidden, [p for n, p in model.named_parameters() if "lm_head" not in n], towards)
+
+    first, plain = gradients(PACKED), gradients(PLAIN)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(PACKED), first))
+    for ours, theirs in zip(first, plain):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()

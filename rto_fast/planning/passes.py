@@ -124,9 +124,9 @@ def training_moments(shape: Shape, parameters: float, work: Work, setting: Setti
     # Gradients inside a layer's backward pass: of its output and the residual stream, of the MLP's product, gate and up
     # projection. What autograd kept for the parts already passed is free by then.
     flowing = work.tokens * b * (2 * shape.intermediate_size + 2 * shape.hidden_size)
-    # The embedding's gradient, which torch converts before it adds it up; on a GPU our optimizer does without.
-    converts = b < 4 and (setting.zero > 0 or not setting.gpu)
-    embedding = (b + 4 * converts) * shape.largest * work.trains_all
+    # The embedding's gradient, which torch converts before it adds it up; on a GPU ours is added in place.
+    in_place = setting.gpu and not setting.zero
+    embedding = 0.0 if in_place else (b + 4 * (b < 4)) * shape.largest * work.trains_all
     of_head = shape.head_weights * bool(work.labelled and work.trains_all and setting.zero < 2)
     waiting = b * of_head * shape.tied  # for the embedding's gradient, if that is of the same weight
     return {

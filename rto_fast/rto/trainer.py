@@ -165,13 +165,13 @@ class RTOTrainer(Trainer):
             release(frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "is_exact": self.is_exact}
+        own = {"iteration": self.step_count, "kl_coef": self.kl_coef, "is_exact": int(self.is_exact)}
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.step_count, self.kl_coef = state["iteration"], state["kl_coef"]
-        self.is_exact = state.get("is_exact", True)  # older checkpoints have none
+        self.is_exact = bool(state.get("is_exact", 1))  # older checkpoints have none
         self.steps, updates = self._count_steps()
         for optimizer in self.optimizers.values():
             optimizer.total_steps = optimizer.steps + updates

@@ -17,6 +17,7 @@ GROUPS = {
     "ranks": ([40, 72], [[1], [70]]),
     "several adapters": ([40, 24], [[3, 8], [None, 8]]),
     "four projections": ([16, 24, 8, 70], [[4], [8], None, [16]]),
+    "the fourth has none": ([16, 24, 8, 70], [[4], [8], [3], None]),
 }
 
 

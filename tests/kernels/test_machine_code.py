@@ -43,6 +43,13 @@ def test_warps_of_a_row_of_logits(facts):
     assert found["token_logps_bwd_kernel", "logits llama bf16"] == 8
 
 
+@pytest.mark.parametrize("kernel", ["token_logps_fwd_kernel", "linear_ppo_kernel", "sample_tokens_kernel"])
+def test_log_probs_are_rounded_as_written(facts, kernel):
+    """No compiler decides what is contracted in one and not in the others. It does so in the gradient's kernel."""
+    assert [fact["contractible"] for fact in facts if fact["kernel"] == kernel and fact["contractible"]] == []
+    assert all(fact["contractible"] for fact in facts if fact["kernel"] == "logits_gradient_kernel")
+
+
 @pytest.mark.parametrize("kernel, programs", [("rto_advantages_kernel", 6), ("gae_kernel", 6)])
 def test_programs_that_wait_for_latency_share_an_sm(facts, kernel, programs):
     """A million tokens of 1024 sequences are 7.8 programs for each SM of an H200.

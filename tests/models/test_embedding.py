@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from rto_fast import layer_ops
+from rto_fast.kernels import layer_reference
 from rto_fast.models.embedding import OpEmbedding, use_op_embeddings
 from rto_fast.models.loading import load_model
 from tests.tiny_models import tiny
@@ -21,11 +21,11 @@ def test_embeddings_of_all_classes_run_our_op_and_compute_the_same(name, monkeyp
     use_op_embeddings(model)
     use_op_embeddings(model)  # changes nothing more
 
-    def counted(*args, op=layer_ops.embedding):
+    def counted(*args, op=layer_reference.embedding):
         calls.append(args[2])
         return op(*args)
 
-    monkeypatch.setattr(layer_ops, "embedding", counted)
+    monkeypatch.setattr(layer_reference, "embedding", counted)
     found, expected = model(IDS).logits, plain(IDS).logits
     assert torch.equal(found, expected) and 9 in calls
     assert model.state_dict().keys() == plain.state_dict().keys()

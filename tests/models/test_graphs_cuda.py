@@ -10,6 +10,7 @@ import torch
 from rto_fast.batch import pack
 from rto_fast.config import load_config
 from rto_fast.models.attention import PACKED
+from rto_fast.models.embedding import use_op_embeddings
 from rto_fast.models.forward import causal_logps
 from rto_fast.models.graphs import PassGraphs
 from rto_fast.models.model import Model
@@ -44,6 +45,7 @@ def made(loss=policy_loss, name="llama", dtype=torch.bfloat16, seed=1):
     heads = dict(num_attention_heads=8, num_key_value_heads=2, num_labels=1)
     module = tiny(name, kind, seed, std=0.04, **sizes, **heads).to("cuda", dtype)
     module.set_attn_implementation(PACKED)
+    use_op_embeddings(module)
     model = Model(module)
     model.graphs = PassGraphs(module)
     return model

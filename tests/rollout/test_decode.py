@@ -15,8 +15,8 @@ from rto_fast import layer_ops
 from rto_fast.config import RolloutConfig
 from rto_fast.errors import RolloutError
 from rto_fast.kernels import decode_reference
+from rto_fast.models import joined_linear
 from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native
-from rto_fast.rollout import model as rollout_model
 from rto_fast.rollout.cache import PagedCache
 from rto_fast.rollout.decode import DecodeState, DecodeStep, Sampler
 from rto_fast.rollout.model import RolloutModel
@@ -40,6 +40,8 @@ class Shapes:
             "rotary_embedding": lambda qkv, rope, *, num_heads, num_kv_heads, **_: torch.empty_like(qkv).split(
                 [num_heads, num_kv_heads, num_kv_heads], 1
             ),
+            "adapter_input": lambda x, runs, keeps: x.new_empty(len(x), runs[-1].ranks.stop),
+            "add_adapters": lambda *_: None,
             "gated_activation": lambda gate_up, activation: gate_up.chunk(2, -1)[0],
             "begin_step": lambda lengths, active, *_, **__: (
                 torch.empty_like(lengths),
@@ -64,8 +66,12 @@ class Shapes:
         return call
 
 
-def meta_step(name, monkeypatch, patch=None, under=None):
-    """Runs the decode step on the meta device, where reading a value raises. Returns the Shapes."""
+def meta_step(name, monkeypatch, patch=None, under=None, has_decoder=None):
+    """Runs the decode step on the meta device, where reading a value raises. Returns the Shapes.
+
+    Args:
+        has_decoder: whether a decoder of ours is expected; by default, whether the family has one.
+    """
     import rto_fast.kernels
 
     with torch.device("meta"):
@@ -79,13 +85,13 @@ def meta_step(name, monkeypatch, patch=None, under=None):
     monkeypatch.setattr(decode, "sample_tokens", lambda *args, **options: shapes.sample_tokens(*args, **options))
     monkeypatch.setattr(layer_ops, "implementation", lambda *_: shapes)
     # Meta tensors have no addresses: neighbours cannot be told.
-    monkeypatch.setattr(rollout_model, "joined", lambda all: all[0].new_empty(sum(map(len, all)), *all[0].shape[1:]))
+    monkeypatch.setattr(joined_linear, "joined", lambda all: all[0].new_empty(sum(map(len, all)), *all[0].shape[1:]))
     model, device = RolloutModel(causal_lm), torch.device("meta")
     cache = PagedCache([(2, 8)] * 2, 64, torch.float32, device)
     cache.num_pages = 8
     state = DecodeState(8, 8, 16, 2, device)
     with torch.no_grad(), model.decoding(128):
-        assert (model.decoder is not None) == (name in FAMILIES and patch is None)
+        assert (model.decoder is not None) == (name in FAMILIES if has_decoder is None else has_decoder)
         sampler = Sampler(Sampling(16, 2, top_p=0.9, stop_ids=(1, 2)), model.head, device)
         with under or contextlib.nullcontext():
             DecodeStep(model, cache, state, sampler, False).run(4)
@@ -121,6 +127,23 @@ def test_the_number_of_kernels_is_what_predictions_count(name, kernels, monkeypa
     assert found == 2 * a_layer + around, (launches.found, shapes.calls)
 
 
+@pytest.mark.parametrize("targets, more", [("all-linear", 8), (["q_proj", "k_proj", "v_proj"], 2)], ids=str)
+def test_the_number_of_kernels_with_adapters(targets, more, monkeypatch):
+    """Two for each group of projections that has adapters."""
+    peft = pytest.importorskip("peft", reason="LoRA needs PEFT (the lora extra)")
+
+    def patch(model):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets), model)
+
+    launches, (a_layer, around) = Launches(), costs.KERNELS["llama"]
+    shapes = meta_step("llama", monkeypatch, patch, launches)
+    assert shapes.calls["add_adapters"] == 2 * more // 2
+    assert launches.found.total() + shapes.calls.total() == 2 * (a_layer + more) + around, (
+        launches.found,
+        shapes.calls,
+    )
+
+
 def test_a_host_sync_would_be_found(monkeypatch):
     class Asks(nn.Module):
         def forward(self, x):
@@ -130,7 +153,7 @@ def test_a_host_sync_would_be_found(monkeypatch):
         model.model.norm = Asks()
 
     with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
-        meta_step("llama", monkeypatch, patch)
+        meta_step("llama", monkeypatch, patch, has_decoder=False)
 
 
 @pytest.fixture
