@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from rto_fast.batch import micro_batches
 from rto_fast.config import RTOConfig
-from rto_fast.evaluation.exactness import trained_logps
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
+from rto_fast.rollout.exactness import trained_logps
 from rto_fast.rto.update import MicroBatch, policy_loss
 
 
@@ -54,7 +54,7 @@ MM, ADDMM, LINEAR = torch.mm, torch.addmm, F.linear
 
 
 class RowProducts:
-    """Within it, torch's float32 and float16 products on a CPU are summed in float64 and rounded once.
+    """Within it, torch's products of 32 and 16 bits on a CPU are summed in float64 and rounded once.
 
     So a row has the same bits in a product of any number of rows, which MKL does not promise. On a GPU this is the work of
     `rto_fast.kernels.gemm.linear`.
