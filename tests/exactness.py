@@ -11,7 +11,6 @@ from rto_fast.models.model import Model
 from rto_fast.rollout.exactness import trained_logps
 from rto_fast.rto.update import MicroBatch, policy_loss
 
-
 PASS_TOKENS = 8192
 
 
