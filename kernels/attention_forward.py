@@ -14,8 +14,8 @@ packing, and `paged_attention.py`, which decodes, gives them too. `fold_block` a
 - A product that is added to something is written as `tl.fma`, and `EXACT` forbids the compiler to contract others.
 
 Splits have 256 keys. Shorter ones keep more multiprocessors busy where few sequences are decoded, longer ones cost training
-fewer merges, of 2 instructions an element of the output. Predicted for an H200: beside splits of 128 a sequence of 1,024
-keys, 32 programs for 8 key heads, takes 1 us a layer more, 3 % of a step of Qwen3-0.6B (9 % with 512); the forward pass
+fewer merges, of 2 instructions an element of the output. Predicted for an H200: beside splits of 128 one sequence of 1,024
+keys, 32 programs for 8 key heads, takes .7 us a layer more, 2 % of a step of Qwen3-0.6B (7 % with 512); the forward pass
 of attention takes 3 to 5 % more for 2,048 tokens, under 0.5 % of a pass, and nothing up to 256. Registers are the same
 with every length. Two states of 64 numbers a thread fit without spills on an H100 in the tiles that were there before; with
 heads of more than 64 an A100 and a B200 take half as many rows (`fit_two_states`), predicted to cost them a third.
@@ -325,6 +325,8 @@ def fit_two_states(rows: int, options: dict[str, Any], query: Tensor) -> tuple[i
     elif query.element_size() == 2 and options["BLOCK_D"] > 64:
         rows, num_warps = (64, 8) if sm == 10 or is_wide else (32, 4)
         options = options | {"num_warps": num_warps}
+    elif options["BLOCK_D"] > 64:
+        options = options | {"num_stages": 1}
     return rows, options | {"SPLIT": SPLIT_KEYS, "MERGE_FIRST": merge_first}
 
 

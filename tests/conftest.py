@@ -33,6 +33,7 @@ LONGEST = (
     "tests/training/test_resume.py",
     "tests/kernels/test_machine_code.py",
     "tests/kernels/test_attention.py",
+    "tests/kernels/test_exact_attention.py",
     "tests/rollout/test_exact.py",
     "tests/rollout/test_decode.py",
     "tests/test_commands.py",

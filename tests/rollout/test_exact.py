@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rto_fast.config import LoraConfig
-from rto_fast.kernels import arguments, attention_forward, paged_attention
+from rto_fast.kernels import arguments, attention_forward
 from rto_fast.models.lora import new_adapter
 from rto_fast.models.model import Model
 from rto_fast.rollout import Exactness, Sampling, attention, decode, exactness, native
@@ -59,8 +59,7 @@ def test_log_probs_in_float16_are_those_of_training():
 
 def test_splits_of_keys(monkeypatch):
     """They begin at a sequence's start, and end within prompts, pieces of prompts and responses. Others are noticed."""
-    for module in (attention_forward, paged_attention):
-        monkeypatch.setattr(module, "SPLIT_KEYS", 64)  # instead of 256
+    monkeypatch.setattr(attention_forward, "SPLIT_KEYS", 64)  # instead of 256
     model = made()
     rollout = engine_of(model, prefill_tokens=100).generate(prompts((127, 61)), 1, Sampling(5), 0)
     assert differing(model, rollout) == 0
