@@ -130,7 +130,7 @@ def _waits_allowed() -> Iterator[None]:
     """Lifts what `torch.cuda.set_sync_debug_mode` forbids."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this and the choice of a BLAS library experimental, once each
+        warnings.simplefilter("ignore")  # torch calls this a prototype, once
         torch.cuda.set_sync_debug_mode(0)
         try:
             yield
