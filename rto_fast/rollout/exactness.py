@@ -52,7 +52,10 @@ def measure(engine: Engine, temperature: float) -> Exactness:
         temperature: divides the logits, as in the run.
     """
     try:
-        return _compared(engine.policy, _sampled(engine, temperature), temperature)
+        rollout = _sampled(engine, temperature)
+        # Training uses none of the modes in which a caller may make an engine.
+        with torch.inference_mode(False), torch.autocast(engine.policy.device.type, enabled=False):
+            return _compared(engine.policy, rollout, temperature)
     except (RolloutError, torch.OutOfMemoryError) as error:
         return Exactness(reason=f"they could not be compared ({str(error).splitlines()[0]})")
 
