@@ -63,7 +63,8 @@ def measure(engine: Engine, temperature: float) -> Exactness:
         passes = _groups(len(rollout.response_ids))
         # Training uses none of the modes in which a caller may make an engine.
         with torch.inference_mode(False), torch.autocast(engine.policy.device.type, enabled=False):
-            return _compared(engine.policy.model, rollout, passes, temperature, LEARNING_TOKENS)
+            trained = trained_logps(engine.policy.model, rollout, passes, temperature, LEARNING_TOKENS)
+        return _compared(rollout, trained)
     except (RolloutError, torch.OutOfMemoryError) as error:
         return Exactness(reason=f"they could not be compared ({str(error).splitlines()[0]})")
 
@@ -84,21 +85,14 @@ def check_prompts(engine: Engine, prompt_ids: list[list[int]], sampling: Samplin
     """
     rollout, again = (engine.generate(ids, 1, sampling) for ids in (prompt_ids, prompt_ids[:ALONE]))
     lengths = [len(prompt) + len(response) for prompt, response in zip(rollout.prompt_ids, rollout.response_ids)]
-    found = _compared(engine.policy.model, rollout, micro_batches(lengths, PASS_TOKENS), sampling.temperature)
-    return found, sum(a != b for a, b in zip(_samples(again), _samples(rollout)))
+    trained = trained_logps(engine.policy.model, rollout, micro_batches(lengths, PASS_TOKENS), sampling.temperature)
+    return _compared(rollout, trained), sum(a != b for a, b in zip(_samples(again), _samples(rollout)))
 
 
-def _compared(
-    model: Model,
-    rollout: RolloutBatch,
-    passes: Iterable[Sequence[int]],
-    temperature: float,
-    learning_tokens: int | None = None,
-) -> Exactness:
-    """The comparison of a rollout's log-probs with those of `trained_logps`."""
+def _compared(rollout: RolloutBatch, trained: Tensor) -> Exactness:
+    """How a rollout's log-probs compare with those of `trained_logps`."""
     if rollout.logps is None:
         raise RolloutError("the engine gave no log-probs")
-    trained = trained_logps(model, rollout, passes, temperature, learning_tokens)
     positions = [torch.arange(len(p), len(p) + len(r)) for p, r in zip(rollout.prompt_ids, rollout.response_ids)]
     return Exactness.of(rollout.logps.cpu(), trained, torch.cat(positions))
 
