@@ -70,6 +70,7 @@ class Look:
 _choices: dict[tuple, Run] = {}
 _looks: list[Look] = []
 _lock = threading.Lock()
+_flags_lock = threading.Lock()  # else a thread might take what another one has set for the user's flags
 
 
 def is_exact(dtype: torch.dtype) -> bool:
@@ -154,14 +155,15 @@ def cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
     """`cublas` with cuBLASLt, which may not split K."""
     # torch.backends.cuda has the same, but takes 20 µs for it.
     get_flags, set_flags = _flags(x.dtype)
-    library, flags = torch._C._get_blas_preferred_backend(), get_flags()
-    try:
-        torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
-        set_flags(False, False)  # no 16-bit parts, no split K
-        cublas(x, weight, bias, out)
-    finally:
-        set_flags(*flags)
-        torch._C._set_blas_preferred_backend(library)
+    with _flags_lock:
+        library, flags = torch._C._get_blas_preferred_backend(), get_flags()
+        try:
+            torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
+            set_flags(False, False)  # no 16-bit parts, no split K
+            cublas(x, weight, bias, out)
+        finally:
+            set_flags(*flags)
+            torch._C._set_blas_preferred_backend(library)
 
 
 def _flags(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[..., None]]:

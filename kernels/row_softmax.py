@@ -194,7 +194,7 @@ def logits_gradient(
     p = tl.exp2(log2_p)
     gradient = dlogp * (tl.where(offs_v == label, 1.0, 0.0) - p)
     if WITH_ENTROPY:
-        gradient = tl.fma(-dentropy * p, tl.fma(tl.maximum(log2_p, MIN_LOG2), LN2, entropy), gradient)
+        gradient = tl.fma(-dentropy, p * tl.fma(tl.maximum(log2_p, MIN_LOG2), LN2, entropy), gradient)
     return gradient * (scale * LN2) * derivative
 
 

@@ -61,7 +61,9 @@ def measure(engine: Engine, temperature: float) -> Exactness:
     try:
         rollout = _sampled(engine, temperature)
         passes = _groups(len(rollout.response_ids))
-        return _compared(engine.policy.model, rollout, passes, temperature, LEARNING_TOKENS)
+        # Training uses none of the modes in which a caller may make an engine.
+        with torch.inference_mode(False), torch.autocast(engine.policy.device.type, enabled=False):
+            return _compared(engine.policy.model, rollout, passes, temperature, LEARNING_TOKENS)
     except (RolloutError, torch.OutOfMemoryError) as error:
         return Exactness(reason=f"they could not be compared ({str(error).splitlines()[0]})")
 

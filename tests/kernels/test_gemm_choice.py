@@ -1,6 +1,7 @@
 """Which GEMM `linear` takes: wrong bits are found, the user's flags stay, and a product is looked at once."""
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -306,6 +307,34 @@ def test_flags_are_restored(flags, dtype, monkeypatch):
         setattr(matmul, name, (True, True))
     assert state() == start
     assert seen == [(False, False, torch._C._BlasBackend.Cublaslt)] * 2
+
+
+def test_threads_leave_the_users_flags(monkeypatch):
+    """The second begins while the first has set its own, and ends after it."""
+    library, first, seen = ["the user's"], threading.Event(), []
+    monkeypatch.setattr(torch._C, "_get_blas_preferred_backend", lambda: library[-1])
+    monkeypatch.setattr(torch._C, "_set_blas_preferred_backend", library.append)
+    get_flags, _ = gemm_choice._flags(torch.bfloat16)
+    x, before, second_came = torch.empty(1, 1).bfloat16(), get_flags(), threading.Event()
+
+    def product(*operands):
+        if threading.current_thread() is second:
+            second_came.set()
+            first_thread.join()
+        else:
+            first.set()
+            second_came.wait(0.3)
+        seen.append((get_flags(), library[-1]))
+
+    monkeypatch.setattr(gemm_choice, "cublas", product)
+    first_thread, second = (threading.Thread(target=gemm_choice.cublaslt, args=(x, x, None, x)) for _ in range(2))
+    first_thread.start()
+    assert first.wait(9)
+    second.start()
+    for thread in (first_thread, second):
+        thread.join()
+    assert seen == [((False, False), torch._C._BlasBackend.Cublaslt)] * 2
+    assert get_flags() == before and library[-1] == "the user's"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -74,6 +74,15 @@ def test_every_batch_is_another_and_every_sample_is_in_one(trusted, monkeypatch)
     assert seen == [1, 2, 3] and modes == [True, True, False]  # of at most 21 tokens with activations kept
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_modes_do_not_count(mode, few, monkeypatch):
+    monkeypatch.setattr(exactness, "reason_against", lambda policy: None)
+    model = tiny().train()
+    expected = native_engine(model).exactness
+    with mode():
+        assert native_engine(model).exactness == expected and expected.tokens == 13
+
+
 def test_one_rounding_of_one_log_prob_is_found(trusted, monkeypatch):
     calls = []
 
