@@ -10,7 +10,7 @@ all of K would take ten times as long as the rest.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -170,12 +170,14 @@ def _power_of_two(ranks: int) -> int:
     return min(max(triton.next_power_of_2(ranks), 16), 64)
 
 
-def _input_tile(num_rows: int, num_ranks: int, itemsize: int) -> dict[str, int]:
+def _input_tile(num_rows: int, num_ranks: int, itemsize: int) -> dict[str, Any]:
     """Rows in as large tiles as leave enough programs. Float32 products do not run on tensor cores: smaller tiles."""
     if itemsize > 2:
         return {"BLOCK_T": 16, "BLOCK_R": min(_power_of_two(num_ranks), 32), "BLOCK_K": 32, "num_stages": 2}
     block_t = 16 if num_rows <= 2048 else 32 if num_rows <= 8192 else 64
-    return {"BLOCK_T": block_t, "BLOCK_R": _power_of_two(num_ranks), "BLOCK_K": 128, "num_stages": 3}
+    # By itself ptxas would spill in small tiles, to make room for programs that shared memory has no room for.
+    options = {"num_stages": 3, "maxnreg": 255 if block_t == 16 else None}
+    return {"BLOCK_T": block_t, "BLOCK_R": _power_of_two(num_ranks), "BLOCK_K": 128, **options}
 
 
 def _output_tile(num_rows: int, rank: int, itemsize: int) -> dict[str, int]:
