@@ -18,8 +18,8 @@ DECODE_BATCH, DECODE_CONTEXT = 256, 512  # sequences and their mean tokens, wher
 LAUNCH_SECONDS = 3e-6  # assumed, from one kernel's end to the next one's first byte
 GRAPH_SECONDS = 2e-6  # assumed, the same inside a CUDA graph
 # Kernels of a decode step on a GPU, of each layer and around the layers, counted by tests/rollout/test_decode.py.
-# A layer has one more where fewer sequences' key heads than FULL leave multiprocessors idle, so that several programs share
-# the splits of a sequence (two for each of an H200's 132).
+# A layer has one more where the sequences have fewer key heads than FULL in all. Then attention has at least two programs
+# for each of them, which share its splits of keys: there are up to 264 programs, two for each SM of an H200.
 FULL = 133
 # {model_type: (a layer, around)}. Gemma has norms after both blocks too, and Gemma-3 two tables of RoPE. Embeddings are
 # multiplied by a number in Gemma and Granite.

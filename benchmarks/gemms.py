@@ -59,12 +59,13 @@ def compare(device: torch.device, clock: Clock, rows: int, columns: int, inner: 
         torch.randn(size, inner, generator=generator, device=device).mul_(scale).bfloat16()
         for size, scale in ((rows, 1.0), (columns, inner**-0.5))
     )
-    outs = {name: torch.empty(rows, columns, dtype=x.dtype, device=device) for name in providers(device)}
+    candidates = providers(device)
+    outs = {name: torch.empty(rows, columns, dtype=x.dtype, device=device) for name in candidates}
 
     def provider(run: Callable, out: torch.Tensor) -> Callable:
         return lambda: lambda: (run(x, weight, None, out), out)[1]
 
-    runs = {n: run if isinstance(run, str) else provider(run, outs[n]) for n, run in providers(device).items()}
+    runs = {n: run if isinstance(run, str) else provider(run, outs[n]) for n, run in candidates.items()}
     expected = torch.empty_like(outs[OURS])
     if device.type == "cuda":
         ordered_gemm(x, weight, None, expected, REFERENCE)

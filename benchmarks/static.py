@@ -4,18 +4,19 @@
 
 A case is a call of a kernel module. It runs on CPU tensors with a recorder in place of Triton's launcher, so that
 exactly that is compiled which the call launches on a GPU: dtypes, alignments, constexprs, warps. Each launch is
-compiled for each architecture and disassembled with the cuobjdump that comes with Triton. The exit code is 1 if a fact
+compiled for each architecture and disassembled with the tools that come with Triton. The exit code is 1 if a fact
 is wrong.
 """
 
 import importlib
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -31,7 +32,7 @@ from benchmarks.static_cases import CASES, EXPECTED
 from rto_fast.kernels import attention_forward
 from rto_fast.system.terminal import protect, say
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SM = 65536
 # Bytes of shared memory of a block and of an SM (a block takes 1 KB more than it asks for), and warps of an SM.
 LIMITS = {80: (163 << 10, 164 << 10, 64), 90: (227 << 10, 228 << 10, 64), 100: (227 << 10, 228 << 10, 64)}
@@ -144,15 +145,44 @@ def _contractible(ptx):
     return len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", ptx))
 
 
-def read_facts(compiled, case, sm):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+def _code(cubin):
+    """The instructions of a cubin of one kernel: the ELF section `.text.KERNEL`."""
+    (table,), (size, number, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [
+        struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)
+    ]  # name, …, offset, length
+    start = sections[names][4]
+    (code,) = (section for section in sections if cubin[start + section[0] :].startswith(b".text."))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def disassemble(cubins, sm):
+    """The SASS of each kernel. One process reads them all: its start takes as long as thirty kernels."""
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [TOOLS / "nvdisasm", "--binary", f"SM{sm}{'a' if sm >= 90 else ''}", file.name]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = [line for line in lines if line.lstrip().startswith("/*")]  # an instruction of 16 bytes each
+    ends = [end // 16 for end in itertools.accumulate(map(len, codes))]
+    assert len(lines) == ends[-1]
+    return ["\n".join(lines[first:last]) for first, last in zip([0, *ends], ends)]
+
+
+def resource_usage(cubin):
+    """{"REG": registers of a thread, "STACK" and "LOCAL": its bytes of local memory}."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
-    metadata = compiled.metadata
-    tensor_core = len(re.findall(TENSOR_CORE[sm], dump))
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+
+
+def read_facts(compiled, sass, case, sm):
+    usage, metadata = resource_usage(compiled.asm["cubin"]), compiled.metadata
+    tensor_core = len(re.findall(TENSOR_CORE[sm], sass))
     facts = Facts(
         metadata.name,
         case,
@@ -161,11 +191,11 @@ def read_facts(compiled, case, sm):
         usage["REG"],
         usage["STACK"] + usage["LOCAL"],
         metadata.shared,
-        _widths(dump, "LDG"),
-        _widths(dump, "STG"),
+        _widths(sass, "LDG"),
+        _widths(sass, "STG"),
         tensor_core,
-        0 < tensor_core <= len(re.findall(r"\bWARPGROUP\.DEPBAR\b", dump)),
-        _inexact(compiled.asm["ptx"], dump),
+        0 < tensor_core <= len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
+        _inexact(compiled.asm["ptx"], sass),
         _contractible(compiled.asm["ptx"]),
     )
     facts.check()
@@ -174,23 +204,24 @@ def read_facts(compiled, case, sm):
 
 def collect(only=""):
     """The Facts of each kernel whose name contains `only`, of each compiled variant once."""
-    pending, seen = [], set()
-    with ThreadPoolExecutor() as pool:  # disassembling takes as long as compiling, so both run at once
-        for case, (module, call) in CASES.items():
-            torch.manual_seed(0)
-            implementation = importlib.import_module(f"rto_fast.kernels.{module}")
-            for sm in LIMITS:
-                # Attention's tiles follow from the architecture.
-                with patch.object(attention_forward, "architecture", lambda _, sm=sm: sm):
-                    launches = record_launches(call, implementation)
-                for kernel, args, kwargs in launches:
-                    if only not in kernel.__name__:
-                        continue
+    variants = {}
+    for case, (module, call) in CASES.items():
+        torch.manual_seed(0)
+        implementation = importlib.import_module(f"rto_fast.kernels.{module}")
+        for sm in LIMITS:
+            # Attention's tiles follow from the architecture.
+            with patch.object(attention_forward, "architecture", lambda _, sm=sm: sm):
+                launches = record_launches(call, implementation)
+            for kernel, args, kwargs in launches:
+                if only in kernel.__name__:
                     compiled = compile_launch(kernel, args, kwargs, sm)
-                    if compiled.hash not in seen:
-                        seen.add(compiled.hash)
-                        pending.append(pool.submit(read_facts, compiled, case, sm))
-    return [future.result() for future in pending]
+                    variants.setdefault(compiled.hash, (compiled, case, sm))
+    collected = []
+    for sm in LIMITS:
+        found = [variant for variant in variants.values() if variant[2] == sm]
+        codes = disassemble([compiled.asm["cubin"] for compiled, _, _ in found], sm) if found else []
+        collected += [read_facts(compiled, sass, case, sm) for (compiled, case, _), sass in zip(found, codes)]
+    return sorted(collected, key=lambda facts: list(CASES).index(facts.case))
 
 
 def print_table(collected):

@@ -197,7 +197,9 @@ def _launch_options(query: Tensor, max_seqlen: int) -> tuple[int, dict[str, Any]
     is_16_bit, is_wide = query.element_size() == 2, options["BLOCK_D"] > 128
     keys, queries = (64 if is_16_bit and options["BLOCK_D"] <= 64 else 32), 32
     if is_wide:
-        keys, queries = (32 if is_16_bit else 16), 16
+        queries = 16
+    if not is_16_bit and options["BLOCK_D"] > 64:
+        keys, queries = 16, 16
     dkdv_options = options
     if is_16_bit and attention_forward.architecture(query.device) // 10 not in (9, 10):
         # Tensor cores that do not read shared memory: keys and values take registers too.

@@ -91,6 +91,7 @@ def embedding_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Writes the sum of an id's tokens to its row of `out`, or with ADD adds it there. The id's first token does it."""
     first = tl.program_id(0)
     id_ = tl.load(ids_ptr + first)
     before = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)

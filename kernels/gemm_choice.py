@@ -131,7 +131,7 @@ def _waits_allowed() -> Iterator[None]:
     """Lifts what `torch.cuda.set_sync_debug_mode` forbids."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this and the choice of a BLAS library experimental, once each
+        warnings.simplefilter("ignore")  # torch calls this a prototype, once
         torch.cuda.set_sync_debug_mode(0)
         try:
             yield
@@ -189,7 +189,7 @@ def _ordered(x: Tensor, weight: Tensor) -> tuple[Run, Run]:
 def _look(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[Run, dict[str, Any] | None]:
     """The GEMM to take, and what a `Look` says; None if the outputs show nothing, so that the next call looks again."""
     (rows, inner), columns = x.shape, weight.shape[0]
-    few = rows <= FEW_ROWS
+    few = _are_few(rows, columns)
     reference, tiled = _ordered(x, weight)
     right: dict[str, Run] = {}
     differing: dict[str, float] = {}
@@ -265,10 +265,15 @@ class _Trial:
         return outputs, int(differs.sum()) / differs.numel()
 
 
+def _are_few(rows: int, columns: int) -> bool:
+    """Whether a product is looked at with random inputs. One of few outputs shows enough only in several rounds."""
+    return rows <= FEW_ROWS or rows * columns < WANTED
+
+
 def _trial_of(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> _Trial | None:
     """For cuBLAS: products of these sizes, strides and alignments; None if it takes too many of them, or too much memory."""
     (rows, inner), columns = x.shape, weight.shape[0]
-    few = rows <= FEW_ROWS
+    few = _are_few(rows, columns)
     rounds = math.ceil(WANTED / (rows * columns)) if few else 1
     wanted = min(rows, max(math.ceil(WANTED / columns), min(MAX_OUTPUTS // columns, MAX_INPUTS // inner)))
     if rounds > MAX_ROUNDS or wanted * inner > MAX_INPUTS:

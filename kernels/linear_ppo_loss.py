@@ -25,18 +25,20 @@ from rto_fast.kernels.common import (
     autocast_operands,
     contiguous,
     equal_share,
+    kept_rows,
+    num_items_tensor,
+    ppo_terms,
+)
+from rto_fast.kernels.gemm import gemm, linear
+from rto_fast.kernels.row_softmax import (
     finish_row,
     fold_row,
     gradient_view,
-    kept_rows,
     load_label,
     logits_buffer,
-    num_items_tensor,
-    ppo_terms,
     row_block,
     write_gradient,
 )
-from rto_fast.kernels.gemm import gemm, linear
 
 # Float32 logits of a chunk. Reading and writing dweight's float32 accumulator takes 735/C of the time of the dweight
 # GEMM of a chunk of C tokens (H200), so chunks should be large: 2 GiB is C = 4096 at V = 128k (18 %) and 2048 at V =

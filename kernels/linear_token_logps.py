@@ -15,19 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import (
-    EXACT,
-    LOG2E,
-    autocast_operands,
-    contiguous,
-    equal_share,
-    gradient_view,
-    kept_rows,
-    logits_buffer,
-    row_block,
-    write_gradient,
-)
+from rto_fast.kernels.common import EXACT, LOG2E, autocast_operands, contiguous, equal_share, kept_rows
 from rto_fast.kernels.gemm import gemm, linear
+from rto_fast.kernels.row_softmax import gradient_view, logits_buffer, row_block, write_gradient
 from rto_fast.kernels.token_logps import token_logps_fwd_kernel
 
 # Float32 logits of a chunk, in each pass. In the forward pass a chunk is some rows of the whole vocabulary. 1 GiB holds

@@ -3,7 +3,7 @@
 The draw is an inverse CDF of two levels, not Gumbel-max: one random number picks a tile of the vocabulary, and one
 picks a token of that tile. This takes two random numbers a token instead of V, so a table made once per rollout can
 hold them. The sums of the tiles come from the pass that the log-prob needs anyway, which adds up the row in the order of
-the losses (kernels/common.py). Only the chosen tile is read again. One program does all of this for a row, so that a
+the losses (kernels/row_softmax.py). Only the chosen tile is read again. One program does all of this for a row, so that a
 sample depends on its row only, not on its slot or the size of the batch.
 
 The kernel is bound by memory: 256 rows of 151936 float32 are 156 MB, 36 µs of an H200's 4.3 TB/s. All filters of a row
@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import (
-    EXACT,
-    LOG2E,
+from rto_fast.kernels.common import EXACT, LOG2E
+from rto_fast.kernels.row_softmax import (
     SLOTS,
     TILE,
     empty_states,
@@ -84,7 +83,7 @@ def _store_kept(
 
 @triton.jit
 def _fold_policy(x_ptr, states_ptr, num_cols, scale, cap, NUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(m, s) of the row as the losses have it (see kernels/common.py); stores the states of its tiles."""
+    """(m, s) of the row as the losses have it (see kernels/row_softmax.py); stores the states of its tiles."""
     BLOCK_V: tl.constexpr = BLOCK_T * TILE
     offs_v = tile_columns(x_ptr.dtype.element_ty.primitive_bitwidth, BLOCK_T)
     m, s, u = empty_states(BLOCK_T, offs_v.shape[1])

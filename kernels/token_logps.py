@@ -20,16 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rto_fast.kernels.common import (
-    EXACT,
-    LOG2E,
-    finish_row,
-    fold_row,
-    load_label,
-    merge_states,
-    row_block,
-    write_gradient,
-)
+from rto_fast.kernels.common import EXACT, LOG2E
+from rto_fast.kernels.row_softmax import finish_row, fold_row, load_label, merge_states, row_block, write_gradient
 
 # Each of 132 SMs holds 8 programs of 4 warps, or 4 of 8 (64 registers). Twice as many keep the loss of the last wave
 # small.

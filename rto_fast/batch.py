@@ -55,9 +55,9 @@ class PackedBatch:
                 values too; the bounds end with empty sequences. Otherwise for eager passes, where only GEMMs count.
         """
         tokens = self.num_tokens
-        more = (
-            padded_size(tokens + 1, coarse=coarse) - tokens
-        )  # at least one, for `rows`; never more than the batch has
+        # At least one, for `rows`, and never more than the batch has.
+        more = padded_size(tokens + 1, coarse=coarse) - tokens
+        more_rows = padded_size(len(self.rows), coarse=coarse) - len(self.rows)
         ends = (self.cu_seqlens[1:] + tokens).clamp(max=tokens + more)
         bounds, max_seqlen = torch.cat([self.cu_seqlens, ends]), self.max_seqlen
         if coarse:
@@ -69,7 +69,7 @@ class PackedBatch:
             position_ids=torch.cat([self.position_ids, self.position_ids[:more]]),
             cu_seqlens=bounds,
             max_seqlen=max_seqlen,
-            rows=F.pad(self.rows, (0, padded_size(len(self.rows), coarse=coarse) - len(self.rows)), value=tokens),
+            rows=F.pad(self.rows, (0, more_rows), value=tokens),
         )
 
 
@@ -78,7 +78,7 @@ def padded_size(count: int, *, coarse: bool = True) -> int:
 
     Args:
         coarse: eight sizes between a power of 2 and the next, at most an eighth more than `count`. Otherwise multiples of 64
-            and, from 4,096 on, of a 64th of the next power of 2, 32 of them; they are 1 % more on average.
+            and, from 4,096 on, of a 64th of the next power of 2, 32 of them, which are 1 % more on average.
     """
     bits = count.bit_length()
     step = 1 << max(bits - 4, 0)

@@ -74,13 +74,13 @@ def main(arguments: list[str] | None = None) -> bool:
     # After the options: --help and mistakes in them need no torch.
     import torch
 
-    from rto_fast.evaluation.exactness import ALONE, check_exactness
     from rto_fast.kernels import gemm_choice
     from rto_fast.models.decoder import layers_of
     from rto_fast.models.loading import load_model
     from rto_fast.models.model import Model
     from rto_fast.models.supplied import Supplied
     from rto_fast.rollout import build_engine
+    from rto_fast.rollout.exactness import ALONE, check_prompts
     from rto_fast.session import open_session, prepare_process
 
     assert options.model
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> bool:
     else:
         prompt_ids = _random_prompts(model, options)
     engine = build_engine(model, session.tokenizer, config.rollout)
-    found, changed = check_exactness(model, engine, prompt_ids, session.sampling)
+    found, changed = check_prompts(engine, prompt_ids, session.sampling)
     is_cuda = model.device.type == "cuda"
     rows = {
         "model": f"{options.model}, {str(session.dtype).removeprefix('torch.')}",

@@ -23,14 +23,8 @@ from rto_fast.kernels import arguments, layer_reference
 from rto_fast.kernels.arguments import check_first, check_numbers, check_tensor, float_dtypes
 from rto_fast.kernels.layer_reference import Activation
 
-__all__ = [
-    "Activation",
-    "add_rms_norm",
-    "gated_activation",
-    "packed_attention",
-    "rms_norm",
-    "rotary_embedding",
-]
+__all__ = ["Activation", "add_rms_norm", "gated_activation", "packed_attention", "rms_norm", "rotary_embedding"]
+
 
 _ACTIVATIONS = get_args(Activation)
 

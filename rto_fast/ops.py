@@ -172,8 +172,8 @@ def linear_token_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logps` of the logits `hidden_states @ lm_head_weight.T + bias`, of which only a chunk is in memory at a time.
 
-    On CUDA each pass holds float32 logits of at most 1 GiB. The log-probs have the bits of `sample_tokens`, if the product
-    has.
+    On CUDA each pass holds float32 logits of at most 1 GiB. The log-probs have the bits of those of `sample_tokens` and
+    `linear_ppo_loss`, where the logits have the same bits.
 
     Args:
         hidden_states: [..., D] float, the output of the last layer after its norm.

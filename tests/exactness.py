@@ -6,15 +6,17 @@ import torch.nn.functional as F
 
 from rto_fast.batch import micro_batches
 from rto_fast.config import RTOConfig
-from rto_fast.evaluation.exactness import trained_logps
 from rto_fast.models.attention import PACKED
 from rto_fast.models.model import Model
+from rto_fast.rollout.exactness import trained_logps
 from rto_fast.rto.update import MicroBatch, policy_loss
 
+PASS_TOKENS = 8192
 
-def packings(count, seed=0):
+
+def packings(count):
     """Two ways to pack responses: all in one batch, and in an order of chance one alone and then the others."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return [[list(range(count))], [part for part in (order[:1], order[1:]) if part]]
 
 
@@ -25,18 +27,15 @@ def as_model(model):
     return model
 
 
-def differing(model, rollout, temperature=1.0, seed=0, most=8192):
-    """The number of tokens whose log-prob is not the sampler's, in training passes of two packings.
-
-    Args:
-        most: tokens of a pass.
-    """
+def differing(model, rollout, temperature=1.0):
+    """The number of tokens whose log-prob is not the sampler's, in training passes of two packings."""
     model, sampled, found = as_model(model), rollout.logps.cpu(), 0
     assert len(sampled) == rollout.num_tokens > 0 and sampled.isfinite().all()
     lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids)]
-    for groups in packings(len(lengths), seed):
-        parts = [[rows[i] for i in part] for rows in groups for part in micro_batches([lengths[i] for i in rows], most)]
-        found += (trained_logps(model, rollout, parts, temperature) != sampled).sum().item()
+    for groups in packings(len(lengths)):
+        parts = (micro_batches([lengths[i] for i in rows], PASS_TOKENS) for rows in groups)
+        passes = [[rows[i] for i in part] for rows, group in zip(groups, parts) for part in group]
+        found += (trained_logps(model, rollout, passes, temperature) != sampled).sum().item()
     return found
 
 
@@ -54,7 +53,7 @@ MM, ADDMM, LINEAR = torch.mm, torch.addmm, F.linear
 
 
 class RowProducts:
-    """Within it, torch's float32 and float16 products on a CPU are summed in float64 and rounded once.
+    """Within it, torch's products of 32 and 16 bits on a CPU are summed in float64 and rounded once.
 
     So a row has the same bits in a product of any number of rows, which MKL does not promise. On a GPU this is the work of
     `rto_fast.kernels.gemm.linear`.

@@ -23,5 +23,5 @@ def use_op_embeddings(model: nn.Module) -> None:
             continue
         if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
             kind = type(module)
-            # The last of the bases: the own class's call of its parent's `forward` arrives there.
+            # `super().forward` of an architecture's own class then arrives at ours.
             module.__class__ = OpEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, OpEmbedding), {})

@@ -72,6 +72,8 @@ class JoinedLinear:
         parts = _parts(self.linears, dtype)
         if parts is None:
             return self
+        if any(parameter is not None and parameter.dtype != dtype for parameter in parts.parameters):
+            return self  # a CUDA graph would read a copy of this moment
         operands = _operands(parts, dtype)
         if operands.outputs or len(operands.weights) > 1:
             return lambda x: _forward(x, operands, keeps=False)[0]
@@ -173,12 +175,9 @@ class _Operands(NamedTuple):
 def _operands(parts: _Parts, dtype: torch.dtype) -> _Operands:
     weights, biases = parts.weights, parts.biases
     present = [bias for bias in biases if bias is not None]
-    weight = joined(weights) if len(present) in (0, len(biases)) else None
-    if weight is not None:
-        weights, biases = [weight], [None]
-        if present:
-            bias = joined(present)
-            biases = [torch.cat(present) if bias is None else bias]
+    weight, bias = joined(weights), joined(present) if len(present) == len(biases) else None
+    if weight is not None and (bias is not None or not present):
+        weights, biases = [weight], [bias]
     return _Operands(
         [_cast(weight, dtype) for weight in weights],
         [None if bias is None else _cast(bias, dtype) for bias in biases],

@@ -5,10 +5,10 @@ import torch
 
 from rto_fast import rollout
 from rto_fast.errors import ConfigError
-from rto_fast.evaluation.exactness import check_exactness, trained_logps
 from rto_fast.exact import main
 from rto_fast.models.model import Model
 from rto_fast.rollout import Sampling
+from rto_fast.rollout.exactness import check_prompts, trained_logps
 from tests.rto.exact_engine import ExactEngine, off_by_one_ulp, ordered_linear, packed
 from tests.tiny_models import native_engine, save_world_model
 
@@ -66,7 +66,7 @@ def test_a_sample_that_changes_alone_is_told(exact):
     model = Model(packed().train())
     engine = ExactEngine(model, native_engine(packed()).config)
     engine.fault = lambda batch: len(batch.response_ids) < 4 and batch.logps.mul_(1.5)
-    found, changed = check_exactness(model, engine, PROMPTS, Sampling(6))
+    found, changed = check_prompts(engine, PROMPTS, Sampling(6))
     assert found.holds and changed == 3
 
 

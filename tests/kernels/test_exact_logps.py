@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from rto_fast.kernels import linear_ppo_loss, linear_token_logps, sampling, token_logps
-from rto_fast.kernels.common import LN2, LOG2E, SLOTS, TILE
+from rto_fast.kernels.common import LN2, LOG2E
 from rto_fast.kernels.gemm import linear
+from rto_fast.kernels.row_softmax import SLOTS, TILE
 from rto_fast.kernels.sampling_reference import philox_uniforms
 
 # NumPy under Triton's interpreter tells of the -inf that these tests are about.
@@ -90,7 +91,7 @@ class Logps:
 
 
 def in_the_order_of_common(z, label, temperature):
-    """The log-prob of z [V] by NumPy, as kernels/common.py says."""
+    """The log-prob of z [V] by NumPy, as kernels/row_softmax.py says."""
     scale = np.float32(LOG2E.value / temperature)
     block = SLOTS * TILE.value
     blocks = np.pad(z, (0, -len(z) % block), constant_values=-INF).reshape(-1, SLOTS, 4, TILE.value // 4)

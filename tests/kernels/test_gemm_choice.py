@@ -188,6 +188,15 @@ def test_rows_come_from_everywhere():
         assert picked.diff().tolist() == [] or picked.diff().max() <= 2 * -(-rows // wanted)
 
 
+@pytest.mark.parametrize("rows", [513, 1500])
+def test_many_rows_of_few_columns_are_looked_at_once(rows, world):
+    """All their outputs together show too little, so several products of random inputs are compared."""
+    for _ in range(2):
+        (look,) = product(rows)
+    assert look.choice == "cuBLAS" and look.outputs >= gemm_choice.NEEDED
+    assert world.blas.calls.count(rows) == -(-gemm_choice.WANTED // (64 * rows)) + 2
+
+
 def test_nan_and_infinity_at_the_same_place_are_no_difference(world):
     x, weight = torch.randn(4000, 24).bfloat16(), torch.randn(64, 24).bfloat16()
     x[::2, 3], x[1::4, 5] = torch.nan, torch.inf
@@ -459,6 +468,7 @@ def test_a_graph_captures_it_and_later_calls_do_not_wait(monkeypatch):
 def test_a_product_that_is_split_is_caught(monkeypatch):
     """What cuBLAS does is not known ahead; sums of two halves have the bits of a split."""
     monkeypatch.setattr(gemm_choice, "_choices", {})
+    monkeypatch.setattr(gemm_choice, "MAX_PRICE", float("inf"))  # other tests may slow down this one
 
     def split(x, weight, bias, out):
         half = x.shape[1] // 2

@@ -184,6 +184,24 @@ def test_upstream_gradients_with_any_strides():
         assert_same(run(group.joined, group, x, dy), run(group.separate, group, x, dy))
 
 
+@pytest.mark.parametrize("copied", ["a bias apart", "float32 weights"])
+def test_what_is_bound_holds_no_copies(copied):
+    """A CUDA graph of it reads the parameters as they are at its replay."""
+    group = Group(biases=(True,) * 3)
+    dtype = torch.float64
+    if copied == "a bias apart":
+        lay_side_by_side([group.layers], ["weight"])
+        group.layers[1].bias.data = group.layers[1].bias.data.clone()
+    else:
+        group.laid().float()
+    x = draw(TOKENS, WIDTH).to(dtype)
+    with torch.no_grad():
+        bound = JoinedLinear(list(group.layers)).bound(dtype)
+        for parameter in group.parameters():
+            parameter += 1.0
+        torch.testing.assert_close(bound(x), group.double().separate(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_strided_input():
     group = Group().laid()
     x = draw(WIDTH, TOKENS).t().requires_grad_()

@@ -17,9 +17,9 @@ from tests.exactness import RowProducts, differing, first_step
 from tests.tiny_models import native_engine, perturbed, prompts, tiny
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own tests: test_exact_cuda.py")
-LENGTHS = (3, 30, 9)
-SAMPLING = Sampling(4, stop_ids=(1, 7))
-FAMILIES = ["qwen3", "qwen2", "gemma2", "granite", "phi3"]
+LENGTHS = (3, 22, 14)  # the second is prefilled in two pieces; the third is decoded into a second page
+SAMPLING = Sampling(3, stop_ids=(1, 7))
+FAMILIES = [("qwen3", torch.float32), ("qwen2", torch.float16), ("gemma2", torch.float32), ("phi3", torch.float32)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +46,9 @@ def engine_of(model, batch_size=8, **settings):
     return native_engine(model, page_size=16, batch_size=batch_size, **{"prefill_tokens": 24} | settings)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_familys_log_probs_are_those_of_training(name):
-    model = made(name)
-    assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
-
-
-def test_log_probs_in_float16_are_those_of_training():
-    model = made(dtype=torch.float16)
+@pytest.mark.parametrize("name, dtype", FAMILIES)
+def test_a_familys_log_probs_are_those_of_training(name, dtype):
+    model = made(name, dtype)
     assert differing(model, engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)) == 0
 
 
@@ -61,28 +56,28 @@ def test_splits_of_keys(monkeypatch):
     """They begin at a sequence's start, and end within prompts, pieces of prompts and responses. Others are noticed."""
     monkeypatch.setattr(attention_forward, "SPLIT_KEYS", 64)  # instead of 256
     model = made()
-    rollout = engine_of(model, prefill_tokens=100).generate(prompts((127, 61)), 1, Sampling(5), 0)
+    rollout = engine_of(model, prefill_tokens=50).generate(prompts((80, 62)), 1, Sampling(4), 0)
     assert differing(model, rollout) == 0
     monkeypatch.setattr(attention_forward, "SPLIT_KEYS", 128)
     assert differing(model, rollout) > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_sample_is_the_same_in_any_batch(batch_size):
+def test_a_sample_is_the_same_in_any_batch():
     model = made()
     expected = engine_of(model).generate(prompts(LENGTHS), 2, SAMPLING, 0)
-    found = engine_of(model, batch_size).generate(prompts(LENGTHS), 2, SAMPLING, 0)
-    assert found.response_ids == expected.response_ids
-    assert torch.equal(found.logps, expected.logps) and torch.equal(found.sampling_logps, expected.sampling_logps)
+    for batch_size in (1, 3):
+        found = engine_of(model, batch_size).generate(prompts(LENGTHS), 2, SAMPLING, 0)
+        assert found.response_ids == expected.response_ids
+        assert torch.equal(found.logps, expected.logps) and torch.equal(found.sampling_logps, expected.sampling_logps)
 
 
 def test_samples_that_were_preempted_and_refilled():
     """Their keys are computed anew, as a prompt's, where they were once computed token by token."""
-    model, sampling = made(), Sampling(12)
+    model, sampling = made(), Sampling(8)
     engine = engine_of(model)
-    expected = engine.generate(prompts((5, 23)), 2, sampling, 0)
+    expected = engine.generate(prompts((9, 25)), 2, sampling, 0)
     room = 8 * engine.cache.page_bytes / (1 << 30)
-    found = engine_of(model, kv_cache_gib=room).generate(prompts((5, 23)), 2, sampling, 0)
+    found = engine_of(model, kv_cache_gib=room).generate(prompts((9, 25)), 2, sampling, 0)
     assert found.stats["preemptions"] > 0 == expected.stats["preemptions"]
     assert found.response_ids == expected.response_ids and torch.equal(found.logps, expected.logps)
     assert differing(model, found) == 0
@@ -122,6 +117,7 @@ def test_gradient_checkpointing():
     """
     model = made("granite", torch.float16)
     rollout = engine_of(model).generate(prompts(LENGTHS), 1, SAMPLING, 0)
+    assert differing(model, rollout) == 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert differing(model, rollout) == 0
 

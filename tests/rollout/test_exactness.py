@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rto_fast import rollout as engines
 from rto_fast.config import RolloutConfig
@@ -10,6 +9,7 @@ from rto_fast.errors import RolloutError
 from rto_fast.kernels import arguments
 from rto_fast.models.decoder import refuse
 from rto_fast.rollout import Exactness, HFEngine, Sampling, attention, build_engine, decode, exactness, native
+from tests.exactness import RowProducts
 from tests.tiny_models import native_engine, prompts, tiny
 
 SAMPLING = Sampling(4)
@@ -18,7 +18,9 @@ SAMPLING = Sampling(4)
 @pytest.fixture
 def few(monkeypatch):
     """Few and short sequences, whose pieces and batches still have several sizes."""
-    for name, value in dict(PROMPT_LENGTHS=(21, 9, 5), SAMPLES=2, LONGEST=4, PREFILL_TOKENS=8).items():
+    for name, value in dict(
+        PROMPT_LENGTHS=(21, 9, 5), SAMPLES=2, LONGEST=4, PREFILL_TOKENS=8, LEARNING_TOKENS=21
+    ).items():
         monkeypatch.setattr(exactness, name, value)
 
 
@@ -69,7 +71,7 @@ def test_every_batch_is_another_and_every_sample_is_in_one(trusted, monkeypatch)
         )[-1],
     )
     native_engine(tiny())
-    assert seen == [1, 2, 3] and modes == [True, False, False]  # one with activations kept
+    assert seen == [1, 2, 3] and modes == [True, True, False]  # of at most 21 tokens with activations kept
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -95,7 +97,7 @@ def test_one_rounding_of_one_log_prob_is_found(trusted, monkeypatch):
     engine = native_engine(tiny())
     found = engine.exactness
     assert not found.holds and (found.tokens, found.different) == (13, 1)
-    assert found.first == calls[0].num_tokens - 1 and 0 < found.mean < found.largest < 1e-6
+    assert found.first == calls[0].num_tokens and 0 < found.mean < found.largest < 1e-6
     assert "sampler and trainer may differ: 1 of 13 log-probs do, from position" in str(found)
     assert not engine.generate(prompts(), 2, SAMPLING).exact
 
@@ -132,6 +134,7 @@ def test_lengths_of_the_shipped_check():
         assert any(n <= end < n + exactness.LONGEST for n in exactness.PROMPT_LENGTHS), end
     sizes = [len(rows) for rows in exactness._groups(len(limits))]
     assert sizes == [1, 2, 4, 8, 16, 32, 1]
+    assert exactness.PROMPT_LENGTHS[0] + exactness.LONGEST <= exactness.LEARNING_TOKENS
 
 
 def test_reasons(monkeypatch):
@@ -168,26 +171,20 @@ def test_an_engine_is_exact_on_all_ranks_or_on_none(trusted, monkeypatch):
     assert not found.holds and "rank" in found.reason
 
 
-def rows_alone(monkeypatch):
-    """torch's products on a CPU are rounded from float64 sums, so that a row does not depend on how many there are."""
-
-    def mm(a, b, *, out=None):
-        product = product_of(a.double(), b.double())
-        return product.to(a.dtype) if out is None else out.copy_(product)
-
-    product_of = torch.mm
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: mm(x, weight.t()))
+@pytest.fixture
+def row_products():
+    with RowProducts():
+        yield
 
 
-def test_the_kernels_of_a_gpu_give_the_bits_of_training(monkeypatch, ordered_dot, device):
+def test_the_kernels_of_a_gpu_give_the_bits_of_training(monkeypatch, ordered_dot, device, request):
     """Without a GPU in Triton's interpreter, where decoding, scoring and training run what they run on a GPU."""
     for name, value in dict(PROMPT_LENGTHS=(11, 5), SAMPLES=2, LONGEST=3, PREFILL_TOKENS=4).items():
         monkeypatch.setattr(exactness, name, value)
     engine = native_engine(tiny("llama", num_hidden_layers=1).to(device, torch.bfloat16))
     if device.type == "cpu":
         monkeypatch.setattr(arguments, "INTERPRET", True)
-        rows_alone(monkeypatch)
+        request.getfixturevalue("row_products")
         for module in (decode, attention, native):
             monkeypatch.setattr(module, "runs_triton", lambda _: True)
     found = engine.measure_exactness()

@@ -2,14 +2,13 @@
 
 import torch
 
-from rto_fast.batch import pack
 from rto_fast.config import load_config
 from rto_fast.data.tokenizing import Prompt
 from rto_fast.data.world import build_model, build_tokenizer
 from rto_fast.models.attention import PACKED
-from rto_fast.models.forward import causal_logps
 from rto_fast.models.model import Model
 from rto_fast.rollout import Engine, Exactness, NativeEngine, Sampling
+from rto_fast.rollout.exactness import trained_logps
 from rto_fast.rto.experience import Models
 from rto_fast.rto.trainer import RTOTrainer
 from tests.rto.recorded_log import RecordedLog
@@ -20,11 +19,9 @@ SHORT = """--config default --rto.prompts_per_rollout 3 --rto.samples_per_prompt
 --rto.iterations 3 --rto.advantage reinforce_pp --rto.lr 1e-3 --model.micro_batch_tokens 40""".split()
 
 
-@torch.no_grad()
 def training_logps(model, rollout, temperature=1.0):
-    """Log-probs of the response tokens by the training forward pass, of each response alone."""
-    batches = (pack([p], [r], model.device) for p, r in zip(rollout.prompt_ids, rollout.response_ids))
-    return torch.cat([causal_logps(model.module, batch, temperature=temperature)[batch.rows] for batch in batches])
+    """Log-probs of the response tokens by training passes, of each response alone."""
+    return trained_logps(model, rollout, ([i] for i in range(len(rollout.response_ids))), temperature)
 
 
 def ordered_linear(x, weight, bias=None):

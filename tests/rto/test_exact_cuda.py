@@ -45,7 +45,7 @@ def test_the_engine_finds_that_it_is_exact(name, dtype):
     start = time.perf_counter()
     assert engine.measure_exactness().holds
     torch.cuda.synchronize()
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5  # predicted .5 s; other tests may run beside this one
 
 
 def test_the_reasons_against_it():
