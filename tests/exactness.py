@@ -14,9 +14,9 @@ from rto_fast.rto.update import MicroBatch, policy_loss
 PASS_TOKENS = 8192
 
 
-def packings(count):
+def packings(count, seed):
     """Two ways to pack responses: all in one batch, and in an order of chance one alone and then the others."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return [[list(range(count))], [part for part in (order[:1], order[1:]) if part]]
 
 
@@ -27,12 +27,16 @@ def as_model(model):
     return model
 
 
-def differing(model, rollout, temperature=1.0):
-    """The number of tokens whose log-prob is not the sampler's, in training passes of two packings."""
+def differing(model, rollout, temperature=1.0, seed=0):
+    """The number of tokens whose log-prob is not the sampler's, in training passes of two packings.
+
+    Args:
+        seed: of the order of the responses in the second packing.
+    """
     model, sampled, found = as_model(model), rollout.logps.cpu(), 0
     assert len(sampled) == rollout.num_tokens > 0 and sampled.isfinite().all()
     lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids)]
-    for groups in packings(len(lengths)):
+    for groups in packings(len(lengths), seed):
         parts = (micro_batches([lengths[i] for i in rows], PASS_TOKENS) for rows in groups)
         passes = [[rows[i] for i in part] for rows, group in zip(groups, parts) for part in group]
         found += (trained_logps(model, rollout, passes, temperature) != sampled).sum().item()
