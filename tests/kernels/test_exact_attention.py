@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 
 from rto_fast.kernels import attention_forward, paged_attention
-from tests.kernels.test_attention import bounds, tiles
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from tests.kernels.test_attention import bounds, needs_cuda, tiles
 
 
 @dataclass

@@ -7,12 +7,9 @@ more. Family, sizes, dtype, adapters, prompts, sampling, pages, pieces and memor
 scales change, or move. The first difference ends the process with code 1, and its seed repeats it.
 """
 
-import argparse
 import contextlib
 import os
 import random
-import time
-from collections import Counter
 
 import torch
 
@@ -33,6 +30,7 @@ from rto_fast.models.model import Model  # noqa: E402
 from rto_fast.rollout import Exactness, Sampling, attention, decode, exactness, native  # noqa: E402
 from tests.conftest import dot_in_order  # noqa: E402
 from tests.exactness import RowProducts, differing, first_step  # noqa: E402
+from tests.stress import seeds  # noqa: E402
 from tests.tiny_models import FAMILIES, native_engine, perturbed, tiny  # noqa: E402
 
 
@@ -169,22 +167,10 @@ def case(seed, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case; each has the next")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = seeds.parser(__doc__.splitlines()[0]).parse_args()
     run_as_on_a_gpu()
-    counts, seed, end = Counter(), options.seed, time.monotonic() + 60 * options.minutes
-    while time.monotonic() < end:
-        try:
-            with RowProducts():
-                case(seed, counts)
-        except BaseException:
-            print(f"seed {seed}:")
-            raise
-        seed += 1
-    print(f"{seed - options.seed} engines: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    with RowProducts():
+        seeds.run(case, options)
 
 
 if __name__ == "__main__":

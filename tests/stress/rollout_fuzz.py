@@ -8,13 +8,11 @@ The first difference ends the process with code 1, and its seed repeats it. With
 interpreter as they would on a GPU; this is slow, so the sequences are few and short.
 """
 
-import argparse
 import copy
 import os
 import random
 import sys
-import time
-from collections import Counter
+from functools import partial
 
 import torch
 
@@ -29,6 +27,7 @@ if __name__ == "__main__" and "--triton" in sys.argv:
 from rto_fast.config import RolloutConfig  # noqa: E402
 from rto_fast.kernels.sampling_reference import philox_uniforms, sample_tokens  # noqa: E402
 from rto_fast.rollout import NativeEngine, Sampling, attention, decode, native, scheduler  # noqa: E402
+from tests.stress import seeds  # noqa: E402
 from tests.tiny_models import ARCHITECTURES, state_of, tiny  # noqa: E402
 
 GIB = 1 << 30
@@ -189,22 +188,12 @@ def run_as_on_a_gpu():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case; each has the next")
+    parser = seeds.parser(__doc__.splitlines()[0])
     parser.add_argument("--triton", action="store_true", help="as on a GPU, by Triton's interpreter")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     make = run_as_on_a_gpu() if options.triton else request
-    counts, seed, end = Counter(), options.seed, time.monotonic() + 60 * options.minutes
-    while time.monotonic() < end:
-        try:
-            case(seed, counts, make, page_sizes=(16, 32, 64) if options.triton else PAGE_SIZES)
-        except Exception:
-            print(f"seed {seed}:")
-            raise
-        seed += 1
-    print(f"{seed - options.seed} engines: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    page_sizes = (16, 32, 64) if options.triton else PAGE_SIZES
+    seeds.run(partial(case, request=make, page_sizes=page_sizes), options)
 
 
 if __name__ == "__main__":
